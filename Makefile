@@ -1,0 +1,59 @@
+# Everything runs from .venv, which `make setup` fills with the pinned packages. uv is used where it works, else pip.
+#   make setup PYTHON=python3.12    another interpreter
+#   make setup UV=                  pip even though uv is there
+
+PYTHON ?= python3
+UV ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.robustq-installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup quickstart test test-slow lint pins clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## create .venv with the pinned packages (does nothing while the pins stand)
+
+quickstart: setup  ## the whole job on the digits data: train, harden, export, re-check (about two minutes)
+	$(BIN)/robustq quickstart
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## the slow tests only
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: setup  ## ruff check, ruff format --check, mypy --strict
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict
+
+pins:  ## resolve pyproject.toml into requirements.txt (needs uv; UPGRADE=1 for newer versions)
+	@[ -n "$(UV)" ] || { echo "make pins needs uv, which does not run on this machine: install uv first" >&2; exit 2; }
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --custom-compile-command "make pins" --quiet $(if $(UPGRADE),--upgrade) -o requirements.txt
+
+clean:  ## remove caches, build output and .venv (runs/ and export-out/ stay)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip refuses hashes together with -e, so the pinned packages come first and robustq itself after them, with nothing left
+# to download: its build uses the setuptools that was just installed (--no-build-isolation).
+$(STAMP): requirements.txt pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "robustq needs Python 3.11 or newer; '$(PYTHON)' is older or does not run:" \
+			"$$("$(PYTHON)" --version 2>&1 | head -n 1). Name another one: make setup PYTHON=python3.12" >&2; exit 2; }
+ifneq ($(UV),)
+	@$(BIN)/python -c '' 2>/dev/null || $(UV) venv --python "$(PYTHON)" --clear $(VENV)
+	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
+else
+	@$(BIN)/python -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+endif
+	@touch $@

@@ -1,0 +1,70 @@
+"""Progress on stderr: one bar at a time, with rate and time left. Silent until the command line switches it on.
+
+A library call prints nothing; ``robustq`` calls :func:`show` once. Without a terminal no bar is drawn, notes are still printed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_shown = False
+
+
+def show(enabled: bool) -> None:
+    """Switch bars and notes on or off for this process."""
+    global _shown
+    _shown = enabled
+
+
+def note(text: str) -> None:
+    """One line for the person who watches; never part of a result."""
+    if _shown:
+        print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A bar of ``total`` units; :meth:`advance` is cheap and may be called for every batch."""
+
+    def __init__(self, progress: Progress | None, task: TaskID | None, unit: str) -> None:
+        self._progress = progress
+        self._task = task
+        self._unit = unit
+        self._done = 0
+        self._start = time.perf_counter()
+
+    @property
+    def rate(self) -> float:
+        """Units a second since the bar began."""
+        return self._done / max(time.perf_counter() - self._start, 1e-9)
+
+    def advance(self, count: int, text: str = "") -> None:
+        """Count ``count`` more units and show ``text`` beside the bar."""
+        self._done += count
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=count, text=f"{text}  {self.rate:,.0f} {self._unit}/s".strip())
+
+
+@contextmanager
+def bar(label: str, total: int, unit: str = "img") -> Iterator[Bar]:
+    """Draw a bar while the block runs."""
+    if not _shown or not sys.stderr.isatty():
+        yield Bar(None, None, unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress, progress.add_task(label, total=total, text=""), unit)
