@@ -1,0 +1,183 @@
+"""Folders of images in torchvision's ImageFolder layout: one folder per class, class names sorted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from robustq.data.dataset import Dataset, assemble, training_subset
+from robustq.data.image_file import image_header
+from robustq.data.splits import TensorSplit
+from robustq.data.stratify import TEST_SEED, TEST_SHARE, stratified_parts
+from robustq.data.streamed import StreamedSplit
+from robustq.errors import DataError
+
+# Above this many bytes as uint8 at the network's image size a folder is streamed instead of decoded once.
+STREAM_ABOVE_BYTES = 1 << 30
+
+IMAGENET_SIZE = 224
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Image files and the class of each, int64 (N,)."""
+
+    paths: list[str]
+    labels: Tensor
+
+    def subset(self, places: Tensor) -> _Files:
+        return _Files([self.paths[place] for place in places.tolist()], self.labels[places])
+
+
+def load_folder(folder: Path, *, train_images: int, image_size: int | None, workers: int | None) -> Dataset:
+    """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else FOLDER/<class>/* split 80/20.
+
+    One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once: shorter side scaled
+    to the image size, middle cut out. Large ones are streamed (see `StreamedSplit`).
+
+    Raises:
+        DataError: no images, fewer than two classes, a class of the test part that training lacks, an unreadable image,
+            one part of train and test alone, or images that are not all of one square size while `image_size` is None.
+    """
+    has_train = (folder / "train").is_dir()
+    test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
+    if has_train and test_folder is not None:
+        class_names, train, test = _two_folders(folder / "train", test_folder)
+    elif has_train or test_folder is not None:
+        present = "train" if test_folder is None else test_folder.name
+        raise DataError(
+            f"{folder} has {present} but not {'test or val' if has_train else 'train'}; give both, or class folders "
+            "only, for a fixed 80/20 split"
+        )
+    else:
+        class_names = class_folders(folder)
+        files = _image_files(folder, class_names)
+        rest, part = stratified_parts(files.labels, TEST_SHARE, seed=TEST_SEED)
+        if len(part) == 0:
+            raise DataError(f"{folder} has one image per class, so none can be set apart for testing; add images")
+        train, test = files.subset(rest), files.subset(part)
+    # Before the subset is taken, which must not decide whether the networks see grey or RGB.
+    channels, side = _survey(train.paths + test.paths, folder, image_size)
+    train = train.subset(training_subset(train.labels, train_images, name=str(folder)))
+
+    def split(files: _Files) -> TensorSplit | StreamedSplit:
+        if (len(train.paths) + len(test.paths)) * channels * side**2 > STREAM_ABOVE_BYTES:
+            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, workers=workers)
+        # With a shorter side of exactly the image size, images that have this size already stay as they are.
+        once = StreamedSplit(
+            files.paths, files.labels, image_size=side, channels=channels, workers=workers, shorter_side=side
+        )
+        return TensorSplit(*once.take(0))
+
+    name = str(folder.resolve())
+    return assemble(split(train), split(test), name=name, class_names=class_names, channels=channels, image_size=side)
+
+
+def load_imagenet(root: Path, *, train_images: int, image_size: int | None, workers: int | None) -> Dataset:
+    """ImageNet from ROOT/imagenet/train/<class>/* and ROOT/imagenet/val/<class>/*: RGB, always streamed, 224 pixels
+    unless told otherwise. Its 1,000 usual folders (n01440764, ...) get their English names.
+
+    Raises:
+        DataError: the folders are absent, or as `load_folder`.
+    """
+    train_folder, test_folder = root / "imagenet" / "train", root / "imagenet" / "val"
+    if not train_folder.is_dir() or not test_folder.is_dir():
+        raise DataError(
+            f"imagenet is not in {train_folder} and {test_folder} (one folder of images per class); put it there (it "
+            "cannot be downloaded), set ROBUSTQ_DATA to where it lies, or pass --data FOLDER"
+        )
+    folder_names, train, test = _two_folders(train_folder, test_folder)
+    train = train.subset(training_subset(train.labels, train_images, name="imagenet"))
+    side = IMAGENET_SIZE if image_size is None else image_size
+    return assemble(
+        StreamedSplit(train.paths, train.labels, image_size=side, workers=workers),
+        StreamedSplit(test.paths, test.labels, image_size=side, workers=workers),
+        name="imagenet",
+        class_names=imagenet_class_names(folder_names),
+        channels=3,
+        image_size=side,
+    )
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of the class folders in `folder`, sorted; hidden ones (.ipynb_checkpoints, ...) are none.
+
+    Raises:
+        DataError: none, or `folder` cannot be read.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    if not names:
+        raise DataError(f"{folder} has no class folders; put the images of each class into {folder}/<class>/")
+    return tuple(names)
+
+
+def imagenet_class_names(folder_names: tuple[str, ...]) -> tuple[str, ...]:
+    """English names for ImageNet's 1,000 WordNet folders, in their sorted order; other folder names stay."""
+    from torchvision.models import ResNet18_Weights
+
+    names: list[str] = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    if len(folder_names) != len(names) or not all(name[0] == "n" and name[1:].isdigit() for name in folder_names):
+        return folder_names
+    return tuple(names)
+
+
+def _two_folders(train_folder: Path, test_folder: Path) -> tuple[tuple[str, ...], _Files, _Files]:
+    """Class names, training files and test files; the test part may lack classes, but have none of its own."""
+    class_names = class_folders(train_folder)
+    unknown = sorted(set(class_folders(test_folder)) - set(class_names))
+    if unknown:
+        raise DataError(f"{test_folder} has the class {unknown[0]}, which {train_folder} lacks; remove or add it")
+    train, test = _image_files(train_folder, class_names), _image_files(test_folder, class_names, every=False)
+    return class_names, train, test
+
+
+def _image_files(folder: Path, class_names: tuple[str, ...], *, every: bool = True) -> _Files:
+    """All image files below the class folders, class by class, sorted.
+
+    With `every`, as for training, a class without images is an error, and so is a single class.
+    """
+    from torchvision.datasets.folder import (
+        IMG_EXTENSIONS,
+        make_dataset,
+    )
+
+    if every and len(class_names) < 2:
+        raise DataError(
+            f"{folder} has one class only ({class_names[0]}); a classifier needs at least two class folders"
+        )
+    places = {name: place for place, name in enumerate(class_names)}
+    samples: list[tuple[str, int]] = make_dataset(folder, places, extensions=IMG_EXTENSIONS, allow_empty=True)
+    labels = torch.tensor([place for _, place in samples], dtype=torch.int64)
+    empty = sorted(set(places.values()) - set(labels.tolist()))
+    if not samples or (every and empty):
+        where = folder / class_names[empty[0]] if samples else folder
+        raise DataError(f"{where} has no images; file names must end in one of {' '.join(IMG_EXTENSIONS)}")
+    return _Files([path for path, _ in samples], labels)
+
+
+def _survey(paths: list[str], folder: Path, image_size: int | None) -> tuple[int, int]:
+    """Channels (1 when all images are grey, else 3) and side of the images, from the files' headers.
+
+    Stops reading as soon as both are settled.
+    """
+    channels, side = 1, image_size
+    for path in paths:
+        if channels == 3 and image_size is not None:
+            break
+        mode, (width, height) = image_header(path)
+        channels = channels if mode == "L" else 3
+        if image_size is None and (width != height or side not in (None, width)):
+            raise DataError(
+                f"the images in {folder} are not all of one square size ({path} is {width}x{height}"
+                f"{'' if side is None else f', others {side}x{side}'}); scale them, or set image_size (32, 224, ...)"
+            )
+        side = width if image_size is None else image_size
+    if side is None:
+        raise DataError(f"{folder} has no images")
+    return channels, side

@@ -1,0 +1,144 @@
+"""From what the user wrote after --data (a name, a folder, a file) to a data set."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustq.data.dataset import Dataset, assemble, training_subset
+from robustq.data.folder import load_folder, load_imagenet
+from robustq.data.npz import load_npz
+from robustq.data.splits import TensorSplit
+from robustq.data.stratify import TEST_SEED, TEST_SHARE, stratified_parts
+from robustq.errors import DataError, UsageError
+
+# name -> torchvision.datasets' class
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+
+DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
+
+
+def load_dataset(
+    name_or_path: str,
+    *,
+    root: Path | None = None,
+    train_images: int = 0,
+    image_size: int | None = None,
+    workers: int | None = None,
+) -> Dataset:
+    """Load a data set; the same call gives the same images in the same three splits, always.
+
+    Args:
+        name_or_path: one of `DATASET_NAMES`; an `.npz` file (see `npz.load_npz`); or a folder of images (see
+            `folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
+        root: where downloads are kept and `imagenet` is looked for; None for $ROBUSTQ_DATA, else ~/.cache/robustq.
+        train_images: keep only that many training images, class shares kept, before the hold-out is taken; 0 for all.
+        image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
+        workers: processes that decode image files; None for one per CPU, 8 at most; 0 for none.
+
+    Raises:
+        DataError: unknown name, missing or broken file, a failed download, or data that makes no classification set.
+        UsageError: a negative number.
+    """
+    if image_size is not None and image_size < 1:
+        raise UsageError(f"image_size is {image_size}; give the side of the square images in pixels")
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers is {workers}; give a number of processes, 0 for none")
+    if name_or_path == "imagenet":
+        return load_imagenet(data_root(root), train_images=train_images, image_size=image_size, workers=workers)
+    if name_or_path == "digits":
+        dataset = _load_digits(train_images)
+    elif name_or_path in TORCHVISION:
+        dataset = _load_torchvision(name_or_path, data_root(root), train_images)
+    else:
+        # os.path rather than Path: these two never raise, whatever was typed.
+        path = Path(os.path.expanduser(name_or_path))
+        if not name_or_path or not os.path.exists(path):
+            raise _not_found(name_or_path)
+        if path.is_dir():
+            return load_folder(path, train_images=train_images, image_size=image_size, workers=workers)
+        if path.suffix.lower() != ".npz":
+            raise DataError(f"{path} is neither a folder of images nor an .npz file; give one of these")
+        dataset = load_npz(path, train_images=train_images)
+    if image_size not in (None, dataset.image_size):
+        raise DataError(
+            f"image_size is {image_size}, but {name_or_path} has images of {dataset.image_size}x{dataset.image_size} "
+            "pixels, which are used as they are; leave it out"
+        )
+    return dataset
+
+
+def data_root(root: Path | None) -> Path:
+    """`root`, else $ROBUSTQ_DATA, else ~/.cache/robustq."""
+    if root is not None:
+        return root
+    return Path(os.environ.get("ROBUSTQ_DATA") or "~/.cache/robustq").expanduser()
+
+
+def _not_found(value: str) -> DataError:
+    looks_like_path = "/" in value or os.sep in value or value.startswith((".", "~")) or value.lower().endswith(".npz")
+    if looks_like_path:
+        return DataError(f"{value} does not exist; --data takes a folder of images, an .npz file, or a data set's name")
+    near = difflib.get_close_matches(value.lower(), DATASET_NAMES, n=1)
+    return DataError(
+        f"no data set is called {value!r}{f', did you mean {near[0]}' if near else ''}? Known are "
+        f"{', '.join(DATASET_NAMES)}; a FOLDER of images or a FILE.npz that exists is taken as well"
+    )
+
+
+def _load_digits(train_images: int) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, 8x8, grey: 0..16 scaled to 0..255; 1,438 to train, 359 to test."""
+    from sklearn.datasets import load_digits
+
+    bunch: Any = load_digits()
+    images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
+    whole = TensorSplit(images, torch.from_numpy(bunch.target))
+    rest, part = stratified_parts(whole.labels, TEST_SHARE, seed=TEST_SEED)
+    return _tensor_dataset("digits", whole.subset(rest), whole.subset(part), tuple("0123456789"), train_images)
+
+
+def _load_torchvision(name: str, root: Path, train_images: int) -> Dataset:
+    """One of torchvision's small sets, downloaded to `root` on first use; its own training and test parts."""
+    from torchvision import datasets
+
+    kind = getattr(datasets, TORCHVISION[name])
+    try:
+        # stdout is for the result (--json): whatever a download has to say goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr):
+            parts: list[Any] = [kind(root=str(root), train=train, download=True) for train in (True, False)]
+    except Exception as error:  # URL, socket, archive and checksum errors share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{name} could neither be read from {root} nor downloaded to it ({reason}); pass --data FILE.npz "
+            "or --data FOLDER (of images) instead"
+        ) from error
+    train, test = (
+        TensorSplit(_channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets)) for part in parts
+    )
+    # MNIST's names are "0 - zero", ...
+    class_names = tuple(class_name.partition(" - ")[0] for class_name in parts[0].classes)
+    return _tensor_dataset(name, train, test, class_names, train_images)
+
+
+def _channels_first(images: torch.Tensor) -> torch.Tensor:
+    """(N, H, W) or (N, H, W, C) to (N, C, H, W)."""
+    return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def _tensor_dataset(
+    name: str, train: TensorSplit, test: TensorSplit, class_names: tuple[str, ...], train_images: int
+) -> Dataset:
+    return assemble(
+        train.subset(training_subset(train.labels, train_images, name=name)),
+        test,
+        name=name,
+        class_names=class_names,
+        channels=train.images.shape[1],
+        image_size=train.images.shape[2],
+    )
