@@ -1,0 +1,1 @@
+"""Networks, their quantizers and weights: bit widths in, Brevitas layers out."""

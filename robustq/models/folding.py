@@ -1,0 +1,163 @@
+"""BatchNorm into weights and biases: the network that integer arithmetic can run, and the reference for parity.
+
+With one scale per output channel the fold is exact for the weights: the codes stay, a channel's scale is multiplied by
+|gamma| / sigma and a negative gamma flips the codes' signs. Only the bias is rounded, to an int32 in the accumulator's scale
+(input scale * weight scale).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robustq.errors import ExportError
+from robustq.models.spec import ModelSpec, build_model
+
+LARGEST_BIAS_CODE = 2**30
+"""A bias code beyond this leaves the int32 accumulator no room; its channel is then nothing but its bias."""
+
+CONSTANT_BIAS_CODE = 2**24
+"""The bias code such a channel gets: the largest whole numbers that float32, too, counts exactly."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = gain * x + shift per channel, in float64."""
+
+    gain: Tensor
+    shift: Tensor
+
+
+def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
+    """The BatchNorm-free network with the answers of ``model`` in eval mode, up to the rounding of biases.
+
+    Channels whose bias would pass :data:`LARGEST_BIAS_CODE` (gamma near zero, dead weights) get zero codes and a scale
+    that holds their bias: what the convolution could add there is below the bias' own rounding.
+
+    Args:
+        model: a network built from ``spec``; stays as it was.
+        spec: what ``model`` is.
+
+    Returns:
+        The folded network, in eval mode, on the CPU.
+
+    Raises:
+        ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
+    """
+    example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=next(model.parameters()).device)
+    affines = {conv: affine for conv, affine in _affines(model, example).items()}
+    folded = build_model(spec, folded=True)
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    own = {name: value for name, value in state.items() if name in folded.state_dict()}
+    folded.load_state_dict(own, strict=False)
+    input_scales = {} if spec.widths.is_float else _input_scales(folded, example.cpu())
+    with torch.no_grad():
+        for name, layer in model.named_modules():
+            if not isinstance(layer, nn.Conv2d | nn.Linear):
+                continue
+            target = folded.get_submodule(name)
+            affine = affines.get(name, _identity(layer))
+            if spec.widths.is_float:
+                _fold_float(layer, affine, target)
+            else:
+                _fold_quantized(layer, affine, target, input_scales[name])
+    return folded.eval()
+
+
+def _identity(layer: nn.Conv2d | nn.Linear) -> Affine:
+    count = layer.weight.shape[0]
+    bias = torch.zeros(count) if layer.bias is None else layer.bias.detach().cpu()
+    return Affine(torch.ones(count, dtype=torch.float64), bias.double())
+
+
+def _affine(norm: _BatchNorm) -> Affine:
+    assert norm.running_var is not None and norm.running_mean is not None  # our networks always track statistics
+    gain = norm.weight.detach().cpu().double() / (norm.running_var.cpu().double() + norm.eps).sqrt()
+    return Affine(gain, norm.bias.detach().cpu().double() - norm.running_mean.cpu().double() * gain)
+
+
+def _affines(model: nn.Module, example: Tensor) -> dict[str, Affine]:
+    """Convolution name -> the BatchNorm that takes its output, found by following the tensors of one forward pass."""
+    made_by: dict[int, str] = {}
+    keep: list[Tensor] = []  # an id is only unique while its tensor lives
+    pairs: dict[str, Affine] = {}
+    handles = []
+
+    def after_conv(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            keep.append(output)
+            made_by[id(output)] = name
+
+        return hook
+
+    def before_norm(name: str, norm: _BatchNorm) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            conv = made_by.get(id(inputs[0]))
+            if conv is None or conv in pairs:
+                raise ExportError(f"{name} does not follow a convolution of its own; such a BatchNorm cannot be folded")
+            pairs[conv] = _affine(norm)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(after_conv(name)))
+        elif isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(before_norm(name, module)))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(example)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return pairs
+
+
+def _input_scales(folded: nn.Module, example: Tensor) -> dict[str, float]:
+    """Layer name -> scale of the quantized tensor that enters it."""
+    scales: dict[str, float] = {}
+    handles = []
+    for name, module in folded.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+
+            def hook(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+                scales[name] = float(inputs[0].scale)
+
+            handles.append(module.register_forward_pre_hook(hook))
+    try:
+        with torch.no_grad():
+            folded(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return scales
+
+
+def _fold_float(layer: nn.Conv2d | nn.Linear, affine: Affine, target: nn.Module) -> None:
+    weight = layer.weight.detach().cpu().double()
+    shaped = affine.gain.reshape(-1, *[1] * (weight.dim() - 1))
+    target.weight.copy_(weight * shaped)  # type: ignore[operator]
+    target.bias.copy_(affine.shift)  # type: ignore[operator]
+
+
+def _fold_quantized(layer: Any, affine: Affine, target: Any, input_scale: float) -> None:
+    quantized = layer.quant_weight()
+    codes = quantized.int().cpu().double()
+    shape = (-1, *[1] * (codes.dim() - 1))
+    scale = quantized.scale.detach().cpu().double().flatten().expand(codes.shape[0]) * affine.gain.abs()
+    bias_codes = affine.shift.abs() / (input_scale * scale)
+    constant = ~(bias_codes <= LARGEST_BIAS_CODE)  # also where the scale is zero: the quotient is inf or nan
+    codes[constant] = 0.0
+    holds_bias = affine.shift.abs() / (input_scale * CONSTANT_BIAS_CODE)
+    scale = torch.where(constant, torch.where(holds_bias > 0, holds_bias, torch.ones_like(scale)), scale)
+    stored_scale = scale.float().reshape(shape)
+    target.weight_quant.tensor_quant.scaling_impl.scale.copy_(stored_scale)
+    target.weight.copy_((codes * affine.gain.sign().reshape(shape)).float() * stored_scale)
+    target.bias.copy_(affine.shift)
