@@ -1,0 +1,114 @@
+"""The L-infinity ball around an image, in floats and in uint8 pixel levels.
+
+Images are float tensors in [0, 1] (pixel / 255) and epsilon is in the same unit. Whoever made an adversarial image, it
+passes through `project` (or `round_to_uint8`, for what a device with uint8 input can receive) before it counts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustq.errors import UsageError
+
+LEVEL_TOLERANCE = 1e-4
+"""How far, in pixel levels, a value may be from a whole number and still mean it.
+
+float32 holds k/255 to within 5e-5 levels however it was computed (k / 255, k * (1 / 255), then times 255), and 8/255
+times 255 may come out as 7.99999; real fractions are further away. The ball grows by at most 4e-7 through it.
+"""
+
+
+@torch.no_grad()
+def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
+    """Move every pixel of `x_adv` to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
+
+    A NaN pixel becomes the pixel of `x`: NaN is inside no ball, and would break any model without being an attack.
+
+    Args:
+        x_adv: (N, C, H, W) float, any range.
+        x: the clean images, same shape, in [0, 1].
+        epsilon: radius, 0 to 1.
+
+    Returns:
+        (N, C, H, W), dtype of `x`, without gradient; equal to `x` for epsilon 0.
+
+    Raises:
+        UsageError: epsilon outside [0, 1] (usually 8 where 8/255 is meant), or the shapes differ.
+    """
+    _check(x_adv, x, epsilon=epsilon)
+    x_adv = torch.where(x_adv.isnan(), x, x_adv)
+    return torch.clamp(x_adv, min=x - epsilon, max=x + epsilon).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
+    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
+
+    Args:
+        x: (N, C, H, W) float in [0, 1].
+        epsilon: radius, 0 to 1.
+        generator: a CPU generator; the draw is made on the CPU and moved, so that it does not depend on the device.
+
+    Returns:
+        (N, C, H, W), dtype and device of `x`, without gradient.
+
+    Raises:
+        UsageError: epsilon outside [0, 1].
+    """
+    noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x)
+    return project(x + epsilon * (2.0 * noise - 1.0), x, epsilon=epsilon)
+
+
+@torch.no_grad()
+def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
+    """The uint8 picture nearest to `x_adv` inside the epsilon-ball of the uint8 picture `x`, as floats k/255.
+
+    All arithmetic is on whole pixel levels (exact in float32): with r = floor(255 epsilon), a level k of `x` may become
+    any of max(k - r, 0) .. min(k + r, 255). So 8/255 allows exactly 8 levels up or down, 8.9/255 allows 8 as well, and
+    an epsilon below 1/255 allows nothing. Values within `LEVEL_TOLERANCE` of a whole level count as that level. A pixel
+    half-way between two levels goes to the even one; a NaN pixel becomes the pixel of `x`.
+
+    Args:
+        x_adv: (N, C, H, W) float, any range.
+        x: the clean images, same shape, float k/255 with k = 0 .. 255.
+        epsilon: radius, 0 to 1.
+
+    Returns:
+        (N, C, H, W), dtype of `x`, without gradient. Each value is the float nearest to k/255, on every device.
+
+    Raises:
+        UsageError: epsilon outside [0, 1], the shapes differ, or `x` holds no uint8 picture (usually because it was
+            normalised, resized or augmented in float: round it first).
+    """
+    _check(x_adv, x, epsilon=epsilon)
+    levels = (x * 255.0).round()
+    off = (x * 255.0 - levels).abs()
+    # Written so that NaN fails as well.
+    if not bool(((off <= LEVEL_TOLERANCE) & (levels >= 0) & (levels <= 255)).all()):
+        raise UsageError(
+            f"the clean images are no uint8 pictures: values from {float(x.min()):.6g} to {float(x.max()):.6g}, up to "
+            f"{float(off.max()):.3g} levels away from k/255; give images that are uint8 pixels divided by 255"
+        )
+    radius = math.floor(255.0 * epsilon + LEVEL_TOLERANCE)
+    wanted = torch.where(x_adv.isnan(), levels, (x_adv * 255.0).round())
+    wanted = torch.clamp(wanted, min=levels - radius, max=levels + radius).clamp(0.0, 255.0)
+    # A tensor as divisor: CUDA turns division by a Python number into a product with its rounded reciprocal, which
+    # misses the nearest float for some levels.
+    return wanted / torch.full_like(wanted, 255.0)
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise UsageError unless epsilon is a number in [0, 1]."""
+    if not 0.0 <= epsilon <= 1.0:  # NaN fails as well
+        raise UsageError(f"epsilon is {epsilon}; give a number from 0 to 1, in the unit of the images (8/255, not 8)")
+
+
+def _check(x_adv: Tensor, x: Tensor, *, epsilon: float) -> None:
+    check_epsilon(epsilon)
+    if x_adv.shape != x.shape:
+        raise UsageError(
+            f"adversarial images have shape {tuple(x_adv.shape)} and clean ones {tuple(x.shape)}; give one for each"
+        )

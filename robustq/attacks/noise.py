@@ -1,0 +1,75 @@
+"""Attacks that ask the model nothing: Gaussian noise (GN in the paper's tables) and uniform noise.
+
+They take a model and labels like every attack, and ignore both. A gradient attack that leaves no fewer images than
+these do has not attacked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustq.attacks.ascent import Model
+from robustq.attacks.ball import check_epsilon, project, uniform_start
+from robustq.errors import UsageError
+
+
+def gaussian_noise(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    sigma: float | None = None,
+    bounded: bool = True,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Gaussian noise: x + sigma * N(0, 1) per pixel, projected into the epsilon-ball and [0, 1].
+
+    Deviation from ODG-Q (arXiv:2210.08701): the paper gives no sigma, and GN is not a bounded attack. Here sigma is
+    epsilon unless given, and the result is projected like every other attack's, so that the columns of a table share
+    one threat model; at sigma = epsilon that clips the 32% of the pixels that pass one sigma. `bounded=False` is the
+    plain noise, clamped to [0, 1] only: it may leave the ball.
+
+    Args:
+        model: ignored.
+        x: (N, C, H, W) float32 in [0, 1].
+        y: ignored.
+        epsilon: radius of the ball, 0 to 1.
+        sigma: standard deviation before projection, in the unit of the images.
+        bounded: whether the result is projected into the ball.
+        generator: a CPU generator.
+
+    Returns:
+        (N, C, H, W), dtype of `x`, without gradient.
+
+    Raises:
+        UsageError: epsilon outside [0, 1], or a negative or NaN sigma.
+    """
+    check_epsilon(epsilon)
+    sigma = epsilon if sigma is None else sigma
+    if not 0.0 <= sigma <= 1.0:
+        raise UsageError(f"sigma is {sigma}; give a number from 0 to 1, in the unit of the images (8/255, not 8)")
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    return project(x + sigma * noise, x, epsilon=epsilon if bounded else 1.0)
+
+
+def uniform_noise(
+    model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform noise: x + U(-epsilon, epsilon) per pixel, clamped to [0, 1].
+
+    Args:
+        model: ignored.
+        x: (N, C, H, W) float32 in [0, 1].
+        y: ignored.
+        epsilon: radius of the ball, 0 to 1.
+        generator: a CPU generator.
+
+    Returns:
+        (N, C, H, W), dtype of `x`, without gradient.
+
+    Raises:
+        UsageError: epsilon outside [0, 1].
+    """
+    return uniform_start(x, epsilon=epsilon, generator=generator)

@@ -1,0 +1,103 @@
+"""Predictions, correctness per image, and the interval that a counted accuracy stands for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from robustq.errors import UsageError
+
+
+def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a proportion (Wilson 1927, JASA 22).
+
+    With p = correct / total, n = total and z the normal quantile of (1 + confidence) / 2:
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+
+    Args:
+        correct: successes, 0 .. total.
+        total: trials, at least 1.
+        confidence: two-sided coverage, between 0 and 1.
+
+    Returns:
+        (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
+
+    Raises:
+        UsageError: no trials (accuracy over zero images), correct outside 0 .. total, or a confidence outside (0, 1).
+    """
+    if total < 1:
+        raise UsageError(f"an interval over {total} images does not exist; use at least 1")
+    if not 0 <= correct <= total:
+        raise UsageError(f"{correct} correct of {total} images is impossible; correct must be 0 to {total}")
+    if not 0.0 < confidence < 1.0:
+        raise UsageError(f"confidence is {confidence}; give a number between 0 and 1, like 0.95")
+    z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+    p = correct / total
+    scale = 1.0 + z * z / total
+    centre = (p + z * z / (2.0 * total)) / scale
+    half_width = z * math.sqrt(p * (1.0 - p) / total + z * z / (4.0 * total * total)) / scale
+    # At the ends the formula is exact but for rounding, which would leave 1e-18 instead of 0.
+    low = 0.0 if correct == 0 else centre - half_width
+    high = 1.0 if correct == total else centre + half_width
+    return low, high
+
+
+# no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
+@torch.no_grad()
+def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
+    """The class of the highest logit per image, -1 where any logit is NaN.
+
+    A model that answers NaN has not classified the image, and argmax would report the NaN's index as a class. The
+    lowest of several equal classes wins. The model is called as it stands: put it into eval mode first.
+
+    Args:
+        model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
+        x: (N, C, H, W) float32 in [0, 1], on the device that the model wants.
+        batch_size: images per call, at least 1.
+
+    Returns:
+        (N,) int64 on the CPU.
+
+    Raises:
+        UsageError: a batch size below 1, or a model that does not answer with one row of logits per image.
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; give at least 1")
+    predictions = torch.empty(len(x), dtype=torch.int64)
+    for first in range(0, len(x), batch_size):
+        batch = x[first : first + batch_size]
+        logits = model(batch).cpu()
+        if logits.ndim != 2 or len(logits) != len(batch):
+            raise UsageError(
+                f"the model answered {len(batch)} images with a tensor of shape {tuple(logits.shape)}; "
+                "logits must be (images, classes)"
+            )
+        classes = logits.argmax(dim=1)
+        classes[logits.isnan().any(dim=1)] = -1
+        predictions[first : first + batch_size] = classes
+    return predictions
+
+
+def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
+    """Whether each image is classified as its label; NaN logits count as wrong.
+
+    Args:
+        model: images (n, C, H, W) -> logits (n, K), as for `predict`.
+        x: (N, C, H, W) float32 in [0, 1], on the device that the model wants.
+        y: (N,) int64 labels, on any device.
+        batch_size: images per call, at least 1.
+
+    Returns:
+        (N,) bool on the CPU.
+
+    Raises:
+        UsageError: as for `predict`, or the numbers of images and labels differ.
+    """
+    if len(x) != len(y):
+        raise UsageError(f"{len(x)} images and {len(y)} labels; give one label per image")
+    predictions = predict(model, x, batch_size=batch_size)
+    return (predictions == y.cpu()) & (predictions >= 0)
