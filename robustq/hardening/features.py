@@ -1,0 +1,71 @@
+"""Logits and an inner feature of one forward pass, taken by hooks so that any network can be aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from robustq.errors import UsageError
+
+FeatureName = Literal["pooled", "unpooled", "conv", "logits"]
+FEATURES: tuple[str, ...] = ("pooled", "unpooled", "conv", "logits")
+
+
+class FeatureTap:
+    """Calls a network and returns one of its features beside the logits.
+
+    Args:
+        model: a network whose global pooling is the module named ``avgpool`` (as in torchvision's ResNets).
+        feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same tensor, flattened
+            (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the answers themselves.
+
+    Raises:
+        UsageError: an unknown feature, or a network without the layer.
+    """
+
+    def __init__(self, model: nn.Module, feature: str) -> None:
+        if feature not in FEATURES:
+            raise UsageError(f"features = '{feature}' is unknown; known: {', '.join(FEATURES)}")
+        self.model = model
+        self.feature = feature
+        modules = dict(model.named_modules())
+        self._pooling = modules.get("avgpool")
+        if feature in ("pooled", "unpooled") and self._pooling is None:
+            raise UsageError(f"{type(model).__name__} has no layer named avgpool to take '{feature}' features from")
+        # A projection shortcut is registered after its block's second convolution but runs beside it, not last.
+        convolutions = [m for name, m in modules.items() if isinstance(m, nn.Conv2d) and "downsample" not in name]
+        self._last_conv = convolutions[-1] if convolutions else None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> logits (B, K) and features (B, D), both with gradient."""
+        caught: list[Tensor] = []
+        with self._watching(caught):
+            logits = self.model(x)
+        if self.feature == "logits":
+            return logits, logits
+        feature = caught[-1]
+        if self.feature == "pooled":
+            return logits, feature.mean(dim=(2, 3))
+        return logits, feature.flatten(1)
+
+    @contextmanager
+    def _watching(self, caught: list[Tensor]) -> Iterator[None]:
+        def entering(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            caught.append(inputs[0])
+
+        def leaving(_: nn.Module, __: Any, output: Tensor) -> None:
+            caught.append(output)
+
+        handle = None
+        if self.feature in ("pooled", "unpooled") and self._pooling is not None:
+            handle = self._pooling.register_forward_pre_hook(entering)
+        elif self.feature == "conv" and self._last_conv is not None:
+            handle = self._last_conv.register_forward_hook(leaving)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                handle.remove()

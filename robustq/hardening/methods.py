@@ -1,0 +1,58 @@
+"""Method name -> method, with its settings taken from the recipe's table."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from robustq.hardening.method import Method
+from robustq.hardening.natural import Natural, NaturalSettings
+from robustq.hardening.odgq import Odgq, OdgqSettings
+from robustq.recipe import Recipe, check_settings
+
+
+_SETTINGS = {"natural": NaturalSettings, "odgq": OdgqSettings}
+
+
+def check_method(recipe: Recipe) -> None:
+    """Check the method's own table before anything is built.
+
+    Raises:
+        RecipeError: an unknown key or value.
+    """
+    check_settings(recipe.settings, _SETTINGS[recipe.method], table=recipe.method)
+
+
+def build_method(
+    recipe: Recipe,
+    model: nn.Module,
+    *,
+    epsilon: float,
+    image_shape: tuple[int, int, int],
+    samples: int,
+    device: torch.device,
+    seed: int,
+) -> Method:
+    """The method that ``recipe`` names, bound to ``model``.
+
+    Args:
+        recipe: checked recipe.
+        model: network in train mode on ``device``.
+        epsilon: radius of the threat model in [0, 1].
+        image_shape: (C, H, W).
+        samples: number of training images.
+        device: where training runs.
+        seed: of the method's own random draws.
+    """
+    if recipe.method == "natural":
+        return Natural(model)
+    return Odgq(
+        model,
+        check_settings(recipe.settings, OdgqSettings, table="odgq"),
+        epsilon=epsilon,
+        batch_size=recipe.batch_size,
+        image_shape=image_shape,
+        samples=samples,
+        device=device,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -1,0 +1,71 @@
+"""Watches clean and robust accuracy on held-out training images, so that the best checkpoint can be kept.
+
+Single-step training can collapse (catastrophic overfitting, arXiv:2001.03994): robust accuracy against PGD falls to zero within an
+epoch while the training loss looks fine. The test images take no part in this choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustq.attacks import pgd
+from robustq.evaluation.accuracy import correct
+
+PGD_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Accuracies in [0, 1]; ``robust`` is None where only clean accuracy is watched."""
+
+    clean: float
+    robust: float | None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What makes a checkpoint the best: robust accuracy where it is watched, clean accuracy on ties."""
+        return (self.clean if self.robust is None else self.robust, self.clean)
+
+
+class Monitor:
+    """Counts on the same images, from the same random start, each epoch.
+
+    Args:
+        x: (N, C, H, W) float32 in [0, 1] on the model's device.
+        y: (N,) int64.
+        epsilon: radius; None to watch clean accuracy only.
+        batch_size: images a pass.
+        seed: of the random start of PGD-10.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, *, epsilon: float | None, batch_size: int, seed: int) -> None:
+        self._x, self._y = x, y
+        self._epsilon = epsilon
+        self._batch_size = batch_size
+        self._seed = seed
+
+    def watch(self, model: nn.Module) -> Watched:
+        """Accuracies of ``model`` in eval mode; its mode is put back."""
+        was_training = model.training
+        model.eval()
+        try:
+            clean = correct(model, self._x, self._y, batch_size=self._batch_size)
+            robust = None if self._epsilon is None else self._robust(model, clean, self._epsilon)
+        finally:
+            model.train(was_training)
+        return Watched(clean.float().mean().item(), robust)
+
+    def _robust(self, model: nn.Module, clean: Tensor, epsilon: float) -> float:
+        generator = torch.Generator().manual_seed(self._seed)
+        kept = 0
+        places = clean.nonzero().flatten().to(self._x.device)  # an image that is wrong already needs no attack
+        for part in places.split(self._batch_size):
+            x, y = self._x[part], self._y[part]
+            x_adv = pgd(
+                model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator
+            )
+            kept += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
+        return kept / len(self._x)

@@ -1,0 +1,228 @@
+"""ODG-Q: robust quantization via online domain generalization, Algorithm 1 of Tao & Wong 2022 (arXiv:2210.08701).
+
+The paper has no public code and leaves choices open. Each field of :class:`OdgqSettings` is one of them: its default is the reading
+this project defends, its other values are the alternatives, and docs/odgq.md says why. Three passes forward and two backward
+per batch: the perturbation (line 6), the clean features (line 10, without gradient), and the weights (line 10).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustq.errors import RecipeError
+from robustq.hardening.features import FEATURES, FeatureTap
+from robustq.hardening.method import Step
+from robustq.hardening.mmd import mmd
+from robustq.models.batch_norm import batch_statistics, running_statistics
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "global_perturbation": ("set", "noise", "none"),
+    "update": ("batch", "epoch"),
+    "tied_to": ("slot", "sample"),
+    "features": FEATURES,
+    "estimator": ("root", "squared"),
+    "bandwidth": ("median", "mean", "mixture"),
+    "batch_norm": ("eval", "train", "joint", "separate"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdgqSettings:
+    """The ``[odgq]`` table of a recipe.
+
+    Args:
+        domains: N_k, the number of online adversarial domains.
+        mmd_weight: lambda of line 10 (the paper: 3; 0.003 for 1 bit). 0 leaves the clean branch out altogether.
+        local_scale: epsilon_l as a multiple of epsilon (not given in the paper).
+        global_perturbation: ``set``: the set P of Algorithm 1; ``none``: without it (Table IV); ``noise``: fresh uniform noise in
+            +-2 epsilon in its place (an ablation that the paper lacks).
+        update: P is updated at every ``batch``, as the algorithm writes, or once per ``epoch`` (its first batch).
+        tied_to: P belongs to the ``slot`` in the batch, as written, or to the training ``sample`` (memory: N_k training sets).
+        clip_stored: clip the stored P to +-epsilon; by default P is a raw sum that is clipped on use (line 5).
+        project_total: bring x_adv back into the epsilon-ball; by default the global and the local part add up to as much as
+            epsilon + epsilon_l, as lines 5 and 9 write (the appendix assumes the ball).
+        clamp: keep x_g and x_adv in [0, 1]. Outside, the input quantizer has no gradient and black pixels would freeze.
+        features: what line 10 aligns, see :class:`robustq.hardening.features.FeatureTap`.
+        estimator, bandwidth: of the MMD, see :func:`robustq.hardening.mmd.mmd`; bandwidth may be a number (sigma^2).
+        natural_gradient: let the MMD's gradient flow through the clean branch too (2.67 instead of 2.0 natural steps).
+        batch_norm: ``eval``: running statistics in line 6, the batch's in line 10, where only x_adv moves the running ones;
+            ``train``: plain train mode throughout, every forward moves them; ``joint``: as eval, with x_0 and x_adv normalised together
+            in one batch; ``separate``: line 6 with its own batch's statistics, only x_adv moves the running ones.
+    """
+
+    domains: int = 4
+    mmd_weight: float = 3.0
+    local_scale: float = 1.0
+    global_perturbation: str = "set"
+    update: str = "batch"
+    tied_to: str = "slot"
+    clip_stored: bool = False
+    project_total: bool = False
+    clamp: bool = True
+    features: str = "pooled"
+    estimator: str = "root"
+    bandwidth: str | float = "median"
+    natural_gradient: bool = False
+    batch_norm: str = "eval"
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"odgq.{key} = {getattr(self, key)!r} is unknown; known: {', '.join(allowed)}"
+            for key, allowed in _CHOICES.items()
+            if getattr(self, key) not in allowed and not (key == "bandwidth" and _positive(self.bandwidth))
+        ]
+        if self.domains != int(self.domains) or self.domains < 1:
+            faults.append(f"odgq.domains = {self.domains!r} must be a whole number of at least 1")
+        if self.mmd_weight < 0:
+            faults.append(f"odgq.mmd_weight = {self.mmd_weight!r} must not be negative")
+        if self.local_scale <= 0:
+            faults.append(f"odgq.local_scale = {self.local_scale!r} must be positive")
+        if faults:
+            raise RecipeError("; ".join(faults))
+
+
+def _positive(value: str | float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < float("inf")
+
+
+class Odgq:
+    """Algorithm 1, one batch at a time.
+
+    Args:
+        model: network in train mode, images in [0, 1] -> logits.
+        settings: the readings taken.
+        epsilon: radius of the threat model, in [0, 1].
+        batch_size: B, the number of slots of P.
+        image_shape: (C, H, W).
+        samples: number of training images, for ``tied_to = "sample"``.
+        device: where P lives.
+        generator: CPU generator of the ``noise`` ablation.
+    """
+
+    adversarial = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OdgqSettings,
+        *,
+        epsilon: float,
+        batch_size: int,
+        image_shape: tuple[int, int, int],
+        samples: int,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.epsilon = epsilon
+        self.domain = 0
+        self._first_batch_of_epoch = True
+        self._generator = generator
+        self._tap = FeatureTap(model, settings.features)
+        slots = samples if settings.tied_to == "sample" else batch_size
+        stored = settings.global_perturbation == "set"
+        # Line 1. The ablations keep no set at all.
+        self.perturbations = torch.zeros(
+            (int(settings.domains), slots, *image_shape) if stored else (0,), device=device
+        )
+
+    @property
+    def passes(self) -> str:
+        """Cost of a batch."""
+        if self.settings.mmd_weight == 0:
+            return "2 forward + 2 backward passes"
+        return f"3 forward + {3 if self.settings.natural_gradient else 2} backward passes"
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Line 13: k = epoch mod N_k, from 0."""
+        self.domain = epoch % int(self.settings.domains)
+        self._first_batch_of_epoch = True
+
+    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
+        """Lines 4 to 10 for one batch; see :meth:`robustq.hardening.method.Method.training_step`."""
+        x_adv = self.perturb(x, y, places)
+        return self.aligned_loss(x, x_adv, y)
+
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        """Lines 4 to 9: the adversarial images of this batch (detached); updates P."""
+        settings, epsilon = self.settings, self.epsilon
+        slots = places if settings.tied_to == "sample" else torch.arange(len(x), device=x.device)
+        x_g = self._clamped(x + self._global_part(x, slots).clamp(-epsilon, epsilon))
+        p_l = settings.local_scale * epsilon * self._input_gradient(x_g, y).sign()
+        if settings.global_perturbation == "set" and (settings.update == "batch" or self._first_batch_of_epoch):
+            # Line 8; the range is read with its end included, else N_k = 1 would never update anything.
+            updated = self.perturbations[self.domain :, slots] + p_l
+            self.perturbations[self.domain :, slots] = updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
+        self._first_batch_of_epoch = False
+        x_adv = x_g + p_l.clamp(-epsilon, epsilon)
+        if settings.project_total:
+            x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon)
+        return self._clamped(x_adv).detach()
+
+    def aligned_loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Step:
+        """Line 10: cross-entropy on x_adv + lambda * MMD(features of x_adv, features of x)."""
+        settings = self.settings
+        if settings.mmd_weight == 0:
+            logits = self.model(x_adv)
+            task = functional.cross_entropy(logits, y)
+            return Step(task, {"cross_entropy": task.detach()}, logits.detach())
+        if settings.batch_norm == "joint":
+            both_logits, both = self._tap(torch.cat([x_adv, x]))
+            logits, (features, natural) = both_logits[: len(x)], both.split(len(x))
+            natural = natural if settings.natural_gradient else natural.detach()
+        else:
+            # The clean branch first, so that the running statistics end on x_adv in train mode as well.
+            natural = self._natural_features(x)
+            logits, features = self._tap(x_adv)
+        task = functional.cross_entropy(logits, y)
+        bandwidth = settings.bandwidth
+        gap = mmd(features, natural, estimator=settings.estimator, bandwidth=bandwidth)  # type: ignore[arg-type]
+        return Step(
+            task + settings.mmd_weight * gap,
+            {"cross_entropy": task.detach(), "mmd": gap.detach()},
+            logits.detach(),
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The perturbation set P: (N_k, slots, C, H, W) float32."""
+        return {"perturbations": self.perturbations}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put P back."""
+        self.perturbations.copy_(state["perturbations"])
+
+    def _global_part(self, x: Tensor, slots: Tensor) -> Tensor:
+        kind = self.settings.global_perturbation
+        if kind == "set":
+            return self.perturbations[self.domain, slots]
+        if kind == "noise":
+            drawn = torch.rand(x.shape, generator=self._generator).to(x.device)
+            return (drawn * 4.0 - 2.0) * self.epsilon
+        return torch.zeros_like(x)
+
+    def _clamped(self, x: Tensor) -> Tensor:
+        return x.clamp(0.0, 1.0) if self.settings.clamp else x
+
+    def _input_gradient(self, x_g: Tensor, y: Tensor) -> Tensor:
+        """Line 6, of the mean loss (its sign is all that line 7 uses)."""
+        mode = {"eval": running_statistics, "joint": running_statistics, "separate": batch_statistics}
+        context = mode.get(self.settings.batch_norm)
+        x_g = x_g.detach().requires_grad_()
+        with context(self.model) if context is not None else nullcontext():
+            loss = functional.cross_entropy(self.model(x_g), y)
+        (gradient,) = torch.autograd.grad(loss, x_g)
+        return gradient
+
+    def _natural_features(self, x: Tensor) -> Tensor:
+        plain_train_mode = self.settings.batch_norm == "train"
+        with nullcontext() if plain_train_mode else batch_statistics(self.model):
+            if self.settings.natural_gradient:
+                return self._tap(x)[1]
+            with torch.no_grad():
+                return self._tap(x)[1]
