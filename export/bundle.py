@@ -1,0 +1,69 @@
+"""The folder that leaves the house: one .onnx, the model.pt it was made from, and bundle.json, which says what was proved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robustq.errors import ModelFileError
+from robustq.outputs import sha256
+
+MODEL = "model.pt"
+RECORD = "bundle.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An export folder as found on disk."""
+
+    path: Path
+    onnx: Path
+    model: Path
+    record: dict[str, Any]
+
+    @property
+    def format(self) -> str:
+        """The format the .onnx was written in."""
+        return str(self.record["format"])
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read an export folder.
+
+    Raises:
+        ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file that is not the one the
+            record speaks of (its sha256 differs).
+    """
+    if not path.exists():
+        raise ModelFileError(f"{path}: no such folder; give the folder that 'robustq export' wrote")
+    if not path.is_dir():
+        if path.suffix == ".onnx":
+            raise ModelFileError(
+                f"{path}: is a lone .onnx, without the model.pt whose gradients find the attacks; "
+                "give the export folder that it lies in"
+            )
+        raise ModelFileError(f"{path}: is not an export folder; give the folder that 'robustq export' wrote")
+    found = sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        raise ModelFileError(f"{path}: holds {len(found)} .onnx files, an export folder holds one; export the model again")
+    for name in (MODEL, RECORD):
+        if not (path / name).is_file():
+            raise ModelFileError(f"{path}: has no {name} beside {found[0].name}; export the model again")
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelFileError(f"{path / RECORD}: is not valid JSON; export the model again") from error
+    if not isinstance(record, dict) or not {"format", "sha256"} <= record.keys():
+        raise ModelFileError(f"{path / RECORD}: does not say format and sha256; export the model again")
+    for file in (found[0], path / MODEL):
+        if record["sha256"].get(file.name) != sha256(file):
+            raise ModelFileError(f"{file}: is not the file that {RECORD} speaks of (its sha256 differs); export the model again")
+    return Bundle(path, found[0], path / MODEL, record)
+
+
+def write_record(folder: Path, record: dict[str, Any], *files: Path) -> None:
+    """Write bundle.json with the digests of ``files``."""
+    digests = {file.name: sha256(file) for file in files}
+    (folder / RECORD).write_text(json.dumps({**record, "sha256": digests}, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+"""Reading and rewiring an ONNX graph: who makes a tensor, who uses it, what constant it is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+
+class GraphIndex:
+    """Lookups over one graph as it was when the index was made.
+
+    Args:
+        graph: the graph; a pass that adds or removes nodes makes a new index afterwards.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.made_by = {name: node for node in graph.node for name in node.output}
+        self.used_by: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        for node in graph.node:
+            for name in node.input:
+                self.used_by[name].append(node)
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+
+    def constant(self, name: str) -> NDArray[np.generic] | None:
+        """The array of an initializer, or None for a tensor that is computed."""
+        tensor = self._initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def uses(self, name: str) -> int:
+        """How many node inputs take ``name``."""
+        return len(self.used_by[name])
+
+
+def add_initializer(graph: onnx.GraphProto, name: str, values: NDArray[np.generic]) -> str:
+    """Add a constant under ``name``, with a number behind it when the name is taken; returns the name it got."""
+    taken = {tensor.name for tensor in graph.initializer} | {out for node in graph.node for out in node.output}
+    unique, number = name, 2
+    while unique in taken:
+        unique, number = f"{name}_{number}", number + 1
+    graph.initializer.append(numpy_helper.from_array(values, unique))
+    return unique
+
+
+def drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    """Remove constants that no node takes any more."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -1,0 +1,44 @@
+"""A Flatten between DequantizeLinear and the last layer is wrapped in the same quantization again.
+
+Contract: DequantizeLinear(s, z) - Flatten - Gemm becomes DequantizeLinear(s, z) - Flatten - QuantizeLinear(s, z) -
+DequantizeLinear(s, z) - Gemm. Requantizing codes to their own grid changes nothing; onnxruntime then flattens codes and runs the
+Gemm as QGemm instead of in float. Per-tensor scales only.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import helper
+
+from robustq.export.lowering.graph import GraphIndex
+
+
+def quantized_flatten(model: onnx.ModelProto) -> int:
+    """Wrap every such Flatten; returns how many."""
+    graph = model.graph
+    index = GraphIndex(graph)
+    wrapped = 0
+    for node in list(graph.node):
+        source = index.made_by.get(node.input[0]) if node.op_type == "Flatten" else None
+        if source is None or source.op_type != "DequantizeLinear":
+            continue
+        scale = index.constant(source.input[1])
+        if scale is None or scale.size != 1:
+            continue
+        flat = node.output[0]
+        parameters = list(source.input[1:])
+        codes, values = f"{flat}_codes", f"{flat}_values"
+        for consumer in index.used_by[flat]:
+            for place, name in enumerate(consumer.input):
+                if name == flat:
+                    consumer.input[place] = values
+        position = list(graph.node).index(node) + 1
+        graph.node.insert(
+            position, helper.make_node("QuantizeLinear", [flat, *parameters], [codes], name=f"{node.name}_quantize")
+        )
+        graph.node.insert(
+            position + 1,
+            helper.make_node("DequantizeLinear", [codes, *parameters], [values], name=f"{node.name}_dequantize"),
+        )
+        wrapped += 1
+    return wrapped

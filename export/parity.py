@@ -1,0 +1,83 @@
+"""Does the file give the answers of the folded PyTorch network? Counted on real images, in each way onnxruntime may run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustq.export.session import OnnxModel
+from robustq.progress import bar
+
+BATCH = 200
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one way of running the file compares with the reference.
+
+    Args:
+        images: how many were compared.
+        different_top1: images put into another class.
+        max_difference, mean_difference: absolute, of the logits, as a share of the reference's logit range over all images.
+    """
+
+    images: int
+    different_top1: int
+    max_difference: float
+    mean_difference: float
+
+    @property
+    def holds(self) -> bool:
+        """At most one image in a thousand differs (never fewer than one is allowed: a value may sit on a rounding tie)."""
+        return self.different_top1 <= max(1, self.images // 1000)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "holds": self.holds}
+
+
+@torch.no_grad()
+def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, *, label: str) -> Tensor:
+    """(N, C, H, W) -> (N, K) on the CPU, in batches."""
+    parts = []
+    with bar(label, len(x)) as progress:
+        for part in x.split(BATCH):
+            parts.append(model(part).detach().cpu())
+            progress.advance(len(part))
+    return torch.cat(parts)
+
+
+def compare(reference: Tensor, answers: Tensor) -> Agreement:
+    """Agreement of two (N, K) logit tensors, the first being the reference."""
+    span = (reference.max() - reference.min()).clamp_min(1e-12)
+    difference = (answers - reference).abs() / span
+    return Agreement(
+        images=len(reference),
+        different_top1=int((answers.argmax(dim=1) != reference.argmax(dim=1)).sum()),
+        max_difference=difference.max().item(),
+        mean_difference=difference.mean().item(),
+    )
+
+
+RUNS: dict[str, dict[str, bool]] = {
+    "optimised": {"optimise": True},
+    "unoptimised": {"optimise": False},
+    "exact": {"optimise": True, "exact": True},
+}
+"""Ways to run a file: as a device does; graph as written; optimised with exact 8-bit products on every x86 CPU."""
+
+
+def parity(path: Path, folded: nn.Module, x: Tensor, *, runs: tuple[str, ...]) -> dict[str, Agreement]:
+    """Compare the file with the folded network on ``x`` (N, C, H, W) float32 in [0, 1], in each of ``runs``."""
+    reference = logits_of(folded, x, label="parity: PyTorch")
+    return {run: compare(reference, logits_of(OnnxModel(path, **RUNS[run]), x, label=f"parity: {run}")) for run in runs}
+
+
+def drift(model: nn.Module, folded: nn.Module, x: Tensor) -> Agreement:
+    """What folding changed: the folded network against the unfolded one."""
+    return compare(logits_of(model, x, label="drift: unfolded"), logits_of(folded, x, label="drift: folded"))

@@ -1,0 +1,127 @@
+"""A file in onnxruntime: its answers, and which of its layers the optimised graph runs as integers."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from robustq.errors import ModelFileError
+
+INTEGER_LAYERS = frozenset(
+    {
+        "QLinearConv",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearMatMul",
+        "QLinearAveragePool",
+        "QLinearGlobalAveragePool",
+        "QLinearConcat",
+        "QGemm",
+        "ConvInteger",
+        "MatMulInteger",
+    }
+)
+
+NOT_LAYERS = frozenset(
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Clip",
+        "Relu",
+        "Transpose",
+        "Flatten",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Identity",
+        "Cast",
+        "MaxPool",
+        "ReorderInput",
+        "ReorderOutput",
+    }
+)
+"""Operations that move, convert or compare values. Whatever is in neither list counts as a float layer."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Names of the layers of an optimised graph, in execution order; ``float_convolutions`` is the worst part of ``in_float``."""
+
+    integer: tuple[str, ...]
+    in_float: tuple[str, ...]
+    float_convolutions: tuple[str, ...]
+
+
+class OnnxModel:
+    """Images in, logits out, by onnxruntime on the CPU.
+
+    Args:
+        path: an .onnx file with one float image input (N, C, H, W) and one logits output (N, K).
+        optimise: run onnxruntime's graph optimisations (as a device does) or none.
+        exact: ask for exact 8-bit products on CPUs whose AVX2 path saturates (``session.x64quantprecision``).
+        threads: of one operator; 0 lets onnxruntime choose.
+
+    Raises:
+        ModelFileError: onnxruntime cannot load the file.
+    """
+
+    def __init__(self, path: Path, *, optimise: bool = True, exact: bool = False, threads: int = 0) -> None:
+        options = _options(optimise=optimise)
+        options.intra_op_num_threads = threads
+        if exact:
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        self._session = _open(path, options)
+        self._input = self._session.get_inputs()[0].name
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) float32 in [0, 1] on any device -> (B, K) float32 logits on the CPU."""
+        (logits,) = self._session.run(None, {self._input: x.detach().cpu().contiguous().numpy()})
+        return torch.from_numpy(logits)
+
+
+def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:
+    """Which layers onnxruntime runs as integers and which in float, read from the graph it would execute.
+
+    Args:
+        path: the .onnx file.
+        arm_defaults: decide as onnxruntime does on ARM, where int8 activations are not fused.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options = _options(optimise=True)
+        options.optimized_model_filepath = str(optimised)
+        if arm_defaults:
+            options.add_session_config_entry("session.qdqisint8allowed", "1")
+        _open(path, options)
+        nodes = onnx.load(optimised).graph.node
+    integer = tuple(_name(node) for node in nodes if node.op_type in INTEGER_LAYERS)
+    in_float = [node for node in nodes if node.op_type not in INTEGER_LAYERS | NOT_LAYERS]
+    convolutions = [node for node in in_float if "Conv" in node.op_type]  # Conv, FusedConv, NhwcFusedConv, ...
+    return Layers(integer, tuple(map(_name, in_float)), tuple(map(_name, convolutions)))
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or f"{node.op_type}({node.output[0]})"
+
+
+def _options(*, optimise: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    options.log_severity_level = 4  # errors come back as exceptions
+    return options
+
+
+def _open(path: Path, options: ort.SessionOptions) -> Any:
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exception types share no base below Exception
+        first = str(error).strip().splitlines()[0][:160]
+        raise ModelFileError(f"{path}: onnxruntime cannot load it ({first})") from error

@@ -1,0 +1,76 @@
+"""From the folded PyTorch network to ONNX: the one place that calls Brevitas' exporters and torch's TorchScript exporter."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from robustq.models.spec import ModelSpec
+
+OPSET = 17
+INPUT, OUTPUT = "images", "logits"
+
+
+def export_qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """Standard ONNX: every quantizer is QuantizeLinear - Clip - DequantizeLinear, weights and biases are integers.
+
+    Args:
+        folded: what :func:`robustq.models.folding.fold` returned.
+        spec: what it is.
+    """
+    from brevitas.export import export_onnx_qcdq
+
+    return _export(export_onnx_qcdq, folded, spec)
+
+
+def export_qonnx(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """QONNX: every quantizer is one Quant node of the qonnx.custom_op.general domain (arXiv:2206.07527)."""
+    from brevitas.export import export_qonnx as brevitas_export_qonnx
+
+    return _export(brevitas_export_qonnx, folded, spec)
+
+
+def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    import tempfile
+
+    example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
+    with tempfile.TemporaryDirectory() as folder, _without_library_noise():
+        path = Path(folder) / "exported.onnx"
+        exporter(
+            folded,
+            args=example,
+            export_path=str(path),
+            # The dynamo exporter fails on residual networks or grows inputs, and Int32Bias raises in it.
+            dynamo=False,
+            # Brevitas' default makes every initializer an input, and then onnxruntime fuses nothing.
+            keep_initializers_as_inputs=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        )
+        return onnx.load(path)
+
+
+@contextmanager
+def _without_library_noise() -> Iterator[None]:
+    """Silence what a user can do nothing about: deprecation notes of the exporter that ``dynamo=False`` selects."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
