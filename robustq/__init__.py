@@ -1,0 +1,38 @@
+"""robustq: harden low-bit vision models, write the file the device runs, and judge robustness on that very file.
+
+The functions do what the commands of the same name do, and return what their ``--json`` prints.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustq.workflow.attacking import attack_model
+    from robustq.workflow.exporting import export_model, recheck_bundle
+    from robustq.workflow.quickstart import quickstart
+    from robustq.workflow.training import harden_model, train_model
+
+_HOMES = {
+    "train_model": "robustq.workflow.training",
+    "harden_model": "robustq.workflow.training",
+    "attack_model": "robustq.workflow.attacking",
+    "export_model": "robustq.workflow.exporting",
+    "recheck_bundle": "robustq.workflow.exporting",
+    "quickstart": "robustq.workflow.quickstart",
+}
+
+__all__ = ["attack_model", "export_model", "harden_model", "quickstart", "recheck_bundle", "train_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a job when it is first named: ``import robustq`` alone loads no torch."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("robustq")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'robustq' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,136 @@
+"""Results as a terminal shows them: a few lines under 120 columns, the number first, what is wrong in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from robustq.recipe import format_epsilon
+
+
+def percent(share: float | None) -> str:
+    """``37.1%``; a dash where nothing was measured."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def bounded(share: float, interval: Sequence[float]) -> str:
+    """``37.1% [34.2, 40.1]``: a share and its 95% interval."""
+    return f"{share:.1%} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+
+
+def size(count: int) -> str:
+    """``187 kB``."""
+    return f"{count / 1e6:.1f} MB" if count >= 10_000_000 else f"{count / 1000:,.0f} kB"
+
+
+def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
+    """What train and harden say at the end."""
+    held_out = f"clean {percent(result['holdout_clean_accuracy'])}"
+    if result["holdout_pgd10_accuracy"] is not None:
+        held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
+    return [
+        f"clean   {bounded(result['clean_accuracy'], result['clean_interval'])} on {result['test_images']:,} test images",
+        f"saved   {result['checkpoint']}  (epoch {result['best_epoch']} of {result['epochs']}; held out: {held_out})",
+        f"time    {result['seconds_per_epoch']:.2f} s an epoch",
+        f"next    {advice}",
+    ]
+
+
+def attack_lines(result: dict[str, Any]) -> list[str]:
+    """What attack says: each attack's accuracy, then the worst case and what it is worth."""
+    columns = " · ".join(f"{name} {percent(share)}" for name, share in result["attacks"].items())
+    lines = [
+        f"clean {percent(result['clean_accuracy'])} · {columns}",
+        f"robust accuracy at most {bounded(result['robust_accuracy'], result['interval'])} "
+        f"at {format_epsilon(result['epsilon'])} ({result['images']:,} images, worst case per image)",
+        f"verdict {result['verdict']}",
+    ]
+    if result["verdict"] == "not judged":
+        lines[-1] += ": this suite does not hunt for gradient masking, a stronger attack may leave less"
+    lines += [f"  {flag}" for flag in result["flags"]]
+    return lines
+
+
+def proof_lines(result: dict[str, Any]) -> list[str]:
+    """Parity and layers of an exported file."""
+    total = len(result["integer_layers"]) + len(result["float_layers"])
+    lines = []
+    if result["judged_file"] == "qonnx" or "qonnx_executor" in result["parity"]:
+        lines.append("onnxruntime cannot load QONNX: the rest is counted on the QCDQ file of the same model")
+    lines.append(f"layers  onnxruntime runs {len(result['integer_layers'])} of {total} as integers")
+    if result["float_layers"]:
+        lines[-1] += f"; in float: {', '.join(result['float_layers'][:4])}{' ...' if len(result['float_layers']) > 4 else ''}"
+    for run, agreement in result["parity"].items():
+        same = agreement["images"] - agreement["different_top1"]
+        lines.append(
+            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded PyTorch model "
+            f"(mean difference {agreement['mean_difference']:.1e} of the logit range, largest {agreement['max_difference']:.1e})"
+        )
+    lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
+    return lines
+
+
+def export_lines(result: dict[str, Any]) -> list[str]:
+    """What export says."""
+    drift = result["drift"]
+    lines = [
+        f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
+        f"drift   folding BatchNorm gave {drift['different_top1']} of {drift['images']:,} images another class "
+        f"(mean {drift['mean_difference']:.1e} of the logit range)",
+        *proof_lines(result),
+    ]
+    if result["recheck"] is not None:
+        lines += attack_lines(result["recheck"])
+    lines.append(f"next    robustq recheck {result['bundle']}")
+    return lines
+
+
+def recheck_lines(result: dict[str, Any]) -> list[str]:
+    """What recheck says."""
+    return [f"{result['label']} as {result['format']} on {result['data']}", *proof_lines(result), *attack_lines(result)]
+
+
+def quickstart_lines(result: dict[str, Any]) -> list[str]:
+    """The quickstart's table."""
+    columns = ("clean", "fgsm", "pgd20", "margin_pgd40")
+    heads = ("model", "clean", "FGSM", "PGD-20", "margin-PGD-40", "file")
+    cells = [
+        (row["model"], *(percent(row[name]) for name in columns), size(row["size_bytes"])) for row in result["rows"]
+    ]
+    widths = [max(len(line[place]) for line in [heads, *cells]) for place in range(len(heads))]
+    table = [
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in [heads, *cells]
+    ]
+    last = result["rows"][-1]
+    return [
+        "",
+        *table,
+        "",
+        f"{result['test_images']} test images, uint8 pixels inside {format_epsilon(result['epsilon'])}; the last row is "
+        "counted on onnxruntime's answers",
+        f"worst case of the deployed file: at most {bounded(last['worst_case'], last['worst_case_interval'])} · not judged for masking",
+        f"{result['seconds']:.0f} s · everything lies in {result['folder']}",
+        *(f"FAILED  {fall}" for fall in result["shortfalls"]),
+        "next    robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",
+    ]
+
+
+def recipe_lines(recipes: Sequence[dict[str, Any]], *, whole: bool) -> list[str]:
+    """The list of recipes, or one with every value."""
+    if not whole:
+        width = max(len(recipe["name"]) for recipe in recipes)
+        return [f"{recipe['name'].ljust(width)}  {recipe['summary']}" for recipe in recipes]
+    (recipe,) = recipes
+    lines = [f"# {recipe['name']}: {recipe['summary']}"]
+    for key, value in recipe.items():
+        if key not in ("name", "summary", "settings"):
+            lines.append(f"# {key}: by model, data or option" if value is None else f"{key} = {_toml(value)}")
+    lines += ["", f"[{recipe['method']}]", *(f"{key} = {_toml(value)}" for key, value in recipe["settings"].items())]
+    return lines
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,143 @@
+"""export and recheck: the deploy file of a trained network, and the proof of what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+from robustq.checkpoint import load_model, save_model
+from robustq.data import to_float
+from robustq.errors import UsageError
+from robustq.export.bundle import MODEL, RECORD, open_bundle, write_record
+from robustq.export.formats import build, check_format
+from robustq.export.parity import drift
+from robustq.export.recheck import attack_file, prove
+from robustq.hardening.run_folder import last_hardened
+from robustq.models.folding import fold
+from robustq.models.spec import ModelSpec
+from robustq.outputs import check_new, folder_when_whole, free_path
+from robustq.progress import note
+from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, versions
+
+EXPORTS = Path("export-out")
+
+
+def export_model(
+    model: Path | None = None,
+    *,
+    format_name: str = "integer",
+    epsilon: float | None = None,
+    images: int = 1000,
+    recheck: bool = True,
+    data: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Write the deploy file of a quantized model, and judge that file.
+
+    Args:
+        model: a .pt that robustq wrote; None: the last hardened one.
+        format_name: a key of :data:`robustq.export.formats.FORMATS`.
+        epsilon: radius of the re-check; None: what the model was trained for, else 8/255.
+        images: test images for parity and re-check (evenly spaced; 0: all).
+        recheck: also count accuracy under attack.
+        data: over what the model says.
+        seed: of the random starts.
+        device: where attacks are found; None: a GPU where there is one.
+        out: export folder; must not exist. None: ``export-out/<run>-<format>``.
+
+    Returns:
+        ``files parity integer_layers float_layers recheck`` and more; ``shortfalls`` says in words what did not hold.
+
+    Raises:
+        RobustqError: bad input; nothing is written.
+    """
+    place = pick_device(device)
+    chosen = last_hardened() if model is None else model
+    if out is not None:
+        check_new(out)
+    if images < 0:
+        raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
+    network, spec, info = load_model(chosen)
+    check_format(format_name, spec)
+    loaded = data_for(spec, data, chosen)
+    x, y = loaded.test.take(images)
+    folded = fold(network, spec)
+    name = f"{chosen.absolute().parent.name}-{format_name}"
+    final = out or free_path(EXPORTS / name)
+    with folder_when_whole(final) as folder:
+        path = folder / f"{spec.label}.onnx"
+        onnx.save(build(format_name, folded, spec), path)
+        save_model(folder / MODEL, network, spec, info=info)
+        note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
+        proof = prove(path, format_name, folded, spec, x)
+        record: dict[str, Any] = {
+            "format": format_name,
+            "label": spec.label,
+            "data": loaded.name,
+            "size_bytes": path.stat().st_size,
+            **proof.to_dict(),
+            "drift": drift(network, folded, to_float(x)).to_dict(),
+            "shortfalls": proof.shortfalls,
+            "versions": versions(),
+        }
+        if recheck:
+            radius = _radius(epsilon, spec)
+            record["recheck"] = attack_file(
+                path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed
+            ).to_dict()
+        else:
+            record["recheck"] = None
+        write_record(folder, record, path, folder / MODEL)
+    files = [str((final / file).absolute()) for file in (path.name, MODEL, RECORD)]
+    return {"bundle": str(final.absolute()), "files": files, **record}
+
+
+def recheck_bundle(
+    bundle: Path,
+    *,
+    epsilon: float | None = None,
+    images: int = 1000,
+    data: str | None = None,
+    seed: int = 0,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Judge an export folder again: parity, layers, and accuracy under attack of the deployed file.
+
+    Args and errors are those of :func:`export_model`.
+
+    Returns:
+        ``parity clean_accuracy robust_accuracy flags verdict`` and more.
+    """
+    place = pick_device(device)
+    if images < 0:
+        raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
+    opened = open_bundle(bundle)
+    network, spec, _ = load_model(opened.model)
+    check_format(opened.format, spec)
+    loaded = data_for(spec, data, opened.model)
+    x, y = loaded.test.take(images)
+    folded = fold(network, spec)
+    proof = prove(opened.onnx, opened.format, folded, spec, x)
+    radius = _radius(epsilon, spec)
+    found = attack_file(
+        opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed
+    )
+    return {
+        "bundle": str(bundle.absolute()),
+        "format": opened.format,
+        "label": spec.label,
+        "data": loaded.name,
+        "size_bytes": opened.onnx.stat().st_size,
+        **proof.to_dict(),
+        "shortfalls": proof.shortfalls,
+        **found.to_dict(),
+    }
+
+
+def _radius(epsilon: float | None, spec: ModelSpec) -> float:
+    if epsilon is not None:
+        return epsilon
+    return DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon

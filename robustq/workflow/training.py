@@ -1,0 +1,319 @@
+"""train and harden: a recipe, a network and data in, a run folder with best.pt out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustq.checkpoint import load_weights
+from robustq.data import Dataset, load_dataset, to_float
+from robustq.errors import UsageError
+from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.hardening.methods import build_method, check_method
+from robustq.hardening.monitor import Monitor
+from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
+from robustq.hardening.trainer import Trained, train
+from robustq.models.calibration import calibrate
+from robustq.models.quantizers import FLOAT_BITS, Widths
+from robustq.models.spec import ModelSpec, build_model, check_architecture
+from robustq.outputs import check_new, free_path
+from robustq.progress import note
+from robustq.recipe import Recipe, format_epsilon, load_recipe
+from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, data_for, open_source, pick_device, versions
+
+EVALUATION_BATCH = 500
+
+
+def train_model(
+    recipe: str = "natural",
+    *,
+    overrides: tuple[str, ...] = (),
+    data: str | None = None,
+    architecture: str | None = None,
+    bits: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Train a network from scratch.
+
+    Args:
+        recipe: name or TOML file.
+        overrides: ``key=value`` laid over the recipe.
+        data, architecture, bits: over the recipe's.
+        seed: of initialisation, order, augmentation and the method's draws.
+        device: ``cpu``, ``cuda``; None: a GPU where there is one.
+        out: run folder; must not exist. None: ``runs/<name>``.
+
+    Returns:
+        ``checkpoint clean_accuracy epochs seconds_per_epoch`` and more, as ``robustq train --json``.
+
+    Raises:
+        RobustqError: bad input; nothing is written.
+    """
+    settings = load_recipe(recipe, overrides)
+    check_method(settings)
+    place = pick_device(device)
+    wanted_data = data or settings.data
+    if wanted_data is None:
+        raise UsageError(f"recipe {recipe} names no data; add --data NAME, FOLDER or FILE.npz")
+    wanted_architecture = architecture or settings.architecture
+    if wanted_architecture is None:
+        raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
+    check_architecture(wanted_architecture)
+    widths = _widths(bits, settings, fallback=Widths(FLOAT_BITS, FLOAT_BITS))
+    if out is not None:
+        check_new(out)
+    loaded = load_dataset(wanted_data, train_images=settings.train_images)
+    spec = ModelSpec(
+        architecture=wanted_architecture,
+        weight_bits=widths.weight_bits,
+        act_bits=widths.act_bits,
+        classes=loaded.classes,
+        channels=loaded.channels,
+        image_size=loaded.image_size,
+        data=loaded.name,
+        epsilon=_epsilon(settings, None),
+        class_names=loaded.class_names,
+    )
+    torch.manual_seed(seed)
+    model = build_model(spec).to(place)
+    return _run(model, spec, loaded, settings, seed=seed, device=place, out=out, from_scratch=True)
+
+
+def harden_model(
+    model: Path,
+    *,
+    bits: int | None = None,
+    recipe: str = "odgq",
+    overrides: tuple[str, ...] = (),
+    data: str | None = None,
+    epsilon: float | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Quantize a trained network and fine-tune it by a recipe (default: ODG-Q).
+
+    Args:
+        model: a robustq model file, or a bare float state dict (then ``data`` is needed).
+        bits: width of weights and activations; None: the recipe's, else the model's own.
+        recipe, overrides, seed, device, out: as :func:`train_model`.
+        data: over what the model says.
+        epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
+
+    Returns:
+        As :func:`train_model`, and ``bits method``.
+
+    Raises:
+        RobustqError: bad input; nothing is written.
+    """
+    settings = load_recipe(recipe, overrides)
+    check_method(settings)
+    if epsilon is not None:
+        settings = replace(settings, epsilon=epsilon)
+    place = pick_device(device)
+    if out is not None:
+        check_new(out)
+    if bits is not None:
+        Widths(bits, bits)  # refuse a width outside the table before anything is read
+    wanted_data = data or settings.data
+    weights, source = open_source(model, wanted_data)
+    widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
+    loaded = data_for(source, wanted_data, model, train_images=settings.train_images)
+    spec = replace(
+        source,
+        weight_bits=widths.weight_bits,
+        act_bits=widths.act_bits,
+        data=loaded.name,
+        epsilon=_epsilon(settings, source.epsilon),
+        class_names=loaded.class_names,
+    )
+    torch.manual_seed(seed)
+    network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
+    result = _run(network, spec, loaded, settings, seed=seed, device=place, out=out, from_scratch=False)
+    remember_hardened(Path(result["run"]))
+    return {**result, "bits": spec.weight_bits, "method": settings.method}
+
+
+def quantize(
+    weights: dict[str, torch.Tensor],
+    source: ModelSpec,
+    target: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    path: Path,
+) -> nn.Module:
+    """A network of ``target``'s widths with ``weights``, activation scales calibrated where they are not known yet.
+
+    Without training afterwards this is plain post-training quantization.
+    """
+    model = build_model(target)
+    if source.widths == target.widths:
+        model.load_state_dict(weights)
+        return model.to(device)
+    load_weights(model, weights, path)
+    model = model.to(device)
+    _calibrate(model, data, recipe, device=device, from_scratch=False)
+    return model
+
+
+def test_accuracy(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:
+    """(right, images) on the whole test part, unattacked; in eval mode."""
+    model.eval()
+    right = images = 0
+    for batch in data.test.batches(EVALUATION_BATCH, device=device):
+        right += int(correct(model, batch.x, batch.y, batch_size=EVALUATION_BATCH).sum())
+        images += len(batch.y)
+    return right, images
+
+
+test_accuracy.__test__ = False  # type: ignore[attr-defined]  # pytest would collect it by its name
+
+
+def _widths(bits: int | None, recipe: Recipe, *, fallback: Widths | None) -> Widths:
+    if bits is not None:
+        return Widths(bits, bits)
+    weight_bits, act_bits = recipe.weight_bits, recipe.act_bits
+    if weight_bits is None and act_bits is None:
+        if fallback is None:
+            raise UsageError("the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2)")
+        return fallback
+    return Widths(weight_bits or act_bits or 0, act_bits or weight_bits or 0)
+
+
+def _epsilon(recipe: Recipe, known: float | None) -> float | None:
+    if recipe.epsilon is not None:
+        return recipe.epsilon
+    if known is not None:
+        return known
+    return None if recipe.method == "natural" else DEFAULT_EPSILON
+
+
+def _calibrate(model: nn.Module, data: Dataset, recipe: Recipe, *, device: torch.device, from_scratch: bool) -> None:
+    images, _ = data.train.take(recipe.calibration_images)
+    calibrate(model, to_float(images.to(device)), from_scratch=from_scratch)
+
+
+def _run(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    out: Path | None,
+    from_scratch: bool,
+) -> dict[str, Any]:
+    if from_scratch:
+        _calibrate(model, data, recipe, device=device, from_scratch=True)
+    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    augment = augmentation(recipe, data)
+    method = build_method(
+        recipe,
+        model,
+        epsilon=epsilon,
+        image_shape=(spec.channels, spec.image_size, spec.image_size),
+        samples=len(data.train),
+        device=device,
+        seed=seed,
+    )
+    images, labels = data.holdout.take(recipe.monitor_images)
+    monitor = Monitor(
+        to_float(images.to(device)),
+        labels.to(device),
+        epsilon=epsilon if method.adversarial else None,
+        batch_size=EVALUATION_BATCH,
+        seed=seed,
+    )
+    config = {
+        "recipe": recipe.to_dict(),
+        "spec": spec.to_dict(),
+        "augment": {"crop_padding": augment.crop_padding, "flip": augment.flip},
+        "seed": seed,
+        "device": str(device),
+        "versions": versions(),
+    }
+    folder = RunFolder(out or free_path(RUNS / f"{spec.label}-{recipe.method}"), config)
+    _announce(model, spec, data, recipe, method.passes, epsilon=epsilon, device=device)
+    about = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
+
+    def on_epoch(metrics: dict[str, Any], is_best: bool) -> None:
+        folder.add_metrics(metrics)
+        info = {**about, "epoch": metrics["epoch"], "holdout_clean_accuracy": metrics["holdout_clean_accuracy"]}
+        info["holdout_pgd10_accuracy"] = metrics["holdout_pgd10_accuracy"]
+        folder.save("last.pt", model, spec, info)
+        if is_best:
+            folder.save("best.pt", model, spec, info)
+            best_state.clear()
+            best_state.update({name: value.detach().clone() for name, value in model.state_dict().items()})
+
+    best_state: dict[str, torch.Tensor] = {}
+    trained = train(
+        model,
+        method,
+        data.train,
+        monitor,
+        recipe,
+        augment=augment,
+        seed=seed,
+        device=device,
+        on_epoch=on_epoch,
+    )
+    model.load_state_dict(best_state)
+    right, count = test_accuracy(model, data, device=device)
+    result = _result(folder.path, spec, recipe, trained, right, count, seed=seed)
+    folder.finish(result)
+    return result
+
+
+def _result(
+    run: Path, spec: ModelSpec, recipe: Recipe, trained: Trained, right: int, count: int, *, seed: int
+) -> dict[str, Any]:
+    checkpoint = run / "best.pt"
+    return {
+        "checkpoint": str(checkpoint.absolute()),
+        "run": str(run.absolute()),
+        "model": spec.label,
+        "recipe": recipe.name,
+        "clean_accuracy": right / count,
+        "clean_interval": list(wilson_interval(right, count)),
+        "test_images": count,
+        "epochs": recipe.epochs,
+        "best_epoch": trained.best_epoch,
+        "holdout_clean_accuracy": trained.best.clean,
+        "holdout_pgd10_accuracy": trained.best.robust,
+        "seconds_per_epoch": trained.seconds_per_epoch,
+        "size_bytes": checkpoint.stat().st_size,
+        "epsilon": spec.epsilon,
+        "seed": seed,
+    }
+
+
+def _announce(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    passes: str,
+    *,
+    epsilon: float,
+    device: torch.device,
+) -> None:
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    inner = (
+        "float"
+        if spec.widths.is_float
+        else f"{spec.weight_bits}-bit weights, {spec.act_bits}-bit activations, 8-bit first and last layer"
+    )
+    radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
+    note(f"{spec.architecture} · {weights:,} parameters · {inner}")
+    note(f"recipe  {recipe.name}: {recipe.method}{radius} · {recipe.epochs} epochs · {passes} a batch · {device}")
+    note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
