@@ -1,4 +1,6 @@
-"""The folder that leaves the house: one .onnx, the model.pt it was made from, and bundle.json, which says what was proved."""
+"""The folder that leaves the house: one .onnx, the model.pt it was made from, and bundle.json, which says what was
+proved.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ def open_bundle(path: Path) -> Bundle:
     """Read an export folder.
 
     Raises:
-        ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file that is not the one the
-            record speaks of (its sha256 differs).
+        ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file
+            that is not the one the record speaks of (its sha256 differs).
     """
     if not path.exists():
         raise ModelFileError(f"{path}: no such folder; give the folder that 'robustq export' wrote")
@@ -47,7 +49,9 @@ def open_bundle(path: Path) -> Bundle:
         raise ModelFileError(f"{path}: is not an export folder; give the folder that 'robustq export' wrote")
     found = sorted(path.glob("*.onnx"))
     if len(found) != 1:
-        raise ModelFileError(f"{path}: holds {len(found)} .onnx files, an export folder holds one; export the model again")
+        raise ModelFileError(
+            f"{path}: holds {len(found)} .onnx files, an export folder holds one; export the model again"
+        )
     for name in (MODEL, RECORD):
         if not (path / name).is_file():
             raise ModelFileError(f"{path}: has no {name} beside {found[0].name}; export the model again")
@@ -55,11 +59,13 @@ def open_bundle(path: Path) -> Bundle:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise ModelFileError(f"{path / RECORD}: is not valid JSON; export the model again") from error
-    if not isinstance(record, dict) or not {"format", "sha256"} <= record.keys():
+    if not isinstance(record, dict) or "format" not in record or not isinstance(record.get("sha256"), dict):
         raise ModelFileError(f"{path / RECORD}: does not say format and sha256; export the model again")
     for file in (found[0], path / MODEL):
         if record["sha256"].get(file.name) != sha256(file):
-            raise ModelFileError(f"{file}: is not the file that {RECORD} speaks of (its sha256 differs); export the model again")
+            raise ModelFileError(
+                f"{file}: is not the file that {RECORD} speaks of (its sha256 differs); export the model again"
+            )
     return Bundle(path, found[0], path / MODEL, record)
 
 

@@ -40,8 +40,9 @@ FORMATS: dict[str, Callable[[nn.Module, ModelSpec], onnx.ModelProto]] = {
     "qcdq": _qcdq,
     "integer": _integer,
 }
-"""qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear. integer: the same arithmetic
-arranged so that onnxruntime runs every layer as integers, on x86 and on ARM."""
+"""qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear. integer: the same
+arithmetic arranged so that onnxruntime runs every layer as integers, on x86 and on ARM.
+"""
 
 
 def check_format(name: str, spec: ModelSpec) -> None:

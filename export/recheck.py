@@ -1,7 +1,8 @@
-"""Proof of one file: parity with the folded network, which layers run as integers, and accuracy under attack counted on its answers.
+"""Proof of one file: parity with the folded network, which layers run as integers, and accuracy under attack counted on
+its answers.
 
-onnxruntime cannot load QONNX. There qonnx's own executor must agree on a hundred images, and everything else is counted on
-the QCDQ file of the same network, which the record says.
+onnxruntime cannot load QONNX. There qonnx's own executor must agree on a hundred images, and everything else is counted
+on the QCDQ file of the same network, which the record says.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Proof:
             if not agreement.holds
         ]
         if self.must_be_integer and self.layers.float_convolutions:
-            found.append(f"{len(self.layers.float_convolutions)} convolutions left in float: {self.layers.float_convolutions[0]}, ...")
+            count, first = len(self.layers.float_convolutions), self.layers.float_convolutions[0]
+            found.append(f"{count} convolutions left in float: {first}, ...")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +108,8 @@ def attack_file(
     device: torch.device,
     seed: int,
 ) -> Evaluation:
-    """Accuracy under the re-check suite: images found on the folded network's gradients, counted on onnxruntime's answers.
+    """Accuracy under the re-check suite: images found on the folded network's gradients, counted on onnxruntime's
+    answers.
 
     Args:
         path, format_name, spec: the file.

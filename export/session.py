@@ -52,7 +52,9 @@ NOT_LAYERS = frozenset(
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of the layers of an optimised graph, in execution order; ``float_convolutions`` is the worst part of ``in_float``."""
+    """Names of the layers of an optimised graph, in execution order; ``float_convolutions`` is the worst part of
+    ``in_float``.
+    """
 
     integer: tuple[str, ...]
     in_float: tuple[str, ...]

@@ -1,4 +1,6 @@
-"""From the folded PyTorch network to ONNX: the one place that calls Brevitas' exporters and torch's TorchScript exporter."""
+"""From the folded PyTorch network to ONNX: the one place that calls Brevitas' exporters and torch's TorchScript
+exporter.
+"""
 
 from __future__ import annotations
 

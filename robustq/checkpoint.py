@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.errors import ModelFileError
+from robustq.errors import ModelFileError, RobustqError
 from robustq.models.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
 
@@ -21,7 +21,7 @@ VERSION = 1
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name beside ``path``, then rename: the final name only ever holds a whole file."""
+    """``torch.save`` under a temporary name beside ``path``, then rename: its name only ever holds a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = Path(name)
@@ -51,12 +51,18 @@ def read_checkpoint(path: Path) -> Any:
         ModelFileError: the file is missing, a folder, empty, truncated, not a torch file, or a pickle that needs code.
     """
     if not path.exists():
-        raise ModelFileError(f"{path}: no such file; give a model.pt, best.pt or last.pt that robustq or torch.save wrote")
+        raise ModelFileError(
+            f"{path}: no such file; give a model.pt, best.pt or last.pt that robustq or torch.save wrote"
+        )
     if path.is_dir():
         raise ModelFileError(f"{path}: is a folder; give the .pt file in it")
     if path.stat().st_size == 0:
         raise ModelFileError(f"{path}: is empty (0 bytes); the program that wrote it was probably cut off")
     try:
+        with path.open("rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":
+            raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
@@ -65,7 +71,7 @@ def read_checkpoint(path: Path) -> Any:
                 "save the weights alone: torch.save(model.state_dict(), FILE)"
             ) from error
         raise ModelFileError(f"{path}: is not a torch file (no checkpoint could be read from it)") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch.load has no error of its own: IndexError, struct.error, AssertionError, ...
         first = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
         raise ModelFileError(f"{path}: is broken or truncated ({first}); copy or train it again") from error
 
@@ -74,20 +80,21 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
     """The network of a robustq model file, its spec, and its info; in eval mode, on the CPU.
 
     Raises:
-        ModelFileError: as :func:`read_checkpoint`; also for a bare state dict (use :func:`load_weights`), a file of another
-            version, or weights that do not fit the spec.
+        ModelFileError: as :func:`read_checkpoint`; also for a bare state dict (use :func:`load_weights`), a file of
+            another version, or weights that do not fit the spec.
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelFileError(f"{path}: {_foreign(content)}")
     if content.get("version") != VERSION:
         raise ModelFileError(
-            f"{path}: is version {content.get('version')!r} of the format, this robustq reads version {VERSION}; update robustq"
+            f"{path}: is version {content.get('version')!r} of the format, this robustq reads {VERSION}; update robustq"
         )
-    spec = ModelSpec.from_dict(content.get("spec"))
-    if spec.architecture not in ARCHITECTURES:
-        raise ModelFileError(f"{path}: unknown architecture '{spec.architecture}'; known: {', '.join(ARCHITECTURES)}")
-    model = build_model(spec)
+    try:
+        spec = ModelSpec.from_dict(content.get("spec"))
+        model = build_model(spec)
+    except RobustqError as error:  # an unknown architecture or width is the file's fault here, not the caller's
+        raise ModelFileError(f"{path}: {error}") from error
     _load_state(model, content.get("state"), path)
     return model, spec, dict(content.get("info") or {})
 
@@ -130,7 +137,8 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy float weights into a network of the same architecture at any width; activation scales are left to calibration.
+    """Copy float weights into a network of the same architecture at any width; activation scales are left to
+    calibration.
 
     Raises:
         ModelFileError: a weight is missing, left over or of another shape.
@@ -161,5 +169,7 @@ def _float_spec(architecture: str, classes: int, channels: int) -> ModelSpec:
 
 def _foreign(content: Any) -> str:
     if is_bare_state_dict(content):
-        return "is a bare state dict, without the spec that this needs; harden it first (robustq harden FILE --data NAME)"
+        return (
+            "is a bare state dict, without the spec that this needs; harden it first (robustq harden FILE --data NAME)"
+        )
     return f"holds a {type(content).__name__} that robustq did not write; save model.state_dict() and harden that"

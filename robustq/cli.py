@@ -38,10 +38,14 @@ Epsilon = Annotated[
 Images = Annotated[int, typer.Option(help="How many test images to use, evenly spaced; 0 for all.", min=0)]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one recipe key, e.g. epochs=10 or odgq.domains=2. Repeatable."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one recipe key, e.g. epochs=10 or odgq.domains=2. Repeatable."
+    ),
 ]
 RunOut = Annotated[Path | None, typer.Option(help="Run folder to make; must not exist. Default: runs/NAME.")]
-BundleOut = Annotated[Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")]
+BundleOut = Annotated[
+    Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")
+]
 FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
 
 
@@ -67,7 +71,9 @@ def quickstart(
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for all results; must not exist. Default: runs/quickstart.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for all results; must not exist. Default: runs/quickstart.")
+    ] = None,
 ) -> None:
     """Run the whole job on the embedded digits data, on a CPU, in about two minutes."""
     from robustq.report.text import quickstart_lines
@@ -84,8 +90,12 @@ def quickstart(
 def train(
     recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "natural",
     data: Data = None,
-    architecture: Annotated[str | None, typer.Option(help="resnet20 or resnet8. Default: what the recipe says.")] = None,
-    bits: Annotated[int | None, typer.Option(help="32 (float), 8, 4, 3 or 2. Default: what the recipe says, else 32.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="resnet20 or resnet8. Default: what the recipe says.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="32 (float), 8, 4, 3 or 2. Default: what the recipe says, else 32.")
+    ] = None,
     overrides: Set = None,
     seed: Seed = 0,
     device: Device = None,
@@ -117,8 +127,12 @@ def train(
 
 @app.command()
 def harden(
-    model: Annotated[Path, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")],
-    bits: Annotated[int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2 (32 stays float).")] = None,
+    model: Annotated[
+        Path, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
+    ],
+    bits: Annotated[
+        int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2 (32 stays float).")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "odgq",
     data: Data = None,
     epsilon: Epsilon = None,
@@ -155,12 +169,17 @@ def harden(
 @app.command()
 def attack(
     model: Annotated[Path, typer.Argument(help="A .pt that robustq wrote, or an export folder.")],
-    suite: Annotated[str, typer.Option(help="paper: GN, FGSM, PGD-20, BIM-20, TPGD-20. recheck: FGSM, PGD-20, margin-PGD-40.")] = "paper",
+    suite: Annotated[
+        str, typer.Option(help="paper: GN, FGSM, PGD-20, BIM-20, TPGD-20. recheck: FGSM, PGD-20, margin-PGD-40.")
+    ] = "paper",
     epsilon: Epsilon = None,
     images: Images = 1000,
     data: Data = None,
     require: Annotated[
-        float | None, typer.Option(help="Exit with 1 when robust accuracy is below this fraction, or a flag is raised.", min=0, max=1)
+        float | None,
+        typer.Option(
+            help="Exit with 1 when robust accuracy is below this fraction, or a flag is raised.", min=0, max=1
+        ),
     ] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -192,13 +211,21 @@ def attack(
 
 @app.command()
 def export(
-    model: Annotated[Path | None, typer.Argument(help="A .pt that robustq wrote. Default: the last hardened model.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="A .pt that robustq wrote. Default: the last hardened model.")
+    ] = None,
     format_name: Annotated[
-        str, typer.Option("--format", help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime) or integer (onnxruntime, all layers as integers).")
+        str,
+        typer.Option(
+            "--format",
+            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime) or integer (onnxruntime, all layers as integers).",
+        ),
     ] = "integer",
     epsilon: Epsilon = None,
     images: Images = 1000,
-    recheck: Annotated[bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")] = True,
+    recheck: Annotated[
+        bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")
+    ] = True,
     data: Data = None,
     seed: Seed = 0,
     device: Device = None,
@@ -240,15 +267,13 @@ def recheck(
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:
-    """Check an exported file again: same answers as PyTorch, integer layers, accuracy under attack under onnxruntime."""
+    """Check an exported file again: same answers as PyTorch, integer layers, accuracy under attack."""
     from robustq.report.text import recheck_lines
 
     def job() -> dict[str, Any]:
         from robustq.workflow.exporting import recheck_bundle
 
-        return recheck_bundle(
-            bundle, epsilon=_radius(epsilon), images=images, data=data, seed=seed, device=device
-        )
+        return recheck_bundle(bundle, epsilon=_radius(epsilon), images=images, data=data, seed=seed, device=device)
 
     _finish(job, as_json, recheck_lines, out=out, shortfall=_shortfalls)
 
@@ -343,8 +368,19 @@ def main() -> NoReturn:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None:
             raise
-        _fail(f"{shown()} (robustq --help)", 2)
+        _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _given(error: Exception) -> str:
+    """The value behind a refused option: typer's message names the option, and not always what was typed."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for place, word in enumerate(sys.argv):
+        name, equals, value = word.partition("=")
+        if name in names and name.startswith("-"):
+            typed = value if equals else "".join(sys.argv[place + 1 : place + 2])
+            return f", got '{typed}'"
+    return ""
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """Progress on stderr: one bar at a time, with rate and time left. Silent until the command line switches it on.
 
-A library call prints nothing; ``robustq`` calls :func:`show` once. Without a terminal no bar is drawn, notes are still printed.
+A library call prints nothing; ``robustq`` calls :func:`show` once. Without a terminal no bar is drawn, notes are still
+printed.
 """
 
 from __future__ import annotations

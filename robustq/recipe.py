@@ -1,8 +1,8 @@
 """Recipes: every setting of a training run in one small TOML file, checked as a whole before anything starts.
 
-A recipe's name is its path below recipes/ without the ending: ``cifar10/resnet20-w4a4-odgq``. Keys that are absent are settled by
-the model, the data set or the command line. The table named like the method (``[odgq]``) holds the method's own keys, which the method
-checks itself (:mod:`robustq.hardening`).
+A recipe's name is its path below recipes/ without the ending: ``cifar10/resnet20-w4a4-odgq``. Keys that are absent are
+settled by the model, the data set or the command line. The table named like the method (``[odgq]``) holds the method's
+own keys, which the method checks itself (:mod:`robustq.hardening`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Recipe:
         name: path below recipes/, or the file given.
         summary: one sentence for ``robustq recipes``.
         method: one of :data:`METHODS`.
-        data, architecture, weight_bits, act_bits: the task and the network; None leaves them to the model or the command line.
+        data, architecture, weight_bits, act_bits: the task and the network; None leaves them to the model or the
+            command line.
         epsilon: radius of the threat model in [0, 1]; None: what the model says, else 8/255.
         epochs: passes over the training part.
         batch_size: images a step.
@@ -159,8 +160,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe called ``name`` (or the TOML file at that path) with ``key=value`` overrides laid over it.
 
     Raises:
-        RecipeError: no such recipe (the nearest is named), broken TOML, an unknown key, a value of the wrong kind or range; all
-            faults of one recipe are told at once.
+        RecipeError: no such recipe (the nearest is named), broken TOML, an unknown key, a value of the wrong kind or
+            range; all faults of one recipe are told at once.
     """
     values = _read(name)
     for override in overrides:
@@ -172,8 +173,8 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
     """Build the settings dataclass ``kind`` from a method's table.
 
     Raises:
-        RecipeError: a key that ``kind`` does not have (the nearest is named), a value of another type than the default's, or one that
-            ``kind`` itself refuses.
+        RecipeError: a key that ``kind`` does not have (the nearest is named), a value of another type than the
+            default's, or one that ``kind`` itself refuses.
     """
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(kind)}
     faults = []
@@ -250,7 +251,7 @@ def _checked(name: str, values: dict[str, Any]) -> Recipe:
             faults.append(_unknown(key, [*_KINDS, *METHODS]))
         elif not isinstance(value, _KINDS[key]) or (isinstance(value, bool) and bool not in _KINDS[key]):
             faults.append(f"{key} = {value!r} is not {_describe(_KINDS[key])}")
-        elif key in _AT_LEAST and not (math.isfinite(value) and value >= _AT_LEAST[key]):
+        elif isinstance(value, int | float) and not _AT_LEAST.get(key, -math.inf) <= value < math.inf:
             faults.append(f"{key} = {value!r} must be at least {_AT_LEAST[key]:g}")
     for key in ("method", "epochs", "batch_size", "lr"):
         if key not in flat:
@@ -270,7 +271,9 @@ def _checked(name: str, values: dict[str, Any]) -> Recipe:
     if "epsilon" in flat:
         flat["epsilon"] = parse_epsilon(flat["epsilon"])
     flat["milestones"] = tuple(milestones)
-    return replace(Recipe(name=name, method="", epochs=1, batch_size=2, lr=0.0), **flat, settings=tables.get(str(method), {}))
+    return replace(
+        Recipe(name=name, method="", epochs=1, batch_size=2, lr=0.0), **flat, settings=tables.get(str(method), {})
+    )
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:

@@ -1,1 +1,3 @@
-"""Graph passes on standard ONNX, one a file: each takes a ModelProto, changes it in place, keeps every answer, and says how often it fired."""
+"""Graph passes on standard ONNX, one a file: each takes a ModelProto, changes it in place, keeps every answer, and says
+how often it fired.
+"""

@@ -1,8 +1,8 @@
 """Every QuantizeLinear and DequantizeLinear gets scale and zero point constants of its own.
 
 Contract: no initializer is the scale or zero point of two nodes; values are unchanged. Why: with
-``session.x64quantprecision`` onnxruntime rewrites 8-bit weights and their zero points in place, and refuses a file in which two
-nodes share one (1.32: "Attempt to replace the existing tensor").
+``session.x64quantprecision`` onnxruntime rewrites 8-bit weights and their zero points in place, and refuses a file in
+which two nodes share one (1.32: "Attempt to replace the existing tensor").
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Flatten between DequantizeLinear and the last layer is wrapped in the same quantization again.
 
 Contract: DequantizeLinear(s, z) - Flatten - Gemm becomes DequantizeLinear(s, z) - Flatten - QuantizeLinear(s, z) -
-DequantizeLinear(s, z) - Gemm. Requantizing codes to their own grid changes nothing; onnxruntime then flattens codes and runs the
-Gemm as QGemm instead of in float. Per-tensor scales only.
+DequantizeLinear(s, z) - Gemm. Requantizing codes to their own grid changes nothing; onnxruntime then flattens codes and
+runs the Gemm as QGemm instead of in float. Per-tensor scales only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def quantized_flatten(model: onnx.ModelProto) -> int:
         if scale is None or scale.size != 1:
             continue
         flat = node.output[0]
+        if all(consumer.op_type == "QuantizeLinear" for consumer in index.used_by[flat]):
+            continue  # wrapped already, or not used
         parameters = list(source.input[1:])
         codes, values = f"{flat}_codes", f"{flat}_values"
         for consumer in index.used_by[flat]:

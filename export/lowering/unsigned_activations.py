@@ -1,8 +1,9 @@
 """int8 activations become uint8 with zero point 128.
 
-Contract: every QuantizeLinear of a computed tensor with an int8 zero point 0, its optional Clip and its DequantizeLinear nodes get
-codes shifted by 128; the represented values are the same, bit for bit (QuantizeLinear rounds before it adds the zero point).
-Weights, which are constants, stay int8. Why: onnxruntime's ARM defaults leave convolutions in float that meet an int8 activation.
+Contract: every QuantizeLinear of a computed tensor with an int8 zero point 0, its optional Clip and its
+DequantizeLinear nodes get codes shifted by 128; the represented values are the same, bit for bit (QuantizeLinear rounds
+before it adds the zero point). Weights, which are constants, stay int8. Why: onnxruntime's ARM defaults leave
+convolutions in float that meet an int8 activation.
 """
 
 from __future__ import annotations

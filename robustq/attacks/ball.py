@@ -16,8 +16,8 @@ from robustq.errors import UsageError
 LEVEL_TOLERANCE = 1e-4
 """How far, in pixel levels, a value may be from a whole number and still mean it.
 
-float32 holds k/255 to within 5e-5 levels however it was computed (k / 255, k * (1 / 255), then times 255), and 8/255
-times 255 may come out as 7.99999; real fractions are further away. The ball grows by at most 4e-7 through it.
+float32 holds k/255 to within 5e-5 levels however it was computed (k / 255 or k * (1 / 255), then times 255), and 8/255
+written with six digits, 0.0313725, is 7.99999 levels. Through it the ball grows by at most 4e-7.
 """
 
 

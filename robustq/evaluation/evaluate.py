@@ -1,8 +1,8 @@
 """Counts accuracy under attack: one model finds the images, the judge answers for them.
 
-The judge is the thing whose robustness is claimed (for a deployed file: onnxruntime); the source is a differentiable model near it,
-often the same. Every adversarial image is rounded to a uint8 picture inside the ball before it is counted, since a device can
-receive nothing else.
+The judge is the thing whose robustness is claimed (for a deployed file: onnxruntime); the source is a differentiable
+model near it, often the same. Every adversarial image is rounded to a uint8 picture inside the ball before it is
+counted, since a device can receive nothing else.
 """
 
 from __future__ import annotations
@@ -124,7 +124,9 @@ def evaluate(
     with bar("attack", len(attacks) * len(x)) as progress:
         for place, attack in enumerate(attacks):
             parts = []
-            for number, (x_part, y_part) in enumerate(zip(x.split(batch_size), y.split(batch_size), strict=True)):
+            for number, (x_part, y_part) in enumerate(
+                zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
+            ):
                 generator = torch.Generator().manual_seed((seed * 1009 + place) * 100_003 + number)
                 x_adv = attack.run(source, x_part, y_part, epsilon=epsilon, generator=generator)
                 x_adv = round_to_uint8(x_adv, x_part, epsilon=epsilon)

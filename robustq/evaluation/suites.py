@@ -16,9 +16,7 @@ from robustq.attacks.losses import margin
 class Attack(Protocol):
     """An attack with its budget settled."""
 
-    def __call__(
-        self, model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator
-    ) -> Tensor:
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) in [0, 1] -> adversarial images of the same shape."""
 
 

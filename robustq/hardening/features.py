@@ -19,8 +19,9 @@ class FeatureTap:
 
     Args:
         model: a network whose global pooling is the module named ``avgpool`` (as in torchvision's ResNets).
-        feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same tensor, flattened
-            (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the answers themselves.
+        feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same
+            tensor, flattened (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the
+            answers themselves.
 
     Raises:
         UsageError: an unknown feature, or a network without the layer.
@@ -38,6 +39,8 @@ class FeatureTap:
         # A projection shortcut is registered after its block's second convolution but runs beside it, not last.
         convolutions = [m for name, m in modules.items() if isinstance(m, nn.Conv2d) and "downsample" not in name]
         self._last_conv = convolutions[-1] if convolutions else None
+        if feature == "conv" and self._last_conv is None:
+            raise UsageError(f"{type(model).__name__} has no convolution to take '{feature}' features from")
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> logits (B, K) and features (B, D), both with gradient."""

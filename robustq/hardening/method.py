@@ -26,11 +26,13 @@ class Step:
 class Method(Protocol):
     """A training method; it may keep state from batch to batch."""
 
-    passes: str
-    """Cost of one batch, for people: ``3 forward + 2 backward``."""
+    @property
+    def passes(self) -> str:
+        """Cost of one batch, for people: ``3 forward + 2 backward passes``."""
 
-    adversarial: bool
-    """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
+    @property
+    def adversarial(self) -> bool:
+        """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Told before the first batch of each epoch, counted from 0."""

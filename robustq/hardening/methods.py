@@ -10,7 +10,6 @@ from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
 from robustq.recipe import Recipe, check_settings
 
-
 _SETTINGS = {"natural": NaturalSettings, "odgq": OdgqSettings}
 
 

@@ -1,7 +1,7 @@
 """Watches clean and robust accuracy on held-out training images, so that the best checkpoint can be kept.
 
-Single-step training can collapse (catastrophic overfitting, arXiv:2001.03994): robust accuracy against PGD falls to zero within an
-epoch while the training loss looks fine. The test images take no part in this choice.
+Single-step training can collapse (catastrophic overfitting, arXiv:2001.03994): robust accuracy against PGD falls to
+zero within an epoch while the training loss looks fine. The test images take no part in this choice.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Monitor:
         generator = torch.Generator().manual_seed(self._seed)
         kept = 0
         places = clean.nonzero().flatten().to(self._x.device)  # an image that is wrong already needs no attack
-        for part in places.split(self._batch_size):
+        if len(places) == 0:
+            return 0.0
+        for part in torch.split(places, self._batch_size):
             x, y = self._x[part], self._y[part]
-            x_adv = pgd(
-                model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator
-            )
+            x_adv = pgd(model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator)
             kept += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
         return kept / len(self._x)

@@ -1,12 +1,14 @@
 """ODG-Q: robust quantization via online domain generalization, Algorithm 1 of Tao & Wong 2022 (arXiv:2210.08701).
 
-The paper has no public code and leaves choices open. Each field of :class:`OdgqSettings` is one of them: its default is the reading
-this project defends, its other values are the alternatives, and docs/odgq.md says why. Three passes forward and two backward
+The paper has no public code and leaves choices open. Each field of :class:`OdgqSettings` is one of them: its default is
+the reading this project defends, its other values are the alternatives, and docs/odgq.md says why. Three passes forward
+and two backward
 per batch: the perturbation (line 6), the clean features (line 10, without gradient), and the weights (line 10).
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -39,20 +41,22 @@ class OdgqSettings:
         domains: N_k, the number of online adversarial domains.
         mmd_weight: lambda of line 10 (the paper: 3; 0.003 for 1 bit). 0 leaves the clean branch out altogether.
         local_scale: epsilon_l as a multiple of epsilon (not given in the paper).
-        global_perturbation: ``set``: the set P of Algorithm 1; ``none``: without it (Table IV); ``noise``: fresh uniform noise in
-            +-2 epsilon in its place (an ablation that the paper lacks).
+        global_perturbation: ``set``: the set P of Algorithm 1; ``none``: without it (Table IV); ``noise``: fresh
+            uniform noise in +-2 epsilon in its place (an ablation that the paper lacks).
         update: P is updated at every ``batch``, as the algorithm writes, or once per ``epoch`` (its first batch).
-        tied_to: P belongs to the ``slot`` in the batch, as written, or to the training ``sample`` (memory: N_k training sets).
+        tied_to: P belongs to the ``slot`` in the batch, as written, or to the training ``sample`` (memory: N_k training
+            sets).
         clip_stored: clip the stored P to +-epsilon; by default P is a raw sum that is clipped on use (line 5).
-        project_total: bring x_adv back into the epsilon-ball; by default the global and the local part add up to as much as
-            epsilon + epsilon_l, as lines 5 and 9 write (the appendix assumes the ball).
+        project_total: bring x_adv back into the epsilon-ball; by default the global and the local part add up to as
+            much as epsilon + epsilon_l, as lines 5 and 9 write (the appendix assumes the ball).
         clamp: keep x_g and x_adv in [0, 1]. Outside, the input quantizer has no gradient and black pixels would freeze.
         features: what line 10 aligns, see :class:`robustq.hardening.features.FeatureTap`.
         estimator, bandwidth: of the MMD, see :func:`robustq.hardening.mmd.mmd`; bandwidth may be a number (sigma^2).
         natural_gradient: let the MMD's gradient flow through the clean branch too (2.67 instead of 2.0 natural steps).
-        batch_norm: ``eval``: running statistics in line 6, the batch's in line 10, where only x_adv moves the running ones;
-            ``train``: plain train mode throughout, every forward moves them; ``joint``: as eval, with x_0 and x_adv normalised together
-            in one batch; ``separate``: line 6 with its own batch's statistics, only x_adv moves the running ones.
+        batch_norm: ``eval``: running statistics in line 6, the batch's in line 10, where only x_adv moves the running
+            ones; ``train``: plain train mode throughout, every forward moves them; ``joint``: as eval, with x_0 and
+            x_adv normalised together in one batch; ``separate``: line 6 with its own batch's statistics, only x_adv
+            moves the running ones.
     """
 
     domains: int = 4
@@ -76,12 +80,12 @@ class OdgqSettings:
             for key, allowed in _CHOICES.items()
             if getattr(self, key) not in allowed and not (key == "bandwidth" and _positive(self.bandwidth))
         ]
-        if self.domains != int(self.domains) or self.domains < 1:
+        if not (math.isfinite(self.domains) and self.domains == int(self.domains) and self.domains >= 1):
             faults.append(f"odgq.domains = {self.domains!r} must be a whole number of at least 1")
-        if self.mmd_weight < 0:
-            faults.append(f"odgq.mmd_weight = {self.mmd_weight!r} must not be negative")
-        if self.local_scale <= 0:
-            faults.append(f"odgq.local_scale = {self.local_scale!r} must be positive")
+        if not (math.isfinite(self.mmd_weight) and self.mmd_weight >= 0):
+            faults.append(f"odgq.mmd_weight = {self.mmd_weight!r} must be a number of at least 0")
+        if not _positive(self.local_scale):
+            faults.append(f"odgq.local_scale = {self.local_scale!r} must be a positive number")
         if faults:
             raise RecipeError("; ".join(faults))
 
@@ -158,7 +162,9 @@ class Odgq:
         if settings.global_perturbation == "set" and (settings.update == "batch" or self._first_batch_of_epoch):
             # Line 8; the range is read with its end included, else N_k = 1 would never update anything.
             updated = self.perturbations[self.domain :, slots] + p_l
-            self.perturbations[self.domain :, slots] = updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
+            self.perturbations[self.domain :, slots] = (
+                updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
+            )
         self._first_batch_of_epoch = False
         x_adv = x_g + p_l.clamp(-epsilon, epsilon)
         if settings.project_total:
@@ -174,7 +180,7 @@ class Odgq:
             return Step(task, {"cross_entropy": task.detach()}, logits.detach())
         if settings.batch_norm == "joint":
             both_logits, both = self._tap(torch.cat([x_adv, x]))
-            logits, (features, natural) = both_logits[: len(x)], both.split(len(x))
+            logits, (features, natural) = both_logits[: len(x)], torch.split(both, len(x))
             natural = natural if settings.natural_gradient else natural.detach()
         else:
             # The clean branch first, so that the running statistics end on x_adv in train mode as well.

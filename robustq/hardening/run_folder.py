@@ -30,7 +30,9 @@ class RunFolder:
         try:
             path.mkdir()
         except FileExistsError as error:
-            raise OutputExistsError(f"{path} exists already; another run may have just begun: name another --out") from error
+            raise OutputExistsError(
+                f"{path} exists already; another run may have just begun: name another --out"
+            ) from error
         self.path = path
         self._metrics: list[str] = []
         write_text_atomically(path / "config.json", json.dumps(config, indent=2) + "\n")
@@ -63,7 +65,9 @@ def last_hardened() -> Path:
     """
     pointer = RUNS / LAST_HARDENED
     if not pointer.is_file():
-        raise UsageError(f"no model given and no {pointer} here; give a model file, or run 'robustq harden MODEL' first")
+        raise UsageError(
+            f"no model given and no {pointer} here; give a model file, or run 'robustq harden MODEL' first"
+        )
     model = Path(pointer.read_text(encoding="utf-8").strip()) / "best.pt"
     if not model.is_file():
         raise UsageError(f"{pointer} names {model}, which is gone; give a model file")

@@ -10,8 +10,8 @@ from robustq.recipe import Recipe
 def learning_rate(recipe: Recipe, epochs_done: float) -> float:
     """Learning rate after ``epochs_done`` epochs (a fraction within an epoch).
 
-    Linear warm-up from 0 over ``warmup_epochs``; then ``cosine``: lr * (1 + cos(pi * t)) / 2 with t from 0 to 1 over the remaining
-    epochs (arXiv:1608.03983 without restarts), or ``steps``: lr / 10^(milestones passed).
+    Linear warm-up from 0 over ``warmup_epochs``; then ``cosine``: lr * (1 + cos(pi * t)) / 2 with t from 0 to 1 over
+    the remaining epochs (arXiv:1608.03983 without restarts), or ``steps``: lr / 10^(milestones passed).
     """
     if epochs_done < recipe.warmup_epochs:
         return recipe.lr * epochs_done / recipe.warmup_epochs

@@ -1,4 +1,6 @@
-"""The one training loop: SGD over a method's loss, with metrics, a monitor on held-out images, and the best weights kept."""
+"""The one training loop: SGD over a method's loss, with metrics, a monitor on held-out images, and the best weights
+kept.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,8 @@ def train(
         augment: what happens to training images.
         seed: with the epoch it decides order and augmentation.
         device: where batches are put.
-        on_epoch: called after each epoch with its metrics row and whether it is the best so far (save the weights there).
+        on_epoch: called after each epoch with its metrics row and whether it is the best so far (save the weights
+            there).
 
     Raises:
         CheckFailedError: the loss is NaN or Inf; the step is named and the checkpoints of earlier epochs stand.
@@ -88,8 +91,11 @@ def train(
             for step, batch in enumerate(
                 split.batches(recipe.batch_size, device=device, seed=seed, epoch=epoch, augment=augment)
             ):
-                # Warm-up begins one step in: a learning rate of exactly 0 would waste the first batch.
-                done = epoch + (step + (recipe.warmup_epochs > 0)) / batches
+                # Warm-up begins one step in: a learning rate of exactly 0 would waste the first batch. Only warm-up
+                # does: shifted to its end, the cosine would waste the last batch instead, and milestones would come a
+                # step early.
+                warming = epoch + step / batches < recipe.warmup_epochs
+                done = epoch + (step + warming) / batches
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(recipe, done)
                 outcome = method.training_step(batch.x, batch.y, batch.places)

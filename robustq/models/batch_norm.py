@@ -15,7 +15,7 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Normalise with the statistics of the batch and leave the running statistics alone, whatever mode the model is in."""
+    """Normalise with the statistics of the batch and leave the running ones alone, whatever mode the model is in."""
     norms = _norms(model)
     before = [(norm.training, norm.track_running_stats) for norm in norms]
     for norm in norms:

@@ -1,21 +1,20 @@
 """Sets every activation scale of a quantized network from a few training images, once, before the first step.
 
-Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach it,
-found in network order in one forward pass, so that later layers see the quantized output of earlier ones (the usual choice of
-post-training quantization, e.g. arXiv:1906.03193 section 3.1). Low widths need this: clipping at the maximum would leave
-a 2-bit activation almost always zero.
+Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach
+it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones (the usual
+choice of post-training quantization, e.g. arXiv:1906.03193 section 3.1). Low widths need this: clipping at the maximum
+would leave a 2-bit activation almost always zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.models.batch_norm import batch_statistics
+from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.models.quantizers import LearnedThreshold
 
 GRID = torch.linspace(0.02, 1.0, 50)
@@ -27,34 +26,33 @@ SAMPLES = 100_000
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -> None:
-    """Set the learned activation thresholds of ``model`` in place; its mode and its BatchNorm statistics stay as they were.
+    """Set the learned activation thresholds of ``model`` in place; its mode and its BatchNorm statistics stay as they
+    were.
 
     Args:
         model: a quantized network; one without learned thresholds (float) is left alone.
         images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
-        from_scratch: normalise with the statistics of ``images``, since a fresh network's running statistics mean nothing.
+        from_scratch: normalise with the statistics of ``images``, since a fresh network's running statistics mean
+            nothing.
     """
-    was_training = model.training
-    model.eval()
     handles = []
     for module in model.modules():
         threshold = _own_threshold(module)
         if threshold is not None:
             handles.append(module.register_forward_pre_hook(_setter(module, threshold)))
     try:
-        with batch_statistics(model) if from_scratch else nullcontext():
+        with batch_statistics(model) if from_scratch else running_statistics(model):
             model(images)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
 
 
 def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     """The clipping threshold with the least mean squared error over ``values`` (any shape), in their unit.
 
-    Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1), as
-    Brevitas counts them. Values that are all zero give 1.0.
+    Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1),
+    as Brevitas counts them. Values that are all zero give 1.0.
     """
     flat = values.detach().flatten().float()
     flat = flat[:: max(flat.numel() // SAMPLES, 1)]
@@ -84,9 +82,6 @@ def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Modu
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         values = fused.activation_impl(inputs[0])
-        threshold.set_threshold(
-            best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed)
-        )
+        threshold.set_threshold(best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed))
 
     return hook
-

@@ -1,8 +1,8 @@
 """BatchNorm into weights and biases: the network that integer arithmetic can run, and the reference for parity.
 
 With one scale per output channel the fold is exact for the weights: the codes stay, a channel's scale is multiplied by
-|gamma| / sigma and a negative gamma flips the codes' signs. Only the bias is rounded, to an int32 in the accumulator's scale
-(input scale * weight scale).
+|gamma| / sigma and a negative gamma flips the codes' signs. Only the bias is rounded, to an int32 in the accumulator's
+scale (input scale * weight scale).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
+from robustq.models.batch_norm import running_statistics
 from robustq.models.spec import ModelSpec, build_model
 
 LARGEST_BIAS_CODE = 2**30
@@ -108,13 +109,10 @@ def _affines(model: nn.Module, example: Tensor) -> dict[str, Affine]:
             handles.append(module.register_forward_hook(after_conv(name)))
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(before_norm(name, module)))
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), running_statistics(model):
             model(example)
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     return pairs
@@ -153,10 +151,13 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, input_scale: float)
     shape = (-1, *[1] * (codes.dim() - 1))
     scale = quantized.scale.detach().cpu().double().flatten().expand(codes.shape[0]) * affine.gain.abs()
     bias_codes = affine.shift.abs() / (input_scale * scale)
-    constant = ~(bias_codes <= LARGEST_BIAS_CODE)  # also where the scale is zero: the quotient is inf or nan
+    # Below this the accumulator's scale is no normal float32: it would lose digits or become 0, and the codes NaN.
+    smallest = torch.finfo(torch.float32).tiny / min(input_scale, 1.0)
+    # The quotient is inf or nan where the scale is zero.
+    constant = ~(bias_codes <= LARGEST_BIAS_CODE) | (scale < smallest)
     codes[constant] = 0.0
     holds_bias = affine.shift.abs() / (input_scale * CONSTANT_BIAS_CODE)
-    scale = torch.where(constant, torch.where(holds_bias > 0, holds_bias, torch.ones_like(scale)), scale)
+    scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, torch.ones_like(scale)), scale)
     stored_scale = scale.float().reshape(shape)
     target.weight_quant.tensor_quant.scaling_impl.scale.copy_(stored_scale)
     target.weight.copy_((codes * affine.gain.sign().reshape(shape)).float() * stored_scale)

@@ -28,7 +28,8 @@ class Layers:
     Args:
         widths: bit widths of the inner layers.
         folded: leave BatchNorm out and give every convolution a bias (int32 when quantized): the network that
-            :func:`robustq.models.folding.fold` fills. Activations then carry their scale along, which int32 biases need.
+            :func:`robustq.models.folding.fold` fills. Activations then carry their scale along, which int32 biases
+            need.
     """
 
     widths: Widths
@@ -38,7 +39,8 @@ class Layers:
         """Input quantizer: scale 1/255, so that uint8 pixels stay as they are."""
         if self.widths.is_float:
             return nn.Identity()
-        return qnn.QuantIdentity(act_quant=PixelQuant, return_quant_tensor=self.folded)
+        layer: nn.Module = qnn.QuantIdentity(act_quant=PixelQuant, return_quant_tensor=self.folded)
+        return layer
 
     def conv(
         self, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, first: bool = False
@@ -47,13 +49,14 @@ class Layers:
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
         if self.widths.is_float:
             return nn.Conv2d(*shape, bias=self.folded)
-        return qnn.QuantConv2d(
+        layer: nn.Module = qnn.QuantConv2d(
             *shape,
             bias=self.folded,
             weight_quant=FoldedWeightQuant if self.folded else WeightQuant,
             weight_bit_width=OUTER_BITS if first else self.widths.weight_bits,
             bias_quant=BiasQuant if self.folded else None,
         )
+        return layer
 
     def batch_norm(self, channels: int) -> nn.Module:
         """BatchNorm, or nothing in a folded network."""
@@ -63,9 +66,10 @@ class Layers:
         """ReLU and the unsigned activation quantizer."""
         if self.widths.is_float:
             return nn.ReLU()
-        return qnn.QuantReLU(
+        layer: nn.Module = qnn.QuantReLU(
             act_quant=ActQuant, bit_width=self.widths.act_bits, return_quant_tensor=self.folded
         )
+        return layer
 
     def branch(self) -> nn.Module:
         """Quantizer of a convolution's output that meets a residual sum (8 bit)."""
@@ -75,13 +79,14 @@ class Layers:
         """Quantizer of the pooled features, the last layer's 8-bit input (they are averages of values after a ReLU)."""
         if self.widths.is_float:
             return nn.Identity()
-        return qnn.QuantIdentity(act_quant=ActQuant, bit_width=OUTER_BITS, return_quant_tensor=self.folded)
+        layer: nn.Module = qnn.QuantIdentity(act_quant=ActQuant, bit_width=OUTER_BITS, return_quant_tensor=self.folded)
+        return layer
 
     def linear(self, in_features: int, out_features: int) -> nn.Module:
         """The last layer, with bias; its float bias becomes int32 when folded."""
         if self.widths.is_float:
             return nn.Linear(in_features, out_features)
-        return qnn.QuantLinear(
+        layer: nn.Module = qnn.QuantLinear(
             in_features,
             out_features,
             bias=True,
@@ -89,6 +94,7 @@ class Layers:
             weight_bit_width=OUTER_BITS,
             bias_quant=BiasQuant if self.folded else None,
         )
+        return layer
 
 
 def plain(x: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """Bit width -> Brevitas quantizers: the one table of how robustq rounds weights, activations, pixels and branches.
 
 Weights are symmetric, narrow-range, with one scale per output channel: the largest magnitude of the channel over
-2^(bits-1) - 1, recomputed from the weights in every forward (no state). Activations are unsigned (they follow a ReLU) with one
-learned scale per tensor; branches that meet a residual sum are signed 8 bit, exported as uint8 with zero point 128; pixels have
-the constant scale 1/255, so that every uint8 pixel is its own code.
+2^(bits-1) - 1, recomputed from the weights in every forward (no state). Activations are unsigned (they follow a ReLU)
+with one learned scale per tensor; branches that meet a residual sum are signed 8 bit, exported as uint8 with zero point
+128; pixels have the constant scale 1/255, so that every uint8 pixel is its own code.
 
-No quantizer collects statistics in a forward: stock Brevitas activation quantizers do so for their first 300 forwards, under
-``no_grad`` as well, so a clean or an attack pass would move the model under test. Here calibration is one explicit call
-(:mod:`robustq.models.calibration`) and the scale moves only through its gradient.
+No quantizer collects statistics in a forward: stock Brevitas activation quantizers do so for their first 300 forwards,
+under ``no_grad`` as well, so a clean or an attack pass would move the model under test. Here calibration is one
+explicit call (:mod:`robustq.models.calibration`) and the scale moves only through its gradient.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class LearnedThreshold(nn.Module):
         """
         log_threshold = self.log_threshold
         if log_threshold.requires_grad and torch.is_grad_enabled():
-            per_image = max(x.numel() // x.shape[0], 1) if x.dim() else 1
+            per_image = max(x.numel() // max(x.shape[0], 1), 1) if x.dim() else 1
             log_threshold = _ScaleGradient.apply(log_threshold, 1.0 / math.sqrt(per_image * self.largest_code))
         value = log_threshold.exp()
         return value if threshold is None else value / threshold
@@ -91,12 +91,12 @@ class FixedScaling(nn.Module):
 
     def __init__(self, scaling_shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.scale: Tensor
         self.register_buffer("scale", torch.ones(scaling_shape))
 
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
         """Return the scales, shaped to broadcast over the weight ``x``; they need no division by the largest code."""
-        stored: Tensor = self.scale
-        return stored
+        return self.scale
 
 
 class WeightQuant(NarrowIntQuant, MaxStatsScaling, WeightQuantSolver):  # type: ignore[misc]
@@ -128,8 +128,8 @@ class ActQuant(UintQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[m
 class BranchQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[misc]
     """Signed 8-bit input of a residual sum, one learned scale per tensor.
 
-    Signed with zero point 0 here, where rounding x / scale is exact at ties; the exporter shifts the codes by 128 to the
-    uint8 that ARM's integer kernels want. The represented values are the same.
+    Signed with zero point 0 here, where rounding x / scale is exact at ties; the exporter shifts the codes by 128 to
+    the uint8 that ARM's integer kernels want. The represented values are the same.
     """
 
     bit_width = 8

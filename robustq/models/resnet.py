@@ -1,7 +1,8 @@
 """Residual networks for small images: ResNet-20 and ResNet-8 of He et al. (arXiv:1512.03385, section 4.2).
 
 Module names are torchvision's (``layer1.0.conv1``, ``downsample.0``, ``fc``). Shortcuts that change the shape are 1x1
-projections with BatchNorm (option B), since deployed files cannot pad channels as integers: ResNet-20 then has 21 convolutions.
+projections with BatchNorm (option B), since deployed files cannot pad channels as integers: ResNet-20 then has 21
+convolutions.
 """
 
 from __future__ import annotations
@@ -44,9 +45,14 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet of three stages (16, 32, 64 channels) with ``blocks`` basic blocks each.
 
-    Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The tensor that enters ``avgpool`` is the feature
+    Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The tensor that enters ``avgpool`` is the
+        feature
     that ODG-Q aligns.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
 
     def __init__(self, layers: Layers, *, blocks: int, channels: int, classes: int) -> None:
         super().__init__()

@@ -73,11 +73,29 @@ class ModelSpec:
                 raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be a whole number of at least 1")
         if not isinstance(known["architecture"], str) or not isinstance(known["data"], str):
             raise ModelFileError("spec names no architecture or no data set; write the model file again with robustq")
-        known["class_names"] = tuple(str(name) for name in known["class_names"])
+        epsilon = known["epsilon"]
+        if epsilon is not None and not (_is_number(epsilon) and 0.0 <= epsilon <= 1.0):
+            raise ModelFileError(f"spec says epsilon = {epsilon!r}; it must be a number in [0, 1], or None")
+        names = known["class_names"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ModelFileError(f"spec says class_names = {names!r}; they must be a list of texts")
+        known["class_names"] = tuple(names)
         if known.get("normalisation") is not None:
-            mean, std = known["normalisation"]
-            known["normalisation"] = (tuple(mean), tuple(std))
+            known["normalisation"] = _mean_and_std(known["normalisation"], known["channels"])
         return cls(**known)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean_and_std(stored: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    pair = stored if isinstance(stored, list | tuple) and len(stored) == 2 else ()
+    rows = [row for row in pair if isinstance(row, list | tuple) and len(row) == channels and all(map(_is_number, row))]
+    if len(rows) != 2:
+        raise ModelFileError(f"spec says normalisation = {stored!r}; it must be (mean, std), {channels} numbers each")
+    mean, std = (tuple(map(float, row)) for row in rows)
+    return mean, std
 
 
 Build = Callable[[Layers, int, int], nn.Module]

@@ -28,8 +28,9 @@ def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
     held_out = f"clean {percent(result['holdout_clean_accuracy'])}"
     if result["holdout_pgd10_accuracy"] is not None:
         held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
+    clean = bounded(result["clean_accuracy"], result["clean_interval"])
     return [
-        f"clean   {bounded(result['clean_accuracy'], result['clean_interval'])} on {result['test_images']:,} test images",
+        f"clean   {clean} on {result['test_images']:,} test images",
         f"saved   {result['checkpoint']}  (epoch {result['best_epoch']} of {result['epochs']}; held out: {held_out})",
         f"time    {result['seconds_per_epoch']:.2f} s an epoch",
         f"next    {advice}",
@@ -59,12 +60,14 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
         lines.append("onnxruntime cannot load QONNX: the rest is counted on the QCDQ file of the same model")
     lines.append(f"layers  onnxruntime runs {len(result['integer_layers'])} of {total} as integers")
     if result["float_layers"]:
-        lines[-1] += f"; in float: {', '.join(result['float_layers'][:4])}{' ...' if len(result['float_layers']) > 4 else ''}"
+        lines[-1] += (
+            f"; in float: {', '.join(result['float_layers'][:4])}{' ...' if len(result['float_layers']) > 4 else ''}"
+        )
     for run, agreement in result["parity"].items():
         same = agreement["images"] - agreement["different_top1"]
         lines.append(
             f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded PyTorch model "
-            f"(mean difference {agreement['mean_difference']:.1e} of the logit range, largest {agreement['max_difference']:.1e})"
+            f"(mean difference {agreement['mean_difference']:.1e}, largest {agreement['max_difference']:.1e} of the range)"
         )
     lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
     return lines
@@ -99,17 +102,21 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
     ]
     widths = [max(len(line[place]) for line in [heads, *cells]) for place in range(len(heads))]
     table = [
-        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [heads, *cells]
     ]
     last = result["rows"][-1]
+    worst = bounded(last["worst_case"], last["worst_case_interval"])
     return [
         "",
         *table,
         "",
-        f"{result['test_images']} test images, uint8 pixels inside {format_epsilon(result['epsilon'])}; the last row is "
-        "counted on onnxruntime's answers",
-        f"worst case of the deployed file: at most {bounded(last['worst_case'], last['worst_case_interval'])} · not judged for masking",
+        f"{result['test_images']} test images, uint8 pixels within {format_epsilon(result['epsilon'])}; "
+        "the last row is counted on onnxruntime's answers",
+        f"worst case of the deployed file: at most {worst} · not judged for masking",
         f"{result['seconds']:.0f} s · everything lies in {result['folder']}",
         *(f"FAILED  {fall}" for fall in result["shortfalls"]),
         "next    robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",

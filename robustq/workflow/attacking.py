@@ -28,7 +28,8 @@ def attack_model(
     """Attack a model file, or the deployed file of an export folder.
 
     Args:
-        model: a .pt that robustq wrote, or an export folder (attacks are then found on its model.pt and counted on its .onnx).
+        model: a .pt that robustq wrote, or an export folder (attacks are then found on its model.pt and counted on its
+            .onnx).
         suite: a key of :data:`robustq.evaluation.suites.SUITES`.
         epsilon: radius; None: what the model was trained for, else 8/255.
         images: test images to use (evenly spaced; 0: all).
@@ -61,9 +62,7 @@ def attack_model(
     x, y = loaded.test.take(images)
     source = (fold(network, spec) if deployed is not None else network).eval().to(place)
     radius = epsilon if epsilon is not None else DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    found = evaluate(
-        deployed or source, source, x, y, attacks=SUITES[suite], epsilon=radius, device=place, seed=seed
-    )
+    found = evaluate(deployed or source, source, x, y, attacks=SUITES[suite], epsilon=radius, device=place, seed=seed)
     return {
         "model": str(model.absolute()),
         "judge": "onnxruntime" if deployed is not None else "pytorch",

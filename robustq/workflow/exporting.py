@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
@@ -122,9 +123,7 @@ def recheck_bundle(
     folded = fold(network, spec)
     proof = prove(opened.onnx, opened.format, folded, spec, x)
     radius = _radius(epsilon, spec)
-    found = attack_file(
-        opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed
-    )
+    found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
     return {
         "bundle": str(bundle.absolute()),
         "format": opened.format,

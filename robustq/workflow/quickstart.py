@@ -1,4 +1,4 @@
-"""quickstart: the whole job once, on the embedded digits, with the twins that a hardened model must be compared with."""
+"""quickstart: the whole job once, on the embedded digits, with the twins that a hardened model is compared with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
         out: folder for all results; must not exist. None: ``runs/quickstart``.
 
     Returns:
-        ``steps`` (train, harden, export, recheck: what each command prints), ``rows`` (one per model), ``epsilon``, ``seconds``.
+        ``steps`` (train, harden, export, recheck: what each command prints), ``rows`` (one per model), ``epsilon``,
+        ``seconds``.
 
     Raises:
         RobustqError: bad input; nothing is written.
@@ -75,7 +76,9 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
         _row("float-natural", _attack(checkpoint, epsilon, seed, place), checkpoint),
         _row("w4a4-natural", _attack(Path(twin["checkpoint"]), epsilon, seed, place), Path(twin["checkpoint"])),
         _row("w4a4-ptq", _attack(ptq_path, epsilon, seed, place), ptq_path),
-        _row("w4a4-hardened", _attack(Path(hardened["checkpoint"]), epsilon, seed, place), Path(hardened["checkpoint"])),
+        _row(
+            "w4a4-hardened", _attack(Path(hardened["checkpoint"]), epsilon, seed, place), Path(hardened["checkpoint"])
+        ),
         _row("deployed-integer", recheck, Path(exports["integer"]["files"][0])),
     ]
     result = {

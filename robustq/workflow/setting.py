@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -51,7 +50,9 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, its gaps filled by the data set: crops with an eighth of the side as padding; flips for photographs."""
+    """The recipe's augmentation, its gaps filled by the data set: crops with an eighth of the side as padding; flips
+    for photographs.
+    """
     padding = data.image_size // 8 if recipe.crop_padding is None else recipe.crop_padding
     kind = "npz" if data.name.endswith(".npz") else "folder" if "/" in data.name else data.name
     flip = kind not in _UPRIGHT if recipe.flip is None else recipe.flip
@@ -83,7 +84,9 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
         ("pixels a side", spec.image_size, data.image_size),
     ):
         if wanted != got:
-            raise DataError(f"{path} was made for {wanted} {what}, {data.name} has {got}; give the data it was trained on")
+            raise DataError(
+                f"{path} was made for {wanted} {what}, {data.name} has {got}; give the data it was trained on"
+            )
 
 
 def open_source(path: Path, data: str | None) -> tuple[dict[str, torch.Tensor], ModelSpec]:
@@ -100,12 +103,20 @@ def open_source(path: Path, data: str | None) -> tuple[dict[str, torch.Tensor], 
     architecture, classes, channels = describe_state_dict(content, path)
     if data is None:
         raise ModelFileError(
-            f"{path}: is a bare state dict ({architecture}, {classes} classes) and does not say which data it was trained on; "
-            "add --data NAME, FOLDER or FILE.npz"
+            f"{path}: is a bare state dict ({architecture}, {classes} classes) and does not say which data it was "
+            "trained on; add --data NAME, FOLDER or FILE.npz"
         )
     loaded = load_dataset(data)
     spec = ModelSpec(
-        architecture, FLOAT_BITS, FLOAT_BITS, classes, channels, loaded.image_size, loaded.name, None, loaded.class_names
+        architecture,
+        FLOAT_BITS,
+        FLOAT_BITS,
+        classes,
+        channels,
+        loaded.image_size,
+        loaded.name,
+        None,
+        loaded.class_names,
     )
     check_fit(spec, loaded, path)
     return content, spec

@@ -183,7 +183,9 @@ def _widths(bits: int | None, recipe: Recipe, *, fallback: Widths | None) -> Wid
     weight_bits, act_bits = recipe.weight_bits, recipe.act_bits
     if weight_bits is None and act_bits is None:
         if fallback is None:
-            raise UsageError("the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2)")
+            raise UsageError(
+                "the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2)"
+            )
         return fallback
     return Widths(weight_bits or act_bits or 0, act_bits or weight_bits or 0)
 

@@ -1,0 +1,280 @@
+"""The command line in one process: the thin job end to end, --json, exit codes, and one line for every bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from robustq import cli
+from robustq.checkpoint import load_model, save_model
+from robustq.export.bundle import RECORD
+from robustq.outputs import sha256
+
+
+class Outcome:
+    """Exit code, stdout and stderr of one call."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        document = json.loads(self.out)
+        assert isinstance(document, dict)
+        return document
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Call the command line in an empty folder."""
+    workplace = tmp_path / "here"
+    workplace.mkdir()
+    monkeypatch.chdir(workplace)
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["robustq", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+FAST_TRAIN = ("--set", "epochs=1", "--set", "train_images=200", "--device", "cpu")
+
+
+def test_the_thin_job_runs_from_float_to_a_judged_file(run: Run) -> None:
+    trained = run("train", "--recipe", "digits/resnet8-float-natural", *FAST_TRAIN, "--json")
+    assert trained.code == 0, trained.err
+    assert {"checkpoint", "clean_accuracy", "epochs", "seconds_per_epoch"} <= trained.json.keys()
+    assert trained.json["epochs"] == 1
+
+    hardened = run("harden", trained.json["checkpoint"], "--bits", "4", *FAST_TRAIN, "--json")
+    assert hardened.code == 0, hardened.err
+    assert hardened.json["bits"] == 4
+    assert hardened.json["method"] == "odgq"
+    folder = Path(hardened.json["run"])
+    assert folder.name == "resnet8-w4a4-odgq"
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "best.pt",
+        "last.pt",
+        "result.json",
+    }
+    assert json.loads((folder / "result.json").read_text())["clean_accuracy"] == hardened.json["clean_accuracy"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["recipe"]["train_images"] == 200
+    assert config["spec"]["weight_bits"] == 4
+
+    exported = run("export", "--images", "60", "--json")  # the last hardened model, without naming it
+    assert exported.code == 0, exported.err
+    assert {"files", "parity", "integer_layers", "float_layers", "recheck"} <= exported.json.keys()
+    bundle = Path(exported.json["bundle"])
+    assert bundle.name == "resnet8-w4a4-odgq-integer"
+    assert {file.suffix for file in bundle.iterdir()} == {".onnx", ".pt", ".json"}
+    assert exported.json["float_layers"] == []
+    assert sha256(bundle / "model.pt") == json.loads((bundle / RECORD).read_text())["sha256"]["model.pt"]
+
+    rechecked = run("recheck", bundle, "--images", "60", "--json")
+    assert rechecked.code == 0, rechecked.err
+    assert {"parity", "clean_accuracy", "robust_accuracy", "flags", "verdict"} <= rechecked.json.keys()
+    assert rechecked.json["verdict"] == "not judged"
+    for key in ("clean_accuracy", "robust_accuracy", "attacks", "interval"):
+        assert rechecked.json[key] == exported.json["recheck"][key], key
+
+    again = run("export", "--images", "20", "--no-recheck", "--json")
+    assert Path(again.json["bundle"]).name == "resnet8-w4a4-odgq-integer-2"
+    assert again.json["recheck"] is None
+
+
+@pytest.mark.parametrize("format_name", ["qonnx", "qcdq"])
+def test_other_formats_are_rechecked_as_well(run: Run, digits_w4a4: Path, format_name: str) -> None:
+    exported = run("export", digits_w4a4, "--format", format_name, "--images", "40", "--json")
+    assert exported.code == 0, exported.err
+    assert exported.json["judged_file"] == "qcdq"
+    assert ("qonnx_executor" in exported.json["parity"]) == (format_name == "qonnx")
+    assert 0.0 <= exported.json["recheck"]["robust_accuracy"] <= exported.json["recheck"]["clean_accuracy"] <= 1.0
+
+
+def test_attack_counts_a_model_and_its_deployed_file_alike(run: Run, digits_w4a4: Path) -> None:
+    model = run("attack", digits_w4a4, "--images", "50", "--json")
+    assert model.code == 0, model.err
+    assert set(model.json["attacks"]) == {"gn", "fgsm", "pgd20", "bim20", "tpgd20"}
+    assert model.json["images"] == 50
+    assert model.json["robust_accuracy"] <= min(model.json["attacks"].values())
+    low, high = model.json["interval"]
+    assert low <= model.json["robust_accuracy"] <= high
+    run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle")
+    deployed = run("attack", "bundle", "--images", "50", "--json")
+    assert deployed.json["judge"] == "onnxruntime"
+    # Bias rounding may turn an image or two of fifty.
+    assert deployed.json["robust_accuracy"] == pytest.approx(model.json["robust_accuracy"], abs=0.1)
+
+
+def test_require_turns_a_low_robust_accuracy_into_exit_1(run: Run, digits_w4a4: Path) -> None:
+    met = run("attack", digits_w4a4, "--images", "20", "--epsilon", "0", "--require", "0.1")
+    assert met.code == 0, met.err
+    missed = run("attack", digits_w4a4, "--images", "20", "--epsilon", "1", "--require", "0.9", "--json")
+    assert missed.code == 1
+    assert missed.json["robust_accuracy"] < 0.9
+    assert missed.err.strip().splitlines()[-1].startswith("robustq: robust accuracy")
+
+
+def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w4a4: Path) -> None:
+    run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle")
+    model, spec, info = load_model(Path("bundle/model.pt"))
+    with torch.no_grad():
+        model.get_parameter("fc.weight").neg_()
+    save_model(Path("bundle/model.pt"), model, spec, info=info)
+    record = json.loads(Path("bundle", RECORD).read_text())
+    record["sha256"]["model.pt"] = sha256(Path("bundle/model.pt"))
+    Path("bundle", RECORD).write_text(json.dumps(record))
+    result = run("recheck", "bundle", "--images", "40", "--json")
+    assert result.code == 1
+    assert result.json["shortfalls"]
+    assert "another class" in result.err
+
+
+def test_results_can_be_kept_in_a_file(run: Run, digits_w4a4: Path) -> None:
+    told = run("attack", digits_w4a4, "--images", "10", "--epsilon", "0", "--json", "--out", "found.json")
+    assert json.loads(Path("found.json").read_text()) == told.json
+    again = run("attack", digits_w4a4, "--images", "10", "--epsilon", "0", "--out", "found.json")
+    assert again.code == 2
+    assert "exists already" in again.err
+
+
+def test_same_seed_same_model_and_same_count(run: Run, digits_float: Path) -> None:
+    fast = ("--bits", "2", "--set", "epochs=1", "--set", "train_images=150", "--device", "cpu")
+    states = []
+    for out, seed in (("a", "7"), ("b", "7"), ("c", "8")):
+        assert run("harden", digits_float, *fast, "--seed", seed, "--out", out).code == 0
+        states.append(load_model(Path(out, "last.pt"))[0].state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_recipes_lists_and_prints(run: Run, tmp_path: Path) -> None:
+    listed = run("recipes")
+    assert "cifar10/resnet20-w4a4-odgq" in listed.out
+    printed = run("recipes", "cifar10/resnet20-w4a4-odgq")
+    # What is printed is a recipe itself.
+    own = tmp_path / "own.toml"
+    own.write_text(printed.out)
+    same = run("recipes", own, "--json").json["recipes"][0]
+    original = run("recipes", "cifar10/resnet20-w4a4-odgq", "--json").json["recipes"][0]
+    assert {**same, "name": "", "summary": ""} == {**original, "name": "", "summary": ""}
+
+
+def test_a_bare_state_dict_is_hardened_when_the_data_is_named(run: Run, digits_float: Path) -> None:
+    torch.save(load_model(digits_float)[0].state_dict(), "weights.pt")
+    refused = run("harden", "weights.pt", "--bits", "4")
+    assert refused.code == 2
+    assert "add --data" in refused.err
+    taken = run("harden", "weights.pt", "--bits", "8", "--data", "digits", *FAST_TRAIN, "--json")
+    assert taken.code == 0, taken.err
+    assert load_model(Path(taken.json["checkpoint"]))[1].data == "digits"
+
+
+def _write_bad_files(folder: Path, digits_float: Path, digits_w4a4: Path) -> None:
+    (folder / "empty.pt").write_bytes(b"")
+    (folder / "truncated.pt").write_bytes(digits_w4a4.read_bytes()[:5000])
+    (folder / "text.pt").write_text("not a model")
+    (folder / "onnx-alone.onnx").write_bytes(b"x")
+    (folder / "taken").mkdir()
+    shutil.copy(digits_float, folder / "float.pt")
+    shutil.copy(digits_w4a4, folder / "w4a4.pt")
+    content = torch.load(digits_w4a4, weights_only=True)
+    content["spec"]["architecture"] = "resnet21"
+    torch.save(content, folder / "resnet21.pt")
+    (folder / "broken.toml").write_text("method = ")
+    (folder / "unknown-key.toml").write_text('method = "odgq"\nepochs = 1\nbatch_size = 8\nlr = 0.1\nepoch = 3\n')
+    np.savez(folder / "short.npz", x_train=np.zeros((4, 8, 8), np.uint8))
+
+
+BAD: list[tuple[tuple[str, ...], str]] = [
+    (("harden", "none.pt", "--bits", "4"), "none.pt: no such file"),
+    (("harden", "empty.pt", "--bits", "4"), "empty.pt: is empty"),
+    (("harden", "truncated.pt", "--bits", "4"), "truncated.pt: is broken or truncated"),
+    (("harden", "text.pt", "--bits", "4"), "text.pt: is not a torch file"),
+    (("harden", "taken", "--bits", "4"), "taken: is a folder"),
+    (("harden", "resnet21.pt", "--bits", "4"), "unknown architecture 'resnet21'"),
+    (("harden", "float.pt", "--bits", "5"), "bits 5 are not in the table"),
+    (("harden", "float.pt", "--bits", "four"), "'four'"),
+    (("harden", "float.pt"), "add --bits 4"),
+    (("harden", "float.pt", "--bits", "4", "--recipe", "odqg"), "nearest: odgq"),
+    (("harden", "float.pt", "--bits", "4", "--recipe", "broken.toml"), "not valid TOML"),
+    (("harden", "float.pt", "--bits", "4", "--recipe", "unknown-key.toml"), "nearest: epochs"),
+    (("harden", "float.pt", "--bits", "4", "--recipe", "absent.toml"), "absent.toml: no such recipe file"),
+    (("harden", "float.pt", "--bits", "4", "--set", "epochs=0"), "epochs = 0 must be at least 1"),
+    (("harden", "float.pt", "--bits", "4", "--set", "epochs"), "--set 'epochs' has no value"),
+    (("harden", "float.pt", "--bits", "4", "--set", "odgq.domain=3"), "nearest: odgq.domains"),
+    (("harden", "float.pt", "--bits", "4", "--set", "odgq.features=conv9"), "odgq.features = 'conv9'"),
+    (("harden", "float.pt", "--bits", "4", "--data", "digit"), "digits"),
+    (("harden", "float.pt", "--bits", "4", "--data", "short.npz"), "short.npz"),
+    (("harden", "float.pt", "--bits", "4", "--device", "tpu9"), "unknown device 'tpu9'"),
+    (("harden", "float.pt", "--bits", "4", "--device", "cuda:99"), "device 'cuda:99' is not there"),
+    (("harden", "float.pt", "--bits", "4", "--out", "taken"), "taken exists already"),
+    *(
+        (("harden", "float.pt", "--bits", "4", "--epsilon", value), f"epsilon '{value}'")
+        for value in ("-1", "2", "nan", "8/0", "eight", "1/2/3", "inf")
+    ),
+    (("harden",), "Missing argument"),
+    (("train", "--architecture", "resnet8"), "names no data"),
+    (("train", "--data", "digits"), "names no architecture"),
+    (("train", "--data", "digits", "--architecture", "resnet9"), "nearest: resnet8"),
+    (("train", "--data", "digits", "--architecture", "resnet8", "--out", "taken"), "taken exists already"),
+    (("attack", "none.pt"), "none.pt: no such file"),
+    (("attack", "onnx-alone.onnx"), "is a lone .onnx"),
+    (("attack", "taken"), "holds 0 .onnx files"),
+    (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
+    (("attack", "w4a4.pt", "--epsilon", "8"), "epsilon '8' is outside [0, 1]"),
+    (("attack", "w4a4.pt", "--images", "-3"), "-3"),
+    (("export",), "no model given"),
+    (("export", "w4a4.pt", "--format", "qonxx"), "unknown format 'qonxx'"),
+    (("export", "float.pt", "--format", "integer"), "quantize it first"),
+    (("export", "w4a4.pt", "--out", "taken"), "taken exists already"),
+    (("recheck", "none"), "none: no such folder"),
+    (("recipes", "nothing/there"), "unknown recipe 'nothing/there'"),
+    (("quickstart", "--out", "taken"), "taken exists already"),
+    (("atack", "w4a4.pt"), "No such command 'atack'"),
+    (("attack", "w4a4.pt", "--epsilonn", "1"), "--epsilonn"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), BAD, ids=lambda value: " ".join(value) if type(value) is tuple else ""
+)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(
+    run: Run, digits_float: Path, digits_w4a4: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    _write_bad_files(Path.cwd(), digits_float, digits_w4a4)
+    before = {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")}
+    outcome = run(*arguments)
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("robustq: ")
+    assert expected in outcome.err
+    assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
+
+
+def test_every_command_explains_itself(run: Run) -> None:
+    for command in ("quickstart", "train", "harden", "attack", "export", "recheck", "recipes"):
+        told = run(command, "--help")
+        assert told.code == 0
+        assert "--json" in told.out
+        assert "--out" in told.out
