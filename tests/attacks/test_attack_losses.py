@@ -96,3 +96,10 @@ def test_input_gradient_reports_losses_and_logits() -> None:
     assert slope.gradient.flatten(1).tolist() == [[-2.0, 4.0], [2.0, -4.0]]
     assert not (slope.logits.requires_grad or slope.losses.requires_grad or slope.gradient.requires_grad)
     assert math.isclose(float(x.sum()), 2.0)
+
+
+def test_input_gradient_turns_nan_into_0() -> None:
+    x = torch.full((1, 1, 1, 2), 0.5)
+    # sqrt(0 * pixel) is 0, and its gradient inf * 0; the other pixel keeps its own.
+    slope = input_gradient(lambda x: torch.sqrt(x.flatten(1) * torch.tensor([0.0, 2.0])), x, lambda z: z.sum(dim=1))
+    assert slope.gradient.flatten().tolist() == [0.0, 1.0]

@@ -62,6 +62,7 @@ RADII = [
     (7.99 / 255, 7),
     (8 / 255, 8),
     (float(np.float32(8 / 255)), 8),
+    (0.0313725, 8),  # 8/255 written with six digits: 7.99999 levels
     (8.9 / 255, 8),
     (0.03, 7),  # 7.65 levels
     (0.031, 7),  # 7.905 levels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -138,11 +140,34 @@ def test_keep_best_prefers_misclassified_to_a_higher_loss() -> None:
     assert torch.equal(best, x)
 
 
-def test_keep_best_takes_the_highest_loss_among_misclassified_iterates() -> None:
-    # 0.52 and 0.58 are both wrong; 0.545 is nearer to the peak than either.
-    x, y = pixels(0.52), torch.tensor([0])
-    best = pgd(band, x, y, epsilon=0.2, step_size=0.025, steps=3, random_start=False, keep_best=True)
-    torch.testing.assert_close(best, pixels(0.545), rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    ("start", "epsilon", "step_size", "best"),
+    [
+        (0.52, 0.2, 0.025, 0.545),  # 0.52, 0.545, 0.57: the middle one is nearest to the peak at 0.55
+        (0.54, 0.05, 0.07, 0.54),  # 0.54, 0.59 (edge of the ball), 0.52: the first one is
+        (0.515, 0.2, 0.0175, 0.55),  # 0.515, 0.5325, 0.55: the last one is
+    ],
+)
+def test_keep_best_takes_the_highest_loss_among_misclassified_iterates(
+    start: float, epsilon: float, step_size: float, best: float
+) -> None:
+    x, y = pixels(start), torch.tensor([0])
+    settings: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size, "steps": 2, "random_start": False}
+    kept = pgd(band, x, y, keep_best=True, **settings)
+    torch.testing.assert_close(kept, pixels(best), rtol=0, atol=1e-6)
+
+
+def test_keep_best_remembers_the_misclassified_iterate() -> None:
+    def rising(x: Tensor) -> Tensor:
+        return band(x) + x.flatten(1)
+
+    def height(logits: Tensor, y: Tensor) -> Tensor:
+        return logits[:, 0]
+
+    # The loss is the pixel itself: 0.48 (right), 0.54 (wrong), then 0.60 and 0.66 (right), ever higher.
+    x, y = pixels(0.48), torch.tensor([0])
+    best = pgd(rising, x, y, epsilon=0.3, step_size=0.06, steps=3, loss=height, random_start=False, keep_best=True)
+    torch.testing.assert_close(best, pixels(0.54), rtol=0, atol=1e-6)
 
 
 def test_keep_best_counts_nan_logits_as_misclassified() -> None:

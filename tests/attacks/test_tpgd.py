@@ -76,11 +76,11 @@ def test_clean_answer_is_asked_once_and_held() -> None:
     asked = []
 
     def counting(x: Tensor) -> Tensor:
-        asked.append(x.requires_grad)
+        asked.append((x.requires_grad, torch.is_grad_enabled()))
         return linear(x)
 
     tpgd(counting, X, Y, epsilon=EPSILON, steps=5, generator=torch.Generator().manual_seed(0))
-    assert asked == [False] + 5 * [True]
+    assert asked == [(False, False)] + 5 * [(True, True)]
 
 
 def test_kl_has_no_gradient_at_the_clean_image_itself() -> None:
@@ -95,7 +95,7 @@ def test_kl_has_no_gradient_at_the_clean_image_itself() -> None:
         return slope.gradient.abs().max().item()
 
     # Zero up to float64's rounding of probabilities times weights around 1, where cross-entropy has a slope.
-    assert largest("kl") <= 1e-15
+    assert largest("kl") <= 1e-14
     assert largest("cross-entropy") >= 0.1
 
 

@@ -27,6 +27,13 @@ def test_wilson_interval_equals_scipy(total: int, confidence: float) -> None:
         )
 
 
+def test_wilson_interval_ends_are_exact() -> None:
+    # For 9, 13 and 15 images, among others, the formula's float64 rounding misses 1; for others it misses 0.
+    for total in range(1, 100):
+        assert wilson_interval(0, total)[0] == 0.0
+        assert wilson_interval(total, total)[1] == 1.0
+
+
 def test_wilson_interval_by_hand() -> None:
     # No success in n: high = z^2 / (n + z^2), with z^2 = 3.841459 (the 95% quantile of chi-squared).
     low, high = wilson_interval(0, 10)

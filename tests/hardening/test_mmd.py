@@ -12,7 +12,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.hardening.mmd import mmd
+from robustq.hardening.mmd import _squared_distances, mmd
 
 ESTIMATORS = ["root", "squared"]
 BANDWIDTHS: list[Any] = ["median", "mean", "mixture", 2.5]
@@ -140,10 +140,10 @@ def test_equal_batches(estimator: Any, bandwidth: Any, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [0.0, 0.1, -1e4])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e4, 1e38])
 @pytest.mark.parametrize("bandwidth", BANDWIDTHS)
 def test_all_samples_equal(bandwidth: Any, value: float, dtype: torch.dtype) -> None:
-    # 21 samples of 0.1: their rounded mean is not 0.1, which centring by the mean alone would magnify to noise.
+    # Centring must leave exact zeros: the mean of 21 times 0.1 is rounded, and that of 1e38 overflows in float32.
     a = torch.full((10, 37), value, dtype=dtype, requires_grad=True)
     b = torch.full((11, 37), value, dtype=dtype)
     root = mmd(a, b, bandwidth=bandwidth)
@@ -154,20 +154,43 @@ def test_all_samples_equal(bandwidth: Any, value: float, dtype: torch.dtype) -> 
     assert gradient.abs().max() == 0.0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
 @pytest.mark.parametrize("bandwidth", ["median", "mixture"])
-def test_mostly_equal_samples_keep_a_usable_bandwidth(bandwidth: Any) -> None:
-    # 39 samples in one point, one far away: the median distance is 0, its float32 form rounding noise.
-    a = features(1, 16, seed=3, dtype=torch.float32).repeat(20, 1)
-    b = a.clone()
-    b[0] += 3.0
-    a.requires_grad_()
+def test_mostly_equal_samples_keep_a_usable_bandwidth(bandwidth: Any, scale: float) -> None:
+    # 39 samples almost in one point, one far away: the median distance is 0 or rounding noise.
+    joint = features(1, 16, seed=3, dtype=torch.float32) + 1e-5 * features(40, 16, seed=4, dtype=torch.float32)
+    joint[20] += 3.0
+    a, b = (scale * joint[:20]).requires_grad_(), scale * joint[20:]
     value = mmd(a, b, estimator="squared", bandwidth=bandwidth)
     (gradient,) = torch.autograd.grad(value, a)
     # At any small width the far sample shares nothing: MMD^2 = 1 + (19^2 + 1) / 400 - 2 * 19 / 20, per kernel.
     kernels = 5 if bandwidth == "mixture" else 1
-    assert value.item() == pytest.approx(kernels * (1 + 362 / 400 - 38 / 20), abs=1e-4)
-    # Equal samples neither attract nor repel: 0 but for rounding. Unfloored it is 1e5 here.
-    assert gradient.abs().max() <= 1e-2
+    assert value.item() == pytest.approx(kernels * (1 + 362 / 400 - 38 / 20), abs=1e-3)
+    # At widths a thousand times the distances, samples hardly attract or repel each other (float64: 0.007 for the five
+    # kernels). Without the floor it would be 500 in float64.
+    assert gradient.abs().max() * scale <= 2e-2
+
+
+def test_squared_distances_are_not_negative_and_0_on_the_diagonal() -> None:
+    # Close pairs among distant ones, where rounding leaves |u|^2 + |v|^2 - 2 uv below 0.
+    joint = features(20, 64, seed=1, dtype=torch.float32).repeat(2, 1)
+    joint += 1e-5 * features(40, 64, seed=2, dtype=torch.float32)
+    distances = _squared_distances(joint)
+    assert distances.min() >= 0.0
+    assert distances.diagonal().abs().max() == 0.0
+    exact = torch.cdist(joint.double(), joint.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    # Norms of about 64 in float32: a few units in the last place, 4e-6 each.
+    torch.testing.assert_close(distances.double(), exact, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [0, 5, 39])
+def test_one_far_sample_does_not_blur_the_others(first: int) -> None:
+    # The centre is the mean and not that sample, wherever in the batch it is. The far sample draws the mean 12 away
+    # from the others, which costs a digit: 1e-5. A fixed width, since the median of such features is under the floor.
+    a, b = features(40, 8, seed=1, dtype=torch.float32), features(40, 8, seed=2, shift=0.5, dtype=torch.float32)
+    a[first] += 1000.0
+    expected = reference(a, b, bandwidth=16.0)
+    assert mmd(a, b, estimator="squared", bandwidth=16.0).item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-6, 1e6, 1e16])

@@ -1,0 +1,108 @@
+"""Which tensor a FeatureTap hands out, against the network walked through by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.errors import UsageError
+from robustq.hardening.features import FEATURES, FeatureTap
+from robustq.models.calibration import calibrate
+from robustq.models.spec import ModelSpec, build_model
+
+
+def resnet8(bits: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = build_model(ModelSpec("resnet8", bits, bits, 10, 1, 8, "digits", None, ()))
+    x = torch.rand(5, 1, 8, 8)
+    calibrate(model, x, from_scratch=True)
+    return model, x
+
+
+def walked(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The last convolution's output and the tensor that enters avgpool, by calling the layers one after the other."""
+    module = model.get_submodule
+    for name in ("pixels", "conv1", "bn1", "relu", "layer1", "layer2"):
+        x = module(name)(x)
+    shortcut = module("layer3.0.downsample")(x)
+    for name in ("conv1", "bn1", "relu1", "conv2"):
+        x = module(f"layer3.0.{name}")(x)
+    conv = x
+    for name in ("bn2", "branch"):
+        x = module(f"layer3.0.{name}")(x)
+    return conv, module("layer3.0.relu2")(x + shortcut)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_each_feature_is_its_tensor(feature: str, bits: int) -> None:
+    model, x = resnet8(bits)
+    conv, before_pooling = walked(model, x)
+    assert before_pooling.shape == (5, 64, 2, 2)
+    expected = {
+        "pooled": before_pooling.mean(dim=(2, 3)),
+        "unpooled": before_pooling.flatten(1),
+        "conv": conv.flatten(1),
+        "logits": model(x),
+    }[feature]
+    logits, features = FeatureTap(model, feature)(x)
+    # The same layers on the same input: exact.
+    assert torch.equal(logits, model(x))
+    assert torch.equal(features, expected)
+    assert logits.requires_grad and features.requires_grad
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_has_its_gradient_into_the_images(feature: str) -> None:
+    model, x = resnet8(4)
+    x.requires_grad_()
+    _, features = FeatureTap(model, feature)(x)
+    (gradient,) = torch.autograd.grad(features.square().sum(), x)
+    assert bool(gradient.any())
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_no_hook_stays_behind(feature: str) -> None:
+    model, x = resnet8(32)
+    before = hooks(model)
+    tap = FeatureTap(model, feature)
+    assert hooks(model) == before
+    tap(x)
+    assert hooks(model) == before
+    with pytest.raises(RuntimeError):
+        tap(torch.rand(5, 3, 8, 8))
+    assert hooks(model) == before
+
+
+def test_unknown_feature_is_refused() -> None:
+    model, _ = resnet8(32)
+    with pytest.raises(UsageError, match=r"'layer3'.*pooled"):
+        FeatureTap(model, "layer3")
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(("feature", "lacking"), [("pooled", "avgpool"), ("unpooled", "avgpool"), ("conv", "convol")])
+def test_a_network_without_the_layer_is_refused(feature: str, lacking: str) -> None:
+    with pytest.raises(UsageError, match=f"Perceptron has no .*{lacking}.*'{feature}'"):
+        FeatureTap(Perceptron(), feature)
+
+
+def test_logits_need_no_layer() -> None:
+    model = Perceptron()
+    x = torch.rand(3, 1, 8, 8)
+    logits, features = FeatureTap(model, "logits")(x)
+    assert torch.equal(logits, model(x)) and torch.equal(features, logits)

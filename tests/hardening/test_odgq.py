@@ -1,0 +1,610 @@
+"""ODG-Q against the line-by-line reference of Algorithm 1, and what each of its other readings changes.
+
+The comparison runs in float64: sign() of a gradient that two orders of summation leave on different sides of 0 would
+otherwise decide the test. Images, P and step sizes are then equal bit by bit, since both sides do the same sums there.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustq.errors import RecipeError
+from robustq.hardening.methods import build_method, check_method
+from robustq.hardening.mmd import mmd
+from robustq.hardening.odgq import Odgq, OdgqSettings
+from robustq.models.calibration import calibrate
+from robustq.models.spec import ModelSpec, build_model
+from robustq.recipe import Recipe
+from tests.hardening import odgq_reference as reference
+
+EPSILON = 0.1
+SLOTS = 6
+SHAPE = (2, 6, 6)
+SAMPLES = 16
+CPU = torch.device("cpu")
+
+
+class Twin(nn.Module):
+    """The reference's net as an ordinary module, with the layer names of our ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 5, 3, padding=1, stride=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(5)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.relu(self.bn1(self.conv1(x)))
+        h = functional.relu(self.bn2(self.conv2(h)))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(h), 1))
+        return logits
+
+
+def twins(seed: int = 0) -> tuple[Twin, reference.ReferenceNet]:
+    """The same float64 net twice, in train mode, with running statistics and affine parameters that are not trivial."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Twin().double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for norm in (model.bn1, model.bn2):
+            norm.weight.copy_(0.5 + torch.rand(norm.weight.shape, generator=generator, dtype=torch.float64))
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.copy_(0.3 * torch.randn(norm.running_mean.shape, generator=generator))
+            norm.running_var.copy_(0.5 + torch.rand(norm.running_var.shape, generator=generator))
+    running = {name: value for name, value in model.state_dict().items() if "running" in name}
+    return model, reference.ReferenceNet(dict(model.named_parameters()), running)
+
+
+def images(count: int, *, seed: int, low: float = 0.0, high: float = 1.0) -> tuple[Tensor, Tensor]:
+    """float64 images between `low` and `high` (a fifth of the pixels black or white when that is all of [0, 1])."""
+    generator = torch.Generator().manual_seed(seed)
+    x = low + (high - low) * torch.rand((count, *SHAPE), generator=generator, dtype=torch.float64)
+    if (low, high) == (0.0, 1.0):
+        x = ((x - 0.1) * 1.25).clamp(0, 1)
+    return x, torch.randint(0, 3, (count,), generator=generator)
+
+
+def odgq(model: nn.Module, *, epsilon: float = EPSILON, seed: int = 0, dtype: Any = torch.float64, **keys: Any) -> Odgq:
+    method = Odgq(
+        model,
+        OdgqSettings(**keys),
+        epsilon=epsilon,
+        batch_size=SLOTS,
+        image_shape=SHAPE,
+        samples=SAMPLES,
+        device=CPU,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    method.perturbations = method.perturbations.to(dtype)
+    return method
+
+
+def running(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items() if "running_" in name}
+
+
+class Watch:
+    """Copies of what goes into a model and what comes out, in the order of its forward passes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self._handle = model.register_forward_hook(self._note)
+
+    def _note(self, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self.inputs.append(inputs[0].detach().clone())
+        self.outputs.append(output.detach().clone())
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_close(got: Any, expected: Any) -> None:
+    """Equal for two float64 programs that sum in another order: 1e-15 apart in a step, 1e-14 in 15 steps of SGD."""
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("domains", "local_scale", "mmd_weight"), [(1, 1.0, 3.0), (2, 0.5, 0.3), (4, 1.25, 3.0)])
+def test_algorithm_1(domains: int, local_scale: float, mmd_weight: float) -> None:
+    x, y = images(SAMPLES, seed=1)
+    # Each epoch in another order, in batches of 6, 6 and 4: the last batch is short, and samples change slots.
+    shuffled = [torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch)) for epoch in range(5)]
+    orders = [torch.split(order, SLOTS) for order in shuffled]
+    model, net = twins()
+    expected = reference.train(
+        net,
+        [[(x[places], y[places]) for places in order] for order in orders],
+        reference.Settings(N_k=domains, epsilon=EPSILON, epsilon_l=local_scale * EPSILON, lambda_=mmd_weight, eta=0.05),
+        slots=SLOTS,
+    )
+    method = odgq(model, domains=domains, local_scale=local_scale, mmd_weight=mmd_weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    trace = iter(expected)
+    for epoch, order in enumerate(orders):
+        method.begin_epoch(epoch)
+        for places in order:
+            with Watch(model) as seen:
+                step = method.training_step(x[places], y[places], places)
+            want = next(trace)
+            assert method.domain == want.k
+            # Line 5's images, the clean ones and line 9's images, and no fourth pass.
+            assert len(seen.inputs) == 3
+            assert torch.equal(seen.inputs[0], want.x_g)
+            assert torch.equal(seen.inputs[1], x[places])
+            assert torch.equal(seen.inputs[2], want.x_adv)
+            assert torch.equal(method.perturbations, want.P)
+            assert_close(step.terms["cross_entropy"].item(), want.task_loss)
+            assert_close(step.terms["mmd"].item(), want.mmd_loss)
+            assert_close(step.loss.item(), want.task_loss + mmd_weight * want.mmd_loss)
+            assert torch.equal(step.logits, seen.outputs[2])
+            optimizer.zero_grad()
+            step.loss.backward()  # type: ignore[no-untyped-call]
+            assert_close({n: p.grad for n, p in model.named_parameters()}, want.gradients)
+            assert_close(running(model), want.running)
+            optimizer.step()
+            assert_close({n: p.data for n, p in model.named_parameters()}, want.parameters)
+    assert next(trace, None) is None
+    # The run must have met what the test is about: P beyond the ball, both clamps, and a local part of both signs.
+    P = expected[-1].P
+    assert P.abs().max() > 1.5 * EPSILON
+    assert all(bool((step.x_adv == bound).any()) for step in expected for bound in (0.0, 1.0))
+    assert P.min() < 0 < P.max()
+    if domains > 1:
+        assert not torch.equal(P[0], P[1])
+
+
+def test_the_last_domain_gathers_every_epoch_and_the_first_only_its_own() -> None:
+    # "P[0, ...] updates every N_k epochs, and P[N_k - 1, ...] updates every epoch like a roulette" (section III).
+    x, y = images(SLOTS, seed=1)
+    method = odgq(twins()[0], domains=3)
+    updated = []
+    for epoch in range(6):
+        method.begin_epoch(epoch)
+        before = method.perturbations.clone()
+        method.perturb(x, y, torch.arange(SLOTS))
+        updated.append([bool((new != old).any()) for new, old in zip(method.perturbations, before, strict=True)])
+    assert updated == [[True, True, True], [False, True, True], [False, False, True]] * 2
+
+
+def test_perturbing_leaves_no_trace_in_the_model() -> None:
+    model, _ = twins()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = images(SLOTS, seed=1)
+    x_adv = odgq(model).perturb(x, y, torch.arange(SLOTS))
+    assert not x_adv.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def grey(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Images so far from 0 and 1 that nothing is clamped, their labels and places."""
+    return *images(SLOTS, seed=seed, low=0.3, high=0.7), torch.arange(SLOTS)
+
+
+def first_sign(model: nn.Module, x_g: Tensor, y: Tensor) -> Tensor:
+    """Sign of line 6's gradient by another way: the model in eval mode, the loss summed over the images."""
+    model.eval()
+    x_g = x_g.clone().requires_grad_()
+    functional.cross_entropy(model(x_g), y, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    model.train()
+    model.zero_grad()
+    assert x_g.grad is not None
+    return x_g.grad.sign()
+
+
+def test_mmd_weight_zero_leaves_the_clean_branch_out() -> None:
+    x, y, places = grey()
+    model, net = twins()
+    method = odgq(model, mmd_weight=0.0)
+    with Watch(model) as seen:
+        step = method.training_step(x, y, places)
+    assert len(seen.inputs) == 2
+    assert set(step.terms) == {"cross_entropy"}
+    logits, _ = net.forward(seen.inputs[1], train=True, move=True)
+    assert step.loss.item() == pytest.approx(reference.task_loss(logits, y).item(), rel=1e-12)
+    assert_close(running(model), net.running)
+    assert method.passes == "2 forward + 2 backward passes"
+    assert odgq(model).passes == "3 forward + 2 backward passes"
+
+
+@pytest.mark.parametrize("local_scale", [0.25, 0.5, 1.0, 1.25])
+def test_local_scale(local_scale: float) -> None:
+    x, y, places = grey()
+    model, _ = twins()
+    method = odgq(model, local_scale=local_scale)
+    sign = first_sign(model, x, y)
+    x_adv = method.perturb(x, y, places)
+    # P takes the local part as it is (line 8), the images at most epsilon of it (line 9). The first x_g is x itself.
+    assert torch.equal(method.perturbations[0], local_scale * EPSILON * sign)
+    torch.testing.assert_close(x_adv, x + min(local_scale, 1.0) * EPSILON * sign, rtol=0, atol=1e-15)
+
+
+def test_global_perturbation_none() -> None:
+    model, _ = twins()
+    method = odgq(model, global_perturbation="none")
+    for batch in range(2):
+        x, y, places = grey(seed=batch)
+        with Watch(model) as seen:
+            x_adv = method.perturb(x, y, places)
+        assert torch.equal(seen.inputs[0], x)
+        torch.testing.assert_close(x_adv, x + EPSILON * first_sign(model, x, y), rtol=0, atol=1e-15)
+    assert method.perturbations.numel() == 0
+
+
+def test_global_perturbation_noise() -> None:
+    model, _ = twins()
+    x, y, places = grey()
+    method, again, other = (odgq(model, seed=seed, global_perturbation="noise") for seed in (3, 3, 4))
+    starts = []
+    for run in (method, method, again, other):
+        with Watch(model) as seen:
+            x_adv = run.perturb(x, y, places)
+        starts.append(seen.inputs[0] - x)
+        torch.testing.assert_close(
+            x_adv, seen.inputs[0] + EPSILON * first_sign(model, seen.inputs[0], y), rtol=0, atol=1e-15
+        )
+    # Uniform in +-2 epsilon, clipped to +-epsilon by line 5 as P would be: a quarter of the entries at either end.
+    # The noise is float32 (epsilon rounds by 1.5e-9), as it is in training.
+    assert starts[0].abs().max().item() == pytest.approx(EPSILON, abs=1e-8)
+    for end in (-EPSILON, EPSILON):
+        share = ((starts[0] - end).abs() < 1e-8).double().mean().item()
+        # 432 draws at 1/4: a standard deviation of 0.021, and five of them.
+        assert share == pytest.approx(0.25, abs=0.105)
+    assert torch.equal(starts[0], starts[2])
+    assert not torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[3])
+    assert method.perturbations.numel() == 0
+
+
+def test_update_once_per_epoch() -> None:
+    model, _ = twins()
+    method = odgq(model, update="epoch", domains=1)
+    changed = []
+    for epoch in range(3):
+        method.begin_epoch(epoch)
+        for batch in range(3):
+            before = method.perturbations.clone()
+            x, y, places = grey(seed=10 * epoch + batch)
+            with Watch(model) as seen:
+                method.perturb(x, y, places)
+            # Used in every batch, written in the first.
+            torch.testing.assert_close(seen.inputs[0], x + before[0].clamp(-EPSILON, EPSILON), rtol=0, atol=1e-15)
+            changed.append(not torch.equal(method.perturbations, before))
+    assert changed == [True, False, False] * 3
+
+
+def test_tied_to_the_sample() -> None:
+    model, _ = twins()
+    x, y = images(SAMPLES, seed=1, low=0.3, high=0.7)
+    method = odgq(model, tied_to="sample", domains=2)
+    assert method.perturbations.shape == (2, SAMPLES, *SHAPE)
+    method.begin_epoch(1)
+    places = torch.tensor([9, 2, 15, 4])
+    sign = first_sign(model, x[places], y[places])
+    method.perturb(x[places], y[places], places)
+    assert torch.equal(method.perturbations[1, places], EPSILON * sign)
+    others = torch.tensor([place for place in range(SAMPLES) if place not in places.tolist()])
+    assert not method.perturbations[1, others].any() and not method.perturbations[0].any()
+    # Image 2 in another slot of another batch meets its own perturbation; image 7 has none yet.
+    with Watch(model) as seen:
+        method.perturb(x[[7, 2]], y[[7, 2]], torch.tensor([7, 2]))
+    torch.testing.assert_close(seen.inputs[0][0], x[7], rtol=0, atol=0)
+    torch.testing.assert_close(seen.inputs[0][1], x[2] + EPSILON * sign[1], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("clip_stored", [False, True])
+def test_clip_stored(clip_stored: bool) -> None:
+    model, _ = twins()
+    method = odgq(model, clip_stored=clip_stored, domains=1, local_scale=0.75)
+    expected = torch.zeros(SLOTS, *SHAPE, dtype=torch.float64)
+    for batch in range(6):
+        x, y, places = grey(seed=batch)
+        with Watch(model) as seen:
+            method.perturb(x, y, places)
+        expected = expected + 0.75 * EPSILON * first_sign(model, seen.inputs[0], y)
+        if clip_stored:
+            expected = expected.clamp(-EPSILON, EPSILON)
+        assert torch.equal(method.perturbations[0], expected)
+    assert bool((method.perturbations.abs() > EPSILON).any()) is not clip_stored
+
+
+def test_project_total() -> None:
+    x, y, places = grey()
+    results = []
+    for project_total in (False, True):
+        model, _ = twins()
+        method = odgq(model, project_total=project_total, domains=1)
+        method.perturb(x, y, places)
+        with Watch(model) as seen:
+            results.append((method.perturb(x, y, places), seen.inputs, method.perturbations.clone()))
+    (free, free_seen, free_P), (projected, projected_seen, projected_P) = results
+    # Both parts agree in most pixels of the second batch: 2 epsilon by default, which the images have room for.
+    assert (free - x).abs().max().item() == pytest.approx(2 * EPSILON, abs=1e-15)
+    torch.testing.assert_close(projected, x + (free - x).clamp(-EPSILON, EPSILON), rtol=0, atol=1e-15)
+    # Nothing else changes.
+    assert torch.equal(free_seen[0], projected_seen[0]) and torch.equal(free_P, projected_P)
+
+
+def test_clamp_keeps_images_in_the_unit_interval() -> None:
+    x, y = images(SLOTS, seed=1)
+    outward = (x - 0.5).sign()
+    seen_images = {}
+    for clamp in (True, False):
+        model, _ = twins()
+        method = odgq(model, clamp=clamp, domains=1)
+        method.perturbations[0] = 3 * EPSILON * outward
+        with Watch(model) as seen:
+            x_adv = method.perturb(x, y, torch.arange(SLOTS))
+        seen_images[clamp] = seen.inputs[0], x_adv
+    x_g, x_adv = seen_images[True]
+    assert torch.equal(x_g, (x + EPSILON * outward).clamp(0, 1))
+    assert x_adv.min() == 0 and x_adv.max() == 1
+    x_g, x_adv = seen_images[False]
+    assert x_g.min().item() == pytest.approx(-EPSILON) and x_g.max().item() == pytest.approx(1 + EPSILON)
+    assert x_adv.min().item() == pytest.approx(-2 * EPSILON) and x_adv.max().item() == pytest.approx(1 + 2 * EPSILON)
+
+
+def features_of(net: reference.ReferenceNet, x: Tensor, feature: str) -> Tensor:
+    """What each reading of "the last convolution output" means on the twin, under the statistics of x."""
+    if feature in ("pooled", "logits"):
+        logits, pooled = net.forward(x, train=True, move=False)
+        return pooled if feature == "pooled" else logits
+    p = net.parameters
+    h = functional.conv2d(x, p["conv1.weight"], padding=1)
+    h = functional.relu(functional.batch_norm(h, None, None, p["bn1.weight"], p["bn1.bias"], training=True))
+    h = functional.conv2d(h, p["conv2.weight"], padding=1, stride=2)
+    if feature == "unpooled":
+        h = functional.relu(functional.batch_norm(h, None, None, p["bn2.weight"], p["bn2.bias"], training=True))
+    return h.flatten(1)
+
+
+@pytest.mark.parametrize("feature", ["pooled", "unpooled", "conv", "logits"])
+def test_features(feature: str) -> None:
+    x, y, places = grey()
+    model, net = twins()
+    method = odgq(model, features=feature)
+    x_adv = method.perturb(x, y, places)
+    step = method.aligned_loss(x, x_adv, y)
+    gap = reference.mmd_loss(features_of(net, x_adv, feature), features_of(net, x, feature).detach())
+    assert step.terms["mmd"].item() == pytest.approx(gap.item(), rel=1e-10)
+    task = reference.task_loss(net.forward(x_adv, train=True, move=False)[0], y)
+    # The last layers take no part in the alignment of an earlier feature: no gradient of theirs to compare.
+    expected = torch.autograd.grad(task + 3 * gap, list(net.parameters.values()))
+    assert_close(gradients(model, step.loss), dict(zip(net.parameters, expected, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "options"),
+    [
+        ({"estimator": "squared"}, {"estimator": "squared"}),
+        ({"bandwidth": "mean"}, {"bandwidth": "mean"}),
+        ({"bandwidth": "mixture"}, {"bandwidth": "mixture"}),
+        ({"bandwidth": 0.02}, {"bandwidth": 0.02}),
+        ({"bandwidth": 2}, {"bandwidth": 2.0}),
+    ],
+)
+def test_estimator_and_bandwidth_reach_the_mmd(keys: dict[str, Any], options: dict[str, Any]) -> None:
+    x, y, places = grey()
+    model, net = twins()
+    method = odgq(model, **keys)
+    x_adv = method.perturb(x, y, places)
+    step = method.aligned_loss(x, x_adv, y)
+    a, b = features_of(net, x_adv, "pooled"), features_of(net, x, "pooled")
+    expected = mmd(a, b, **options).item()
+    assert step.terms["mmd"].item() == pytest.approx(expected, rel=1e-10)
+    assert expected != pytest.approx(mmd(a, b).item(), rel=1e-3)
+
+
+def test_natural_gradient() -> None:
+    x, y, places = grey()
+    model, net = twins()
+    method = odgq(model, natural_gradient=True)
+    assert method.passes == "3 forward + 3 backward passes"
+    x_adv = method.perturb(x, y, places)
+    step = method.aligned_loss(x, x_adv, y)
+    logits, features = net.forward(x_adv, train=True, move=True)
+    _, natural = net.forward(x, train=True, move=False)
+    parameters = list(net.parameters.values())
+    both, one = (
+        torch.autograd.grad(
+            reference.task_loss(logits, y) + 3 * reference.mmd_loss(features, clean), parameters, retain_graph=True
+        )
+        for clean in (natural, natural.detach())
+    )
+    assert_close(gradients(model, step.loss), dict(zip(net.parameters, both, strict=True)))
+    assert not torch.allclose(both[0], one[0], rtol=1e-2)
+    # As by default, the clean branch does not move the running statistics.
+    assert_close(running(model), net.running)
+
+
+BATCH_NORM_MODES = ["eval", "train", "joint", "separate"]
+
+
+@pytest.mark.parametrize("natural_gradient", [False, True])
+@pytest.mark.parametrize("batch_norm", BATCH_NORM_MODES)
+def test_batch_norm(batch_norm: str, natural_gradient: bool) -> None:
+    x, y, places = grey()
+    model, net = twins()
+    method = odgq(model, batch_norm=batch_norm, natural_gradient=natural_gradient)
+    with Watch(model) as seen:
+        step = method.training_step(x, y, places)
+    x_g = seen.inputs[0].clone().requires_grad_()
+    line_6_train = batch_norm in ("train", "separate")
+    logits, _ = net.forward(x_g, train=line_6_train, move=batch_norm == "train")
+    (gradient,) = torch.autograd.grad(reference.task_loss(logits, y), x_g)
+    x_adv = x + EPSILON * gradient.sign()
+    if batch_norm == "joint":
+        assert len(seen.inputs) == 2
+        torch.testing.assert_close(seen.inputs[1], torch.cat([x_adv, x]), rtol=0, atol=1e-15)
+        both_logits, both = net.forward(torch.cat([x_adv, x]), train=True, move=True)
+        logits, features, natural = both_logits[:SLOTS], both[:SLOTS], both[SLOTS:]
+    else:
+        assert len(seen.inputs) == 3
+        torch.testing.assert_close(seen.inputs[2], x_adv, rtol=0, atol=1e-15)
+        _, natural = net.forward(x, train=True, move=batch_norm == "train")
+        logits, features = net.forward(x_adv, train=True, move=True)
+    task = reference.task_loss(logits, y)
+    gap = reference.mmd_loss(features, natural if natural_gradient else natural.detach())
+    expected = torch.autograd.grad(task + 3 * gap, list(net.parameters.values()))
+    assert step.loss.item() == pytest.approx((task + 3 * gap).item(), rel=1e-10)
+    assert step.logits.shape == (SLOTS, 3)
+    assert_close(step.logits, logits.detach())
+    assert_close(gradients(model, step.loss), dict(zip(net.parameters, expected, strict=True)))
+    assert_close(running(model), net.running)
+    assert model.bn1.num_batches_tracked == (3 if batch_norm == "train" else 1)
+    assert all(module.training for module in model.modules())
+    assert model.bn1.track_running_stats and model.bn2.track_running_stats
+
+
+def test_the_line_6_gradient_depends_on_batch_norm() -> None:
+    # Else the modes above could not be told apart by their images.
+    x, y, places = grey()
+    x_adv = {mode: odgq(twins()[0], batch_norm=mode).perturb(x, y, places) for mode in BATCH_NORM_MODES}
+    assert torch.equal(x_adv["eval"], x_adv["joint"]) and torch.equal(x_adv["train"], x_adv["separate"])
+    assert not torch.equal(x_adv["eval"], x_adv["train"])
+
+
+@pytest.mark.parametrize("tied_to", ["slot", "sample"])
+def test_state_round_trip(tied_to: str) -> None:
+    model, _ = twins()
+    method, fresh, copy = (odgq(model, tied_to=tied_to, domains=2) for _ in range(3))
+    for batch in range(2):
+        x, y, places = grey(seed=batch)
+        method.perturb(x, y, places)
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    copy.load_state_dict(torch.load(file, weights_only=True))
+    x, y, places = grey(seed=2)
+    x_adv = method.perturb(x, y, places)
+    assert torch.equal(copy.perturb(x, y, places), x_adv)
+    assert torch.equal(copy.perturbations, method.perturbations)
+    assert not torch.equal(fresh.perturb(x, y, places), x_adv)
+
+
+@pytest.mark.parametrize("pixel", [0.0, 1.0])
+def test_black_and_white_pixels_do_not_freeze_behind_the_input_quantizer(pixel: float) -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelSpec("resnet8", 4, 4, 10, 1, 8, "digits", None, ()))
+    x = torch.rand(8, 1, 8, 8)
+    x[:, :, ::2] = pixel
+    calibrate(model, x, from_scratch=True)
+    model.train()
+    y = torch.arange(8)
+    outward = -1.0 if pixel == 0.0 else 1.0
+    moved = {}
+    for clamp in (True, False):
+        method = Odgq(
+            model,
+            OdgqSettings(clamp=clamp, domains=1),
+            epsilon=EPSILON,
+            batch_size=8,
+            image_shape=(1, 8, 8),
+            samples=8,
+            device=CPU,
+            generator=torch.Generator(),
+        )
+        # P far outside, as a raw sum gets within an epoch.
+        method.perturbations += outward * 5 * EPSILON
+        before = method.perturbations.clone()
+        method.perturb(x, y, torch.arange(8))
+        change = (method.perturbations - before)[0, :, :, ::2]
+        moved[clamp] = (change != 0).double().mean().item()
+    # A pixel that the 4-bit layers behind it ignore has a gradient of 0 as well; most have none.
+    assert moved[True] > 0.9
+    assert moved[False] == 0.0
+
+
+def recipe(**settings: Any) -> Recipe:
+    return Recipe(name="test", method="odgq", epochs=1, batch_size=SLOTS, lr=0.1, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("domains", 0),
+        ("domains", 2.5),
+        ("domains", float("inf")),
+        ("domains", float("nan")),
+        ("domains", "four"),
+        ("domains", True),
+        ("mmd_weight", -0.1),
+        ("mmd_weight", float("nan")),
+        ("mmd_weight", float("inf")),
+        ("mmd_weight", "3"),
+        ("local_scale", 0.0),
+        ("local_scale", -1.0),
+        ("local_scale", float("nan")),
+        ("local_scale", float("inf")),
+        ("global_perturbation", "all"),
+        ("update", "step"),
+        ("tied_to", "image"),
+        ("clip_stored", "yes"),
+        ("project_total", 1),
+        ("clamp", 0),
+        ("features", "layer3"),
+        ("estimator", "unbiased"),
+        ("estimator", 2),
+        ("bandwidth", "modal"),
+        ("bandwidth", 0.0),
+        ("bandwidth", -1.0),
+        ("bandwidth", float("nan")),
+        ("bandwidth", float("inf")),
+        ("bandwidth", True),
+        ("natural_gradient", "no"),
+        ("batch_norm", "frozen"),
+        ("mmd_wieght", 3.0),
+    ],
+)
+def test_bad_settings(key: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"odgq\.{key}\b"):
+        check_method(recipe(**{key: value}))
+
+
+def test_all_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(RecipeError, match=r"odgq\.update.*odgq\.domains.*odgq\.local_scale"):
+        check_method(recipe(update="step", domains=0, local_scale=-1.0))
+
+
+def test_build_method_hands_everything_on() -> None:
+    model, _ = twins()
+    made = build_method(
+        recipe(domains=3, tied_to="sample", global_perturbation="set", local_scale=0.5),
+        model,
+        epsilon=0.2,
+        image_shape=SHAPE,
+        samples=SAMPLES,
+        device=CPU,
+        seed=5,
+    )
+    assert isinstance(made, Odgq)
+    assert made.adversarial
+    assert made.settings == OdgqSettings(domains=3, tied_to="sample", local_scale=0.5)
+    assert made.epsilon == 0.2
+    assert made.perturbations.shape == (3, SAMPLES, *SHAPE)
+    noise = build_method(
+        recipe(global_perturbation="noise"), model, epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=5
+    )
+    x, y, places = grey()
+    assert isinstance(noise, Odgq)
+    assert torch.equal(
+        noise.perturb(x, y, places), odgq(model, seed=5, global_perturbation="noise").perturb(x, y, places)
+    )

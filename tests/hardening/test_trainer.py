@@ -1,0 +1,345 @@
+"""The trainer loop: the arithmetic of a run against a loop written out, its bookkeeping, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustq.checkpoint import load_model
+from robustq.data import Augment, TensorSplit
+from robustq.errors import CheckFailedError
+from robustq.hardening.method import Method, Step
+from robustq.hardening.methods import build_method
+from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.natural import Natural
+from robustq.hardening.run_folder import RunFolder
+from robustq.hardening.trainer import Trained, build_optimizer, train
+from robustq.models.calibration import calibrate
+from robustq.models.quantizers import learned_thresholds
+from robustq.models.spec import ModelSpec, build_model
+from robustq.recipe import Recipe
+
+CPU = torch.device("cpu")
+EPSILON = 0.1
+IMAGES, BATCH = 40, 16  # batches of 16, 16 and 8
+
+
+def spec(bits: int) -> ModelSpec:
+    return ModelSpec("resnet8", bits, bits, 10, 1, 8, "digits", EPSILON, tuple("0123456789"))
+
+
+def network(bits: int = 32) -> nn.Module:
+    torch.manual_seed(0)
+    model = build_model(spec(bits))
+    calibrate(model, split().images.float() / 255, from_scratch=True)
+    return model
+
+
+def split(seed: int = 5) -> TensorSplit:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (IMAGES, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    return TensorSplit(images, torch.randint(0, 10, (IMAGES,), generator=generator))
+
+
+def recipe(**keys: Any) -> Recipe:
+    values: dict[str, Any] = {"method": "natural", "epochs": 2, "batch_size": BATCH, "lr": 0.1}
+    return Recipe(name="test", **{**values, **keys})
+
+
+class Scripted:
+    """A monitor that has its answers ready."""
+
+    def __init__(self, *answers: Watched) -> None:
+        self._answers = list(answers)
+        self.weights: list[Tensor] = []
+
+    def watch(self, model: nn.Module) -> Watched:
+        self.weights.append(model.get_parameter("fc.weight").detach().clone())
+        return self._answers.pop(0) if self._answers else Watched(0.5, None)
+
+
+def run(
+    model: nn.Module,
+    settings: Recipe,
+    *,
+    method: Method | None = None,
+    monitor: Monitor | Scripted | None = None,
+    seed: int = 7,
+    augment: Augment | None = None,
+    on_epoch: Callable[[dict[str, Any], bool], None] | None = None,
+) -> tuple[Trained, list[dict[str, Any]], list[bool]]:
+    """Train; also the metrics rows and which epochs were the best so far."""
+    rows: list[dict[str, Any]] = []
+    best: list[bool] = []
+
+    def note(row: dict[str, Any], is_best: bool) -> None:
+        rows.append(row)
+        best.append(is_best)
+        if on_epoch is not None:
+            on_epoch(row, is_best)
+
+    trained = train(
+        model,
+        method or Natural(model),
+        split(),
+        cast(Monitor, monitor or Scripted()),
+        settings,
+        augment=augment or Augment(),
+        seed=seed,
+        device=CPU,
+        on_epoch=note,
+    )
+    return trained, rows, best
+
+
+def by_hand(model: nn.Module, settings: Recipe, rates: list[float], *, seed: int, augment: Augment) -> list[float]:
+    """Natural training with SGD spelled out (momentum buffer v <- 0.9 v + g + decay w, w <- w - lr v); the losses."""
+    thresholds = {id(module.log_threshold) for module in learned_thresholds(model).values()}
+    velocity: dict[str, Tensor] = {}
+    losses = []
+    model.train()
+    batches = [
+        batch
+        for epoch in range(settings.epochs)
+        for batch in split().batches(BATCH, device=CPU, seed=seed, epoch=epoch, augment=augment)
+    ]
+    for (x, y), lr in zip(batches, rates, strict=True):
+        model.zero_grad()
+        loss = functional.cross_entropy(model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                decay = 0.0 if id(parameter) in thresholds else settings.weight_decay
+                pull = parameter.grad.add(parameter, alpha=decay)
+                velocity[name] = (settings.momentum * velocity[name]).add(pull) if name in velocity else pull
+                parameter.add_(velocity[name], alpha=-lr)
+    return losses
+
+
+def cosine(share: float) -> float:
+    return 0.1 * (1 + math.cos(math.pi * share)) / 2
+
+
+# Six steps. With a warm-up of one epoch the first three climb to the peak, and neither end of the run stands still.
+RATES: list[tuple[dict[str, Any], list[float]]] = [
+    ({}, [cosine(step / 6) for step in range(6)]),
+    ({"warmup_epochs": 1}, [0.1 / 3, 0.2 / 3, 0.1, 0.1, cosine(1 / 3), cosine(2 / 3)]),
+    ({"schedule": "steps", "milestones": (1,)}, [0.1] * 3 + [0.01] * 3),
+    (
+        {"epochs": 3, "schedule": "steps", "milestones": (2,), "warmup_epochs": 1},
+        [0.1 / 3, 0.2 / 3] + [0.1] * 4 + [0.01] * 3,
+    ),
+]
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize(("keys", "rates"), RATES)
+def test_natural_training_is_plain_sgd(bits: int, keys: dict[str, Any], rates: list[float]) -> None:
+    settings = recipe(weight_decay=0.01, momentum=0.8, **keys)
+    augment = Augment(crop_padding=1, flip=True)
+    model, twin = network(bits), network(bits)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    _, rows, _ = run(model, settings, augment=augment)
+    losses = by_hand(twin, settings, rates, seed=7, augment=augment)
+    state = twin.state_dict()
+    for name, value in model.state_dict().items():
+        # The same float32 operations in the same order: exact.
+        assert torch.equal(value, state[name]), name
+    moved = max((value - start[name]).abs().max().item() for name, value in state.items() if "weight" in name)
+    assert moved > 0.05
+    assert not model.training
+    # The rows' loss is the mean over images, the short batch of 8 counting half.
+    for epoch, row in enumerate(rows):
+        first, second, short = losses[3 * epoch : 3 * epoch + 3]
+        assert row["loss"] == pytest.approx((16 * first + 16 * second + 8 * short) / 40, rel=1e-4)
+        assert row["lr"] == pytest.approx(rates[3 * epoch + 2], rel=1e-6)
+
+
+class Constant:
+    """A method whose loss has a zero gradient everywhere, so that only weight decay moves anything."""
+
+    passes = "1 forward + 1 backward pass"
+    adversarial = False
+
+    def __init__(self, model: nn.Module, losses: tuple[float, ...] = ()) -> None:
+        self.model = model
+        self.losses = losses
+        self.epochs: list[int] = []
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
+        logits = self.model(x)
+        value = self.losses[self.epochs[-1]] if self.losses else 1.0
+        # Times the weights and not times the logits: every parameter then has a gradient, and it is 0.
+        loss = 0.0 * torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() + value
+        return Step(loss, {"constant": torch.tensor(2.0 * value)}, functional.one_hot(y, 10).to(logits))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+def test_weight_decay_spares_the_learned_thresholds() -> None:
+    model = network(4)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    settings = recipe(epochs=1, momentum=0.0, weight_decay=0.5, schedule="steps")
+    run(model, settings, method=Constant(model))
+    thresholds = [name for name in before if name.endswith("log_threshold")]
+    assert len(thresholds) == len(learned_thresholds(model)) > 5
+    for name, value in model.named_parameters():
+        # Three steps of lr * decay = 0.05; float32 rounds three times.
+        shrunk = before[name] if name in thresholds else before[name] * 0.95**3
+        torch.testing.assert_close(value.detach(), shrunk, rtol=0 if name in thresholds else 1e-6, atol=0)
+    assert any(before[name] != 0 for name in thresholds)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_every_parameter_is_trained_once(bits: int) -> None:
+    model = network(bits)
+    grouped = [
+        id(parameter) for group in build_optimizer(model, recipe()).param_groups for parameter in group["params"]
+    ]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def hardened(
+    seed: int, *, ambient: int = 0, global_perturbation: str = "set"
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Weights and rows of a short ODG-Q run; `ambient` seeds torch's global generator, which should not matter."""
+    model = network(4)
+    settings = recipe(method="odgq", settings={"domains": 2, "global_perturbation": global_perturbation})
+    method = build_method(
+        settings, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=seed
+    )
+    x = split(6).images[:8].float() / 255
+    monitor = Monitor(x, split(6).labels[:8], epsilon=EPSILON, batch_size=100, seed=seed)
+    torch.manual_seed(ambient)
+    _, rows, _ = run(model, settings, method=method, monitor=monitor, seed=seed, augment=Augment(1, True))
+    return model.state_dict(), rows
+
+
+@pytest.mark.parametrize("kind", ["set", "noise"])
+def test_the_seed_settles_everything(kind: str) -> None:
+    first, first_rows = hardened(1, global_perturbation=kind)
+    again, again_rows = hardened(1, global_perturbation=kind, ambient=99)
+    other, _ = hardened(2, global_perturbation=kind)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (first_rows, again_rows)]
+    assert timeless[0] == timeless[1]
+
+
+def test_the_seed_settles_natural_training() -> None:
+    states = []
+    for ambient, seed in ((1, 7), (2, 7), (1, 8)):
+        model = network(4)
+        torch.manual_seed(ambient)
+        run(model, recipe(), seed=seed, augment=Augment(1, True))
+        states.append(model.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+KEYS = {
+    "epoch",
+    "loss",
+    "cross_entropy",
+    "train_accuracy",
+    "holdout_clean_accuracy",
+    "holdout_pgd10_accuracy",
+    "lr",
+    "seconds",
+}
+
+
+def test_metrics_rows() -> None:
+    _, rows = hardened(1)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert set(row) == KEYS | {"mmd"}
+        assert row["loss"] == pytest.approx(row["cross_entropy"] + 3 * row["mmd"], rel=1e-6)
+        for key in ("train_accuracy", "holdout_clean_accuracy", "holdout_pgd10_accuracy"):
+            assert 0 <= row[key] <= 1
+        assert row["holdout_pgd10_accuracy"] <= row["holdout_clean_accuracy"]
+        json.dumps(row, allow_nan=False)
+    model = network()
+    _, rows, _ = run(model, recipe(epochs=1), monitor=Scripted(Watched(0.7, None)))
+    assert set(rows[0]) == KEYS
+    assert (rows[0]["holdout_clean_accuracy"], rows[0]["holdout_pgd10_accuracy"]) == (0.7, None)
+
+
+def test_rows_count_the_methods_terms_and_its_logits() -> None:
+    model = network()
+    _, rows, _ = run(model, recipe(), method=Constant(model, losses=(1.5, 0.5)))
+    assert [(row["loss"], row["constant"], row["train_accuracy"]) for row in rows] == [(1.5, 3.0, 1.0), (0.5, 1.0, 1.0)]
+
+
+def test_the_method_hears_of_each_epoch_once_before_it() -> None:
+    model = network()
+    method = Constant(model)
+    run(model, recipe(epochs=3), method=method)
+    assert method.epochs == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("answers", "flags", "best"),
+    [
+        # Robust accuracy decides where it is watched, clean accuracy on ties; of equal epochs the later one.
+        ([(0.5, 0.1), (0.4, 0.3), (0.9, 0.2)], [True, True, False], 2),
+        ([(0.5, 0.3), (0.4, 0.3), (0.6, 0.3)], [True, False, True], 3),
+        ([(0.5, 0.3), (0.5, 0.3), (0.5, 0.1)], [True, True, False], 2),
+        ([(0.8, None), (0.7, None), (0.6, None)], [True, False, False], 1),
+        ([(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)], [True, True, True], 3),
+    ],
+)
+def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool], best: int) -> None:
+    model = network()
+    monitor = Scripted(*[Watched(*answer) for answer in answers])
+    at_call: list[Tensor] = []
+
+    def on_epoch(row: dict[str, Any], is_best: bool) -> None:
+        at_call.append(model.get_parameter("fc.weight").detach().clone())
+
+    trained, _, got = run(model, recipe(epochs=3), monitor=monitor, on_epoch=on_epoch)
+    assert got == flags
+    assert trained.best_epoch == best and trained.best == Watched(*answers[best - 1])
+    # What is saved in on_epoch is what was watched, and the run ends on the last epoch's weights.
+    assert all(torch.equal(saved, watched) for saved, watched in zip(at_call, monitor.weights, strict=True))
+    assert torch.equal(model.get_parameter("fc.weight"), at_call[-1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_whole_files(bad: float, tmp_path: Path) -> None:
+    model = network(4)
+    folder = RunFolder(tmp_path / "run", {"recipe": "test"})
+
+    def on_epoch(row: dict[str, Any], is_best: bool) -> None:
+        folder.add_metrics(row)
+        for name in ("last.pt", "best.pt"):
+            folder.save(name, model, spec(4), {"epoch": row["epoch"]})
+
+    monitor = Scripted()
+    with pytest.raises(CheckFailedError, match=f"loss became {bad} in epoch 2"):
+        run(model, recipe(epochs=3), method=Constant(model, (1.0, bad, 1.0)), monitor=monitor, on_epoch=on_epoch)
+    # The broken epoch is neither judged nor saved.
+    assert len(monitor.weights) == 1
+    assert sorted(path.name for path in folder.path.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.jsonl"]
+    assert [json.loads(line)["epoch"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == [1]
+    for name in ("best.pt", "last.pt"):
+        restored, _, info = load_model(folder.path / name)
+        assert info["epoch"] == 1
+        assert torch.equal(restored.get_parameter("fc.weight"), monitor.weights[0])
