@@ -75,7 +75,11 @@ def quickstart(
         Path | None, typer.Option(help="Folder for all results; must not exist. Default: runs/quickstart.")
     ] = None,
 ) -> None:
-    """Run the whole job on the embedded digits data, on a CPU, in about two minutes."""
+    """Run the whole job once on the embedded digits.
+
+    Trains a float ResNet-8, hardens it to 4 bits, writes three deploy files, and attacks the deployed one beside its
+    undefended twins: about two minutes on a CPU.
+    """
     from robustq.report.text import quickstart_lines
 
     def job() -> dict[str, Any]:
@@ -142,7 +146,9 @@ def harden(
     out: RunOut = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize a trained network and harden it against attack (ODG-Q by default).
+    """Quantize a trained network and harden it.
+
+    Fine-tunes by a recipe, ODG-Q unless told otherwise.
 
     Example: robustq harden model.pt --bits 4
     """
@@ -186,7 +192,9 @@ def attack(
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:
-    """Count how many images a model still gets right under attack; an export folder is judged on its deployed file.
+    """Count right answers under attack.
+
+    An export folder is judged on its deployed file, a .pt in PyTorch.
 
     Example: robustq attack export-out/resnet20-w4a4-odgq-integer
     """
@@ -232,7 +240,9 @@ def export(
     out: BundleOut = None,
     as_json: Json = False,
 ) -> None:
-    """Write the file that the device runs, and check it: same answers, integer layers, accuracy under attack.
+    """Write the file the device runs, and check it.
+
+    Same answers as PyTorch, integer layers, accuracy under attack; exits with 1 when one falls short.
 
     Example: robustq export --format qonnx
     """
@@ -267,7 +277,10 @@ def recheck(
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:
-    """Check an exported file again: same answers as PyTorch, integer layers, accuracy under attack."""
+    """Check an exported file again.
+
+    Same answers as PyTorch, integer layers, accuracy under attack, counted under onnxruntime.
+    """
     from robustq.report.text import recheck_lines
 
     def job() -> dict[str, Any]:
@@ -284,7 +297,7 @@ def recipes(
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:
-    """List the recipes, or print one with every value."""
+    """List the recipes, or print one."""
 
     def job() -> dict[str, Any]:
         from robustq.recipe import load_recipe, recipe_names
