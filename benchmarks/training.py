@@ -57,7 +57,8 @@ def main() -> None:
             seconds[kind].append((time.perf_counter() - start) / options.steps)
     print(
         f"{options.architecture}, {options.bits} bits, batch {options.batch}, {device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {options.rounds} rounds of {options.steps} steps"
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{options.rounds} rounds of {options.steps} steps"
     )
     for kind, values in seconds.items():
         print(f"{kind:8s} {statistics.median(values) * 1000:8.1f} ms a step (median of {len(values)} rounds)")

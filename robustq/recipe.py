@@ -69,6 +69,7 @@ class Recipe:
         warmup_epochs: epochs of linear warm-up, may be a fraction.
         momentum, weight_decay: of SGD; learned activation thresholds are not decayed.
         crop_padding, flip: augmentation; None: by the data set.
+        image_size: side in pixels to which folders of images are resized (0: they all have one square size already).
         train_images: use only so many training images (0: all).
         calibration_images: training images that set the activation scales before the first step.
         monitor_images: held-out images on which clean and PGD-10 accuracy are watched each epoch.
@@ -93,6 +94,7 @@ class Recipe:
     weight_decay: float = 5e-4
     crop_padding: int | None = None
     flip: bool | None = None
+    image_size: int = 0
     train_images: int = 0
     calibration_images: int = 512
     monitor_images: int = 500
@@ -122,6 +124,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "weight_decay": (int, float),
     "crop_padding": (int,),
     "flip": (bool,),
+    "image_size": (int,),
     "train_images": (int,),
     "calibration_images": (int,),
     "monitor_images": (int,),
@@ -134,6 +137,7 @@ _AT_LEAST: dict[str, float] = {
     "momentum": 0,
     "weight_decay": 0,
     "crop_padding": 0,
+    "image_size": 0,
     "train_images": 0,
     "calibration_images": 2,
     "monitor_images": 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path
     made = {}
     for name, shape in SHAPES.items():
         made[name] = folder / f"{name}.npz"
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for part, count in (("train", 24), ("test", 6)):
             arrays[f"x_{part}"] = random.integers(0, 256, (count, *shape), dtype=np.uint8)
             arrays[f"y_{part}"] = np.arange(count) % 3

@@ -47,8 +47,8 @@ class OdgqSettings:
         tied_to: P belongs to the ``slot`` in the batch, as written, or to the training ``sample`` (memory: N_k training
             sets).
         clip_stored: clip the stored P to +-epsilon; by default P is a raw sum that is clipped on use (line 5).
-        project_total: bring x_adv back into the epsilon-ball; by default the global and the local part add up to as
-            much as epsilon + epsilon_l, as lines 5 and 9 write (the appendix assumes the ball).
+        project_total: bring x_adv back into the epsilon-ball; by default the global and the local part, each
+            clipped to epsilon, add up to as much as 2 epsilon, as lines 5 and 9 write (the appendix assumes the ball).
         clamp: keep x_g and x_adv in [0, 1]. Outside, the input quantizer has no gradient and black pixels would freeze.
         features: what line 10 aligns, see :class:`robustq.hardening.features.FeatureTap`.
         estimator, bandwidth: of the MMD, see :func:`robustq.hardening.mmd.mmd`; bandwidth may be a number (sigma^2).

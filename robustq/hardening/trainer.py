@@ -75,7 +75,7 @@ def train(
             there).
 
     Raises:
-        CheckFailedError: the loss is NaN or Inf; the step is named and the checkpoints of earlier epochs stand.
+        CheckFailedError: the loss is NaN or Inf; the epoch is named and the checkpoints of earlier epochs stand.
     """
     optimizer = build_optimizer(model, recipe)
     best: tuple[int, Watched] | None = None

@@ -59,15 +59,15 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
     if result["judged_file"] == "qonnx" or "qonnx_executor" in result["parity"]:
         lines.append("onnxruntime cannot load QONNX: the rest is counted on the QCDQ file of the same model")
     lines.append(f"layers  onnxruntime runs {len(result['integer_layers'])} of {total} as integers")
-    if result["float_layers"]:
-        lines[-1] += (
-            f"; in float: {', '.join(result['float_layers'][:4])}{' ...' if len(result['float_layers']) > 4 else ''}"
-        )
+    in_float = result["float_layers"]
+    if in_float:
+        lines[-1] += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
     for run, agreement in result["parity"].items():
         same = agreement["images"] - agreement["different_top1"]
+        mean, largest = agreement["mean_difference"], agreement["max_difference"]
         lines.append(
-            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded PyTorch model "
-            f"(mean difference {agreement['mean_difference']:.1e}, largest {agreement['max_difference']:.1e} of the range)"
+            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as PyTorch, folded "
+            f"(logits differ by {mean:.0e} of their range, at most {largest:.0e})"
         )
     lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
     return lines

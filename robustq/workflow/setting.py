@@ -89,8 +89,12 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
             )
 
 
-def open_source(path: Path, data: str | None) -> tuple[dict[str, torch.Tensor], ModelSpec]:
+def open_source(
+    path: Path, data: str | None, *, image_size: int | None = None
+) -> tuple[dict[str, torch.Tensor], ModelSpec]:
     """Weights and spec of a robustq model file or of a bare float state dict (which needs ``data``).
+
+    A state dict does not say its image size: folders of images are read at ``image_size``.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``.
@@ -106,7 +110,7 @@ def open_source(path: Path, data: str | None) -> tuple[dict[str, torch.Tensor], 
             f"{path}: is a bare state dict ({architecture}, {classes} classes) and does not say which data it was "
             "trained on; add --data NAME, FOLDER or FILE.npz"
         )
-    loaded = load_dataset(data)
+    loaded = load_dataset(data, image_size=image_size)
     spec = ModelSpec(
         architecture,
         FLOAT_BITS,

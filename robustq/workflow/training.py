@@ -68,7 +68,7 @@ def train_model(
     widths = _widths(bits, settings, fallback=Widths(FLOAT_BITS, FLOAT_BITS))
     if out is not None:
         check_new(out)
-    loaded = load_dataset(wanted_data, train_images=settings.train_images)
+    loaded = load_dataset(wanted_data, train_images=settings.train_images, image_size=settings.image_size or None)
     spec = ModelSpec(
         architecture=wanted_architecture,
         weight_bits=widths.weight_bits,
@@ -122,7 +122,7 @@ def harden_model(
     if bits is not None:
         Widths(bits, bits)  # refuse a width outside the table before anything is read
     wanted_data = data or settings.data
-    weights, source = open_source(model, wanted_data)
+    weights, source = open_source(model, wanted_data, image_size=settings.image_size or None)
     widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images)
     spec = replace(
