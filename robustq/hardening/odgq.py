@@ -42,8 +42,9 @@ class OdgqSettings:
         mmd_weight: lambda of line 10 (the paper: 3; 0.003 for 1 bit). 0 leaves the clean branch out altogether.
         local_scale: epsilon_l as a multiple of epsilon (not given in the paper).
         global_perturbation: ``set``: the set P of Algorithm 1; ``none``: without it (Table IV); ``noise``: fresh
-            uniform noise in +-2 epsilon in its place (an ablation that the paper lacks).
-        update: P is updated at every ``batch``, as the algorithm writes, or once per ``epoch`` (its first batch).
+            uniform noise in +-2 epsilon in its place, clipped by line 5 as P is (an ablation that the paper lacks).
+        update: P is updated at every ``batch``, as the algorithm writes, or once per ``epoch`` (its first batch; each
+            row once an epoch when it is tied to a sample).
         tied_to: P belongs to the ``slot`` in the batch, as written, or to the training ``sample`` (memory: N_k training
             sets).
         clip_stored: clip the stored P to +-epsilon; by default P is a raw sum that is clipped on use (line 5).
@@ -159,7 +160,9 @@ class Odgq:
         slots = places if settings.tied_to == "sample" else torch.arange(len(x), device=x.device)
         x_g = self._clamped(x + self._global_part(x, slots).clamp(-epsilon, epsilon))
         p_l = settings.local_scale * epsilon * self._input_gradient(x_g, y).sign()
-        if settings.global_perturbation == "set" and (settings.update == "batch" or self._first_batch_of_epoch):
+        # A sample's own row is met once an epoch anyway, so that both readings of "when" are the same there.
+        due = settings.update == "batch" or settings.tied_to == "sample" or self._first_batch_of_epoch
+        if settings.global_perturbation == "set" and due:
             # Line 8; the range is read with its end included, else N_k = 1 would never update anything.
             updated = self.perturbations[self.domain :, slots] + p_l
             self.perturbations[self.domain :, slots] = (

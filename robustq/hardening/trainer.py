@@ -75,7 +75,7 @@ def train(
             there).
 
     Raises:
-        CheckFailedError: the loss is NaN or Inf; the epoch is named and the checkpoints of earlier epochs stand.
+        CheckFailedError: the loss or a weight is NaN or Inf; the epoch is named and the checkpoints of earlier epochs stand.
     """
     optimizer = build_optimizer(model, recipe)
     best: tuple[int, Watched] | None = None
@@ -109,6 +109,11 @@ def train(
             if not all(math.isfinite(value) for value in row.values()):
                 raise CheckFailedError(
                     f"loss became {row['loss']} in epoch {epoch + 1}; the checkpoints of earlier epochs stand: "
+                    "lower lr or raise warmup_epochs"
+                )
+            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+                raise CheckFailedError(
+                    f"weights became NaN or Inf in epoch {epoch + 1}; the checkpoints of earlier epochs stand: "
                     "lower lr or raise warmup_epochs"
                 )
             watched = monitor.watch(model)

@@ -604,7 +604,9 @@ def test_build_method_hands_everything_on() -> None:
         recipe(global_perturbation="noise"), model, epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=5
     )
     x, y, places = grey()
-    assert isinstance(noise, Odgq)
+    slots = build_method(recipe(), model, epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=5)
+    assert isinstance(slots, Odgq) and isinstance(noise, Odgq)
+    assert slots.perturbations.shape == (4, SLOTS, *SHAPE)
     assert torch.equal(
         noise.perturb(x, y, places), odgq(model, seed=5, global_perturbation="noise").perturb(x, y, places)
     )
