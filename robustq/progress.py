@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ class Bar:
         self._task = task
         self._unit = unit
         self._done = 0
+        self._text = ""
+        self._told = 0.0
         self._start = time.perf_counter()
 
     @property
@@ -45,11 +47,19 @@ class Bar:
         """Units a second since the bar began."""
         return self._done / max(time.perf_counter() - self._start, 1e-9)
 
-    def advance(self, count: int, text: str = "") -> None:
-        """Count ``count`` more units and show ``text`` beside the bar."""
+    def advance(self, count: int, text: str | Callable[[], str] = "") -> None:
+        """Count ``count`` more units and show ``text`` beside the bar.
+
+        A function is called twice a second at most, and only where a bar is drawn: reading a loss makes a GPU wait.
+        """
         self._done += count
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=count, text=f"{text}  {self.rate:,.0f} {self._unit}/s".strip())
+        if self._progress is None or self._task is None:
+            return
+        now = time.perf_counter()
+        if now - self._told > 0.5:
+            self._text, self._told = text() if callable(text) else text, now
+        shown = f"{self.rate:,.0f} {self._unit}/s  {self._text}".strip()
+        self._progress.update(self._task, advance=count, text=shown)
 
 
 @contextmanager
@@ -63,9 +73,10 @@ def bar(label: str, total: int, unit: str = "img") -> Iterator[Bar]:
 
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
+        TextColumn("left  {task.fields[text]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield Bar(progress, progress.add_task(label, total=total, text=""), unit)

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,8 @@ def train(
             there).
 
     Raises:
-        CheckFailedError: the loss or a weight is NaN or Inf; the epoch is named and the checkpoints of earlier epochs stand.
+        CheckFailedError: the loss or a weight is NaN or Inf; the epoch is named and the checkpoints of earlier epochs
+            stand.
     """
     optimizer = build_optimizer(model, recipe)
     best: tuple[int, Watched] | None = None
@@ -103,7 +105,7 @@ def train(
                 outcome.loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 totals.add(outcome.loss, outcome.terms, outcome.logits, batch.y)
-                progress.advance(len(batch.y), f"{epoch + 1}/{recipe.epochs}{watched_text}")
+                progress.advance(len(batch.y), partial(_status, epoch, recipe, totals, watched_text))
             row = totals.means()
             seconds += time.perf_counter() - start
             if not all(math.isfinite(value) for value in row.values()):
@@ -129,13 +131,17 @@ def train(
                 "seconds": time.perf_counter() - start,
             }
             on_epoch(metrics, is_best)
-            watched_text = f"  loss {row['loss']:.2f}  train {row['train_accuracy']:.1%}  held out {_describe(watched)}"
-            note_every = max(recipe.epochs // 10, 1)
-            if (epoch + 1) % note_every == 0:
-                note(f"  epoch {epoch + 1}/{recipe.epochs}{watched_text}  {metrics['seconds']:.1f} s")
+            watched_text = f"  held out: {_describe(watched)}"
+            if (epoch + 1) % max(recipe.epochs // 10, 1) == 0:
+                note(f"  epoch {_status(epoch, recipe, totals, watched_text)}  {metrics['seconds']:.1f} s")
     model.eval()
     assert best is not None  # a recipe has at least one epoch
     return Trained(best[0] + 1, best[1], seconds / recipe.epochs)
+
+
+def _status(epoch: int, recipe: Recipe, totals: _Totals, watched: str) -> str:
+    means = totals.means()
+    return f"{epoch + 1}/{recipe.epochs}  loss {means['loss']:.2f}  train {means['train_accuracy']:.1%}{watched}"
 
 
 def _describe(watched: Watched) -> str:
