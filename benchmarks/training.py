@@ -2,9 +2,9 @@
 
     python -m benchmarks.training [--architecture resnet20] [--bits 4] [--batch 128] [--rounds 5] [--steps 3]
 
-Every round times the same number of steps of each kind, one kind after the other, on the same random images (times do not
-depend on what is in them). Printed: the median step of each kind, and the ratios, each the median over rounds of the ratio
-within one round, so that a machine that slows down for a while spoils one round and not the result.
+Every round times the same number of steps of each kind, one kind after the other, on the same random images (times do
+not depend on what is in them). Printed: the median step of each kind, and the ratios, each the median over rounds of
+the ratio within one round, so that a machine that slows down for a while spoils one round and not the result.
 """
 
 from __future__ import annotations
