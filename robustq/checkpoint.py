@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def read_checkpoint(path: Path) -> Any:
             start = file.read(2)
         if start != b"PK" and start[:1] != b"\x80":
             raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, then refuses them
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if zipfile.is_zipfile(path):
             raise ModelFileError(

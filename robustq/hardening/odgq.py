@@ -2,8 +2,8 @@
 
 The paper has no public code and leaves choices open. Each field of :class:`OdgqSettings` is one of them: its default is
 the reading this project defends, its other values are the alternatives, and docs/odgq.md says why. Three passes forward
-and two backward
-per batch: the perturbation (line 6), the clean features (line 10, without gradient), and the weights (line 10).
+and two backward per batch: the perturbation (line 6), the clean features (line 10, without gradient), and the weights
+(line 10).
 """
 
 from __future__ import annotations

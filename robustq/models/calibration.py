@@ -1,9 +1,9 @@
 """Sets every activation scale of a quantized network from a few training images, once, before the first step.
 
 Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach
-it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones (the usual
-choice of post-training quantization, e.g. arXiv:1906.03193 section 3.1). Low widths need this: clipping at the maximum
-would leave a 2-bit activation almost always zero.
+it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones. Clipping
+for the least squared error is the idea of ACIQ (Banner et al., arXiv:1810.05723), here by search instead of a closed
+form. Low widths need it: clipping at the maximum would leave a 2-bit activation almost always zero.
 """
 
 from __future__ import annotations

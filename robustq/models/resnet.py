@@ -46,8 +46,7 @@ class ResNet(nn.Module):
     """ResNet of three stages (16, 32, 64 channels) with ``blocks`` basic blocks each.
 
     Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The tensor that enters ``avgpool`` is the
-        feature
-    that ODG-Q aligns.
+    feature that ODG-Q aligns.
     """
 
     layer1: nn.Sequential

@@ -18,8 +18,8 @@ from robustq.recipe import Recipe
 DEFAULT_EPSILON = 8 / 255
 """Radius when neither option, recipe nor model says one: the usual one for CIFAR-10."""
 
-_UPRIGHT = frozenset({"digits", "mnist", "folder", "npz"})
-"""Data that must not be mirrored unless a recipe says so: a mirrored digit is another sign."""
+_MIRRORED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
+"""Named sets whose pictures may be mirrored."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -50,12 +50,12 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, its gaps filled by the data set: crops with an eighth of the side as padding; flips
-    for photographs.
+    """The recipe's augmentation, its gaps filled by the data: crops padded by an eighth of the side, flips of photographs.
+
+    Digits and the user's own data are not mirrored: a mirrored digit is another sign.
     """
     padding = data.image_size // 8 if recipe.crop_padding is None else recipe.crop_padding
-    kind = "npz" if data.name.endswith(".npz") else "folder" if "/" in data.name else data.name
-    flip = kind not in _UPRIGHT if recipe.flip is None else recipe.flip
+    flip = data.name in _MIRRORED if recipe.flip is None else recipe.flip
     return Augment(crop_padding=padding, flip=flip)
 
 
