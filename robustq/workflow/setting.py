@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, its gaps filled by the data: crops padded by an eighth of the side, flips of photographs.
+    """The recipe's augmentation, gaps filled by the data: crops padded by an eighth of the side, flips of photographs.
 
     Digits and the user's own data are not mirrored: a mirrored digit is another sign.
     """

@@ -1,0 +1,57 @@
+"""Small trained networks, folded and exported once per process, for the tests of the export stage."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from torch import Tensor, nn
+
+from robustq.data import to_float
+from robustq.export.formats import build
+from robustq.models.folding import fold
+from robustq.models.spec import ModelSpec
+from tests.models.small_nets import digits, small_spec, trained
+
+BITS = (8, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A quantized ResNet, its folded twin (shared: do not change it), and uint8 images (N, 1, 8, 8)."""
+
+    spec: ModelSpec
+    model: nn.Module
+    folded: nn.Module
+    images: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return to_float(self.images)
+
+
+@functools.cache
+def net(bits: int, *, architecture: str = "resnet8", seed: int = 0) -> Net:
+    spec = small_spec(bits, architecture=architecture)
+    model = trained(spec, seed=seed)
+    return Net(spec, model, fold(model, spec), digits()[0][:200])
+
+
+@functools.cache
+def exported(bits: int, format_name: str, *, architecture: str = "resnet8") -> bytes:
+    """The serialised ONNX model; parse it anew to change it."""
+    made = net(bits, architecture=architecture)
+    content: bytes = build(format_name, made.folded, made.spec).SerializeToString()
+    return content
+
+
+def parsed(bits: int, format_name: str) -> onnx.ModelProto:
+    return onnx.load_from_string(exported(bits, format_name))
+
+
+def written(folder: Path, bits: int, format_name: str, *, architecture: str = "resnet8") -> Path:
+    path = folder / f"{architecture}-{bits}-{format_name}.onnx"
+    path.write_bytes(exported(bits, format_name, architecture=architecture))
+    return path

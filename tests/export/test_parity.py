@@ -1,0 +1,144 @@
+"""Agreement of two sets of logits in closed form, and of files with networks that they were or were not made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from robustq.export.parity import BATCH, RUNS, Agreement, compare, drift, logits_of, parity
+from tests.export.exported import net, parsed, written
+
+
+def agreement(images: int, different: int) -> Agreement:
+    return Agreement(images=images, different_top1=different, max_difference=0.0, mean_difference=0.0)
+
+
+def test_differences_are_shares_of_the_references_range() -> None:
+    reference = torch.tensor([[0.0, 1.0], [4.0, 2.0]])  # range 4
+    answers = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # off by 2 and 1, and the second image changes class
+    assert compare(reference, answers) == Agreement(
+        images=2, different_top1=1, max_difference=0.5, mean_difference=3 / 4 / 4
+    )
+
+
+def test_equal_logits_do_not_differ() -> None:
+    logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
+    assert compare(logits, logits.clone()) == Agreement(50, 0, 0.0, 0.0)
+
+
+def test_constant_logits_have_no_range_to_divide_by() -> None:
+    found = compare(torch.ones(3, 2), torch.ones(3, 2))
+    assert (found.different_top1, found.max_difference) == (0, 0.0)
+
+
+@pytest.mark.parametrize("side", ["answers", "reference", "both"])
+def test_nan_is_no_answer(side: str) -> None:
+    """Argmax would call the NaN's place a class, and two NaN would agree."""
+    reference = torch.tensor([[3.0, 1.0], [1.0, 3.0], [3.0, 1.0], [1.0, 3.0]])
+    answers = reference.clone()
+    if side != "reference":
+        answers[:3, 0] = torch.nan
+    if side != "answers":
+        reference[:3, 0] = torch.nan
+    found = compare(reference, answers)
+    assert found.different_top1 == 3 and not found.holds
+
+
+@pytest.mark.parametrize(
+    ("images", "different", "holds"),
+    [
+        (1000, 0, True),
+        (1000, 1, True),
+        (1000, 2, False),
+        (360, 1, True),
+        (360, 2, False),
+        (1999, 1, True),
+        (1999, 2, False),
+        (2000, 2, True),
+        (2000, 3, False),
+        (10_000, 10, True),
+        (10_000, 11, False),
+    ],
+)
+def test_one_image_in_a_thousand_may_differ_and_always_one(images: int, different: int, holds: bool) -> None:
+    assert agreement(images, different).holds is holds
+
+
+def test_what_json_gets() -> None:
+    stored = json.loads(json.dumps(agreement(1000, 2).to_dict()))
+    assert stored == {
+        "images": 1000,
+        "different_top1": 2,
+        "max_difference": 0.0,
+        "mean_difference": 0.0,
+        "holds": False,
+    }
+
+
+def test_logits_come_in_order_whatever_the_batch() -> None:
+    x = torch.arange(2.0 * BATCH + 50).reshape(-1, 1, 1, 1).requires_grad_()
+    sizes = []
+
+    def model(part: Tensor) -> Tensor:
+        sizes.append(len(part))
+        return part.flatten(1) * torch.tensor([1.0, -1.0])
+
+    logits = logits_of(model, x, label="test")
+    assert sizes == [BATCH, BATCH, 50]
+    assert torch.equal(logits[:, 0], x.detach().flatten()) and not logits.requires_grad
+
+
+def test_each_run_is_compared(tmp_path: Path) -> None:
+    made = net(4)
+    found = parity(written(tmp_path, 4, "integer"), made.folded, made.x, runs=tuple(RUNS))
+    assert list(found) == ["optimised", "unoptimised", "exact"]
+    assert all(each.holds and each.images == len(made.x) for each in found.values())
+    assert list(parity(written(tmp_path, 4, "integer"), made.folded, made.x[:5], runs=("exact",))) == ["exact"]
+
+
+def test_the_images_would_show_a_difference() -> None:
+    """Parity of top-1 answers says nothing about a network that puts every image into one class."""
+    for bits in (8, 4, 3, 2):
+        made = net(bits)
+        classes = logits_of(made.folded, made.x, label="test").argmax(dim=1).bincount(minlength=10)
+        assert (classes > 0).sum() >= 5, bits
+        assert classes.max() < 0.6 * len(made.x), bits
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_another_networks_file_does_not_agree(tmp_path: Path, run: str) -> None:
+    other = net(4, seed=1)
+    found = parity(written(tmp_path, 4, "integer"), other.folded, other.x, runs=(run,))
+    assert not found[run].holds and found[run].different_top1 > 20
+
+
+@pytest.mark.parametrize("damage", ["bias", "scale", "weight"])
+def test_a_damaged_file_does_not_agree(tmp_path: Path, damage: str) -> None:
+    """One constant of the classifier is turned round."""
+    made, model = net(4), parsed(4, "integer")
+    (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    source = made_by[gemm.input[2 if damage == "bias" else 1]]
+    assert source.op_type == "DequantizeLinear"
+    name = source.input[1 if damage == "scale" else 0]
+    name = made_by[name].input[0] if name in made_by else name  # codes of weights pass through a Clip
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    values = onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values[::-1].copy(), name))
+    path = tmp_path / "damaged.onnx"
+    onnx.save(model, path)
+    assert not parity(path, made.folded, made.x, runs=("unoptimised",))["unoptimised"].holds
+
+
+def test_drift_compares_unfolded_with_folded() -> None:
+    made = net(8)
+    found = drift(made.model, made.folded, made.x)
+    assert found.images == len(made.x)
+    assert found.mean_difference < 0.02  # single 8-bit codes on the other side of a tie
+    assert found.mean_difference > 0.0  # the biases were rounded
+    assert drift(made.folded, made.folded, made.x) == Agreement(len(made.x), 0, 0.0, 0.0)

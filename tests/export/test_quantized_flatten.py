@@ -1,0 +1,86 @@
+"""The pass that lets onnxruntime flatten codes instead of floats."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import onnx
+import pytest
+
+from robustq.export.lowering.quantized_flatten import quantized_flatten
+from tests.export import hand_made as hm
+
+
+def classifier(*, readers: int = 1, zero_point: hm.Constant | None = None, scale: float = 0.1) -> onnx.ModelProto:
+    """QuantizeLinear - DequantizeLinear - Flatten - Gemm (as many as ``readers``)."""
+    draw = np.random.default_rng(0)
+    constants = {
+        "s": np.float32(scale),
+        "z": np.zeros((), np.uint8) if zero_point is None else zero_point,
+        "w": draw.standard_normal((8, 3)).astype(np.float32),
+        "b": draw.standard_normal(3).astype(np.float32),
+    }
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        hm.node("Flatten", ["values"], "flat"),
+        *(hm.node("Gemm", ["flat", "w", "b"], f"y{number}") for number in range(readers)),
+    ]
+    return hm.model(nodes, constants, x=["n", 8, 1, 1], outputs={f"y{number}": 2 for number in range(readers)})
+
+
+def pooled(count: int = 64) -> hm.Array:
+    return np.random.default_rng(1).uniform(-2, 30, (count, 8, 1, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1 / 3, 0.0171, 1e-6])
+@pytest.mark.parametrize("zero_point", [np.uint8(0), np.uint8(128), np.int8(-5)])
+def test_codes_are_quantized_again_without_a_change(zero_point: hm.Constant, scale: float) -> None:
+    before = classifier(zero_point=zero_point, scale=scale)
+    after = copy.deepcopy(before)
+    assert quantized_flatten(after) == 1
+    onnx.checker.check_model(after, full_check=True)
+    assert hm.counts(before) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Flatten": 1, "Gemm": 1}
+    assert hm.counts(after) == {"QuantizeLinear": 2, "DequantizeLinear": 2, "Flatten": 1, "Gemm": 1}
+    assert [node.op_type for node in after.graph.node][2:] == ["Flatten", "QuantizeLinear", "DequantizeLinear", "Gemm"]
+    assert hm.same_answers(before, after, pooled() * scale * 10)
+
+
+def test_every_reader_is_rewired() -> None:
+    before = classifier(readers=2)
+    after = copy.deepcopy(before)
+    assert quantized_flatten(after) == 1
+    sources = {node.input[0] for node in after.graph.node if node.op_type == "Gemm"}
+    assert len(sources) == 1 and "flat" not in sources
+    assert hm.same_answers(before, after, pooled())
+
+
+def test_a_second_run_does_nothing() -> None:
+    model = classifier()
+    assert quantized_flatten(model) == 1
+    once = model.SerializeToString()
+    assert quantized_flatten(model) == 0
+    assert model.SerializeToString() == once
+
+
+def test_a_flatten_of_floats_is_left_alone() -> None:
+    model = hm.model([hm.node("Flatten", ["x"], "y")], {}, x=["n", 8, 1, 1], outputs={"y": 2})
+    before = model.SerializeToString()
+    assert quantized_flatten(model) == 0
+    assert model.SerializeToString() == before
+
+
+def test_scales_per_channel_are_left_alone() -> None:
+    """Flattening moves the channel axis' elements, so the parameters would no longer belong to them."""
+    constants = {"s": np.linspace(0.1, 0.8, 8).astype(np.float32), "z": np.zeros(8, np.uint8)}
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        hm.node("Flatten", ["values"], "flat"),
+        hm.node("Relu", ["flat"], "y"),
+    ]
+    model = hm.model(nodes, constants, x=["n", 8, 2, 2], outputs={"y": 2})
+    before = model.SerializeToString()
+    assert quantized_flatten(model) == 0
+    assert model.SerializeToString() == before

@@ -1,0 +1,156 @@
+"""A file in onnxruntime: its answers, and which of its layers run as integers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.nn import functional
+
+from robustq.errors import ModelFileError
+from robustq.export.session import OnnxModel, optimised_layers
+from tests.export import hand_made as hm
+from tests.export.exported import written
+
+
+def constants() -> dict[str, hm.Constant]:
+    draw = np.random.default_rng(0)
+    return {
+        "s": np.float32(1 / 255),
+        "z": np.uint8(0),
+        "w_codes": draw.integers(-127, 128, (4, 1, 3, 3)).astype(np.int8),
+        "w_s": np.float32(0.01),
+        "w_z": np.int8(0),
+        "mid_s": np.float32(0.02),
+        "mid_z": np.uint8(128),
+        "v": draw.standard_normal((5, 4, 3, 3)).astype(np.float32),
+    }
+
+
+def half_integer() -> onnx.ModelProto:
+    """A quantized convolution, a float one, global pooling in float, Flatten: (N, 1, 6, 6) -> (N, 5)."""
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        hm.dequantize("w_codes", "w", "w_s", "w_z"),
+        onnx.helper.make_node("Conv", ["values", "w"], ["mid"], name="quantized_conv"),
+        hm.quantize("mid", "mid_codes", "mid_s", "mid_z"),
+        hm.dequantize("mid_codes", "mid_values", "mid_s", "mid_z"),
+        onnx.helper.make_node("Conv", ["mid_values", "v"], ["out"], name="float_conv"),
+        hm.node("GlobalAveragePool", ["out"], "pooled"),
+        hm.node("Flatten", ["pooled"], "y"),
+    ]
+    return hm.model(nodes, constants(), x=["n", 1, 6, 6], outputs={"y": 2})
+
+
+def saved(folder: Path, model: onnx.ModelProto) -> Path:
+    path = folder / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def expected(x: torch.Tensor) -> torch.Tensor:
+    """The same arithmetic in torch."""
+    c = {name: torch.from_numpy(np.asarray(value)).float() for name, value in constants().items()}
+    x = (x / c["s"]).round().clamp(0, 255) * c["s"]
+    mid = functional.conv2d(x, c["w_codes"] * c["w_s"])
+    mid = ((mid / c["mid_s"]).round().clamp(-128, 127)) * c["mid_s"]
+    return functional.conv2d(mid, c["v"]).mean(dim=(2, 3))
+
+
+# --- layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_integer_and_float_layers_are_told_apart(tmp_path: Path) -> None:
+    layers = optimised_layers(saved(tmp_path, half_integer()))
+    assert len(layers.integer) == 1 and "quantized_conv" in layers.integer[0]
+    # Where onnxruntime changes the layout of a float convolution, it names the new node after the output.
+    (convolution,) = layers.float_convolutions
+    assert "float_conv" in convolution or "out" in convolution
+    assert set(layers.float_convolutions) < set(layers.in_float)
+    assert len(layers.in_float) == 2  # and the pooling
+
+
+def test_int8_activations_fall_back_at_arm_defaults(tmp_path: Path) -> None:
+    model = half_integer()
+    for tensor in model.graph.initializer:
+        if tensor.name == "mid_z":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros((), np.int8), "mid_z"))
+    path = saved(tmp_path, model)
+    assert len(optimised_layers(path).float_convolutions) == 1
+    assert len(optimised_layers(path, arm_defaults=True).float_convolutions) == 2
+
+
+def test_a_layer_without_a_name_is_still_listed(tmp_path: Path) -> None:
+    model = hm.model([hm.node("Sin", ["x"], "y")], {}, x=["n", 3], outputs={"y": 2})
+    model.graph.node[0].name = ""
+    (layer,) = optimised_layers(saved(tmp_path, model)).in_float
+    assert layer
+
+
+def test_reading_the_layers_leaves_the_file_and_its_folder_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path, half_integer())
+    before = path.read_bytes()
+    optimised_layers(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize(("optimise", "exact"), [(False, False), (True, False), (True, True)])
+def test_answers_are_the_graphs(tmp_path: Path, optimise: bool, exact: bool, batch: int) -> None:
+    x = torch.rand(batch, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = OnnxModel(saved(tmp_path, half_integer()), optimise=optimise, exact=exact, threads=1)
+    logits = model(x)
+    assert logits.dtype == torch.float32 and logits.device.type == "cpu"
+    # One mid code on the other side of a tie moves a mean of 16 values by at most 9 * 4 * 0.02 * 3 / 16.
+    torch.testing.assert_close(logits, expected(x), rtol=0, atol=0.15)
+    if not optimise:
+        torch.testing.assert_close(logits, expected(x), rtol=0, atol=1e-4)  # float32 sums of 36 products
+
+
+def test_images_may_carry_gradients_and_lie_anyhow_in_memory(tmp_path: Path) -> None:
+    model = OnnxModel(saved(tmp_path, half_integer()))
+    x = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    turned = x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
+    assert not turned.is_contiguous()
+    assert torch.equal(model(turned), model(x))
+    assert not model(turned).requires_grad
+
+
+# --- files that do not load ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", b"\x89PNG\r\n\x1a\n" + bytes(100), bytes(1000)], ids=["empty", "text", "png", "zeros"]
+)
+@pytest.mark.parametrize("read", [OnnxModel, optimised_layers])
+def test_a_broken_file_is_one_line(tmp_path: Path, content: bytes, read: type) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}: onnxruntime cannot load it (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    path = saved(tmp_path, half_integer())
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ModelFileError, match="onnxruntime cannot load it"):
+        OnnxModel(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="onnxruntime cannot load it"):
+        OnnxModel(tmp_path / "none.onnx")
+
+
+def test_qonnx_does_not_load(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="onnxruntime cannot load it"):
+        OnnxModel(written(tmp_path, 4, "qonnx"))

@@ -1,0 +1,372 @@
+"""Folding: exact weight codes, biases within half an accumulator step, and channels that are nothing but their bias."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from robustq.data import to_float
+from robustq.errors import ExportError
+from robustq.models import spec as spec_module
+from robustq.models.calibration import calibrate
+from robustq.models.folding import fold
+from robustq.models.layers import Layers
+from robustq.models.spec import ModelSpec, build_model
+from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec, trained
+
+CHANNELS = 8
+
+
+class OneConv(nn.Module):
+    """pixels - 8-bit stem - ReLU - the convolution under test with its BatchNorm - ReLU - pooling - fc."""
+
+    def __init__(self, layers: Layers, channels: int, classes: int) -> None:
+        super().__init__()
+        self.pixels = layers.pixels()
+        self.stem = layers.conv(channels, 4, kernel_size=1, first=True)
+        self.stem_bn = layers.batch_norm(4)
+        self.stem_relu = layers.relu()
+        self.conv = layers.conv(4, CHANNELS, kernel_size=3)
+        self.bn = layers.batch_norm(CHANNELS)
+        self.relu = layers.relu()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pooled = layers.pooled()
+        self.fc = layers.linear(CHANNELS, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem_relu(self.stem_bn(self.stem(self.pixels(x))))
+        x = self.relu(self.bn(self.conv(x)))
+        logits: Tensor = self.fc(torch.flatten(self.pooled(self.pool(getattr(x, "value", x))), 1))
+        return logits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_conv() -> Iterator[None]:
+    """Make the architecture known, since ``fold`` builds by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(spec_module.ARCHITECTURES, "one-conv", OneConv)
+        yield
+
+
+def one_conv_spec(bits: int) -> ModelSpec:
+    return dataclasses.replace(small_spec(bits), architecture="one-conv")
+
+
+def images() -> Tensor:
+    return to_float(digits()[0][:16])
+
+
+def one_conv_model(bits: int) -> Any:
+    return copy.deepcopy(_one_conv_model(bits))
+
+
+@functools.cache
+def _one_conv_model(bits: int) -> Any:
+    torch.manual_seed(0)
+    model: Any = build_model(one_conv_spec(bits))
+    perturb_batch_norm(model, seed=0)
+    calibrate(model, images())
+    return model
+
+
+def parameters_of(conv: Any) -> tuple[Tensor, Tensor]:
+    """(codes, scale per channel) of a quantized layer."""
+    quantized = conv.quant_weight()
+    return quantized.int().double(), quantized.scale.detach().double().flatten()
+
+
+def gain_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return gain, norm.bias.detach().double() - norm.running_mean.double() * gain
+
+
+def conv_outputs(model: Any, folded: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm's output before folding, the convolution's after it (N, C, H, W), and the scale that enters."""
+    with torch.no_grad():
+        # The stem's own bias rounding is not under test: both convolutions get the codes of the folded stem.
+        entered = folded.stem_relu(folded.stem(folded.pixels(images())))
+        unfolded = model.bn(model.conv(entered.value))
+        after = folded.conv(entered)
+    return unfolded.double(), getattr(after, "value", after).double(), entered.scale.double()
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_codes_stay_and_a_negative_gamma_flips_them(bits: int) -> None:
+    model = one_conv_model(bits)
+    folded: Any = fold(model, one_conv_spec(bits))
+    gain, _ = gain_and_shift(model.bn)
+    assert (gain > 0).any() and (gain < 0).any()
+    codes, scale = parameters_of(model.conv)
+    folded_codes, folded_scale = parameters_of(folded.conv)
+    assert torch.equal(folded_codes, codes * gain.sign().reshape(-1, 1, 1, 1))
+    assert torch.equal(folded_scale.float(), (scale * gain.abs()).float())  # exact: float64, then one rounding
+
+
+def test_the_last_layer_keeps_its_codes_and_scales() -> None:
+    model = one_conv_model(4)
+    folded: Any = fold(model, one_conv_spec(4))
+    for before, after in zip(parameters_of(model.fc), parameters_of(folded.fc), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_a_folded_network_has_quantized_biases_and_no_batch_norm(bits: int) -> None:
+    folded = fold(perturbed(small_spec(bits)), small_spec(bits))
+    assert not folded.training
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    layers = [module for module in folded.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 10
+    assert all(layer.bias_quant.is_quant_enabled and layer.bias is not None for layer in layers)  # type: ignore[union-attr]
+
+
+# --- biases ----------------------------------------------------------------------------------------------------------
+
+
+def check_half_step(model: Any, bits: int) -> None:
+    """The folded convolution differs from convolution - BatchNorm by at most half an accumulator step per channel."""
+    folded: Any = fold(model, one_conv_spec(bits))
+    unfolded, after, input_scale = conv_outputs(model, folded)
+    step = input_scale * parameters_of(folded.conv)[1]
+    # float32: sums of 36 products and a bias, each rounded to 2^-24 of the largest magnitude on the way, in two
+    # networks. That magnitude is the BatchNorm's: subtracting a mean and adding a bias can cancel.
+    gain, shift = gain_and_shift(model.bn)
+    mean = (model.bn.running_mean.double() * gain).abs()
+    size = torch.maximum(unfolded.abs().amax(dim=(0, 2, 3)), torch.maximum(shift.abs(), mean))
+    bound = 0.5 * step + 64 * 2.0**-24 * size
+    assert ((after - unfolded).abs().amax(dim=(0, 2, 3)) <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_the_drift_of_one_layer_is_at_most_half_an_accumulator_step(bits: int) -> None:
+    check_half_step(one_conv_model(bits), bits)
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_bias_codes_are_the_shift_in_accumulator_steps(bits: int) -> None:
+    model = one_conv_model(bits)
+    folded: Any = fold(model, one_conv_spec(bits))
+    _, shift = gain_and_shift(model.bn)
+    _, _, input_scale = conv_outputs(model, folded)
+    step = input_scale * parameters_of(folded.conv)[1]
+    with torch.no_grad():
+        folded.conv.weight.zero_()  # what is left is the bias
+    _, bias, _ = conv_outputs(model, folded)
+    codes = bias[0, :, 0, 0] / step
+    # float32 keeps codes of up to 600,000 to 0.04; no shift of this seed lies that near a tie.
+    assert (codes.round() - codes).abs().max() < 0.1
+    assert torch.equal(codes.round(), (shift / step).round())
+    assert codes.round().abs().max() >= 5
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@given(
+    bits=st.sampled_from([8, 4, 3, 2]),
+    gammas=st.lists(
+        st.one_of(st.floats(-3.0, 3.0, width=32), st.sampled_from([0.0, 1e-8, -1e-20, 1e-40, -1e-45])),
+        min_size=CHANNELS,
+        max_size=CHANNELS,
+    ),
+    variances=st.lists(
+        st.one_of(st.floats(2.0**-10, 100.0, width=32), st.just(0.0)), min_size=CHANNELS, max_size=CHANNELS
+    ),
+    shifts=st.lists(st.one_of(st.floats(-2.0, 2.0, width=32), st.just(0.0)), min_size=CHANNELS, max_size=CHANNELS),
+)
+def test_any_batch_norm_folds(bits: int, gammas: list[float], variances: list[float], shifts: list[float]) -> None:
+    model = one_conv_model(bits)
+    with torch.no_grad():
+        model.bn.weight.copy_(torch.tensor(gammas))
+        model.bn.running_var.copy_(torch.tensor(variances))
+        model.bn.bias.copy_(torch.tensor(shifts))
+        model.bn.running_mean.copy_(torch.tensor(shifts).flip(0))
+    folded: Any = fold(model, one_conv_spec(bits))
+    assert all(value.isfinite().all() for value in folded.state_dict().values())
+    gain, _ = gain_and_shift(model.bn)
+    codes, _ = parameters_of(model.conv)
+    folded_codes, _ = parameters_of(folded.conv)
+    constant = folded_codes.flatten(1).eq(0).all(dim=1)
+    assert torch.equal(folded_codes[~constant], (codes * gain.sign().reshape(-1, 1, 1, 1))[~constant])
+    # Only a channel that BatchNorm all but switches off may lose its codes: a bias of 2^30 steps, or no scale at all.
+    assert (gain.abs()[constant] < 1e-5).all()
+    check_half_step(model, bits)
+
+
+# --- channels that are nothing but their bias ------------------------------------------------------------------------
+
+
+def with_channel(model: Any, channel: int, **values: float) -> Any:
+    """A copy with gamma, beta, mean, var or the whole weight of one channel of the convolution set."""
+    changed = copy.deepcopy(model)
+    places = {
+        "gamma": changed.bn.weight,
+        "beta": changed.bn.bias,
+        "mean": changed.bn.running_mean,
+        "var": changed.bn.running_var,
+        "weight": changed.conv.weight,
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            places[name][channel] = value
+    return changed
+
+
+OFF = [
+    pytest.param({"gamma": 0.0, "beta": 0.7}, 0.7, id="zero gamma"),
+    pytest.param({"gamma": 0.0, "beta": -0.7}, -0.7, id="zero gamma, negative bias"),
+    pytest.param({"gamma": 0.0, "beta": 0.0}, 0.0, id="zero gamma and bias"),
+    pytest.param({"gamma": 1e-12, "beta": 0.7}, 0.7, id="tiny gamma"),
+    pytest.param({"gamma": -1e-12, "beta": 0.7}, 0.7, id="tiny negative gamma"),
+    pytest.param({"gamma": 1e-45, "beta": 0.0, "mean": 0.0}, 0.0, id="gamma below float32's range, no bias"),
+    pytest.param({"gamma": 1e-39, "beta": 1e-44, "mean": 0.0}, 0.0, id="gamma and bias below float32's range"),
+    pytest.param({"gamma": 0.0, "beta": 1e-42, "mean": 0.0}, 0.0, id="bias below float32's range"),
+    pytest.param({"gamma": 1.0, "beta": 0.7, "mean": 0.0, "weight": 0.0}, 0.7, id="dead weights"),
+    pytest.param({"gamma": 1.0, "beta": 0.0, "mean": 0.0, "weight": 0.0}, 0.0, id="dead weights, no bias"),
+    pytest.param({"gamma": 1.0, "beta": 0.5, "mean": 0.5, "var": 1.0, "weight": 0.0}, None, id="dead weights, mean"),
+]
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize(("values", "output"), OFF)
+def test_a_switched_off_channel_is_its_bias(values: dict[str, float], output: float | None, bits: int) -> None:
+    model = with_channel(one_conv_model(bits), 3, **values)
+    folded: Any = fold(model, one_conv_spec(bits))
+    assert all(value.isfinite().all() for value in folded.state_dict().values())
+    codes, scale = parameters_of(folded.conv)
+    assert torch.equal(codes[3], torch.zeros_like(codes[3]))
+    assert (scale > 0).all()
+    unfolded, after, input_scale = conv_outputs(model, folded)
+    if output is not None:
+        # 2^24 whole steps hold the bias to half a step; float32 rounds it once more.
+        assert (after[:, 3] - output).abs().max() <= 2.0**-23 * abs(output) + 1e-30
+    assert (after[:, 3] - unfolded[:, 3]).abs().max() <= 1e-6
+    bias_code = (after[0, 3, 0, 0] / (input_scale * scale[3])).abs().item()
+    assert bias_code <= 2**30
+    if output and values.get("weight") is None:
+        assert bias_code == pytest.approx(2**24, abs=2)  # the scale's own float32 rounding
+    # The neighbours are folded as ever.
+    others = [channel for channel in range(CHANNELS) if channel != 3]
+    signs = gain_and_shift(model.bn)[0].sign().reshape(-1, 1, 1, 1)
+    assert torch.equal(codes[others], (parameters_of(model.conv)[0] * signs)[others])
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.99, True), (1.01, False)])
+def test_the_largest_bias_code_is_2_to_the_30(share: float, kept: bool) -> None:
+    model = one_conv_model(4)
+    _, _, input_scale = conv_outputs(model, fold(model, one_conv_spec(4)))
+    codes, scale = parameters_of(model.conv)
+    gamma = 0.7 / (input_scale * scale[3] * 2**30 * share)
+    eps = model.bn.eps
+    changed = with_channel(model, 3, gamma=gamma.item(), beta=0.7, mean=0.0, var=1.0 - eps)
+    folded: Any = fold(changed, one_conv_spec(4))
+    folded_codes, _ = parameters_of(folded.conv)
+    assert torch.equal(folded_codes[3], codes[3] if kept else torch.zeros_like(codes[3]))
+    _, after, _ = conv_outputs(changed, folded)
+    # Either way the convolution adds at most 36 * 7 * 15 of 2^30 steps to the bias.
+    assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 / 2**30 + 2.0**-22)
+
+
+def test_a_channel_with_zero_variance_folds() -> None:
+    model = with_channel(one_conv_model(4), 2, var=0.0)
+    folded: Any = fold(model, one_conv_spec(4))
+    codes, _ = parameters_of(model.conv)
+    gain, _ = gain_and_shift(model.bn)
+    assert gain[2].abs() > 100  # 1 / sqrt(eps)
+    assert torch.equal(parameters_of(folded.conv)[0], codes * gain.sign().reshape(-1, 1, 1, 1))
+    check_half_step(model, 4)
+
+
+# --- whole networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
+def test_float_folding_is_exact_up_to_float_rounding(architecture: str) -> None:
+    spec = small_spec(32, architecture=architecture)
+    model = perturbed(spec)
+    with torch.no_grad():
+        before, after = model(images()), fold(model, spec)(images())
+    # Weights in float64, rounded once; then up to 21 layers of float32 sums, each right to about 1e-6.
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * before.std().item())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_trained_network_keeps_its_answers(bits: int) -> None:
+    """Half steps of biases move single codes; a wrong sign or shift leaves little of what was learned."""
+    model = trained(small_spec(bits))
+    x, y = to_float(digits()[0]), digits()[1]
+    with torch.no_grad():
+        before, after = model(x), fold(model, small_spec(bits))(x)
+    accuracies = [(logits.argmax(dim=1) == y).float().mean().item() for logits in (before, after)]
+    assert accuracies[0] > 0.9
+    assert abs(accuracies[1] - accuracies[0]) <= 0.015
+    # 4-bit layers add up to 36 * 4 * 16 steps; half a step is a few hundredths of a code in the next layer.
+    assert (after - before).abs().mean() < (0.01 if bits == 8 else 0.1) * before.std()
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
+def test_the_model_stays_as_it_was(mode: str, bits: int) -> None:
+    model = perturbed(small_spec(bits)).train(mode != "eval")
+    if mode == "mixed":
+        model.get_submodule("bn1").eval()
+    before, modes = copy.deepcopy(model.state_dict()), {module: module.training for module in model.modules()}
+    folded = fold(model, small_spec(bits))
+    with torch.no_grad():
+        for parameter in folded.parameters():
+            parameter.zero_()  # nothing is shared
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    # Brevitas makes one stateless clamp for all quantizers of the process: the folded network's eval() reaches it too.
+    own = [module for module in model.modules() if module not in set(folded.modules())]
+    assert len(own) > 20 and all(module.training == modes[module] for module in own)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_twin_has_gradients_into_the_images() -> None:
+    folded = fold(perturbed(small_spec(4)), small_spec(4))
+    x = images().requires_grad_()
+    folded(x).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def refused(model: nn.Module, name: str) -> None:
+    with pytest.raises(ExportError, match=rf"^{name} does not follow a convolution of its own; .*cannot be folded$"):
+        fold(model, small_spec(4))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_batch_norm_on_the_pixels_is_refused() -> None:
+    model = perturbed(small_spec(4))
+    model.pixels = nn.Sequential(nn.BatchNorm2d(1), model.get_submodule("pixels"))
+    refused(model, r"pixels\.0")
+
+
+def test_a_batch_norm_after_a_relu_is_refused() -> None:
+    model = perturbed(small_spec(4))
+    model.relu = nn.Sequential(model.get_submodule("relu"), nn.BatchNorm2d(16))
+    refused(model, r"relu\.1")
+
+
+def test_a_second_batch_norm_on_one_convolution_is_refused() -> None:
+    model = perturbed(small_spec(4))
+    model.bn1 = nn.Sequential(model.get_submodule("bn1"), nn.BatchNorm2d(16))
+    refused(model, r"bn1\.1")
+
+
+def test_a_batch_norm_on_the_logits_is_refused() -> None:
+    model = perturbed(small_spec(4))
+    model.fc = nn.Sequential(model.get_submodule("fc"), nn.BatchNorm1d(10))
+    refused(model, r"fc\.1")

@@ -1,0 +1,186 @@
+"""The networks: layers, names and counts, and 32-bit answers equal to a plain functional network's bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.resnet import BasicBlock as TorchvisionBlock
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from robustq.models.calibration import calibrate
+from robustq.models.spec import ModelSpec, build_model
+from tests.models.small_nets import perturb_batch_norm, small_spec
+
+BLOCKS = {"resnet8": 1, "resnet20": 3}
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def expected_parameters(blocks: int, *, channels: int, classes: int) -> int:
+    """3x3 stem, two 3x3 convolutions a block, 1x1 shortcuts at the two changes of width; BatchNorm 2 a channel; fc."""
+    count = 9 * channels * 16 + 2 * 16
+    width = 16
+    for out in (16, 32, 64):
+        for _ in range(blocks):
+            count += 9 * width * out + 9 * out * out + 2 * 2 * out
+            count += width * out + 2 * out if width != out else 0
+            width = out
+    return count + 64 * classes + classes
+
+
+@pytest.mark.parametrize(("architecture", "count"), [("resnet8", 9), ("resnet20", 21)])
+@pytest.mark.parametrize("bits", [32, 4])
+def test_the_number_of_convolutions(architecture: str, count: int, bits: int) -> None:
+    found = convolutions(build_model(small_spec(bits, architecture=architecture)))
+    assert len(found) == count
+    assert sorted(name for name, conv in found.items() if conv.kernel_size == (1, 1)) == [
+        "layer2.0.downsample.0",
+        "layer3.0.downsample.0",
+    ]
+    assert {name for name, conv in found.items() if conv.stride == (2, 2)} == {
+        f"layer{stage}.0.{name}" for stage in (2, 3) for name in ("conv1", "downsample.0")
+    }
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_number_of_parameters(architecture: str, channels: int) -> None:
+    model = build_model(small_spec(32, architecture=architecture, channels=channels))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == expected_parameters(BLOCKS[architecture], channels=channels, classes=10)
+
+
+def test_resnet20_has_the_size_that_is_published_for_option_b() -> None:
+    model = build_model(small_spec(32, architecture="resnet20", channels=3))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 272_474
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
+def test_names_are_torchvisions(architecture: str) -> None:
+    blocks = BLOCKS[architecture]
+    theirs = TorchvisionResNet(TorchvisionBlock, [blocks, blocks, blocks, 1]).state_dict()
+    ours = build_model(small_spec(32, architecture=architecture)).state_dict()
+    assert set(ours) == {name for name in theirs if not name.startswith("layer4.")}
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
+def test_quantizing_adds_thresholds_and_nothing_else(architecture: str) -> None:
+    plain = build_model(small_spec(32, architecture=architecture)).state_dict()
+    quantized = build_model(small_spec(4, architecture=architecture)).state_dict()
+    added = set(quantized) - set(plain)
+    assert set(plain) <= set(quantized)
+    assert all(name.endswith(".log_threshold") for name in added)
+    assert len(added) == 1 + 3 * 3 * BLOCKS[architecture] + 2 + 1  # stem, three a block, two shortcuts, pooled
+    assert all(plain[name].shape == quantized[name].shape for name in plain)
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("image_size", [8, 28, 32])
+def test_shapes(image_size: int, channels: int, bits: int) -> None:
+    model = build_model(small_spec(bits, channels=channels, image_size=image_size))
+    entered: list[tuple[int, ...]] = []
+    model.get_submodule("avgpool").register_forward_pre_hook(lambda _, inputs: entered.append(tuple(inputs[0].shape)))
+    with torch.no_grad():
+        logits = model(torch.rand(2, channels, image_size, image_size))
+    assert logits.shape == (2, 10) and logits.dtype == torch.float32
+    assert entered == [(2, 64, image_size // 4, image_size // 4)]
+    assert not model.training
+
+
+def functional_logits(state: dict[str, Tensor], x: Tensor, *, blocks: int) -> Tensor:
+    """The float network from its weights, without any module of robustq."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return functional.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        return functional.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+
+    x = norm(conv(x, "conv1"), "bn1").relu()
+    for stage in (1, 2, 3):
+        for block in range(blocks):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            out = norm(conv(x, f"{name}.conv1", stride), f"{name}.bn1").relu()
+            out = norm(conv(out, f"{name}.conv2"), f"{name}.bn2")
+            if f"{name}.downsample.0.weight" in state:
+                x = norm(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = (out + x).relu()
+    x = functional.adaptive_avg_pool2d(x, 1).flatten(1)
+    return functional.linear(x, state["fc.weight"], state["fc.bias"])
+
+
+@pytest.mark.parametrize("architecture", BLOCKS)
+@pytest.mark.parametrize(("channels", "image_size"), [(1, 8), (3, 16)])
+def test_float_answers_are_a_plain_networks_bit_for_bit(architecture: str, channels: int, image_size: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(small_spec(32, architecture=architecture, channels=channels, image_size=image_size))
+    perturb_batch_norm(model, seed=0)
+    x = torch.rand(4, channels, image_size, image_size)
+    with torch.no_grad():
+        expected = functional_logits(model.state_dict(), x, blocks=BLOCKS[architecture])
+        assert torch.equal(model(x), expected)  # exact: the same operations in the same order
+    assert expected.std() > 1e-3
+
+
+def test_an_8_bit_network_is_near_its_float_twin() -> None:
+    """Float weights mean the same at any width; 8 bits lose little."""
+    torch.manual_seed(0)
+    plain, quantized = (build_model(small_spec(bits)) for bits in (32, 8))
+    perturb_batch_norm(plain, seed=0)
+    quantized.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.rand(16, 1, 8, 8)
+    calibrate(quantized, x)
+    with torch.no_grad():
+        difference = (quantized(x) - plain(x)).abs().mean() / plain(x).std()
+    # Nine layers that each round to 1/255 of their range: a few hundredths. A skipped shortcut or ReLU gives about 1.
+    assert difference < 0.15
+
+
+def test_first_and_last_layer_and_every_branch_are_8_bit() -> None:
+    model = build_model(small_spec(3))
+    weight_bits = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight_bits[name] = int(module.quant_weight().bit_width)  # type: ignore[operator]
+    assert weight_bits.pop("conv1") == weight_bits.pop("fc") == 8
+    assert set(weight_bits.values()) == {3} and len(weight_bits) == 8
+    act_bits = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in ("QuantIdentity", "QuantReLU"):
+            act_bits[name] = int(module.act_quant.bit_width())
+    eight = {"pixels", "pooled", *(name for name in act_bits if "branch" in name or "downsample" in name)}
+    assert len(eight) == 2 + 3 + 2
+    assert {name: bits for name, bits in act_bits.items() if bits != 3} == dict.fromkeys(eight, 8)
+
+
+def test_weights_and_activations_have_their_own_widths() -> None:
+    model = build_model(ModelSpec("resnet8", 2, 4, 10, 1, 8, "digits", None, ()))
+    conv, relu = model.get_submodule("layer1.0.conv1"), model.get_submodule("layer1.0.relu1")
+    assert int(conv.quant_weight().bit_width) == 2  # type: ignore[operator]
+    assert int(relu.act_quant.bit_width()) == 4  # type: ignore[operator, union-attr]
+
+
+def test_the_sum_takes_the_quantized_branches() -> None:
+    """Every convolution's output that meets a sum lies on its branch quantizer's grid."""
+    torch.manual_seed(0)
+    model = build_model(small_spec(4))
+    perturb_batch_norm(model, seed=0)
+    x = torch.rand(4, 1, 8, 8)
+    calibrate(model, x)
+    codes = []
+    for name in ("layer2.0.branch", "layer2.0.downsample.2"):
+        layer = model.get_submodule(name)
+        layer.register_forward_hook(lambda module, _, y: codes.append(y / module.act_quant.scale()))
+    with torch.no_grad():
+        model(x)
+    assert len(codes) == 2
+    for code in codes:
+        torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-4)  # float32: code times scale over scale
+        assert len(code.round().unique()) > 30

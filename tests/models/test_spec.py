@@ -1,0 +1,111 @@
+"""ModelSpec: what a model file says, there and back, and every way in which it can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from robustq.errors import ModelFileError, UsageError
+from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model, check_architecture
+from tests.models.small_nets import small_spec
+
+FULL = ModelSpec(
+    "resnet20", 4, 8, 3, 3, 32, "cifar10", 8 / 255, ("cat", "dog", "ant"), ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+)
+
+
+@pytest.mark.parametrize("spec", [FULL, small_spec(32)])
+def test_there_and_back(spec: ModelSpec) -> None:
+    assert ModelSpec.from_dict(spec.to_dict()) == spec
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_unknown_keys_of_a_newer_version_and_an_absent_normalisation_do_no_harm() -> None:
+    stored = small_spec(4).to_dict()
+    del stored["normalisation"]
+    assert ModelSpec.from_dict({**stored, "later": 1}) == small_spec(4)
+
+
+@pytest.mark.parametrize(
+    ("weight_bits", "act_bits", "label"), [(32, 32, "resnet8-float"), (4, 4, "resnet8-w4a4"), (2, 8, "resnet8-w2a8")]
+)
+def test_label(weight_bits: int, act_bits: int, label: str) -> None:
+    assert dataclasses.replace(small_spec(4), weight_bits=weight_bits, act_bits=act_bits).label == label
+
+
+@pytest.mark.parametrize("stored", [None, [], "resnet8", 4])
+def test_what_is_no_table_is_refused(stored: Any) -> None:
+    with pytest.raises(ModelFileError, match=rf"^spec is {type(stored).__name__}, not a table"):
+        ModelSpec.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(ModelSpec) if field.name != "normalisation"]
+)
+def test_a_missing_key_is_named(name: str) -> None:
+    stored = small_spec(4).to_dict()
+    del stored[name]
+    with pytest.raises(ModelFileError, match=f"^spec lacks {name};"):
+        ModelSpec.from_dict(stored)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(
+            (name, value)
+            for name in ("weight_bits", "classes", "image_size")
+            for value in (0, -1, 4.0, "4", True, None)
+        ),
+        ("act_bits", [4]),
+        ("channels", 0),
+        ("epsilon", "8/255"),
+        ("epsilon", -0.1),
+        ("epsilon", 1.5),
+        ("epsilon", float("nan")),
+        ("epsilon", True),
+        ("class_names", None),
+        ("class_names", 10),
+        ("class_names", "0123456789"),
+        ("class_names", [0, 1]),
+        ("normalisation", 0.5),
+        ("normalisation", ([0.5],)),
+        ("normalisation", ([0.5], [0.2, 0.2])),
+        ("normalisation", (["a"], [0.2])),
+        ("normalisation", "ab"),
+    ],
+)
+def test_a_wrong_value_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ModelFileError, match=f"^spec says {name} = ") as caught:
+        ModelSpec.from_dict({**small_spec(4).to_dict(), name: value})
+    assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["architecture", "data"])
+def test_names_must_be_texts(name: str) -> None:
+    with pytest.raises(ModelFileError, match="names no architecture or no data set"):
+        ModelSpec.from_dict({**small_spec(4).to_dict(), name: 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("resnet21", "resnet20"), ("resnet-8", "resnet8"), ("Resnet20", "resnet20"), ("", "")]
+)
+def test_an_unknown_architecture_names_the_nearest(name: str, nearest: str) -> None:
+    with pytest.raises(UsageError, match=rf"unknown architecture '{name}'; known: resnet8, resnet20") as caught:
+        check_architecture(name)
+    assert f"(nearest: {nearest}" in str(caught.value)
+    with pytest.raises(UsageError, match="unknown architecture"):
+        build_model(dataclasses.replace(small_spec(4), architecture=name))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_known_architecture_passes(name: str) -> None:
+    assert check_architecture(name) == name
+
+
+def test_a_width_outside_the_table_is_refused_when_built() -> None:
+    with pytest.raises(UsageError, match="weight bits 5"):
+        build_model(dataclasses.replace(small_spec(4), weight_bits=5))

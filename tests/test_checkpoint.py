@@ -1,0 +1,415 @@
+"""model.pt: there and back, whole or not at all, and one line for every way in which a file can be wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import pickle
+import random
+import subprocess
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.checkpoint import (
+    FORMAT,
+    VERSION,
+    describe_state_dict,
+    is_bare_state_dict,
+    load_model,
+    load_weights,
+    read_checkpoint,
+    save_atomically,
+    save_model,
+)
+from robustq.data import to_float
+from robustq.errors import ModelFileError
+from robustq.models.spec import ModelSpec, build_model
+from tests.models.small_nets import digits, perturbed, small_spec
+
+
+def refusal(read: Callable[[], Any]) -> str:
+    """The one line of the ModelFileError that ``read`` raises."""
+    with pytest.raises(ModelFileError) as caught:
+        read()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+def written(tmp_path: Path, content: Any, name: str = "model.pt") -> Path:
+    path = tmp_path / name
+    torch.save(content, path)
+    return path
+
+
+def good(**changes: Any) -> dict[str, Any]:
+    """What save_model writes for a 4-bit ResNet-8, with keys replaced."""
+    spec = small_spec(4)
+    state = dict(fresh_state())
+    return {"format": FORMAT, "version": VERSION, "spec": spec.to_dict(), "state": state, "info": {}, **changes}
+
+
+@functools.cache
+def fresh_state() -> dict[str, Tensor]:
+    return dict(build_model(small_spec(4)).state_dict())
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [32, 4])
+def test_there_and_back(tmp_path: Path, bits: int) -> None:
+    spec = dataclasses.replace(small_spec(bits), epsilon=8 / 255)
+    model = perturbed(small_spec(bits)).train()
+    info = {"clean_accuracy": 0.9, "recipe": {"epochs": 3}, "notes": ["a", None]}
+    save_model(tmp_path / "new" / "model.pt", model, spec, info=info)
+    loaded, loaded_spec, loaded_info = load_model(tmp_path / "new" / "model.pt")
+    assert (loaded_spec, loaded_info) == (spec, info)
+    assert not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    x = to_float(digits()[0][:8])
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_a_normalisation_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
+    spec = dataclasses.replace(small_spec(4), normalisation=((0.5,), (0.25,)))
+    save_model(tmp_path / "model.pt", build_model(spec), spec)
+    with pytest.raises(ModelFileError, match="normalisation inside the model"):
+        load_model(tmp_path / "model.pt")
+
+
+def test_without_info_there_is_an_empty_one(tmp_path: Path) -> None:
+    save_model(tmp_path / "model.pt", build_model(small_spec(4)), small_spec(4))
+    assert load_model(tmp_path / "model.pt")[2] == {}
+
+
+def test_a_model_file_holds_weights_and_plain_values_only(tmp_path: Path) -> None:
+    save_model(tmp_path / "model.pt", perturbed(small_spec(4)), small_spec(4), info={"seed": 1})
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert content.keys() == {"format", "version", "spec", "state", "info"}
+    assert all(not value.requires_grad and value.device.type == "cpu" for value in content["state"].values())
+
+
+def test_others_may_read_the_file(tmp_path: Path) -> None:
+    save_atomically({}, tmp_path / "model.pt")
+    assert (tmp_path / "model.pt").stat().st_mode & 0o777 == 0o644
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt("cut off while writing")
+
+
+def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save_atomically({"weights": torch.ones(3)}, path)
+    before = path.read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically({"weights": torch.zeros(100_000), "end": Unpicklable()}, path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_failure_while_writing_a_first_file_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        save_atomically(Unpicklable(), tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_appears_only_when_the_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.pt"
+    save = torch.save
+    seen = []
+
+    def slow_save(content: Any, file: Any) -> None:
+        save(content, file)
+        seen.append(path.exists())
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    save_atomically({"weights": torch.ones(3)}, path)
+    assert seen == [False] and path.exists()
+
+
+# --- files that are no checkpoint ------------------------------------------------------------------------------------
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.pt"
+    assert refusal(lambda: load_model(path)).startswith(f"{path}: no such file; give a model.pt")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    assert refusal(lambda: load_model(tmp_path)) == f"{tmp_path}: is a folder; give the .pt file in it"
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.touch()
+    assert refusal(lambda: load_model(path)).startswith(f"{path}: is empty (0 bytes)")
+
+
+def test_a_truncated_file(tmp_path: Path) -> None:
+    path = written(tmp_path, good())
+    whole = path.read_bytes()
+    for share in (0.01, 0.3, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello\n",
+        b'{"format": "robustq-model"}',
+        b"1,2,3\n",
+        b"\x89PNG\r\n\x1a\n" + bytes(200),
+        b"\x08\x0a\x12\x07pytorch",
+        bytes(1000),
+    ],
+    ids=["text", "json", "csv", "png", "onnx", "zeros"],
+)
+def test_a_foreign_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    assert refusal(lambda: load_model(path)) == f"{path}: is not a torch file (no checkpoint could be read from it)"
+
+
+def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
+
+
+def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, good())
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)  # root may read everything, so a mode would not do
+    assert "Permission denied" in refusal(lambda: load_model(path))
+
+
+def test_any_damage_is_one_line(tmp_path: Path) -> None:
+    """torch.load has no error of its own: a damaged pickle ends in whatever its unpickler stumbles over."""
+    draw = random.Random(0)
+    content = {"a": torch.zeros(3), "b": [1, 2, {"x": "y"}]}
+    zipped, legacy = io.BytesIO(), io.BytesIO()
+    torch.save(content, zipped)
+    torch.save(content, legacy, _use_new_zipfile_serialization=False)
+    plain = pickle.dumps({"a": [1, 2, 3], "b": "xyz"}, protocol=2)
+    path = tmp_path / "model.pt"
+    warnings.simplefilter("error")  # pytest restores the filters: a warning would be a second line for the user
+    refused = 0
+    for whole in (zipped.getvalue(), legacy.getvalue(), plain):
+        for _ in range(60):
+            damaged = bytearray(whole[: draw.randrange(1, len(whole) + 1)])
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                read_checkpoint(path)
+            except ModelFileError as error:
+                refused += 1
+                assert "\n" not in str(error)
+    assert refused > 120
+
+
+# --- files that would run code ---------------------------------------------------------------------------------------
+
+
+class Payload:
+    """Unpickling it runs a command that leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return subprocess.call, (["touch", str(self.mark)],)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "inside a model"])
+def test_no_code_of_a_file_runs(tmp_path: Path, kind: str) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "model.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Payload(mark)))
+    elif kind == "inside a model":
+        torch.save(good(info={"note": Payload(mark)}), path)
+    else:
+        torch.save(Payload(mark), path, _use_new_zipfile_serialization=kind == "zip")
+    message = refusal(lambda: load_model(path))
+    assert not mark.exists()
+    assert ("loading it would run code" in message) == (kind in ("zip", "inside a model"))
+    # The payload is a real one.
+    torch.load(path, weights_only=False) if kind != "pickle" else pickle.loads(path.read_bytes())
+    assert mark.exists()
+
+
+def test_a_whole_module(tmp_path: Path) -> None:
+    path = written(tmp_path, nn.Linear(2, 2))
+    message = refusal(lambda: load_model(path))
+    assert "holds more than weights" in message and "torch.save(model.state_dict(), FILE)" in message
+
+
+# --- files of another content ----------------------------------------------------------------------------------------
+
+
+def test_a_bare_state_dict_says_what_to_do(tmp_path: Path) -> None:
+    path = written(tmp_path, build_model(small_spec(32)).state_dict())
+    message = refusal(lambda: load_model(path))
+    assert message.startswith(f"{path}: is a bare state dict") and "robustq harden FILE --data NAME" in message
+    assert is_bare_state_dict(read_checkpoint(path))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}, torch.zeros(3), "text", {"format": "other"}])
+def test_other_content(tmp_path: Path, content: Any) -> None:
+    path = written(tmp_path, content)
+    message = refusal(lambda: load_model(path))
+    assert f"holds a {type(content).__name__} that robustq did not write" in message
+    assert not is_bare_state_dict(content)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_version(tmp_path: Path, version: Any) -> None:
+    path = written(tmp_path, good(version=version))
+    assert f"version {version!r} of the format, this robustq reads {VERSION}" in refusal(lambda: load_model(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "resnet9"}, "unknown architecture 'resnet9'"),
+        ({"weight_bits": 5}, "weight bits 5 are not in the table"),
+        ({"weight_bits": 32}, "weight bits 32 with activation bits 4"),
+        ({"classes": 0}, "classes = 0"),
+        ({"class_names": 3}, "class_names = 3"),
+    ],
+)
+def test_a_spec_that_cannot_be_built_names_the_file(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = written(tmp_path, good(spec={**small_spec(4).to_dict(), **change}))
+    message = refusal(lambda: load_model(path))
+    assert message.startswith(f"{path}: ") and said in message
+
+
+@pytest.mark.parametrize("spec", [None, "resnet8", {}])
+def test_no_spec_names_the_file(tmp_path: Path, spec: Any) -> None:
+    path = written(tmp_path, good(spec=spec))
+    assert refusal(lambda: load_model(path)).startswith(f"{path}: spec ")
+
+
+def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: without(state, "fc.weight"), "do not fit the spec in 1 entries (fc.weight"),
+        (lambda state: {**state, "extra": torch.zeros(1)}, "do not fit the spec in 1 entries (extra"),
+        (lambda state: {**state, "fc.bias": torch.zeros(11)}, "do not fit the spec in 1 entries (fc.bias"),
+        (lambda state: {**state, "fc.bias": torch.full((10,), math.nan)}, "fc.bias holds NaN or Inf"),
+        (lambda state: {**state, "bn1.running_var": torch.full((16,), math.inf)}, "bn1.running_var holds NaN or Inf"),
+        (lambda state: {}, "holds no weights"),
+        (lambda state: None, "holds no weights"),
+        (lambda state: [1], "holds no weights"),
+        (lambda state: {**state, "fc.bias": [0.0] * 10}, "holds no weights"),
+    ],
+    ids=["missing", "left over", "shape", "NaN", "Inf", "empty", "None", "list", "no tensor"],
+)
+def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], said: str) -> None:
+    path = written(tmp_path, good(state=change(good()["state"])))
+    message = refusal(lambda: load_model(path))
+    assert message.startswith(f"{path}: ") and said in message
+
+
+# --- bare state dicts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
+@pytest.mark.parametrize(("classes", "channels"), [(10, 1), (7, 3)])
+def test_a_bare_state_dict_is_recognised(architecture: str, classes: int, channels: int) -> None:
+    spec = ModelSpec(architecture, 32, 32, classes, channels, 32, "cifar10", None, ())
+    state = OrderedDict(build_model(spec).state_dict())
+    assert describe_state_dict(state, Path("weights.pt")) == (architecture, classes, channels)
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        (lambda state: without(state, "layer2.0.bn1.bias"), "1 entries (layer2.0.bn1.bias"),
+        (lambda state: {**state, "layer4.0.conv1.weight": torch.zeros(1)}, "1 entries (layer4.0.conv1.weight"),
+        (
+            lambda state: {**state, "layer3.0.conv2.weight": torch.zeros(64, 64, 5, 5)},
+            "1 entries (layer3.0.conv2.weight",
+        ),
+        (lambda state: without(without(state, "bn1.weight"), "bn1.bias"), "2 entries (bn1.weight, bn1.bias"),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
+def test_a_near_miss_names_what_differs(
+    architecture: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], differing: str
+) -> None:
+    state = dict(build_model(small_spec(32, architecture=architecture)).state_dict())
+    message = refusal(lambda: describe_state_dict(change(state), Path("weights.pt")))
+    assert f"nearest: {architecture}, which differs in {differing}" in message
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"features.0.weight": torch.zeros(8, 3, 3, 3)},
+        {"conv1.weight": torch.zeros(16), "fc.weight": torch.zeros(10, 64)},
+        {"conv1.weight": torch.zeros(16, 1, 3, 3)},
+    ],
+)
+def test_a_state_dict_of_something_else(state: dict[str, Tensor]) -> None:
+    message = refusal(lambda: describe_state_dict(state, Path("weights.pt")))
+    assert "unknown architecture (no conv1.weight and fc.weight); known: resnet8, resnet20" in message
+
+
+# --- weights from one width to another -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(32, 4), (32, 8), (8, 2), (4, 4), (32, 32)])
+def test_weights_go_into_a_network_of_any_width(given: int, wanted: int) -> None:
+    source, target = perturbed(small_spec(given)), build_model(small_spec(wanted))
+    thresholds = {name: value.clone() for name, value in target.state_dict().items() if name.endswith("log_threshold")}
+    load_weights(target, source.state_dict(), Path("weights.pt"))
+    for name, value in target.state_dict().items():
+        # Activation scales of another width mean nothing: they are left to calibration.
+        assert torch.equal(value, thresholds[name] if name in thresholds else source.state_dict()[name]), name
+    assert bool(thresholds) == (wanted != 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: without(state, "conv1.weight"), "conv1.weight"),
+        (lambda state: {**state, "extra.weight": torch.zeros(1)}, "extra.weight"),
+        (lambda state: {**state, "fc.weight": torch.zeros(100, 64)}, "fc.weight"),
+        (lambda state: {**state, "fc.weight": torch.full((10, 64), math.nan)}, "fc.weight holds NaN"),
+    ],
+    ids=["missing", "left over", "classes", "NaN"],
+)
+def test_weights_of_another_network_are_refused(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str
+) -> None:
+    target = build_model(small_spec(4))
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    state = dict(build_model(small_spec(32)).state_dict())
+    assert said in refusal(lambda: load_weights(target, change(state), Path("weights.pt")))
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
