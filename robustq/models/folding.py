@@ -50,10 +50,10 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
         ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
     """
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=next(model.parameters()).device)
-    affines = {conv: affine for conv, affine in _affines(model, example).items()}
+    affines = _affines(model, example)
     folded = build_model(spec, folded=True)
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    own = {name: value for name, value in state.items() if name in folded.state_dict()}
+    names = folded.state_dict().keys()
+    own = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in names}
     folded.load_state_dict(own, strict=False)
     input_scales = {} if spec.widths.is_float else _input_scales(folded, example.cpu())
     with torch.no_grad():

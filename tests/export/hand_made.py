@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Array = NDArray[Any]
-Constant = NDArray[Any] | np.generic
+Constant = Any
+"""What numpy makes an array of: an array or a scalar of the wanted element type."""
 
 FLOAT, INT8, UINT8 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8
 

@@ -10,7 +10,7 @@ from tests.export import hand_made as hm
 
 
 def small() -> onnx.ModelProto:
-    constants = {"one": np.float32([1.0]), "unused": np.int8([1, 2])}
+    constants = {"one": np.ones(1, np.float32), "unused": np.array([1, 2], np.int8)}
     nodes = [hm.node("Add", ["x", "one"], "mid"), hm.node("Mul", ["mid", "mid"], "y")]
     return hm.model(nodes, constants, x=[1, "n"], outputs={"y": 2})
 
@@ -27,10 +27,10 @@ def test_index() -> None:
 
 def test_added_constants_get_free_names() -> None:
     graph = small().graph
-    assert add_initializer(graph, "new", np.float32(3)) == "new"
-    assert add_initializer(graph, "new", np.float32(4)) == "new_2"
-    assert add_initializer(graph, "new", np.float32(5)) == "new_3"
-    assert add_initializer(graph, "mid", np.float32(6)) == "mid_2"  # the name of a computed tensor
+    assert add_initializer(graph, "new", np.full((), 3.0)) == "new"
+    assert add_initializer(graph, "new", np.full((), 4.0)) == "new_2"
+    assert add_initializer(graph, "new", np.full((), 5.0)) == "new_3"
+    assert add_initializer(graph, "mid", np.full((), 6.0)) == "mid_2"  # the name of a computed tensor
     values = {tensor.name: onnx.numpy_helper.to_array(tensor).item() for tensor in graph.initializer[2:]}
     assert values == {"new": 3, "new_2": 4, "new_3": 5, "mid_2": 6}
 

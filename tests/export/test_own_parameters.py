@@ -14,7 +14,7 @@ from tests.export import hand_made as hm
 
 def sharing() -> onnx.ModelProto:
     """Two quantized tensors with the same scale and zero point, and a constant that nothing uses."""
-    constants = {"s": np.float32(0.25), "z": np.uint8(7), "unused": np.float32([1, 2])}
+    constants = {"s": np.float32(0.25), "z": np.uint8(7), "unused": np.ones(2, np.float32)}
     nodes = [
         hm.quantize("x", "codes", "s", "z"),
         hm.dequantize("codes", "values", "s", "z"),

@@ -89,7 +89,7 @@ def test_every_reader_is_shifted() -> None:
 
 
 def test_zero_points_per_channel() -> None:
-    constants = {"s": np.float32([0.25, 0.5]), "z": np.int8([0, -7])}
+    constants = {"s": np.array([0.25, 0.5], np.float32), "z": np.array([0, -7], np.int8)}
     nodes = [
         hm.quantize("x", "codes", "s", "z", axis=0),
         hm.dequantize("codes", "y", "s", "z", axis=0),

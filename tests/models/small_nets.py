@@ -68,25 +68,25 @@ def _trained(spec: ModelSpec, seed: int) -> nn.Module:
     model = build_model(spec)
     if spec.widths.is_float:
         perturb_batch_norm(model, seed=seed)
-        _train(model, epochs=5, lr=0.1)
+        _train(model, steps=100, lr=0.1)
     else:
         plain = _trained(small_spec(32, architecture=spec.architecture), seed)
         load_weights(model, plain.state_dict(), Path("float twin"))
         calibrate(model, to_float(digits("train")[0][:300]))
-        # Calibrated thresholds are simple fractions of one another, so that averages of four codes fall exactly on ties of
-        # the next quantizer, where onnxruntime's integer pooling may round the other way. Training moves them apart.
-        _train(model, epochs=1, lr=0.02)
+        # Calibrated thresholds are simple fractions of one another, so that averages of four codes fall exactly on ties
+        # of the next quantizer, where onnxruntime's integer pooling may round the other way. Training moves them apart.
+        _train(model, steps=10, lr=0.02)
     return model
 
 
-def _train(model: nn.Module, *, epochs: int, lr: float) -> None:
+def _train(model: nn.Module, *, steps: int, lr: float) -> None:
     images, labels = digits("train")
     x = to_float(images)
-    batches = [batch for _ in range(epochs) for batch in torch.randperm(len(x)).split(64)[:-1]]
     optimiser = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, steps)
     model.train()
-    for batch in batches:
+    for _ in range(steps):
+        batch = torch.randint(len(x), (64,))
         optimiser.zero_grad()
         functional.cross_entropy(model(x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
