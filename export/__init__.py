@@ -4,3 +4,8 @@ lowering/ holds one graph pass a file; formats.py says which format is made of w
 onnxruntime and reads its optimised graph; parity.py and recheck.py judge; bundle.py is the folder that leaves the
 house.
 """
+
+import os
+
+# onnxruntime 1.32 queues usage events below ~/.cache as soon as it is imported, unless this is set before.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

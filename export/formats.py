@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 from torch import nn
@@ -64,7 +65,9 @@ def build(name: str, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """The ONNX model of ``folded`` in format ``name``, with its spec in metadata_props."""
     model = FORMATS[name](folded, spec)
     del model.metadata_props[:]
-    about = {"robustq.version": version("robustq"), "robustq.format": name, "robustq.spec": json.dumps(spec.to_dict())}
+    # A shipped file tells the data's name, not where it lay on somebody's disk.
+    public = {**spec.to_dict(), "data": Path(spec.data).name}
+    about = {"robustq.version": version("robustq"), "robustq.format": name, "robustq.spec": json.dumps(public)}
     for key, value in about.items():
         model.metadata_props.add(key=key, value=value)
     return model

@@ -15,13 +15,12 @@ from robustq.errors import CheckFailedError, RobustqError
 app = typer.Typer(
     name="robustq",
     help="Harden low-bit vision models, write the file the device runs, and judge robustness on that very file.",
-    no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Seed = Annotated[int, typer.Option(help="Decides everything random; the data split never moves.", min=0)]
+Seed = Annotated[int, typer.Option(help="Decides everything random; the data split never moves.", min=0, max=2**32 - 1)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0. Default: a GPU where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Data = Annotated[
@@ -87,7 +86,7 @@ def quickstart(
 
         return run(seed=seed, device=device, out=out)
 
-    _finish(job, as_json, quickstart_lines)
+    _finish(job, as_json, quickstart_lines, shortfall=_shortfalls)
 
 
 @app.command()
@@ -370,18 +369,20 @@ def _settle_libraries() -> None:
 def main() -> NoReturn:
     """Entry point: every fault is one line on stderr; exit 1 for a check that fell short, 2 for bad input."""
     try:
-        code = app(standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
     except RobustqError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped", 130)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}; free the place or name another one", 2)
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None:
             raise
         _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
+    if code == 130:  # typer's answer to Ctrl-C
+        _fail("stopped; checkpoints written so far stay where they are", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -214,7 +214,10 @@ def _read(name: str) -> dict[str, Any]:
     if name.endswith(".toml"):
         if not path.is_file():
             raise RecipeError(f"{name}: no such recipe file; give a path to a .toml, or a name from 'robustq recipes'")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{name}: is not UTF-8 text, so not a recipe; give a .toml file") from error
     else:
         entry = resources.files("robustq.recipes").joinpath(*f"{name}.toml".split("/"))
         if name not in recipe_names():
@@ -255,7 +258,7 @@ def _checked(name: str, values: dict[str, Any]) -> Recipe:
             faults.append(_unknown(key, [*_KINDS, *METHODS]))
         elif not isinstance(value, _KINDS[key]) or (isinstance(value, bool) and bool not in _KINDS[key]):
             faults.append(f"{key} = {value!r} is not {_describe(_KINDS[key])}")
-        elif isinstance(value, int | float) and not _AT_LEAST.get(key, -math.inf) <= value < math.inf:
+        elif key in _AT_LEAST and isinstance(value, int | float) and not _AT_LEAST[key] <= value < math.inf:
             faults.append(f"{key} = {value!r} must be at least {_AT_LEAST[key]:g}")
     for key in ("method", "epochs", "batch_size", "lr"):
         if key not in flat:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import robustq
 from robustq import cli
 from robustq.checkpoint import load_model, save_model
 from robustq.export.bundle import RECORD
@@ -200,6 +201,7 @@ def _write_bad_files(folder: Path, digits_float: Path, digits_w4a4: Path) -> Non
     content = torch.load(digits_w4a4, weights_only=True)
     content["spec"]["architecture"] = "resnet21"
     torch.save(content, folder / "resnet21.pt")
+    (folder / "latin1.toml").write_bytes(b'summary = "\xe9"')
     (folder / "broken.toml").write_text("method = ")
     (folder / "unknown-key.toml").write_text('method = "odgq"\nepochs = 1\nbatch_size = 8\nlr = 0.1\nepoch = 3\n')
     np.savez(folder / "short.npz", x_train=np.zeros((4, 8, 8), np.uint8))
@@ -243,6 +245,11 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
     (("attack", "w4a4.pt", "--epsilon", "8"), "epsilon '8' is outside [0, 1]"),
     (("attack", "w4a4.pt", "--images", "-3"), "-3"),
+    (("attack", "w4a4.pt", "--epsilon", "0.002"), "below one grey level"),
+    (("attack", "w4a4.pt", "--seed", "99999999999999999999999"), "99999999999999999999999"),
+    (("harden", "float.pt", "--bits", "4", "--set", "epsilon=inf"), "epsilon"),
+    (("harden", "float.pt", "--bits", "4", "--recipe", "latin1.toml"), "latin1.toml: is not UTF-8"),
+    (("harden", "x" * 300, "--bits", "4"), "x" * 300),
     (("export",), "no model given"),
     (("export", "w4a4.pt", "--format", "qonxx"), "unknown format 'qonxx'"),
     (("export", "float.pt", "--format", "integer"), "quantize it first"),
@@ -270,6 +277,51 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     assert outcome.err.startswith("robustq: ")
     assert expected in outcome.err
     assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
+
+
+def test_an_undefended_twin_is_not_what_export_ships(run: Run, digits_float: Path) -> None:
+    natural = run("harden", digits_float, "--bits", "4", "--recipe", "natural", *FAST_TRAIN)
+    assert natural.code == 0, natural.err
+    refused = run("export")
+    assert refused.code == 2
+    assert "no model given" in refused.err
+
+
+def test_a_run_says_what_it_was_made_from(run: Run, digits_float: Path) -> None:
+    run("harden", digits_float, "--bits", "4", *FAST_TRAIN, "--out", "run")
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["source"] == {"path": str(digits_float), "sha256": sha256(digits_float)}
+    settings = config["recipe"]["settings"]
+    assert (settings["domains"], settings["features"], settings["batch_norm"]) == (4, "pooled", "eval")
+
+
+def test_a_quickstart_that_falls_short_exits_with_1(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"model": "m", "clean": 1.0, "fgsm": 1.0, "pgd20": 1.0, "margin_pgd40": 1.0, "size_bytes": 1}
+    result = {
+        "rows": [{**row, "worst_case": 1.0, "worst_case_interval": [0.9, 1.0]}],
+        "test_images": 1,
+        "epsilon": 0.1,
+        "seconds": 1.0,
+        "folder": "f",
+        "shortfalls": ["optimised: 40 of 359 images get another class"],
+    }
+    monkeypatch.setattr("robustq.workflow.quickstart.quickstart", lambda **_: result)
+    outcome = run("quickstart")
+    assert outcome.code == 1
+    assert "FAILED  optimised" in outcome.out
+
+
+def test_without_a_command_the_help_is_shown(run: Run) -> None:
+    told = run()
+    assert told.code == 0
+    assert "harden" in told.out
+
+
+def test_the_python_words_take_plain_strings(digits_w4a4: Path, tmp_path: Path) -> None:
+    bundle = robustq.export_model(str(digits_w4a4), images=20, recheck=False, out=tmp_path / "bundle")
+    found = robustq.attack_model(bundle["bundle"], suite="recheck", images=20)
+    assert found["judge"] == "onnxruntime"
+    assert robustq.recheck_bundle(bundle["bundle"], images=20)["robust_accuracy"] == found["robust_accuracy"]
 
 
 def test_every_command_explains_itself(run: Run) -> None:

@@ -112,10 +112,14 @@ def evaluate(
         seed: of all random starts; with the attack's place and the batch's it gives each batch its own stream.
 
     Raises:
-        UsageError: no images.
+        UsageError: no images, or a radius above 0 and below one grey level.
     """
     if len(images) == 0:
         raise UsageError("no images to evaluate on; give --images of at least 1")
+    if 0.0 < epsilon < 1 / 255 - 1e-9:
+        raise UsageError(
+            f"epsilon {epsilon:g} is below one grey level, so that no uint8 picture differs; give 0, or 1/255 and up"
+        )
     start = time.perf_counter()
     x, y = to_float(images.to(device)), labels.to(device)
     predicted = predict(judge, x, batch_size=batch_size)

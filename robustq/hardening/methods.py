@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -20,6 +23,11 @@ def check_method(recipe: Recipe) -> None:
         RecipeError: an unknown key or value.
     """
     check_settings(recipe.settings, _SETTINGS[recipe.method], table=recipe.method)
+
+
+def resolved_settings(recipe: Recipe) -> dict[str, Any]:
+    """The method's own table with every default written out, so that a run stays described when a default changes."""
+    return asdict(check_settings(recipe.settings, _SETTINGS[recipe.method], table=recipe.method))
 
 
 def build_method(

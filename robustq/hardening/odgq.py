@@ -130,7 +130,7 @@ class Odgq:
         self._first_batch_of_epoch = True
         self._generator = generator
         self._tap = FeatureTap(model, settings.features)
-        slots = samples if settings.tied_to == "sample" else batch_size
+        slots = samples if settings.tied_to == "sample" else min(batch_size, samples)
         stored = settings.global_perturbation == "set"
         # Line 1. The ablations keep no set at all.
         self.perturbations = torch.zeros(

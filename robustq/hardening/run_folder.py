@@ -12,6 +12,7 @@ from robustq.checkpoint import save_model
 from robustq.errors import OutputExistsError, UsageError
 from robustq.models.spec import ModelSpec
 from robustq.outputs import write_text_atomically
+from robustq.progress import note
 
 RUNS = Path("runs")
 LAST_HARDENED = "last-hardened"
@@ -26,8 +27,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except FileExistsError as error:
             raise OutputExistsError(
@@ -52,9 +53,15 @@ class RunFolder:
 
 
 def remember_hardened(run: Path) -> None:
-    """Note in ``runs/last-hardened`` which run ``robustq export`` takes by default."""
-    RUNS.mkdir(exist_ok=True)
-    write_text_atomically(RUNS / LAST_HARDENED, f"{run.absolute()}\n")
+    """Note in ``runs/last-hardened`` which run ``robustq export`` takes by default.
+
+    The run itself is complete by then: where the note cannot be written, export needs the model's name, and no more.
+    """
+    try:
+        RUNS.mkdir(exist_ok=True)
+        write_text_atomically(RUNS / LAST_HARDENED, f"{run.absolute()}\n")
+    except OSError as error:
+        note(f"could not write {RUNS / LAST_HARDENED} ({error.strerror}); name the model when you export it")
 
 
 def last_hardened() -> Path:

@@ -153,8 +153,7 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, input_scale: float)
     bias_codes = affine.shift.abs() / (input_scale * scale)
     # Below this the accumulator's scale is no normal float32: it would lose digits or become 0, and the codes NaN.
     smallest = torch.finfo(torch.float32).tiny / min(input_scale, 1.0)
-    # The quotient is inf or nan where the scale is zero.
-    constant = ~(bias_codes <= LARGEST_BIAS_CODE) | (scale < smallest)
+    constant = (bias_codes > LARGEST_BIAS_CODE) | (scale < smallest)
     codes[constant] = 0.0
     holds_bias = affine.shift.abs() / (input_scale * CONSTANT_BIAS_CODE)
     scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, torch.ones_like(scale)), scale)

@@ -18,6 +18,11 @@ def bounded(share: float, interval: Sequence[float]) -> str:
     return f"{share:.1%} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
 
 
+def scientific(value: float | None) -> str:
+    """``4e-08``; ``NaN`` where nothing could be computed."""
+    return "NaN" if value is None else f"{value:.0e}"
+
+
 def size(count: int) -> str:
     """``187 kB``."""
     return f"{count / 1e6:.1f} MB" if count >= 10_000_000 else f"{count / 1000:,.0f} kB"
@@ -46,6 +51,12 @@ def attack_lines(result: dict[str, Any]) -> list[str]:
         f"at {format_epsilon(result['epsilon'])} ({result['images']:,} images, worst case per image)",
         f"verdict {result['verdict']}",
     ]
+    if result["twin_agreement"] < 0.999:
+        lines.append(
+            f"WARNING the model whose gradients were used agrees with the judge on {result['twin_agreement']:.1%} only"
+        )
+    if result.get("suite") == "paper":
+        lines[-1] += " · the paper's budgets; --suite recheck is stronger"
     if result["verdict"] == "not judged":
         lines[-1] += ": this suite does not hunt for gradient masking, a stronger attack may leave less"
     lines += [f"  {flag}" for flag in result["flags"]]
@@ -64,10 +75,10 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
         lines[-1] += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
     for run, agreement in result["parity"].items():
         same = agreement["images"] - agreement["different_top1"]
-        mean, largest = agreement["mean_difference"], agreement["max_difference"]
+        mean, largest = scientific(agreement["mean_difference"]), scientific(agreement["max_difference"])
         lines.append(
-            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as PyTorch, folded "
-            f"(logits differ by {mean:.0e} of their range, at most {largest:.0e})"
+            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded network "
+            f"(logits differ by {mean} of their range, at most {largest})"
         )
     lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
     return lines
@@ -79,13 +90,21 @@ def export_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
         f"drift   folding BatchNorm gave {drift['different_top1']} of {drift['images']:,} images another class "
-        f"(mean {drift['mean_difference']:.1e} of the logit range)",
+        f"(mean {scientific(drift['mean_difference'])} of the logit range)",
+        *drift_warning(drift),
         *proof_lines(result),
     ]
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
     lines.append(f"next    robustq recheck {result['bundle']}")
     return lines
+
+
+def drift_warning(drift: dict[str, Any]) -> list[str]:
+    """A line when rounding the biases changed more than one answer in a thousand."""
+    if drift["same_answers"]:
+        return []
+    return ["WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"]
 
 
 def recheck_lines(result: dict[str, Any]) -> list[str]:

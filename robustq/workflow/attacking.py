@@ -16,7 +16,7 @@ from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device
 
 
 def attack_model(
-    model: Path,
+    model: Path | str,
     *,
     suite: str = "paper",
     epsilon: float | None = None,
@@ -48,6 +48,7 @@ def attack_model(
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     place = pick_device(device)
+    model = Path(model)
     deployed = None
     checkpoint = model
     if model.is_dir() or model.suffix == ".onnx":

@@ -25,7 +25,7 @@ EXPORTS = Path("export-out")
 
 
 def export_model(
-    model: Path | None = None,
+    model: Path | str | None = None,
     *,
     format_name: str = "integer",
     epsilon: float | None = None,
@@ -56,7 +56,7 @@ def export_model(
         RobustqError: bad input; nothing is written.
     """
     place = pick_device(device)
-    chosen = last_hardened() if model is None else model
+    chosen = last_hardened() if model is None else Path(model)
     if out is not None:
         check_new(out)
     if images < 0:
@@ -78,6 +78,9 @@ def export_model(
             "format": format_name,
             "label": spec.label,
             "data": loaded.name,
+            "suite": "recheck",
+            "judge": "onnxruntime",
+            "seed": seed,
             "size_bytes": path.stat().st_size,
             **proof.to_dict(),
             "drift": drift(network, folded, to_float(x)).to_dict(),
@@ -97,7 +100,7 @@ def export_model(
 
 
 def recheck_bundle(
-    bundle: Path,
+    bundle: Path | str,
     *,
     epsilon: float | None = None,
     images: int = 1000,
@@ -115,6 +118,7 @@ def recheck_bundle(
     place = pick_device(device)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
+    bundle = Path(bundle)
     opened = open_bundle(bundle)
     network, spec, _ = load_model(opened.model)
     check_format(opened.format, spec)
@@ -129,6 +133,9 @@ def recheck_bundle(
         "format": opened.format,
         "label": spec.label,
         "data": loaded.name,
+        "suite": "recheck",
+        "judge": "onnxruntime",
+        "seed": seed,
         "size_bytes": opened.onnx.stat().st_size,
         **proof.to_dict(),
         "shortfalls": proof.shortfalls,

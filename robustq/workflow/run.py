@@ -10,13 +10,13 @@ from torch import nn
 
 from robustq.data import Dataset, to_float
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.hardening.methods import build_method
+from robustq.hardening.methods import build_method, resolved_settings
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder
 from robustq.hardening.trainer import Trained, train
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec
-from robustq.outputs import free_path
+from robustq.outputs import free_path, sha256
 from robustq.progress import note
 from robustq.recipe import Recipe, format_epsilon
 from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, versions
@@ -33,7 +33,7 @@ def run_recipe(
     seed: int,
     device: torch.device,
     out: Path | None,
-    from_scratch: bool,
+    source: Path | None,
 ) -> dict[str, Any]:
     """Train ``model`` on ``device`` by ``recipe``, keep what happens in a run folder, count clean accuracy at the end.
 
@@ -43,12 +43,13 @@ def run_recipe(
         seed: of order, augmentation and the method's draws.
         device: where.
         out: run folder, checked to be free; None: ``runs/<label>-<method>``.
-        from_scratch: calibrate the activation scales with batch statistics first, since the running ones mean nothing.
+        source: the model file that was fine-tuned; None from scratch: then the activation scales are calibrated first,
+            with batch statistics, since the running ones mean nothing.
 
     Returns:
         What train and harden print, and result.json holds.
     """
-    if from_scratch:
+    if source is None:
         calibrate_on(model, data, recipe, device=device, from_scratch=True)
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     augment = augmentation(recipe, data)
@@ -70,7 +71,8 @@ def run_recipe(
         seed=seed,
     )
     config = {
-        "recipe": recipe.to_dict(),
+        "recipe": {**recipe.to_dict(), "settings": resolved_settings(recipe)},
+        "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
         "spec": spec.to_dict(),
         "augment": {"crop_padding": augment.crop_padding, "flip": augment.flip},
         "seed": seed,

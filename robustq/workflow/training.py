@@ -76,11 +76,11 @@ def train_model(
     )
     torch.manual_seed(seed)
     model = build_model(spec).to(place)
-    return run_recipe(model, spec, loaded, settings, seed=seed, device=place, out=out, from_scratch=True)
+    return run_recipe(model, spec, loaded, settings, seed=seed, device=place, out=out, source=None)
 
 
 def harden_model(
-    model: Path,
+    model: Path | str,
     *,
     bits: int | None = None,
     recipe: str = "odgq",
@@ -116,6 +116,7 @@ def harden_model(
     if bits is not None:
         Widths(bits, bits)  # refuse a width outside the table before anything is read
     wanted_data = data or settings.data
+    model = Path(model)
     weights, source = open_source(model, wanted_data, image_size=settings.image_size or None)
     widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images)
@@ -129,8 +130,9 @@ def harden_model(
     )
     torch.manual_seed(seed)
     network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
-    result = run_recipe(network, spec, loaded, settings, seed=seed, device=place, out=out, from_scratch=False)
-    remember_hardened(Path(result["run"]))
+    result = run_recipe(network, spec, loaded, settings, seed=seed, device=place, out=out, source=model)
+    if settings.method != "natural":  # an undefended twin must not become what a bare export ships
+        remember_hardened(Path(result["run"]))
     return {**result, "bits": spec.weight_bits, "method": settings.method}
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
 
 from robustq.export.parity import BATCH, RUNS, Agreement, compare, drift, logits_of, parity
+from robustq.export.session import OnnxModel
 from tests.export.exported import WIDTHS, net, parsed, written
 
 
@@ -52,6 +55,9 @@ def test_nan_is_no_answer(side: str) -> None:
 @pytest.mark.parametrize(
     ("images", "different", "holds"),
     [
+        (99, 0, True),
+        (99, 1, False),
+        (100, 1, True),
         (1000, 0, True),
         (1000, 1, True),
         (1000, 2, False),
@@ -65,7 +71,7 @@ def test_nan_is_no_answer(side: str) -> None:
         (10_000, 11, False),
     ],
 )
-def test_one_image_in_a_thousand_may_differ_and_always_one(images: int, different: int, holds: bool) -> None:
+def test_one_image_in_a_thousand_may_differ_and_one_of_a_hundred(images: int, different: int, holds: bool) -> None:
     assert agreement(images, different).holds is holds
 
 
@@ -76,8 +82,23 @@ def test_what_json_gets() -> None:
         "different_top1": 2,
         "max_difference": 0.0,
         "mean_difference": 0.0,
+        "same_answers": False,
         "holds": False,
     }
+
+
+def test_logits_of_another_network_do_not_hold_however_alike_the_answers() -> None:
+    near = Agreement(images=200, different_top1=0, max_difference=0.01, mean_difference=9e-4)
+    far = Agreement(images=200, different_top1=0, max_difference=0.01, mean_difference=2e-3)
+    unknown = Agreement(images=200, different_top1=0, max_difference=math.nan, mean_difference=math.nan)
+    assert near.holds
+    assert far.same_answers and not far.holds
+    assert not unknown.holds
+
+
+def test_nan_is_null_in_json() -> None:
+    stored = Agreement(images=3, different_top1=3, max_difference=math.nan, mean_difference=math.nan).to_dict()
+    assert json.loads(json.dumps(stored, allow_nan=False))["max_difference"] is None
 
 
 def test_logits_come_in_order_whatever_the_batch() -> None:
@@ -99,6 +120,18 @@ def test_each_run_is_compared(tmp_path: Path) -> None:
     assert list(found) == ["optimised", "unoptimised", "exact"]
     assert all(each.holds and each.images == len(made.x) for each in found.values())
     assert list(parity(written(tmp_path, 4, "integer"), made.folded, made.x[:5], runs=("exact",))) == ["exact"]
+
+
+@pytest.mark.parametrize(("run", "optimised", "exact"), [("optimised", 1, 0), ("unoptimised", 0, 0), ("exact", 1, 1)])
+def test_the_runs_are_what_they_are_called(tmp_path: Path, run: str, optimised: bool, exact: bool) -> None:
+    options = OnnxModel(written(tmp_path, 4, "integer"), **RUNS[run])._session.get_session_options()
+    level = ort.GraphOptimizationLevel
+    assert options.graph_optimization_level == (level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL)
+    if exact:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="does not have configuration"):
+            options.get_session_config_entry("session.x64quantprecision")
 
 
 def test_the_images_would_show_a_difference() -> None:

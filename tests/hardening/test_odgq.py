@@ -604,7 +604,7 @@ def test_build_method_hands_everything_on() -> None:
         recipe(global_perturbation="noise"), model, epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=5
     )
     x, y, places = grey()
-    slots = build_method(recipe(), model, epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=5)
+    slots = build_method(recipe(), model, epsilon=EPSILON, image_shape=SHAPE, samples=99, device=CPU, seed=5)
     assert isinstance(slots, Odgq) and isinstance(noise, Odgq)
     assert slots.perturbations.shape == (4, SLOTS, *SHAPE)
     assert torch.equal(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -170,7 +170,8 @@ def test_bias_codes_are_the_shift_in_accumulator_steps(bits: int) -> None:
     assert codes.round().abs().max() >= 5
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+# No shrinking: each example folds a network, and a failure would take minutes.
+@settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 @given(
     bits=st.sampled_from([8, 4, 3, 2]),
     gammas=st.lists(
@@ -364,6 +365,24 @@ def test_a_second_batch_norm_on_one_convolution_is_refused() -> None:
     model = perturbed(small_spec(4))
     model.bn1 = nn.Sequential(model.get_submodule("bn1"), nn.BatchNorm2d(16))
     refused(model, r"bn1\.1")
+
+
+class Sum(nn.Module):
+    """Two BatchNorms that read the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.BatchNorm2d(16), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed: Tensor = self.one(x) + self.two(x)
+        return summed
+
+
+def test_two_batch_norms_beside_one_another_are_refused() -> None:
+    model = perturbed(small_spec(4))
+    model.bn1 = Sum()
+    refused(model, r"bn1\.two")
 
 
 def test_a_batch_norm_on_the_logits_is_refused() -> None:
