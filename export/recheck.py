@@ -55,8 +55,9 @@ class Proof:
     def shortfalls(self) -> list[str]:
         """What does not hold, in words; empty when everything does."""
         found = [
-            f"{run}: {agreement.different_top1} of {agreement.images} images get another class, "
-            f"logits differ by {agreement.mean_difference:.1e} of their range in the mean"
+            f"{run}: {agreement.different_top1} of {agreement.images} images get another class"
+            if not agreement.same_answers
+            else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean"
             for run, agreement in self.agreements.items()
             if not agreement.holds
         ]

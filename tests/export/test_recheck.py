@@ -87,7 +87,7 @@ def test_another_networks_file_falls_short(tmp_path: Path, name: str) -> None:
 
 
 def agreement(different: int) -> Agreement:
-    return Agreement(images=1000, different_top1=different, max_difference=0.1, mean_difference=0.01)
+    return Agreement(images=1000, different_top1=different, max_difference=0.1, mean_difference=1e-4)
 
 
 def test_shortfalls_are_said_in_words() -> None:
