@@ -37,7 +37,7 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
     """The BatchNorm-free network with the answers of ``model`` in eval mode, up to the rounding of biases.
 
     Channels whose bias would pass :data:`LARGEST_BIAS_CODE` (gamma near zero, dead weights) get zero codes and a scale
-    that holds their bias: what the convolution could add there is below the bias' own rounding.
+    that holds their bias: what the convolution could add there is at most 2^24 of those 2^30 steps, 1.6% of the bias.
 
     Args:
         model: a network built from ``spec``; stays as it was.
