@@ -50,8 +50,9 @@ class LearnedThreshold(nn.Module):
     """A learned clipping threshold, kept as its logarithm so that a step can neither cross zero nor depend on the unit.
 
     The scale is threshold / (2^bits - 1), signed threshold / 2^(bits - 1). The gradient with respect to the logarithm
-    is multiplied by 1 / sqrt(elements per image * largest code), as learned step size quantization does (arXiv:1902.08153, section 2.2):
-    without it a scale, whose gradient is a sum over a whole tensor, moves a thousand times faster than a weight.
+    is multiplied by 1 / sqrt(elements per image * largest code), as learned step size quantization does
+    (arXiv:1902.08153, section 2.2): without it a scale, whose gradient is a sum over a whole tensor, moves a thousand
+    times faster than a weight.
 
     Args:
         bit_width: width of the codes.
