@@ -293,6 +293,8 @@ def recheck(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe. Default: list them all.")] = None,
+    seed: Annotated[int, typer.Option(help="No effect here; taken so that every command takes it.", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="No effect here; taken so that every command takes it.")] = None,
     out: FileOut = None,
     as_json: Json = False,
 ) -> None:

@@ -328,5 +328,5 @@ def test_every_command_explains_itself(run: Run) -> None:
     for command in ("quickstart", "train", "harden", "attack", "export", "recheck", "recipes"):
         told = run(command, "--help")
         assert told.code == 0
-        assert "--json" in told.out
-        assert "--out" in told.out
+        for option in ("--json", "--out", "--seed", "--device"):
+            assert option in told.out, (command, option)
