@@ -54,7 +54,7 @@ RECHECK: tuple[NamedAttack, ...] = (
 )  # fmt: skip
 """What a deployed file is re-checked with: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
 
-The last iterate of a sign attack with a fixed step overshoots: on the quickstart's model it leaves five points more.
+The last iterate of a sign attack with a fixed step overshoots, and leaves images that an earlier iterate broke.
 """
 
 SUITES: dict[str, tuple[NamedAttack, ...]] = {"paper": PAPER, "recheck": RECHECK}
