@@ -1,0 +1,8 @@
+"""``python -m robustq.cli``."""
+
+from __future__ import annotations
+
+from robustq.cli.program import main
+
+if __name__ == "__main__":
+    main()

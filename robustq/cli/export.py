@@ -1,0 +1,83 @@
+"""robustq export and robustq recheck."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustq.cli.finish import finish, radius, shortfalls
+from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, Seed
+
+
+def export(
+    model: Annotated[
+        Path | None, typer.Argument(help="A .pt that robustq wrote. Default: the last hardened model.")
+    ] = None,
+    format_name: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime) or integer (onnxruntime, all layers as integers).",
+        ),
+    ] = "integer",
+    epsilon: Epsilon = None,
+    images: Images = 1000,
+    recheck: Annotated[
+        bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")
+    ] = True,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = None,
+    out: BundleOut = None,
+    as_json: Json = False,
+) -> None:
+    """Write the file the device runs, and check it.
+
+    Same answers as PyTorch, integer layers, accuracy under attack; exits with 1 when one falls short.
+
+    Example: robustq export --format qonnx
+    """
+    from robustq.report.text import export_lines
+
+    def job() -> dict[str, Any]:
+        from robustq.workflow.exporting import export_model
+
+        return export_model(
+            model,
+            format_name=format_name,
+            epsilon=radius(epsilon),
+            images=images,
+            recheck=recheck,
+            data=data,
+            seed=seed,
+            device=device,
+            out=out,
+        )
+
+    finish(job, as_json, export_lines, shortfall=shortfalls)
+
+
+def recheck(
+    bundle: Annotated[Path, typer.Argument(help="Export folder that 'robustq export' wrote.")],
+    epsilon: Epsilon = None,
+    images: Images = 1000,
+    data: Data = None,
+    seed: Seed = 0,
+    device: Device = None,
+    out: FileOut = None,
+    as_json: Json = False,
+) -> None:
+    """Check an exported file again.
+
+    Same answers as PyTorch, integer layers, accuracy under attack, counted under onnxruntime.
+    """
+    from robustq.report.text import recheck_lines
+
+    def job() -> dict[str, Any]:
+        from robustq.workflow.exporting import recheck_bundle
+
+        return recheck_bundle(bundle, epsilon=radius(epsilon), images=images, data=data, seed=seed, device=device)
+
+    finish(job, as_json, recheck_lines, out=out, shortfall=shortfalls)

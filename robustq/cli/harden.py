@@ -1,0 +1,53 @@
+"""robustq harden."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustq.cli.finish import finish, radius
+from robustq.cli.options import Data, Device, Epsilon, Json, RunOut, Seed, Set
+
+
+def harden(
+    model: Annotated[
+        Path, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
+    ],
+    bits: Annotated[
+        int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2 (32 stays float).")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "odgq",
+    data: Data = None,
+    epsilon: Epsilon = None,
+    overrides: Set = None,
+    seed: Seed = 0,
+    device: Device = None,
+    out: RunOut = None,
+    as_json: Json = False,
+) -> None:
+    """Quantize a trained network and harden it.
+
+    Fine-tunes by a recipe, ODG-Q unless told otherwise.
+
+    Example: robustq harden model.pt --bits 4
+    """
+    from robustq.report.text import training_lines
+
+    def job() -> dict[str, Any]:
+        from robustq.workflow.training import harden_model
+
+        return harden_model(
+            model,
+            bits=bits,
+            recipe=recipe,
+            overrides=tuple(overrides or ()),
+            data=data,
+            epsilon=radius(epsilon),
+            seed=seed,
+            device=device,
+            out=out,
+        )
+
+    finish(job, as_json, lambda r: training_lines(r, advice="robustq export --format integer"))

@@ -1,0 +1,81 @@
+"""The program: the commands by name, and the exit code and one line that each fault ends with."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from robustq.cli.attack import attack
+from robustq.cli.export import export, recheck
+from robustq.cli.harden import harden
+from robustq.cli.quickstart import quickstart
+from robustq.cli.recipes import recipes
+from robustq.cli.train import train
+from robustq.errors import CheckFailedError, RobustqError
+
+app = typer.Typer(
+    name="robustq",
+    help="Harden low-bit vision models, write the file the device runs, and judge robustness on that very file.",
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"robustq {version('robustq')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Common to all commands."""
+
+
+for _command in (quickstart, train, harden, attack, export, recheck, recipes):
+    app.command()(_command)
+
+
+def main() -> NoReturn:
+    """Entry point: every fault is one line on stderr; exit 1 for a check that fell short, 2 for bad input."""
+    try:
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except CheckFailedError as error:
+        _fail(str(error), 1)
+    except RobustqError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}; free the place or name another one", 2)
+    except Exception as error:
+        shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
+        if shown is None:
+            raise
+        _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
+    if code == 130:  # typer's answer to Ctrl-C
+        _fail("stopped; checkpoints written so far stay where they are", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _given(error: Exception) -> str:
+    """The value behind a refused option: typer's message names the option, and not always what was typed."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for place, word in enumerate(sys.argv):
+        name, equals, value = word.partition("=")
+        if name in names and name.startswith("-"):
+            typed = value if equals else "".join(sys.argv[place + 1 : place + 2])
+            return f", got '{typed}'"
+    return ""
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"robustq: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

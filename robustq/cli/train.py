@@ -1,0 +1,48 @@
+"""robustq train."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from robustq.cli.finish import finish
+from robustq.cli.options import Data, Device, Json, RunOut, Seed, Set
+
+
+def train(
+    recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "natural",
+    data: Data = None,
+    architecture: Annotated[
+        str | None, typer.Option(help="resnet20 or resnet8. Default: what the recipe says.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="32 (float), 8, 4, 3 or 2. Default: what the recipe says, else 32.")
+    ] = None,
+    overrides: Set = None,
+    seed: Seed = 0,
+    device: Device = None,
+    out: RunOut = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network from scratch by a recipe.
+
+    Example: robustq train --data cifar10 --architecture resnet20
+    """
+    from robustq.report.text import training_lines
+
+    def job() -> dict[str, Any]:
+        from robustq.workflow.training import train_model
+
+        return train_model(
+            recipe,
+            overrides=tuple(overrides or ()),
+            data=data,
+            architecture=architecture,
+            bits=bits,
+            seed=seed,
+            device=device,
+            out=out,
+        )
+
+    finish(job, as_json, lambda r: training_lines(r, advice=f"robustq harden {r['checkpoint']} --bits 4"))
