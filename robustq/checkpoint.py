@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +14,46 @@ from torch import Tensor, nn
 from robustq.errors import ModelFileError, RobustqError
 from robustq.models.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
+from robustq.outputs import file_when_whole
 
 FORMAT = "robustq-model"
 VERSION = 1
 
 
+class _Sink:
+    """A file for torch.save that remembers why a write failed: torch's zip writer answers a full disk with an internal
+    assertion of its own (``unexpected pos 64 vs 0``) in place of the error.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.fault: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def save_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` under a temporary name beside ``path``, then rename: its name only ever holds a whole file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    """``torch.save`` into a file that takes its name when it is whole (:func:`robustq.outputs.file_when_whole`).
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was.
+    """
+    with file_when_whole(path) as file:
+        sink = _Sink(file)
+        try:
+            torch.save(content, sink)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if sink.fault is not None:
+                raise sink.fault from error
+            raise
 
 
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:

@@ -9,15 +9,61 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from robustq.errors import OutputExistsError, UsageError
 
+PARTIAL = ".partial"
+"""Ending of files that are being written; the name starts with a dot."""
+
+
+@contextmanager
+def file_when_whole(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path`` when the block ends well, and disappears when it does not.
+
+    Its bytes are on the disk before it takes the name, and the name is on the disk before the call returns: whatever
+    happens to the machine, ``path`` holds the old content or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written (a full disk, say); ``filename`` is ``path``, which is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o644)
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # write() and fsync() do not say what they wrote to
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk: a rename alone may be lost with the machine's memory."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what a killed process left half-written in ``folder``; call it only where nobody else writes."""
+    for partial in folder.glob(f".*{PARTIAL}"):
+        partial.unlink(missing_ok=True)
+
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` under a temporary name beside ``path``, then rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write ``text`` as UTF-8: see :func:`file_when_whole`."""
+    with file_when_whole(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def free_path(wanted: Path) -> Path:

@@ -1,0 +1,78 @@
+"""Files that appear only when they are whole, on a disk that fills up as well."""
+
+from __future__ import annotations
+
+import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from robustq.checkpoint import save_atomically
+from robustq.outputs import PARTIAL, file_when_whole, remove_partials, write_text_atomically
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: what a full disk does, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# 200 bytes: torch's writer fails on its first record; 20,000: in the middle of a tensor.
+@pytest.mark.parametrize("size", [0, 200, 20_000])
+def test_a_full_disk_is_told_as_such_and_leaves_the_old_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "model.pt"
+    save_atomically({"weights": torch.ones(3)}, path)
+    before = path.read_bytes()
+    with room_for(size), pytest.raises(OSError) as full:
+        save_atomically({"weights": torch.zeros(100_000)}, path)
+    assert full.value.errno == errno.EFBIG
+    assert full.value.filename == str(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_text_atomically(path, "old\n")
+    with room_for(100), pytest.raises(OSError) as full:
+        write_text_atomically(path, "new\n" * 1000)
+    assert full.value.filename == str(path)
+    assert path.read_text() == "old\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "text"
+    with file_when_whole(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert not path.exists()
+        (partial,) = path.parent.iterdir()
+        assert partial.name.startswith(".") and partial.name.endswith(PARTIAL)
+    assert path.read_bytes() == b"half"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), file_when_whole(tmp_path / "text") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = tmp_path / f".best.pt.x1y2{PARTIAL}"
+    kept = [tmp_path / "best.pt", tmp_path / ".hidden", tmp_path / f"own{PARTIAL}"]
+    for path in (left, *kept):
+        path.write_bytes(b"x")
+    remove_partials(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
