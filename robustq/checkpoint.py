@@ -116,9 +116,6 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
         model = build_model(spec)
     except RobustqError as error:  # an unknown architecture or width is the file's fault here, not the caller's
         raise ModelFileError(f"{path}: {error}") from error
-    if spec.normalisation is not None:
-        # Every architecture here takes pixels as they are; without its mean and std it would be another network.
-        raise ModelFileError(f"{path}: has a normalisation inside the model, which no architecture of this robustq has")
     _load_state(model, content.get("state"), path)
     info = content.get("info")
     return model, spec, info if isinstance(info, dict) else {}

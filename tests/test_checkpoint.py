@@ -82,11 +82,21 @@ def test_there_and_back(tmp_path: Path, bits: int) -> None:
         assert torch.equal(loaded(x), model.eval()(x))
 
 
-def test_a_normalisation_that_would_be_left_out_is_refused(tmp_path: Path) -> None:
-    spec = dataclasses.replace(small_spec(4), normalisation=((0.5,), (0.25,)))
-    save_model(tmp_path / "model.pt", build_model(spec), spec)
-    with pytest.raises(ModelFileError, match="normalisation inside the model"):
-        load_model(tmp_path / "model.pt")
+@pytest.mark.parametrize("bits", [32, 4])
+def test_a_normalisation_comes_back_inside_the_model(tmp_path: Path, bits: int) -> None:
+    plain_spec = small_spec(bits)
+    spec = dataclasses.replace(plain_spec, normalisation=((0.5,), (0.25,)))
+    model = build_model(spec)
+    save_model(tmp_path / "model.pt", model, spec)
+    loaded, loaded_spec, _ = load_model(tmp_path / "model.pt")
+    assert loaded_spec == spec
+    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+        if bits == 32:  # the constants are the spec's: the weights alone are those of a network without them
+            plain = build_model(plain_spec)
+            plain.load_state_dict(model.state_dict())
+            assert torch.equal(plain((x - 0.5) / 0.25), model(x))
 
 
 def test_without_info_there_is_an_empty_one(tmp_path: Path) -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import brevitas.nn as qnn
 from torch import Tensor, nn
 
+from robustq.models.normalise import Normalisation, Normalise
 from robustq.models.quantizers import (
     ActQuant,
     BiasQuant,
+    BinaryActQuant,
+    BinaryWeightQuant,
     BranchQuant,
+    FoldedBinaryWeightQuant,
     FoldedWeightQuant,
+    NormalisedQuant,
     PixelQuant,
     WeightQuant,
     Widths,
 )
+from robustq.models.thresholds import ChannelThresholds, SignNorm
 
 OUTER_BITS = 8
 """Width of the first and the last layer, and of every residual branch, in a quantized network."""
@@ -30,31 +37,39 @@ class Layers:
         folded: leave BatchNorm out and give every convolution a bias (int32 when quantized): the network that
             :func:`robustq.models.folding.fold` fills. Activations then carry their scale along, which int32 biases
             need.
+        normalisation: mean and standard deviation that stand in front of everything, in float.
     """
 
     widths: Widths
     folded: bool = False
+    normalisation: Normalisation | None = None
 
     def pixels(self) -> nn.Module:
-        """Input quantizer: scale 1/255, so that uint8 pixels stay as they are."""
-        if self.widths.is_float:
-            return nn.Identity()
-        layer: nn.Module = qnn.QuantIdentity(act_quant=PixelQuant, return_quant_tensor=self.folded)
+        """Input quantizer: scale 1/255, so that uint8 pixels stay as they are; behind a normalisation, learned."""
+        if self.normalisation is not None:
+            normalise = Normalise(self.normalisation)
+            return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
+        return nn.Identity() if self.widths.is_float else self._quantizer(PixelQuant)
+
+    def _quantizer(self, quantizer: Any, **options: int) -> nn.Module:
+        layer: nn.Module = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=self.folded, **options)
         return layer
 
     def conv(
-        self, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, first: bool = False
+        self, in_channels: int, out_channels: int, *, kernel_size: int, stride: int = 1, outer: bool = False
     ) -> nn.Module:
-        """Convolution with 'same' padding at stride 1, without bias (BatchNorm follows) unless folded."""
+        """Convolution with 'same' padding at stride 1, without bias (BatchNorm follows) unless folded.
+
+        ``outer`` makes it 8 bit in a quantized network of any width, as the first layer is.
+        """
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
         if self.widths.is_float:
             return nn.Conv2d(*shape, bias=self.folded)
         layer: nn.Module = qnn.QuantConv2d(
             *shape,
             bias=self.folded,
-            weight_quant=FoldedWeightQuant if self.folded else WeightQuant,
-            weight_bit_width=OUTER_BITS if first else self.widths.weight_bits,
             bias_quant=BiasQuant if self.folded else None,
+            **weight_quantizer(OUTER_BITS if outer else self.widths.weight_bits, folded=self.folded),
         )
         return layer
 
@@ -62,13 +77,20 @@ class Layers:
         """BatchNorm, or nothing in a folded network."""
         return nn.Identity() if self.folded else nn.BatchNorm2d(channels)
 
+    def sign_norm(self, channels: int) -> nn.Module:
+        """BatchNorm in front of a sign; folded, its thresholds."""
+        return ChannelThresholds(channels) if self.folded else SignNorm(channels)
+
+    def sign(self) -> nn.Module:
+        """Binary activations, -1 or +1."""
+        return self._quantizer(BinaryActQuant)
+
     def relu(self) -> nn.Module:
-        """ReLU and the unsigned activation quantizer."""
+        """ReLU and the unsigned activation quantizer; 8 bit in a binary network, whose signs come later."""
         if self.widths.is_float:
             return nn.ReLU()
-        layer: nn.Module = qnn.QuantReLU(
-            act_quant=ActQuant, bit_width=self.widths.act_bits, return_quant_tensor=self.folded
-        )
+        bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
+        layer: nn.Module = qnn.QuantReLU(act_quant=ActQuant, bit_width=bits, return_quant_tensor=self.folded)
         return layer
 
     def branch(self) -> nn.Module:
@@ -77,10 +99,7 @@ class Layers:
 
     def pooled(self) -> nn.Module:
         """Quantizer of the pooled features, the last layer's 8-bit input (they are averages of values after a ReLU)."""
-        if self.widths.is_float:
-            return nn.Identity()
-        layer: nn.Module = qnn.QuantIdentity(act_quant=ActQuant, bit_width=OUTER_BITS, return_quant_tensor=self.folded)
-        return layer
+        return nn.Identity() if self.widths.is_float else self._quantizer(ActQuant, bit_width=OUTER_BITS)
 
     def linear(self, in_features: int, out_features: int) -> nn.Module:
         """The last layer, with bias; its float bias becomes int32 when folded."""
@@ -90,11 +109,17 @@ class Layers:
             in_features,
             out_features,
             bias=True,
-            weight_quant=FoldedWeightQuant if self.folded else WeightQuant,
-            weight_bit_width=OUTER_BITS,
             bias_quant=BiasQuant if self.folded else None,
+            **weight_quantizer(OUTER_BITS, folded=self.folded),
         )
         return layer
+
+
+def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:
+    """The keyword arguments that give a Brevitas layer weights of ``bits`` bits."""
+    if bits == 1:
+        return {"weight_quant": FoldedBinaryWeightQuant if folded else BinaryWeightQuant}
+    return {"weight_quant": FoldedWeightQuant if folded else WeightQuant, "weight_bit_width": bits}
 
 
 def plain(x: Tensor) -> Tensor:

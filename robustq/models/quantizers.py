@@ -8,6 +8,11 @@ with one learned scale per tensor; branches that meet a residual sum are signed 
 No quantizer collects statistics in a forward: stock Brevitas activation quantizers do so for their first 300 forwards,
 under ``no_grad`` as well, so a clean or an attack pass would move the model under test. Here calibration is one
 explicit call (:mod:`robustq.models.calibration`) and the scale moves only through its gradient.
+
+At 1 bit both follow XNOR-Net (arXiv:1603.05279): weights alpha * sign(w) with alpha the mean magnitude of the output
+channel, activations sign(x) with the straight-through gradient cut off beyond 1; sign(0) is +1. The paper's activation
+scale K, a mean over the input of every position, is left out: no integer kernel can run it, and its successors dropped
+it (Bi-Real Net, arXiv:1808.00278).
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
 from brevitas.inject import ExtendedInjector
-from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType, StatsOp
 from brevitas.quant.base import IntQuant, MaxStatsScaling, NarrowIntQuant, UintQuant
 from brevitas.quant.scaled_int import Int32Bias
 from brevitas.quant.solver.act import ActQuantSolver
@@ -27,8 +33,8 @@ from torch import Tensor, nn
 from robustq.errors import UsageError
 
 FLOAT_BITS = 32
-BITS = (32, 8, 4, 3, 2)
-"""The widths that a network can be built with; 32 is plain float."""
+BITS = (32, 8, 4, 3, 2, 1)
+"""The widths that a network can be built with; 32 is plain float, 1 is binary."""
 
 PIXEL_SCALE = 1.0 / 255.0
 
@@ -116,6 +122,52 @@ class FoldedWeightQuant(NarrowIntQuant, WeightQuantSolver):  # type: ignore[misc
     restrict_scaling_type = RestrictValueType.FP
 
 
+class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
+    """alpha * sign(w), alpha the mean magnitude of the output channel (XNOR-Net, section 3.1).
+
+    The gradient passes straight through the sign, times alpha, and through the mean: XNOR-Net's equation for
+    dC/dw, without its indicator |w| <= 1, since a weight that passed 1 could never come back.
+    """
+
+    tensor_quant = BinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl_type = ScalingImplType.STATS
+    scaling_stats_op = StatsOp.AVE
+    scaling_min_val = 1e-10  # a dead channel's codes stay finite, as at the other widths
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+
+
+class FoldedBinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
+    """The same signs with the per-channel scale held in a buffer (after BatchNorm was folded in)."""
+
+    tensor_quant = BinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl = FixedScaling
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+
+
+class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]
+    """sign(x), +1 at 0, with the straight-through gradient where |x| <= 1 and none beyond."""
+
+    tensor_quant = ClampedBinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl_type = ScalingImplType.CONST
+    scaling_per_output_type = ScalingPerOutputType.TENSOR
+    restrict_scaling_type = RestrictValueType.FP
+    scaling_init = 1.0
+    min_val = -1.0
+    max_val = 1.0
+
+
 class _LearnedActScaling(ExtendedInjector):  # type: ignore[misc]
     scaling_impl = LearnedThreshold
     scaling_per_output_type = ScalingPerOutputType.TENSOR
@@ -131,6 +183,16 @@ class BranchQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore
 
     Signed with zero point 0 here, where rounding x / scale is exact at ties; the exporter shifts the codes by 128 to
     the uint8 that ARM's integer kernels want. The represented values are the same.
+    """
+
+    bit_width = 8
+
+
+class NormalisedQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[misc]
+    """Signed 8-bit input of a network with a normalisation in front of it, one learned scale per tensor.
+
+    Normalised pixels of several channels lie on as many grids, so no one scale can keep them all exactly; it is set and
+    learned like those of the activations.
     """
 
     bit_width = 8
@@ -173,6 +235,11 @@ class Widths:
         """Whether the network is plain float, without any quantizer."""
         return self.weight_bits == FLOAT_BITS
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether activations are signs, which asks for other blocks than the wider widths do."""
+        return self.act_bits == 1
+
 
 def learned_thresholds(model: nn.Module) -> dict[str, LearnedThreshold]:
     """The learned activation thresholds of ``model`` by module name."""
@@ -185,10 +252,14 @@ __all__ = [
     "PIXEL_SCALE",
     "ActQuant",
     "BiasQuant",
+    "BinaryActQuant",
+    "BinaryWeightQuant",
     "BranchQuant",
     "FixedScaling",
+    "FoldedBinaryWeightQuant",
     "FoldedWeightQuant",
     "LearnedThreshold",
+    "NormalisedQuant",
     "PixelQuant",
     "WeightQuant",
     "Widths",

@@ -1,8 +1,8 @@
-"""Residual networks for small images: ResNet-20 and ResNet-8 of He et al. (arXiv:1512.03385, section 4.2).
+"""Residual networks of He et al. (arXiv:1512.03385): ResNet-8 and ResNet-20 for small images, ResNet-18 for large ones.
 
-Module names are torchvision's (``layer1.0.conv1``, ``downsample.0``, ``fc``). Shortcuts that change the shape are 1x1
-projections with BatchNorm (option B), since deployed files cannot pad channels as integers: ResNet-20 then has 21
-convolutions.
+Module names are torchvision's (``layer1.0.conv1``, ``downsample.0``, ``fc``), so that its ResNet-18 weights load.
+Shortcuts that change the shape are 1x1 projections with BatchNorm (option B): ResNet-20 then has 21 convolutions.
+Checkpoints with the parameter-free shortcuts of section 4.2 (option A) have architectures of their own.
 """
 
 from __future__ import annotations
@@ -10,73 +10,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from robustq.models.blocks import BasicBlock, BinaryBlock, Shortcut
 from robustq.models.layers import Layers, plain
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum."""
-
-    def __init__(self, layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> None:
-        super().__init__()
-        self.conv1 = layers.conv(in_channels, out_channels, kernel_size=3, stride=stride)
-        self.bn1 = layers.batch_norm(out_channels)
-        self.relu1 = layers.relu()
-        self.conv2 = layers.conv(out_channels, out_channels, kernel_size=3)
-        self.bn2 = layers.batch_norm(out_channels)
-        self.branch = layers.branch()
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
-                layers.conv(in_channels, out_channels, kernel_size=1, stride=stride),
-                layers.batch_norm(out_channels),
-                layers.branch(),
-            )
-        self.relu2 = layers.relu()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        shortcut = plain(x) if self.downsample is None else self.downsample(x)
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.branch(self.bn2(self.conv2(out)))
-        summed: Tensor = self.relu2(out + shortcut)
-        return summed
-
-
 class ResNet(nn.Module):
-    """ResNet of three stages (16, 32, 64 channels) with ``blocks`` basic blocks each.
+    """Stem, stages of residual blocks, global average pooling, one linear layer.
 
     Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The tensor that enters ``avgpool`` is the
     feature that ODG-Q aligns.
+
+    Args:
+        layers: makes the layers; signs for activations ask for binary blocks.
+        blocks: blocks of each stage; every stage but the first halves the image.
+        widths: channels of each stage.
+        channels, classes: shape of the task.
+        large_images: a 7x7 stem of stride 2 and max pooling (ImageNet) instead of a 3x3 one.
+        shortcut: of the blocks that change the shape.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-
-    def __init__(self, layers: Layers, *, blocks: int, channels: int, classes: int) -> None:
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        blocks: tuple[int, ...],
+        widths: tuple[int, ...],
+        channels: int,
+        classes: int,
+        large_images: bool = False,
+        shortcut: Shortcut = "projection",
+    ) -> None:
         super().__init__()
+        block_type = BinaryBlock if layers.widths.is_binary else BasicBlock
+        width = widths[0]
+        kernel_size, stride = (7, 2) if large_images else (3, 1)
         self.pixels = layers.pixels()
-        self.conv1 = layers.conv(channels, 16, kernel_size=3, first=True)
-        self.bn1 = layers.batch_norm(16)
+        self.conv1 = layers.conv(channels, width, kernel_size=kernel_size, stride=stride, outer=True)
+        self.bn1 = layers.batch_norm(width)
         self.relu = layers.relu()
-        width = 16
-        for stage, out_width in enumerate((16, 32, 64), start=1):
-            stage_blocks = []
-            for block in range(blocks):
-                stride = 2 if block == 0 and stage > 1 else 1
-                stage_blocks.append(BasicBlock(layers, width, out_width, stride=stride))
+        # After the quantizer: a maximum of codes is a code, and onnxruntime pools codes as they are.
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if large_images else nn.Identity()
+        self._stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
+        for name, count, out_width in zip(self._stages, blocks, widths, strict=True):
+            made = []
+            for block in range(count):
+                stride = 2 if block == 0 and name != "layer1" else 1
+                made.append(block_type(layers, width, out_width, stride=stride, shortcut=shortcut))
                 width = out_width
-            self.add_module(f"layer{stage}", nn.Sequential(*stage_blocks))
+            self.add_module(name, nn.Sequential(*made))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.pooled = layers.pooled()
         self.fc = layers.linear(width, classes)
-        _initialise(self)
+        if not layers.folded:  # folding fills a folded network, but for the constants of padded shortcuts
+            _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) in [0, 1] -> (N, classes) logits."""
-        x = self.relu(self.bn1(self.conv1(self.pixels(x))))
-        for stage in (self.layer1, self.layer2, self.layer3):
-            x = stage(x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.pixels(x)))))
+        for name in self._stages:
+            x = self.get_submodule(name)(x)
         # Quantized before it is flattened: onnxruntime pools as integers only where the quantizer follows at once.
         logits: Tensor = self.fc(torch.flatten(self.pooled(self.avgpool(plain(x))), 1))
         return logits

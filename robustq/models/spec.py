@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from robustq.errors import ModelFileError, UsageError
 from robustq.models.layers import Layers
+from robustq.models.mixed_widths import set_layer_bits
+from robustq.models.normalise import Normalisation
 from robustq.models.quantizers import Widths
 from robustq.models.resnet import ResNet
 
@@ -27,6 +30,7 @@ class ModelSpec:
         epsilon: radius of the threat model it was trained for, in [0, 1]; None when it was trained without one.
         class_names: one name per class.
         normalisation: (mean, std) per channel applied inside the model before the input quantizer, or None.
+        layer_bits: (layer name, bits) of layers whose width is their own; a table in JSON.
     """
 
     architecture: str
@@ -38,7 +42,8 @@ class ModelSpec:
     data: str
     epsilon: float | None
     class_names: tuple[str, ...]
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    normalisation: Normalisation | None = None
+    layer_bits: tuple[tuple[str, int], ...] = ()
 
     @property
     def widths(self) -> Widths:
@@ -47,13 +52,13 @@ class ModelSpec:
 
     @property
     def label(self) -> str:
-        """Short name, as in ``resnet20-w4a4`` or ``resnet20-float``."""
+        """Short name, as in ``resnet20-w4a4``, ``resnet20-w4a4-mixed`` or ``resnet20-float``."""
         width = "float" if self.widths.is_float else f"w{self.weight_bits}a{self.act_bits}"
-        return f"{self.architecture}-{width}"
+        return f"{self.architecture}-{width}{'-mixed' if self.layer_bits else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as kept in model.pt and result.json."""
-        return asdict(self)
+        return {**asdict(self), "layer_bits": dict(self.layer_bits)}
 
     @classmethod
     def from_dict(cls, stored: Any) -> ModelSpec:
@@ -64,10 +69,11 @@ class ModelSpec:
         """
         if not isinstance(stored, dict):
             raise ModelFileError(f"spec is {type(stored).__name__}, not a table; this is not a robustq model file")
-        missing = [field.name for field in fields(cls) if field.name not in stored and field.name != "normalisation"]
+        needed = [one.name for one in fields(cls) if one.default is MISSING]
+        missing = [name for name in needed if name not in stored]
         if missing:
             raise ModelFileError(f"spec lacks {', '.join(missing)}; write the model file again with robustq")
-        known = {field.name: stored[field.name] for field in fields(cls) if field.name in stored}
+        known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
         for name in ("weight_bits", "act_bits", "classes", "channels", "image_size"):
             if not isinstance(known[name], int) or isinstance(known[name], bool) or known[name] < 1:
                 raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be a whole number of at least 1")
@@ -82,6 +88,10 @@ class ModelSpec:
         known["class_names"] = tuple(names)
         if known.get("normalisation") is not None:
             known["normalisation"] = _mean_and_std(known["normalisation"], known["channels"])
+        own = known.get("layer_bits", {})
+        if not isinstance(own, dict) or not all(isinstance(key, str) and _is_bits(own[key]) for key in own):
+            raise ModelFileError(f"spec says layer_bits = {own!r}; it must map layer names to whole numbers")
+        known["layer_bits"] = tuple(own.items())
         return cls(**known)
 
 
@@ -89,7 +99,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _mean_and_std(stored: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _is_bits(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mean_and_std(stored: Any, channels: int) -> Normalisation:
     pair = stored if isinstance(stored, list | tuple) and len(stored) == 2 else ()
     rows = [row for row in pair if isinstance(row, list | tuple) and len(row) == channels and all(map(_is_number, row))]
     if len(rows) != 2:
@@ -100,9 +114,16 @@ def _mean_and_std(stored: Any, channels: int) -> tuple[tuple[float, ...], tuple[
 
 Build = Callable[[Layers, int, int], nn.Module]
 
+
+def _resnet(layers: Layers, channels: int, classes: int, **shape: Any) -> nn.Module:
+    return ResNet(layers, channels=channels, classes=classes, **shape)
+
+
 ARCHITECTURES: dict[str, Build] = {
-    "resnet8": lambda layers, channels, classes: ResNet(layers, blocks=1, channels=channels, classes=classes),
-    "resnet20": lambda layers, channels, classes: ResNet(layers, blocks=3, channels=channels, classes=classes),
+    "resnet8": partial(_resnet, blocks=(1, 1, 1), widths=(16, 32, 64)),
+    "resnet20": partial(_resnet, blocks=(3, 3, 3), widths=(16, 32, 64)),
+    "resnet20-a": partial(_resnet, blocks=(3, 3, 3), widths=(16, 32, 64), shortcut="padding"),
+    "resnet18": partial(_resnet, blocks=(2, 2, 2, 2), widths=(64, 128, 256, 512), large_images=True),
 }
 """Architecture name -> constructor from (layers, channels, classes)."""
 
@@ -127,8 +148,9 @@ def build_model(spec: ModelSpec, *, folded: bool = False) -> nn.Module:
         folded: build the BatchNorm-free form that :func:`robustq.models.folding.fold` fills.
 
     Raises:
-        UsageError: unknown architecture or bit width.
+        UsageError: unknown architecture or bit width, or a layer that cannot have the width asked for.
     """
-    layers = Layers(spec.widths, folded=folded)
+    layers = Layers(spec.widths, folded=folded, normalisation=spec.normalisation)
     model = ARCHITECTURES[check_architecture(spec.architecture)](layers, spec.channels, spec.classes)
+    set_layer_bits(model, dict(spec.layer_bits))
     return model.eval()

@@ -32,7 +32,7 @@ class OneConv(nn.Module):
     def __init__(self, layers: Layers, channels: int, classes: int) -> None:
         super().__init__()
         self.pixels = layers.pixels()
-        self.stem = layers.conv(channels, 4, kernel_size=1, first=True)
+        self.stem = layers.conv(channels, 4, kernel_size=1, outer=True)
         self.stem_bn = layers.batch_norm(4)
         self.stem_relu = layers.relu()
         self.conv = layers.conv(4, CHANNELS, kernel_size=3)

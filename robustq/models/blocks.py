@@ -1,0 +1,123 @@
+"""Residual blocks and shortcuts: what a ResNet is made of, at every width.
+
+Names are torchvision's (``conv1``, ``bn1``, ``downsample.0``), so that float weights load at every width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustq.models.layers import Layers, plain
+
+Shortcut = Literal["projection", "padding"]
+"""Shortcuts that change the shape: option B or option A of He et al. (arXiv:1512.03385, section 3.3)."""
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum."""
+
+    def __init__(
+        self, layers: Layers, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut = "projection"
+    ) -> None:
+        super().__init__()
+        self.conv1 = layers.conv(in_channels, out_channels, kernel_size=3, stride=stride)
+        self.bn1 = layers.batch_norm(out_channels)
+        self.relu1 = layers.relu()
+        self.conv2 = layers.conv(out_channels, out_channels, kernel_size=3)
+        self.bn2 = layers.batch_norm(out_channels)
+        self.branch = layers.branch()
+        self.downsample = _downsample(layers, in_channels, out_channels, stride=stride, kind=shortcut)
+        self.relu2 = layers.relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        shortcut = plain(x) if self.downsample is None else self.downsample(x)
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.branch(self.bn2(self.conv2(out)))
+        summed: Tensor = self.relu2(out + shortcut)
+        return summed
+
+
+class BinaryBlock(nn.Module):
+    """The same block with signs for activations: BatchNorm - sign - convolution, twice (XNOR-Net, arXiv:1603.05279).
+
+    Each convolution has a shortcut of its own (Bi-Real Net, arXiv:1808.00278): a sign keeps one bit of a value, the
+    8-bit residual stream beside it keeps the rest. Projection shortcuts are 8 bit, as there. ``norm1`` and ``norm2``
+    are not in the float network; calibration sets their statistics.
+    """
+
+    def __init__(
+        self, layers: Layers, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut = "projection"
+    ) -> None:
+        super().__init__()
+        self.norm1 = layers.sign_norm(in_channels)
+        self.sign1 = layers.sign()
+        self.conv1 = layers.conv(in_channels, out_channels, kernel_size=3, stride=stride)
+        self.bn1 = layers.batch_norm(out_channels)
+        self.branch1 = layers.branch()
+        self.downsample = _downsample(layers, in_channels, out_channels, stride=stride, kind=shortcut)
+        self.relu1 = layers.relu()
+        self.norm2 = layers.sign_norm(out_channels)
+        self.sign2 = layers.sign()
+        self.conv2 = layers.conv(out_channels, out_channels, kernel_size=3)
+        self.bn2 = layers.batch_norm(out_channels)
+        self.branch2 = layers.branch()
+        self.relu2 = layers.relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        shortcut = plain(x) if self.downsample is None else self.downsample(x)
+        x = self.relu1(self.branch1(self.bn1(self.conv1(self.sign1(self.norm1(x))))) + shortcut)
+        out = self.branch2(self.bn2(self.conv2(self.sign2(self.norm2(x)))))
+        summed: Tensor = self.relu2(out + plain(x))
+        return summed
+
+
+class PaddedShortcut(nn.Module):
+    """Option A: every ``stride``-th pixel, with as many zero channels before as behind. It has no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        before = (out_channels - in_channels) // 2
+        self.channels = (before, out_channels - in_channels - before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        return functional.pad(plain(x)[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *self.channels))
+
+
+def _downsample(
+    layers: Layers, in_channels: int, out_channels: int, *, stride: int, kind: Shortcut
+) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    if kind == "padding":
+        return nn.Sequential(_padding(layers, in_channels, out_channels, stride=stride), layers.branch())
+    return nn.Sequential(
+        layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=layers.widths.is_binary),
+        layers.batch_norm(out_channels),
+        layers.branch(),
+    )
+
+
+def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
+    """The padded shortcut; in a folded quantized network as a 1x1 convolution of zeros and ones.
+
+    Its values are the same, exactly; integer kernels can slice no pixels and pad no channels, but they can convolve.
+    """
+    shortcut = PaddedShortcut(in_channels, out_channels, stride=stride)
+    if not layers.folded or layers.widths.is_float:
+        return shortcut
+    conv: Any = layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=True)
+    with torch.no_grad():
+        conv.weight.zero_()
+        for channel in range(in_channels):
+            conv.weight[shortcut.channels[0] + channel, channel] = 1.0
+        conv.bias.zero_()
+    made: nn.Module = conv
+    return made
