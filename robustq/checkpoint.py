@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustq.errors import ModelFileError, RobustqError
+from robustq.errors import ModelFileError, RobustqError, UsageError
 from robustq.models.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
+from robustq.models.state_dict import find_state_dict, is_bare_state_dict
 from robustq.outputs import file_when_whole
+from robustq.torch_file import read_checkpoint
 
 FORMAT = "robustq-model"
 VERSION = 1
@@ -57,44 +57,39 @@ def save_atomically(content: Any, path: Path) -> None:
 
 
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
-    """Write ``model`` and its ``spec``; ``info`` holds plain values worth keeping (accuracies, recipe, versions)."""
+    """Write ``model`` and its ``spec``; ``info`` holds plain values worth keeping (accuracies, recipe, versions).
+
+    numpy's numbers and arrays, paths and subclasses of text become plain values: otherwise the file could not be read
+    back without running code.
+
+    Raises:
+        UsageError: ``info`` holds something else than numbers, text, lists, dicts and tensors.
+    """
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    content = {"format": FORMAT, "version": VERSION, "spec": spec.to_dict(), "state": state, "info": info or {}}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": spec.to_dict(),
+        "state": state,
+        "info": _plain(info or {}, "info"),
+    }
     save_atomically(content, path)
 
 
-def read_checkpoint(path: Path) -> Any:
-    """What ``torch.load(weights_only=True)`` gives: tensors and plain containers, never code.
-
-    Raises:
-        ModelFileError: the file is missing, a folder, empty, truncated, not a torch file, or a pickle that needs code.
-    """
-    if not path.exists():
-        raise ModelFileError(
-            f"{path}: no such file; give a model.pt, best.pt or last.pt that robustq or torch.save wrote"
-        )
-    if path.is_dir():
-        raise ModelFileError(f"{path}: is a folder; give the .pt file in it")
-    if path.stat().st_size == 0:
-        raise ModelFileError(f"{path}: is empty (0 bytes); the program that wrote it was probably cut off")
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":
-            raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, then refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
-            raise ModelFileError(
-                f"{path}: holds more than weights, and loading it would run code; "
-                "save the weights alone: torch.save(model.state_dict(), FILE)"
-            ) from error
-        raise ModelFileError(f"{path}: is not a torch file (no checkpoint could be read from it)") from error
-    except Exception as error:  # torch.load has no error of its own: IndexError, struct.error, AssertionError, ...
-        first = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise ModelFileError(f"{path}: is broken or truncated ({first}); copy or train it again") from error
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {_plain(key, where): _plain(inner, f"{where}[{key!r}]") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, where) for inner in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, str | PurePath):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | Tensor):
+        return value
+    raise UsageError(
+        f"{where} is a {type(value).__name__}, which a model file cannot hold; give numbers, text or lists"
+    )
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
@@ -121,11 +116,6 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
     return model, spec, info if isinstance(info, dict) else {}
 
 
-def is_bare_state_dict(content: Any) -> bool:
-    """Whether ``content`` is what ``torch.save(model.state_dict())`` writes."""
-    return isinstance(content, dict) and bool(content) and all(isinstance(value, Tensor) for value in content.values())
-
-
 def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int, int]:
     """(architecture, classes, channels) of a bare float state dict, read from its names and shapes.
 
@@ -140,7 +130,8 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
         if state["conv1.weight"].dim() != 4 or state["fc.weight"].dim() != 2:
             break
         channels, classes = state["conv1.weight"].shape[1], state["fc.weight"].shape[0]
-        expected = build_model(_float_spec(architecture, classes, channels)).state_dict()
+        with torch.device("meta"):  # names and shapes alone: a file may claim any number of classes
+            expected = build_model(_float_spec(architecture, classes, channels)).state_dict()
         if {n: v.shape for n, v in expected.items()} == {n: v.shape for n, v in state.items()}:
             return architecture, classes, channels
         wrong = [n for n in expected if n not in names or expected[n].shape != state[n].shape]
@@ -159,15 +150,14 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy float weights into a network of the same architecture at any width; activation scales are left to
-    calibration.
+    """Copy float weights into a network of the same architecture at any width; activation scales, the state's own too,
+    are left to calibration.
 
     Raises:
         ModelFileError: a weight is missing, left over or of another shape.
     """
-    thresholds = {name for name in model.state_dict() if name.endswith("log_threshold")}
-    kept = {name: value for name, value in state.items() if name not in thresholds}
-    full = {**{name: model.state_dict()[name] for name in thresholds}, **kept}
+    kept = {name: value for name, value in state.items() if not name.endswith("log_threshold")}
+    full = {**{name: value for name, value in model.state_dict().items() if name.endswith("log_threshold")}, **kept}
     _load_state(model, full, path)
 
 
@@ -179,10 +169,19 @@ def _load_state(model: nn.Module, state: Any, path: Path) -> None:
     wrong += [name for name in state if name not in own]
     if wrong:
         raise ModelFileError(f"{path}: weights do not fit the spec in {len(wrong)} entries ({wrong[0]}, ...)")
+    check_finite(state, path)
+    model.load_state_dict(state)
+
+
+def check_finite(state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights that hold NaN or Inf.
+
+    Raises:
+        ModelFileError: one does; it is named.
+    """
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ModelFileError(f"{path}: {broken[0]} holds NaN or Inf; use an earlier checkpoint")
-    model.load_state_dict(state)
 
 
 def _float_spec(architecture: str, classes: int, channels: int) -> ModelSpec:
@@ -190,7 +189,7 @@ def _float_spec(architecture: str, classes: int, channels: int) -> ModelSpec:
 
 
 def _foreign(content: Any) -> str:
-    if is_bare_state_dict(content):
+    if find_state_dict(content) is not None:
         return (
             "is a bare state dict, without the spec that this needs; harden it first (robustq harden FILE --data NAME)"
         )

@@ -33,3 +33,7 @@ class OutputExistsError(RobustqError):
 
 class CheckFailedError(RobustqError):
     """A check that fell short (parity, a required accuracy): the command line exits with 1 instead of 2."""
+
+
+class RobustqWarning(UserWarning):
+    """Everything that robustq warns of: the command line shows these and hides those of the libraries below it."""

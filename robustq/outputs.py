@@ -84,10 +84,26 @@ def check_new(path: Path) -> Path:
     """
     if path.exists() or path.is_symlink():
         raise OutputExistsError(f"{path} exists already; nothing is overwritten: name another --out or remove it")
+    _check_writable(path)
+    return path
+
+
+def check_place(out: Path | None, default: Path) -> None:
+    """Make sure, before any work is done, that a result can be written: at ``out``, by default below ``default``.
+
+    Raises:
+        OutputExistsError, UsageError: as :func:`check_new`.
+    """
+    if out is not None:
+        check_new(out)
+    else:
+        _check_writable(default / "x")
+
+
+def _check_writable(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"--out {path} cannot be written below {parent}; name another --out")
-    return path
 
 
 @contextmanager

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _shown = False
+_drawn = False
 
 
 def show(enabled: bool) -> None:
@@ -37,7 +38,7 @@ class Bar:
         self._progress = progress
         self._task = task
         self._unit = unit
-        self._done = 0
+        self._done = 0.0
         self._text = ""
         self._told = 0.0
         self._start = time.perf_counter()
@@ -47,7 +48,7 @@ class Bar:
         """Units a second since the bar began."""
         return self._done / max(time.perf_counter() - self._start, 1e-9)
 
-    def advance(self, count: int, text: str | Callable[[], str] = "") -> None:
+    def advance(self, count: float, text: str | Callable[[], str] = "") -> None:
         """Count ``count`` more units and show ``text`` beside the bar.
 
         A function is called twice a second at most, and only where a bar is drawn: reading a loss makes a GPU wait.
@@ -63,9 +64,10 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int, unit: str = "img") -> Iterator[Bar]:
-    """Draw a bar while the block runs."""
-    if not _shown or not sys.stderr.isatty():
+def bar(label: str, total: float, unit: str = "img") -> Iterator[Bar]:
+    """Draw a bar while the block runs; inside another bar's block none, since a terminal shows one at a time."""
+    global _drawn
+    if not _shown or _drawn or not sys.stderr.isatty():
         yield Bar(None, None, unit)
         return
     from rich.console import Console
@@ -78,5 +80,9 @@ def bar(label: str, total: int, unit: str = "img") -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("left  {task.fields[text]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Bar(progress, progress.add_task(label, total=total, text=""), unit)
+    _drawn = True
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            yield Bar(progress, progress.add_task(label, total=total, text=""), unit)
+    finally:
+        _drawn = False

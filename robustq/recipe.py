@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from robustq.errors import RecipeError, UsageError
@@ -129,19 +130,35 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "calibration_images": (int,),
     "monitor_images": (int,),
 }
-_AT_LEAST: dict[str, float] = {
-    "epochs": 1,
-    "batch_size": 2,
-    "lr": 0,
-    "warmup_epochs": 0,
-    "momentum": 0,
-    "weight_decay": 0,
-    "crop_padding": 0,
-    "image_size": 0,
-    "train_images": 0,
-    "calibration_images": 2,
-    "monitor_images": 1,
+# Smallest and largest value. The upper ends lie far above any use and below what a computer chokes on.
+_RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, 100_000),
+    "batch_size": (2, 65_536),
+    "lr": (0, 100),
+    "warmup_epochs": (0, 100_000),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, 10),
+    "crop_padding": (0, 4096),
+    "image_size": (0, 4096),
+    "train_images": (0, 1e9),
+    "calibration_images": (2, 16_384),
+    "monitor_images": (1, 1e9),
 }
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the rooms above know, so that a recipe is checked against it in one go.
+
+    Args:
+        settings: method -> dataclass of its own table.
+        architectures: names.
+        bits: widths.
+    """
+
+    settings: Mapping[str, type]
+    architectures: Sequence[str]
+    bits: Sequence[int]
 
 
 def recipe_names() -> list[str]:
@@ -160,17 +177,28 @@ def recipe_names() -> list[str]:
     return sorted(found)
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None) -> Recipe:
     """The recipe called ``name`` (or the TOML file at that path) with ``key=value`` overrides laid over it.
+
+    Without ``vocabulary`` the method's own table, the architecture and the widths are taken as they stand.
 
     Raises:
         RecipeError: no such recipe (the nearest is named), broken TOML, an unknown key, a value of the wrong kind or
             range; all faults of one recipe are told at once.
     """
     values = _read(name)
-    for override in overrides:
-        _override(values, override)
-    return _checked(name, values)
+    faults = [fault for fault in (_override(values, override) for override in overrides) if fault is not None]
+    faults += _faults(values, vocabulary)
+    if faults:
+        raise RecipeError(f"{name}: " + "; ".join(faults))
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    flat = {key: value for key, value in values.items() if key not in tables}
+    if "epsilon" in flat:
+        flat["epsilon"] = parse_epsilon(flat["epsilon"])
+    flat["milestones"] = tuple(flat.get("milestones", ()))
+    return replace(
+        Recipe(name=name, method="", epochs=1, batch_size=2, lr=0.0), **flat, settings=tables.get(flat["method"], {})
+    )
 
 
 def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> Any:
@@ -180,6 +208,14 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
         RecipeError: a key that ``kind`` does not have (the nearest is named), a value of another type than the
             default's, or one that ``kind`` itself refuses.
     """
+    faults = settings_faults(settings, kind, table=table)
+    if faults:
+        raise RecipeError("; ".join(faults))
+    return kind(**settings)
+
+
+def settings_faults(settings: Mapping[str, Any], kind: type, *, table: str) -> list[str]:
+    """What is wrong with a method's table, in words; empty when :func:`check_settings` takes it."""
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(kind)}
     faults = []
     for key, value in settings.items():
@@ -188,10 +224,29 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
             continue
         allowed = _allowed_types(known[key])
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            faults.append(f"{table}.{key} = {value!r} is not {_describe(allowed)}")
-    if faults:
-        raise RecipeError("; ".join(faults))
-    return kind(**settings)
+            faults.append(f"{table}.{key} = {shown(value)} is not {_describe(allowed)}")
+    if not faults:
+        try:
+            kind(**settings)
+        except RecipeError as error:
+            faults.append(str(error))
+    return faults
+
+
+def unknown_value(key: str, value: object, known: Sequence[Any]) -> str:
+    """``key = value is unknown``, with the known ones and the nearest of them."""
+    near = difflib.get_close_matches(str(value)[:80], [str(one) for one in known], n=1, cutoff=0.5)
+    nearest = f" (nearest: {near[0]})" if near else ""
+    return f"{key} = {shown(value)} is unknown; known: {', '.join(map(str, known))}{nearest}"
+
+
+def shown(value: object) -> str:
+    """``repr``, cut short: a recipe may hold a number of a thousand digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # CPython writes no whole number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _allowed_types(default: Any) -> tuple[type, ...]:
@@ -226,63 +281,92 @@ def _read(name: str) -> dict[str, Any]:
         text = entry.read_text(encoding="utf-8")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{name}: not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError, a number too long another one
+        raise RecipeError(f"{name}: not valid TOML ({' '.join(str(error).split())})") from error
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def _override(values: dict[str, Any], text: str) -> str | None:
+    """Lay ``key=value`` over ``values``; what is wrong with it, in words, or None."""
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"--set '{text}' has no value; write --set key=value, e.g. --set epochs=10")
+        return f"--set '{text}' has no value; write --set key=value, e.g. --set epochs=10"
     try:
-        value = tomllib.loads(f"value = {raw.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {raw.strip()}")
+        value = parsed["value"] if len(parsed) == 1 else raw.strip()
+    except (ValueError, RecursionError):
         value = raw.strip()  # a bare word: --set schedule=steps
     table, dot, inner = key.strip().partition(".")
     if dot:
         nested = values.setdefault(table, {})
         if not isinstance(nested, dict):
-            raise RecipeError(f"--set '{text}': {table} is a value, not a table")
+            return f"--set '{text}': {table} is a value, not a table"
         nested[inner] = value
     else:
         values[table] = value
+    return None
 
 
-def _checked(name: str, values: dict[str, Any]) -> Recipe:
+def _faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[str]:
+    """Everything that is wrong with a recipe, in words."""
     faults = []
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     flat = {key: value for key, value in values.items() if key not in tables}
     method = flat.get("method")
     for key, value in flat.items():
         if key not in _KINDS:
-            faults.append(_unknown(key, [*_KINDS, *METHODS]))
+            faults.append(_unknown(key, [*_KINDS, *METHODS], _inner_keys(method, vocabulary)))
         elif not isinstance(value, _KINDS[key]) or (isinstance(value, bool) and bool not in _KINDS[key]):
-            faults.append(f"{key} = {value!r} is not {_describe(_KINDS[key])}")
-        elif key in _AT_LEAST and isinstance(value, int | float) and not _AT_LEAST[key] <= value < math.inf:
-            faults.append(f"{key} = {value!r} must be at least {_AT_LEAST[key]:g}")
+            faults.append(f"{key} = {shown(value)} is not {_describe(_KINDS[key])}")
+        elif isinstance(value, int | float) and key in _RANGES and not _RANGES[key][0] <= value <= _RANGES[key][1]:
+            low, high = _RANGES[key]
+            faults.append(
+                f"{key} = {shown(value)} must be "
+                + (f"at least {low:g}" if not value >= low else f"at most {f'{high:.4f}'.rstrip('0').rstrip('.')}")
+            )
     for key in ("method", "epochs", "batch_size", "lr"):
         if key not in flat:
             faults.append(f"{key} is missing")
     if isinstance(method, str) and method not in METHODS:
-        faults.append(f"method = '{method}' is unknown; known: {', '.join(METHODS)}")
-    if flat.get("schedule", "cosine") not in SCHEDULES:
-        faults.append(f"schedule = {flat['schedule']!r} is unknown; known: {', '.join(SCHEDULES)}")
+        faults.append(unknown_value("method", method, METHODS))
+    if isinstance(flat.get("schedule"), str) and flat["schedule"] not in SCHEDULES:
+        faults.append(unknown_value("schedule", flat["schedule"], SCHEDULES))
     milestones = flat.get("milestones", [])
     if isinstance(milestones, list) and not all(type(epoch) is int and epoch > 0 for epoch in milestones):
-        faults.append(f"milestones = {milestones!r} must be whole numbers of epochs")
+        faults.append(f"milestones = {shown(milestones)} must be whole numbers of epochs")
+    if isinstance(flat.get("epsilon"), int | float | str):
+        try:
+            parse_epsilon(flat["epsilon"])
+        except UsageError as error:
+            faults.append(str(error))
     for key in tables:
         if key != method:
-            faults.append(f"[{key}] is not the table of method '{method}'; only [{method}] is read")
-    if faults:
-        raise RecipeError(f"{name}: " + "; ".join(faults))
-    if "epsilon" in flat:
-        flat["epsilon"] = parse_epsilon(flat["epsilon"])
-    flat["milestones"] = tuple(milestones)
-    return replace(
-        Recipe(name=name, method="", epochs=1, batch_size=2, lr=0.0), **flat, settings=tables.get(str(method), {})
-    )
+            faults.append(f"[{shown(key)[1:-1]}] is not the table of method {shown(method)}; only [{method}] is read")
+    return faults + ([] if vocabulary is None else _faults_above(flat, tables.get(str(method), {}), vocabulary))
 
 
-def _unknown(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key '{key}'" + (f" (nearest: {near[0]})" if near else "")
+def _faults_above(flat: dict[str, Any], settings: Mapping[str, Any], vocabulary: Vocabulary) -> list[str]:
+    """Values that only the rooms above can judge."""
+    faults = []
+    method, architecture = flat.get("method"), flat.get("architecture")
+    if isinstance(architecture, str) and architecture not in vocabulary.architectures:
+        faults.append(unknown_value("architecture", architecture, vocabulary.architectures))
+    for key in ("weight_bits", "act_bits"):
+        if type(flat.get(key)) is int and flat[key] not in vocabulary.bits:
+            faults.append(unknown_value(key, flat[key], vocabulary.bits))
+    if isinstance(method, str) and method in vocabulary.settings:
+        faults += settings_faults(settings, vocabulary.settings[method], table=method)
+    return faults
+
+
+def _inner_keys(method: object, vocabulary: Vocabulary | None) -> dict[str, str]:
+    """Bare key -> key with its table, of the method's own settings: who writes domains means odgq.domains."""
+    if vocabulary is None or not isinstance(method, str) or method not in vocabulary.settings:
+        return {}
+    return {entry.name: f"{method}.{entry.name}" for entry in fields(vocabulary.settings[method])}
+
+
+def _unknown(key: str, known: Sequence[str], inner: Mapping[str, str] = MappingProxyType({})) -> str:
+    key = key[:80]
+    # The method's own first: among equally near ones the first wins.
+    near = difflib.get_close_matches(key, [*inner, *known], n=1, cutoff=0.5)
+    return f"unknown key '{key}'" + (f" (nearest: {inner.get(near[0], near[0])})" if near else "")

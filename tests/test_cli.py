@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -188,95 +186,6 @@ def test_a_bare_state_dict_is_hardened_when_the_data_is_named(run: Run, digits_f
     taken = run("harden", "weights.pt", "--bits", "8", "--data", "digits", *FAST_TRAIN, "--json")
     assert taken.code == 0, taken.err
     assert load_model(Path(taken.json["checkpoint"]))[1].data == "digits"
-
-
-def _write_bad_files(folder: Path, digits_float: Path, digits_w4a4: Path) -> None:
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "truncated.pt").write_bytes(digits_w4a4.read_bytes()[:5000])
-    (folder / "text.pt").write_text("not a model")
-    (folder / "onnx-alone.onnx").write_bytes(b"x")
-    (folder / "taken").mkdir()
-    shutil.copy(digits_float, folder / "float.pt")
-    shutil.copy(digits_w4a4, folder / "w4a4.pt")
-    content = torch.load(digits_w4a4, weights_only=True)
-    content["spec"]["architecture"] = "resnet21"
-    torch.save(content, folder / "resnet21.pt")
-    (folder / "latin1.toml").write_bytes(b'summary = "\xe9"')
-    (folder / "broken.toml").write_text("method = ")
-    (folder / "unknown-key.toml").write_text('method = "odgq"\nepochs = 1\nbatch_size = 8\nlr = 0.1\nepoch = 3\n')
-    np.savez(folder / "short.npz", x_train=np.zeros((4, 8, 8), np.uint8))
-
-
-BAD: list[tuple[tuple[str, ...], str]] = [
-    (("harden", "none.pt", "--bits", "4"), "none.pt: no such file"),
-    (("harden", "empty.pt", "--bits", "4"), "empty.pt: is empty"),
-    (("harden", "truncated.pt", "--bits", "4"), "truncated.pt: is broken or truncated"),
-    (("harden", "text.pt", "--bits", "4"), "text.pt: is not a torch file"),
-    (("harden", "taken", "--bits", "4"), "taken: is a folder"),
-    (("harden", "resnet21.pt", "--bits", "4"), "unknown architecture 'resnet21'"),
-    (("harden", "float.pt", "--bits", "5"), "bits 5 are not in the table"),
-    (("harden", "float.pt", "--bits", "four"), "'four'"),
-    (("harden", "float.pt"), "add --bits 4"),
-    (("harden", "float.pt", "--bits", "4", "--recipe", "odqg"), "nearest: odgq"),
-    (("harden", "float.pt", "--bits", "4", "--recipe", "broken.toml"), "not valid TOML"),
-    (("harden", "float.pt", "--bits", "4", "--recipe", "unknown-key.toml"), "nearest: epochs"),
-    (("harden", "float.pt", "--bits", "4", "--recipe", "absent.toml"), "absent.toml: no such recipe file"),
-    (("harden", "float.pt", "--bits", "4", "--set", "epochs=0"), "epochs = 0 must be at least 1"),
-    (("harden", "float.pt", "--bits", "4", "--set", "epochs"), "--set 'epochs' has no value"),
-    (("harden", "float.pt", "--bits", "4", "--set", "odgq.domain=3"), "nearest: odgq.domains"),
-    (("harden", "float.pt", "--bits", "4", "--set", "odgq.features=conv9"), "odgq.features = 'conv9'"),
-    (("harden", "float.pt", "--bits", "4", "--data", "digit"), "digits"),
-    (("harden", "float.pt", "--bits", "4", "--data", "short.npz"), "short.npz"),
-    (("harden", "float.pt", "--bits", "4", "--device", "tpu9"), "unknown device 'tpu9'"),
-    (("harden", "float.pt", "--bits", "4", "--device", "cuda:99"), "device 'cuda:99' is not there"),
-    (("harden", "float.pt", "--bits", "4", "--out", "taken"), "taken exists already"),
-    *(
-        (("harden", "float.pt", "--bits", "4", "--epsilon", value), f"epsilon '{value}'")
-        for value in ("-1", "2", "nan", "8/0", "eight", "1/2/3", "inf")
-    ),
-    (("harden",), "Missing argument"),
-    (("train", "--architecture", "resnet8"), "names no data"),
-    (("train", "--data", "digits"), "names no architecture"),
-    (("train", "--data", "digits", "--architecture", "resnet9"), "nearest: resnet8"),
-    (("train", "--data", "digits", "--architecture", "resnet8", "--out", "taken"), "taken exists already"),
-    (("attack", "none.pt"), "none.pt: no such file"),
-    (("attack", "onnx-alone.onnx"), "is a lone .onnx"),
-    (("attack", "taken"), "holds 0 .onnx files"),
-    (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
-    (("attack", "w4a4.pt", "--epsilon", "8"), "epsilon '8' is outside [0, 1]"),
-    (("attack", "w4a4.pt", "--images", "-3"), "-3"),
-    (("attack", "w4a4.pt", "--epsilon", "0.002"), "below one grey level"),
-    (("attack", "w4a4.pt", "--seed", "99999999999999999999999"), "99999999999999999999999"),
-    (("harden", "float.pt", "--bits", "4", "--set", "epsilon=inf"), "epsilon"),
-    (("harden", "float.pt", "--bits", "4", "--recipe", "latin1.toml"), "latin1.toml: is not UTF-8"),
-    (("harden", "x" * 300, "--bits", "4"), "x" * 300),
-    (("export",), "no model given"),
-    (("export", "w4a4.pt", "--format", "qonxx"), "unknown format 'qonxx'"),
-    (("export", "float.pt", "--format", "integer"), "quantize it first"),
-    (("export", "w4a4.pt", "--out", "taken"), "taken exists already"),
-    (("recheck", "none"), "none: no such folder"),
-    (("recipes", "nothing/there"), "unknown recipe 'nothing/there'"),
-    (("quickstart", "--out", "taken"), "taken exists already"),
-    (("atack", "w4a4.pt"), "No such command 'atack'"),
-    (("attack", "w4a4.pt", "--epsilonn", "1"), "--epsilonn"),
-]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"), BAD, ids=lambda value: " ".join(value) if type(value) is tuple else ""
-)
-def test_bad_input_is_one_line_exit_2_and_nothing_written(
-    run: Run, digits_float: Path, digits_w4a4: Path, arguments: tuple[str, ...], expected: str
-) -> None:
-    _write_bad_files(Path.cwd(), digits_float, digits_w4a4)
-    before = {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")}
-    outcome = run(*arguments)
-    assert outcome.code == 2, outcome.err
-    assert outcome.out == ""
-    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
-    assert outcome.err.startswith("robustq: ")
-    assert expected in outcome.err
-    assert {path: path.stat().st_mtime_ns for path in Path.cwd().rglob("*")} == before
 
 
 def test_an_undefended_twin_is_not_what_export_ships(run: Run, digits_float: Path) -> None:

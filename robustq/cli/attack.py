@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish, radius
-from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, Seed
+from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
 
 
 def attack(
@@ -25,6 +25,7 @@ def attack(
             help="Exit with 1 when robust accuracy is below this fraction, or a flag is raised.", min=0, max=1
         ),
     ] = None,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
     out: FileOut = None,
@@ -36,13 +37,24 @@ def attack(
 
     Example: robustq attack export-out/resnet20-w4a4-odgq-integer
     """
+    from robustq.inputs import check_attackable
     from robustq.report.text import attack_lines
+
+    check_attackable(model)
+    wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
         from robustq.workflow.attacking import attack_model
 
         return attack_model(
-            model, suite=suite, epsilon=radius(epsilon), images=images, data=data, seed=seed, device=device
+            model,
+            suite=suite,
+            epsilon=wanted_epsilon,
+            images=images,
+            data=data,
+            skip_bad_images=skip_bad_images,
+            seed=seed,
+            device=device,
         )
 
     def shortfall(result: dict[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish, radius, shortfalls
-from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, Seed
+from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
 
 
 def export(
@@ -28,6 +28,7 @@ def export(
         bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")
     ] = True,
     data: Data = None,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
     out: BundleOut = None,
@@ -39,7 +40,12 @@ def export(
 
     Example: robustq export --format qonnx
     """
+    from robustq.inputs import check_model_file
     from robustq.report.text import export_lines
+
+    if model is not None:
+        check_model_file(model)
+    wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
         from robustq.workflow.exporting import export_model
@@ -47,10 +53,11 @@ def export(
         return export_model(
             model,
             format_name=format_name,
-            epsilon=radius(epsilon),
+            epsilon=wanted_epsilon,
             images=images,
             recheck=recheck,
             data=data,
+            skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,
             out=out,
@@ -64,6 +71,7 @@ def recheck(
     epsilon: Epsilon = None,
     images: Images = 1000,
     data: Data = None,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
     out: FileOut = None,
@@ -75,9 +83,19 @@ def recheck(
     """
     from robustq.report.text import recheck_lines
 
+    wanted_epsilon = radius(epsilon)
+
     def job() -> dict[str, Any]:
         from robustq.workflow.exporting import recheck_bundle
 
-        return recheck_bundle(bundle, epsilon=radius(epsilon), images=images, data=data, seed=seed, device=device)
+        return recheck_bundle(
+            bundle,
+            epsilon=wanted_epsilon,
+            images=images,
+            data=data,
+            skip_bad_images=skip_bad_images,
+            seed=seed,
+            device=device,
+        )
 
     finish(job, as_json, recheck_lines, out=out, shortfall=shortfalls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import typer
 
-from robustq.errors import CheckFailedError
+from robustq.errors import CheckFailedError, RobustqWarning
 
 
 def radius(text: str | None) -> float | None:
@@ -49,21 +50,36 @@ def finish(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out, json.dumps(result, indent=2) + "\n")
-    typer.echo(json.dumps(result, indent=2) if as_json else "\n".join(lines(result)))
+    _print(json.dumps(result, indent=2) if as_json else "\n".join(lines(result)))
     fault = shortfall(result) if shortfall is not None else None
     if fault is not None:
         raise CheckFailedError(fault)
 
 
+def _print(text: str) -> None:
+    try:
+        typer.echo(text)
+    except BrokenPipeError as error:
+        # Whoever read our output has seen enough (robustq recipes | head -1): exit as the shell's own tools do, and
+        # keep Python from complaining when it ends. Left to typer, this would be exit 1, a check that fell short.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + 13) from error
+
+
 def _settle_libraries() -> None:
     """Hide warnings of libraries that a user can do nothing about, and keep their threads from spinning."""
     import logging
-    import os
     import warnings
 
     # OpenMP threads that wait by spinning make a step ten times slower as soon as something else uses a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
+        if issubclass(category, RobustqWarning):
+            print(f"robustq: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=RobustqWarning)
+    warnings.showwarning = show  # type: ignore[assignment]
     for name in ("torch.utils.cpp_extension", "torch.onnx"):
         logging.getLogger(name).setLevel(logging.ERROR)

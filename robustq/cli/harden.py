@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish, radius
-from robustq.cli.options import Data, Device, Epsilon, Json, RunOut, Seed, Set
+from robustq.cli.options import Data, Device, Epsilon, Json, RunOut, Seed, Set, SkipBadImages
 
 
 def harden(
@@ -22,6 +22,15 @@ def harden(
     data: Data = None,
     epsilon: Epsilon = None,
     overrides: Set = None,
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickle",
+            help="Load a whole torch.save(model) file too. That runs whatever code it names: only where you trust its "
+            "maker.",
+        ),
+    ] = False,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
     out: RunOut = None,
@@ -33,7 +42,11 @@ def harden(
 
     Example: robustq harden model.pt --bits 4
     """
+    from robustq.inputs import check_model_file
     from robustq.report.text import training_lines
+
+    check_model_file(model)
+    wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
         from robustq.workflow.training import harden_model
@@ -44,7 +57,9 @@ def harden(
             recipe=recipe,
             overrides=tuple(overrides or ()),
             data=data,
-            epsilon=radius(epsilon),
+            epsilon=wanted_epsilon,
+            trust_pickle=trust_pickle,
+            skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,
             out=out,

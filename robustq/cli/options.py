@@ -17,6 +17,9 @@ Data = Annotated[
         "(x_train y_train x_test y_test). Default: what the model or recipe says."
     ),
 ]
+SkipBadImages = Annotated[
+    bool, typer.Option("--skip-bad-images", help="Leave out image files that cannot be read; a warning names them.")
+]
 Epsilon = Annotated[
     str | None,
     typer.Option(help="Radius of the attack in [0, 1], such as 8/255. Default: what the model was trained for."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
@@ -46,7 +47,11 @@ for _command in (quickstart, train, harden, attack, export, recheck, recipes):
 
 
 def main() -> NoReturn:
-    """Entry point: every fault is one line on stderr; exit 1 for a check that fell short, 2 for bad input."""
+    """Entry point: every fault is one line on stderr.
+
+    Exit 1: a check fell short. 2: bad input or usage. 70 (EX_SOFTWARE of sysexits.h): an error that robustq did not
+    foresee, with its traceback. 130: stopped by Ctrl-C.
+    """
     try:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except CheckFailedError as error:
@@ -58,7 +63,8 @@ def main() -> NoReturn:
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None:
-            raise
+            traceback.print_exc()
+            _fail(f"unforeseen {type(error).__name__}: {error}; please report it with the lines above", 70)
         _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
     if code == 130:  # typer's answer to Ctrl-C
         _fail("stopped; checkpoints written so far stay where they are", 130)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish
-from robustq.cli.options import Data, Device, Json, RunOut, Seed, Set
+from robustq.cli.options import Data, Device, Json, RunOut, Seed, Set, SkipBadImages
 
 
 def train(
@@ -20,6 +20,7 @@ def train(
         int | None, typer.Option(help="32 (float), 8, 4, 3 or 2. Default: what the recipe says, else 32.")
     ] = None,
     overrides: Set = None,
+    skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
     out: RunOut = None,
@@ -40,6 +41,7 @@ def train(
             data=data,
             architecture=architecture,
             bits=bits,
+            skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,
             out=out,

@@ -1,4 +1,4 @@
-"""A data set in three splits, and the two choices that every set shares: training subset and hold-out."""
+"""A data set in three splits, and the two choices that every set shares: hold-out and training subset."""
 
 from __future__ import annotations
 
@@ -38,18 +38,38 @@ class Dataset:
         return len(self.class_names)
 
 
-def training_subset(labels: Tensor, train_images: int, *, name: str) -> Tensor:
-    """Places of the `train_images` training images to keep, class shares kept, every class present; all for 0.
+def training_parts(
+    labels: Tensor, train_images: int, *, name: str, class_names: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Places of the images to train on, and of the hold-out: a fixed stratified tenth of the whole training part.
+
+    The hold-out is cut first and does not depend on `train_images`: what a short run trains on is never what another
+    run is judged by.
 
     Args:
         labels: int64 (N,) of the whole training part.
-        train_images: how many to keep.
-        name: the data set's, for the message.
+        train_images: how many of the others to train on, class shares kept, every class present; 0 for all.
+        name, class_names: the data set's, for the messages.
+
+    Returns:
+        int64, increasing, disjoint.
 
     Raises:
         UsageError: a negative number.
-        DataError: more than there are, or fewer than there are classes.
+        DataError: labels of one class only, a training part that is too small to give anything away, more images wanted
+            than there are, or fewer than there are classes.
     """
+    if count_classes(labels) < 2:
+        raise DataError(f"{name} has training images of one class only ({class_names[int(labels[0])]}); need two")
+    rest, held = stratified_parts(labels, HOLDOUT_SHARE, seed=HOLDOUT_SEED)
+    if len(held) == 0:
+        raise DataError(
+            f"{name} has one training image per class ({len(labels)} in all), so none can be held out; use more images"
+        )
+    return rest[_subset(labels[rest], train_images, name=name)], held
+
+
+def _subset(labels: Tensor, train_images: int, *, name: str) -> Tensor:
     if train_images < 0:
         raise UsageError(f"train_images is {train_images}; give a positive number, or 0 for all")
     if train_images == 0:
@@ -57,8 +77,8 @@ def training_subset(labels: Tensor, train_images: int, *, name: str) -> Tensor:
     classes = count_classes(labels)
     if not classes <= train_images <= len(labels):
         raise DataError(
-            f"train_images is {train_images}, but {name} has {len(labels)} training images in {classes} classes; give "
-            f"{classes} to {len(labels)}, or 0 for all"
+            f"train_images is {train_images}, but {name} has {len(labels)} training images in {classes} classes beside "
+            f"the held-out ones; give {classes} to {len(labels)}, or 0 for all"
         )
     return stratified_places(labels, train_images, at_least=1, spare=0, seed=SUBSET_SEED)
 
@@ -67,21 +87,12 @@ def assemble(
     train: TensorSplit | StreamedSplit,
     test: Split,
     *,
+    train_images: int,
     name: str,
     class_names: tuple[str, ...],
     channels: int,
     image_size: int,
 ) -> Dataset:
-    """Take the hold-out, a fixed stratified tenth, out of `train`, and put the data set together.
-
-    Raises:
-        DataError: training labels of one class only, or a training part that is too small to give anything away.
-    """
-    if count_classes(train.labels) < 2:
-        raise DataError(f"{name} has training images of one class only ({class_names[int(train.labels[0])]}); need two")
-    rest, held = stratified_parts(train.labels, HOLDOUT_SHARE, seed=HOLDOUT_SEED)
-    if len(held) == 0:
-        raise DataError(
-            f"{name} has one training image per class ({len(train)} in all), so none can be held out; use more images"
-        )
-    return Dataset(name, class_names, channels, image_size, train.subset(rest), train.subset(held), test)
+    """Take hold-out and training images out of `train` (see `training_parts`), and put the data set together."""
+    kept, held = training_parts(train.labels, train_images, name=name, class_names=class_names)
+    return Dataset(name, class_names, channels, image_size, train.subset(kept), train.subset(held), test)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from robustq.data.dataset import Dataset, assemble, training_subset
-from robustq.data.image_file import image_header
+from robustq.data.dataset import Dataset, assemble, training_parts
+from robustq.data.image_file import image_header, read_image
 from robustq.data.splits import TensorSplit
-from robustq.data.stratify import TEST_SEED, TEST_SHARE, stratified_parts
-from robustq.data.streamed import StreamedSplit
-from robustq.errors import DataError
+from robustq.data.stratify import named_parts
+from robustq.data.streamed import StreamedSplit, default_workers
+from robustq.errors import DataError, RobustqWarning
+from robustq.progress import bar
 
 # Above this many bytes as uint8 at the network's image size a folder is streamed instead of decoded once.
 STREAM_ABOVE_BYTES = 1 << 30
@@ -32,8 +36,11 @@ class _Files:
         return _Files([self.paths[place] for place in places.tolist()], self.labels[places])
 
 
-def load_folder(folder: Path, *, train_images: int, image_size: int | None, workers: int | None) -> Dataset:
-    """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else FOLDER/<class>/* split 80/20.
+def load_folder(
+    folder: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
+) -> Dataset:
+    """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else from FOLDER/<class>/*, of which a
+    fifth becomes the test part, chosen by file name (see `stratify.named_parts`).
 
     One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once: shorter side scaled
     to the image size, middle cut out. Large ones are streamed (see `StreamedSplit`).
@@ -41,30 +48,34 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, work
     Raises:
         DataError: no images, fewer than two classes, a class of the test part that training lacks, an unreadable image,
             one part of train and test alone, or images that are not all of one square size while `image_size` is None.
+
+    Warns:
+        RobustqWarning: unreadable images were left out, with `skip_bad_images`.
     """
     has_train = (folder / "train").is_dir()
     test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
     if has_train and test_folder is not None:
-        class_names, train, test = _two_folders(folder / "train", test_folder)
+        class_names, train, test = _two_folders(folder / "train", test_folder, skip_bad_images)
     elif has_train or test_folder is not None:
         present = "train" if test_folder is None else test_folder.name
         raise DataError(
             f"{folder} has {present} but not {'test or val' if has_train else 'train'}; give both, or class folders "
-            "only, for a fixed 80/20 split"
+            "only, of which a fixed fifth becomes the test part"
         )
     else:
         class_names = class_folders(folder)
-        files = _image_files(folder, class_names)
-        rest, part = stratified_parts(files.labels, TEST_SHARE, seed=TEST_SEED)
+        files = _image_files(folder, class_names, skip_bad_images)
+        rest, part = named_parts([Path(os.path.relpath(path, folder)).as_posix() for path in files.paths], files.labels)
         if len(part) == 0:
             raise DataError(f"{folder} has one image per class, so none can be set apart for testing; add images")
         train, test = files.subset(rest), files.subset(part)
     # Before the subset is taken, which must not decide whether the networks see grey or RGB.
     channels, side = _survey(train.paths + test.paths, folder, image_size)
-    train = train.subset(training_subset(train.labels, train_images, name=str(folder)))
+    kept, held = training_parts(train.labels, train_images, name=str(folder), class_names=class_names)
+    total = len(kept) + len(held) + len(test.paths)
 
     def split(files: _Files) -> TensorSplit | StreamedSplit:
-        if (len(train.paths) + len(test.paths)) * channels * side**2 > STREAM_ABOVE_BYTES:
+        if total * channels * side**2 > STREAM_ABOVE_BYTES:
             return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, workers=workers)
         # With a shorter side of exactly the image size, images that have this size already stay as they are.
         once = StreamedSplit(
@@ -72,11 +83,13 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, work
         )
         return TensorSplit(*once.take(0))
 
-    name = str(folder.resolve())
-    return assemble(split(train), split(test), name=name, class_names=class_names, channels=channels, image_size=side)
+    parts = [split(files) for files in (train.subset(kept), train.subset(held), test)]
+    return Dataset(str(folder.resolve()), class_names, channels, side, *parts)
 
 
-def load_imagenet(root: Path, *, train_images: int, image_size: int | None, workers: int | None) -> Dataset:
+def load_imagenet(
+    root: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
+) -> Dataset:
     """ImageNet from ROOT/imagenet/train/<class>/* and ROOT/imagenet/val/<class>/*: RGB, always streamed, 224 pixels
     unless told otherwise. Its 1,000 usual folders (n01440764, ...) get their English names.
 
@@ -89,12 +102,12 @@ def load_imagenet(root: Path, *, train_images: int, image_size: int | None, work
             f"imagenet is not in {train_folder} and {test_folder} (one folder of images per class); put it there (it "
             "cannot be downloaded), set ROBUSTQ_DATA to where it lies, or pass --data FOLDER"
         )
-    folder_names, train, test = _two_folders(train_folder, test_folder)
-    train = train.subset(training_subset(train.labels, train_images, name="imagenet"))
+    folder_names, train, test = _two_folders(train_folder, test_folder, skip_bad_images)
     side = IMAGENET_SIZE if image_size is None else image_size
     return assemble(
         StreamedSplit(train.paths, train.labels, image_size=side, workers=workers),
         StreamedSplit(test.paths, test.labels, image_size=side, workers=workers),
+        train_images=train_images,
         name="imagenet",
         class_names=imagenet_class_names(folder_names),
         channels=3,
@@ -127,17 +140,19 @@ def imagenet_class_names(folder_names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _two_folders(train_folder: Path, test_folder: Path) -> tuple[tuple[str, ...], _Files, _Files]:
+def _two_folders(
+    train_folder: Path, test_folder: Path, skip_bad_images: bool
+) -> tuple[tuple[str, ...], _Files, _Files]:
     """Class names, training files and test files; the test part may lack classes, but have none of its own."""
     class_names = class_folders(train_folder)
     unknown = sorted(set(class_folders(test_folder)) - set(class_names))
     if unknown:
         raise DataError(f"{test_folder} has the class {unknown[0]}, which {train_folder} lacks; remove or add it")
-    train, test = _image_files(train_folder, class_names), _image_files(test_folder, class_names, every=False)
-    return class_names, train, test
+    train = _image_files(train_folder, class_names, skip_bad_images)
+    return class_names, train, _image_files(test_folder, class_names, skip_bad_images, every=False)
 
 
-def _image_files(folder: Path, class_names: tuple[str, ...], *, every: bool = True) -> _Files:
+def _image_files(folder: Path, class_names: tuple[str, ...], skip_bad_images: bool, *, every: bool = True) -> _Files:
     """All image files below the class folders, class by class, sorted.
 
     With `every`, as for training, a class without images is an error, and so is a single class.
@@ -153,12 +168,37 @@ def _image_files(folder: Path, class_names: tuple[str, ...], *, every: bool = Tr
         )
     places = {name: place for place, name in enumerate(class_names)}
     samples: list[tuple[str, int]] = make_dataset(folder, places, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if skip_bad_images:
+        samples = _readable(samples, folder)
     labels = torch.tensor([place for _, place in samples], dtype=torch.int64)
     empty = sorted(set(places.values()) - set(labels.tolist()))
     if not samples or (every and empty):
         where = folder / class_names[empty[0]] if samples else folder
         raise DataError(f"{where} has no images; file names must end in one of {' '.join(IMG_EXTENSIONS)}")
     return _Files([path for path, _ in samples], labels)
+
+
+def _readable(samples: list[tuple[str, int]], folder: Path) -> list[tuple[str, int]]:
+    """The image files that decode; a warning names the others. Reads every file once, since only decoding finds all."""
+
+    def fault(path: str) -> DataError | None:
+        try:
+            read_image(path, channels=3)
+        except DataError as error:
+            return error
+        return None
+
+    faults = []
+    # Threads: Pillow decodes without Python's lock.
+    with ThreadPoolExecutor(default_workers()) as pool, bar(f"check {folder.name}", len(samples)) as progress:
+        for found in pool.map(fault, [path for path, _ in samples]):
+            faults.append(found)
+            progress.advance(1)
+    bad = [path for (path, _), found in zip(samples, faults, strict=True) if found is not None]
+    if bad:
+        shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+        warnings.warn(f"skipped {len(bad)} of {len(samples)} images that cannot be read: {shown}", RobustqWarning, 2)
+    return [sample for sample, found in zip(samples, faults, strict=True) if found is None]
 
 
 def _survey(paths: list[str], folder: Path, image_size: int | None) -> tuple[int, int]:

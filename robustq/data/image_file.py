@@ -50,4 +50,4 @@ def read_image(path: str | Path, *, channels: int) -> Image.Image:
 
 def _unreadable(path: str | Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
-    return DataError(f"{path} cannot be read as an image ({reason}); replace or remove it")
+    return DataError(f"{path} cannot be read as an image ({reason}); replace or remove it, or add --skip-bad-images")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from robustq.data.dataset import Dataset, assemble, training_subset
+from robustq.data.dataset import Dataset, assemble
+from robustq.data.download import TORCHVISION, load_torchvision_parts
 from robustq.data.folder import load_folder, load_imagenet
 from robustq.data.npz import load_npz
 from robustq.data.splits import TensorSplit
 from robustq.data.stratify import TEST_SEED, TEST_SHARE, stratified_parts
 from robustq.errors import DataError, UsageError
-
-# name -> torchvision.datasets' class
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 
 DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
 
@@ -31,6 +26,7 @@ def load_dataset(
     train_images: int = 0,
     image_size: int | None = None,
     workers: int | None = None,
+    skip_bad_images: bool = False,
 ) -> Dataset:
     """Load a data set; the same call gives the same images in the same three splits, always.
 
@@ -38,9 +34,11 @@ def load_dataset(
         name_or_path: one of `DATASET_NAMES`; an `.npz` file (see `npz.load_npz`); or a folder of images (see
             `folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
         root: where downloads are kept and `imagenet` is looked for; None for $ROBUSTQ_DATA, else ~/.cache/robustq.
-        train_images: keep only that many training images, class shares kept, before the hold-out is taken; 0 for all.
+        train_images: train on so many images only, class shares kept; the hold-out stays as it is; 0 for all.
         image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
         workers: processes that decode image files; None for one per CPU, 8 at most; 0 for none.
+        skip_bad_images: leave out image files that cannot be read, with a warning that names them, instead of refusing
+            the folder.
 
     Raises:
         DataError: unknown name, missing or broken file, a failed download, or data that makes no classification set.
@@ -51,7 +49,13 @@ def load_dataset(
     if workers is not None and workers < 0:
         raise UsageError(f"workers is {workers}; give a number of processes, 0 for none")
     if name_or_path == "imagenet":
-        return load_imagenet(data_root(root), train_images=train_images, image_size=image_size, workers=workers)
+        return load_imagenet(
+            data_root(root),
+            train_images=train_images,
+            image_size=image_size,
+            workers=workers,
+            skip_bad_images=skip_bad_images,
+        )
     if name_or_path == "digits":
         dataset = _load_digits(train_images)
     elif name_or_path in TORCHVISION:
@@ -62,7 +66,13 @@ def load_dataset(
         if not name_or_path or not os.path.exists(path):
             raise _not_found(name_or_path)
         if path.is_dir():
-            return load_folder(path, train_images=train_images, image_size=image_size, workers=workers)
+            return load_folder(
+                path,
+                train_images=train_images,
+                image_size=image_size,
+                workers=workers,
+                skip_bad_images=skip_bad_images,
+            )
         if path.suffix.lower() != ".npz":
             raise DataError(f"{path} is neither a folder of images nor an .npz file; give one of these")
         dataset = load_npz(path, train_images=train_images)
@@ -96,7 +106,7 @@ def _load_digits(train_images: int) -> Dataset:
     """scikit-learn's 1,797 handwritten digits, 8x8, grey: 0..16 scaled to 0..255; 1,438 to train, 359 to test."""
     from sklearn.datasets import load_digits
 
-    bunch: Any = load_digits()
+    bunch = load_digits()
     images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
     whole = TensorSplit(images, torch.from_numpy(bunch.target))
     rest, part = stratified_parts(whole.labels, TEST_SHARE, seed=TEST_SEED)
@@ -105,19 +115,7 @@ def _load_digits(train_images: int) -> Dataset:
 
 def _load_torchvision(name: str, root: Path, train_images: int) -> Dataset:
     """One of torchvision's small sets, downloaded to `root` on first use; its own training and test parts."""
-    from torchvision import datasets
-
-    kind = getattr(datasets, TORCHVISION[name])
-    try:
-        # stdout is for the result (--json): whatever a download has to say goes to stderr.
-        with contextlib.redirect_stdout(sys.stderr):
-            parts: list[Any] = [kind(root=str(root), train=train, download=True) for train in (True, False)]
-    except Exception as error:  # URL, socket, archive and checksum errors share no base class
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"{name} could neither be read from {root} nor downloaded to it ({reason}); pass --data FILE.npz "
-            "or --data FOLDER (of images) instead"
-        ) from error
+    parts = load_torchvision_parts(name, root)
     train, test = (
         TensorSplit(_channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets)) for part in parts
     )
@@ -135,8 +133,9 @@ def _tensor_dataset(
     name: str, train: TensorSplit, test: TensorSplit, class_names: tuple[str, ...], train_images: int
 ) -> Dataset:
     return assemble(
-        train.subset(training_subset(train.labels, train_images, name=name)),
+        train,
         test,
+        train_images=train_images,
         name=name,
         class_names=class_names,
         channels=train.images.shape[1],

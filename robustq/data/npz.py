@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustq.data.dataset import Dataset, assemble, training_subset
+from robustq.data.dataset import Dataset, assemble
 from robustq.data.splits import TensorSplit
 from robustq.errors import DataError
 
@@ -42,8 +42,9 @@ def load_npz(path: Path, *, train_images: int) -> Dataset:
     if unknown:
         raise DataError(f"y_test of {path} has the label {unknown[0]}, which y_train lacks; test on training classes")
     return assemble(
-        train.subset(training_subset(train.labels, train_images, name=str(path))),
+        train,
         test,
+        train_images=train_images,
         name=str(path.resolve()),
         class_names=tuple(str(label) for label in range(highest + 1)),
         channels=train.images.shape[1],

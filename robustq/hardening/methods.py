@@ -13,21 +13,13 @@ from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
 from robustq.recipe import Recipe, check_settings
 
-_SETTINGS = {"natural": NaturalSettings, "odgq": OdgqSettings}
-
-
-def check_method(recipe: Recipe) -> None:
-    """Check the method's own table before anything is built.
-
-    Raises:
-        RecipeError: an unknown key or value.
-    """
-    check_settings(recipe.settings, _SETTINGS[recipe.method], table=recipe.method)
+SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings}
+"""Method -> the dataclass of its own table in a recipe."""
 
 
 def resolved_settings(recipe: Recipe) -> dict[str, Any]:
     """The method's own table with every default written out, so that a run stays described when a default changes."""
-    return asdict(check_settings(recipe.settings, _SETTINGS[recipe.method], table=recipe.method))
+    return asdict(check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method))
 
 
 def build_method(

@@ -8,7 +8,6 @@ and two backward per batch: the perturbation (line 6), the clean features (line 
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,6 +20,10 @@ from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.method import Step
 from robustq.hardening.mmd import mmd
 from robustq.models.batch_norm import batch_statistics, running_statistics
+from robustq.recipe import shown, unknown_value
+
+MOST_DOMAINS = 256
+"""Each domain keeps a perturbation per slot of the batch; the paper goes to 16."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "global_perturbation": ("set", "noise", "none"),
@@ -77,16 +80,16 @@ class OdgqSettings:
 
     def __post_init__(self) -> None:
         faults = [
-            f"odgq.{key} = {getattr(self, key)!r} is unknown; known: {', '.join(allowed)}"
+            unknown_value(f"odgq.{key}", getattr(self, key), allowed)
             for key, allowed in _CHOICES.items()
             if getattr(self, key) not in allowed and not (key == "bandwidth" and _positive(self.bandwidth))
         ]
-        if not (math.isfinite(self.domains) and self.domains == int(self.domains) and self.domains >= 1):
-            faults.append(f"odgq.domains = {self.domains!r} must be a whole number of at least 1")
-        if not (math.isfinite(self.mmd_weight) and self.mmd_weight >= 0):
-            faults.append(f"odgq.mmd_weight = {self.mmd_weight!r} must be a number of at least 0")
-        if not _positive(self.local_scale):
-            faults.append(f"odgq.local_scale = {self.local_scale!r} must be a positive number")
+        if not (1 <= self.domains <= MOST_DOMAINS and self.domains == int(self.domains)):
+            faults.append(f"odgq.domains = {shown(self.domains)} must be a whole number from 1 to {MOST_DOMAINS}")
+        if not 0 <= self.mmd_weight <= 1e6:
+            faults.append(f"odgq.mmd_weight = {shown(self.mmd_weight)} must be a number from 0 to 1000000")
+        if not 0 < self.local_scale <= 1e3:
+            faults.append(f"odgq.local_scale = {shown(self.local_scale)} must be over 0 and at most 1000")
         if faults:
             raise RecipeError("; ".join(faults))
 

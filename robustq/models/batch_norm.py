@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,3 +41,25 @@ def running_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, training in zip(norms, before, strict=True):
             norm.training = training
+
+
+@torch.no_grad()
+def needs_two_images(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
+    """Whether a training batch of one image fails: some BatchNorm sees a single value per channel of one image.
+
+    Args:
+        model: any network; its mode stays as it is.
+        image_shape: (C, H, W).
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    smallest: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs: smallest.append(inputs[0][0, 0].numel())) for layer in layers
+    ]
+    try:
+        with running_statistics(model):
+            model(torch.zeros(1, *image_shape, device=next(model.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1 in smallest

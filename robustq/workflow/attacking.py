@@ -11,6 +11,7 @@ from robustq.evaluation.evaluate import evaluate
 from robustq.evaluation.suites import SUITES
 from robustq.export.bundle import open_bundle
 from robustq.export.session import OnnxModel
+from robustq.inputs import check_attackable
 from robustq.models.folding import fold
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device
 
@@ -22,6 +23,7 @@ def attack_model(
     epsilon: float | None = None,
     images: int = 1000,
     data: str | None = None,
+    skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -34,6 +36,7 @@ def attack_model(
         epsilon: radius; None: what the model was trained for, else 8/255.
         images: test images to use (evenly spaced; 0: all).
         data: over what the model says.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of the random starts.
         device: ``cpu``, ``cuda``; None: a GPU where there is one.
 
@@ -48,7 +51,7 @@ def attack_model(
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     place = pick_device(device)
-    model = Path(model)
+    model = check_attackable(Path(model))
     deployed = None
     checkpoint = model
     if model.is_dir() or model.suffix == ".onnx":
@@ -59,7 +62,7 @@ def attack_model(
             )
         deployed, checkpoint = OnnxModel(bundle.onnx), bundle.model
     network, spec, _ = load_model(checkpoint)
-    loaded = data_for(spec, data, checkpoint)
+    loaded = data_for(spec, data, checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     source = (fold(network, spec) if deployed is not None else network).eval().to(place)
     radius = epsilon if epsilon is not None else DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon

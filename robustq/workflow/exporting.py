@@ -17,7 +17,7 @@ from robustq.export.recheck import attack_file, prove
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
-from robustq.outputs import check_new, folder_when_whole, free_path
+from robustq.outputs import check_place, folder_when_whole, free_path
 from robustq.progress import note
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, versions
 
@@ -32,6 +32,7 @@ def export_model(
     images: int = 1000,
     recheck: bool = True,
     data: str | None = None,
+    skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
     out: Path | None = None,
@@ -45,6 +46,7 @@ def export_model(
         images: test images for parity and re-check (evenly spaced; 0: all).
         recheck: also count accuracy under attack.
         data: over what the model says.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of the random starts.
         device: where attacks are found; None: a GPU where there is one.
         out: export folder; must not exist. None: ``export-out/<run>-<format>``.
@@ -57,13 +59,12 @@ def export_model(
     """
     place = pick_device(device)
     chosen = last_hardened() if model is None else Path(model)
-    if out is not None:
-        check_new(out)
+    check_place(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen)
     check_format(format_name, spec)
-    loaded = data_for(spec, data, chosen)
+    loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
@@ -105,6 +106,7 @@ def recheck_bundle(
     epsilon: float | None = None,
     images: int = 1000,
     data: str | None = None,
+    skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def recheck_bundle(
     opened = open_bundle(bundle)
     network, spec, _ = load_model(opened.model)
     check_format(opened.format, spec)
-    loaded = data_for(spec, data, opened.model)
+    loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
     proof = prove(opened.onnx, opened.format, folded, spec, x)

@@ -16,7 +16,7 @@ from robustq.data import load_dataset
 from robustq.evaluation.evaluate import Evaluation, evaluate
 from robustq.evaluation.suites import RECHECK
 from robustq.hardening.run_folder import RUNS
-from robustq.outputs import check_new, free_path, write_text_atomically
+from robustq.outputs import check_place, free_path, write_text_atomically
 from robustq.progress import note
 from robustq.recipe import load_recipe
 from robustq.workflow.exporting import export_model, recheck_bundle
@@ -47,7 +47,8 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     """
     start = time.perf_counter()
     place = pick_device(device)
-    folder = check_new(out) if out is not None else free_path(RUNS / "quickstart")
+    check_place(out, RUNS)
+    folder = out or free_path(RUNS / "quickstart")
     shared: dict[str, Any] = {"seed": seed, "device": str(place)}
     note("1/5  train a float ResNet-8 on the digits")
     trained = train_model(FLOAT, out=folder / "float-natural", **shared)

@@ -19,7 +19,7 @@ from robustq.models.spec import ModelSpec
 from robustq.outputs import free_path, sha256
 from robustq.progress import note
 from robustq.recipe import Recipe, format_epsilon
-from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, versions
+from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, check_last_batch, versions
 
 EVALUATION_BATCH = 500
 
@@ -49,6 +49,7 @@ def run_recipe(
     Returns:
         What train and harden print, and result.json holds.
     """
+    check_last_batch(model, spec, len(data.train), recipe)
     if source is None:
         calibrate_on(model, data, recipe, device=device, from_scratch=True)
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon

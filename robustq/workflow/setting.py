@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from robustq.checkpoint import describe_state_dict, is_bare_state_dict, load_model, read_checkpoint
-from robustq.data import Augment, Dataset, load_dataset
-from robustq.errors import DataError, ModelFileError, UsageError
-from robustq.models.quantizers import FLOAT_BITS
-from robustq.models.spec import ModelSpec
-from robustq.recipe import Recipe
+from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
+from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset
+from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
+from robustq.hardening.methods import SETTINGS
+from robustq.models.batch_norm import needs_two_images
+from robustq.models.quantizers import BITS, FLOAT_BITS
+from robustq.models.spec import ARCHITECTURES, ModelSpec
+from robustq.models.state_dict import find_state_dict
+from robustq.recipe import Recipe, Vocabulary, load_recipe
+from robustq.torch_file import read_checkpoint
 
 DEFAULT_EPSILON = 8 / 255
 """Radius when neither option, recipe nor model says one: the usual one for CIFAR-10."""
@@ -43,6 +49,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def read_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe with every key and value checked: see :func:`robustq.recipe.load_recipe`."""
+    return load_recipe(name, overrides, vocabulary=Vocabulary(SETTINGS, tuple(ARCHITECTURES), BITS))
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     names = ("robustq", "torch", "brevitas", "onnx", "onnxruntime", "qonnx")
@@ -53,21 +64,39 @@ def augmentation(recipe: Recipe, data: Dataset) -> Augment:
     """The recipe's augmentation, gaps filled by the data: crops padded by an eighth of the side, flips of photographs.
 
     Digits and the user's own data are not mirrored: a mirrored digit is another sign.
+
+    Raises:
+        RecipeError: crops that may lie wholly in the padding.
     """
     padding = data.image_size // 8 if recipe.crop_padding is None else recipe.crop_padding
+    if padding >= data.image_size:
+        raise RecipeError(
+            f"crop_padding = {padding} is no less than the side of {data.name}'s images ({data.image_size} pixels), so "
+            "that a crop could miss the image; give less"
+        )
     flip = data.name in _MIRRORED if recipe.flip is None else recipe.flip
     return Augment(crop_padding=padding, flip=flip)
 
 
-def data_for(spec: ModelSpec, data: str | None, path: Path, *, train_images: int = 0) -> Dataset:
+def data_for(
+    spec: ModelSpec, data: str | None, path: Path, *, train_images: int = 0, skip_bad_images: bool = False
+) -> Dataset:
     """The data a model was made for, or ``data`` in its place; folders are read at the model's image size.
 
     Raises:
-        DataError: as :func:`robustq.data.load_dataset`; classes, channels or image size differ from the model's.
+        DataError: as :func:`robustq.data.load_dataset`; the model's data moved away; classes, channels or image size
+            differ from the model's.
     """
     name = data or spec.data
+    if data is None and name not in DATASET_NAMES and not os.path.exists(name):
+        raise DataError(f"{path} was made on {name}, which is not there; say where it lies now: --data NEW")
     resized = name == "imagenet" or Path(name).is_dir()
-    loaded = load_dataset(name, train_images=train_images, image_size=spec.image_size if resized else None)
+    loaded = load_dataset(
+        name,
+        train_images=train_images,
+        image_size=spec.image_size if resized else None,
+        skip_bad_images=skip_bad_images,
+    )
     check_fit(spec, loaded, path)
     return loaded
 
@@ -89,28 +118,53 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
             )
 
 
+def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Recipe) -> None:
+    """Refuse a batch size that leaves one image over where the network cannot be trained on one image.
+
+    The other way out, to drop that image, would leave out a different one each epoch and change every other run.
+
+    Raises:
+        RecipeError: BatchNorm would have to normalise one value per channel.
+    """
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    if images % recipe.batch_size == 1 and needs_two_images(model, shape):
+        raise RecipeError(
+            f"batch_size = {recipe.batch_size} leaves a last batch of one image ({images} training images), which "
+            f"BatchNorm cannot normalise at {spec.image_size}x{spec.image_size} pixels; add --set batch_size="
+            f"{recipe.batch_size + 1 if images % (recipe.batch_size + 1) != 1 else recipe.batch_size + 2}"
+        )
+
+
 def open_source(
-    path: Path, data: str | None, *, image_size: int | None = None
+    path: Path,
+    data: str | None,
+    *,
+    image_size: int | None = None,
+    trust_pickle: bool = False,
+    skip_bad_images: bool = False,
 ) -> tuple[dict[str, torch.Tensor], ModelSpec]:
     """Weights and spec of a robustq model file or of a bare float state dict (which needs ``data``).
 
-    A state dict does not say its image size: folders of images are read at ``image_size``.
+    A state dict may lie inside a training checkpoint (``{"state_dict": ...}``) and carry the prefix of DataParallel. It
+    does not say its image size: folders of images are read at ``image_size``.
 
     Raises:
-        ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``.
+        ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or of NaN.
         DataError: the data do not fit a bare state dict.
     """
-    content = read_checkpoint(path)
-    if not is_bare_state_dict(content):
+    content = read_checkpoint(path, trust_pickle=trust_pickle)
+    state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
+    if state is None:
         model, spec, _ = load_model(path)
         return model.state_dict(), spec
-    architecture, classes, channels = describe_state_dict(content, path)
+    architecture, classes, channels = describe_state_dict(state, path)
+    check_finite(state, path)
     if data is None:
         raise ModelFileError(
             f"{path}: is a bare state dict ({architecture}, {classes} classes) and does not say which data it was "
             "trained on; add --data NAME, FOLDER or FILE.npz"
         )
-    loaded = load_dataset(data, image_size=image_size)
+    loaded = load_dataset(data, image_size=image_size, skip_bad_images=skip_bad_images)
     spec = ModelSpec(
         architecture,
         FLOAT_BITS,
@@ -123,4 +177,4 @@ def open_source(
         loaded.class_names,
     )
     check_fit(spec, loaded, path)
-    return content, spec
+    return state, spec

@@ -12,14 +12,14 @@ from torch import nn
 from robustq.checkpoint import load_weights
 from robustq.data import Dataset, load_dataset
 from robustq.errors import UsageError
-from robustq.hardening.methods import check_method
-from robustq.hardening.run_folder import remember_hardened
+from robustq.hardening.run_folder import RUNS, remember_hardened
 from robustq.models.quantizers import FLOAT_BITS, Widths
 from robustq.models.spec import ModelSpec, build_model, check_architecture
-from robustq.outputs import check_new
-from robustq.recipe import Recipe, load_recipe
+from robustq.outputs import check_place
+from robustq.progress import note
+from robustq.recipe import Recipe
 from robustq.workflow.run import calibrate_on, run_recipe
-from robustq.workflow.setting import DEFAULT_EPSILON, data_for, open_source, pick_device
+from robustq.workflow.setting import DEFAULT_EPSILON, data_for, open_source, pick_device, read_recipe
 
 
 def train_model(
@@ -29,6 +29,7 @@ def train_model(
     data: str | None = None,
     architecture: str | None = None,
     bits: int | None = None,
+    skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
     out: Path | None = None,
@@ -39,6 +40,7 @@ def train_model(
         recipe: name or TOML file.
         overrides: ``key=value`` laid over the recipe.
         data, architecture, bits: over the recipe's.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of initialisation, order, augmentation and the method's draws.
         device: ``cpu``, ``cuda``; None: a GPU where there is one.
         out: run folder; must not exist. None: ``runs/<name>``.
@@ -49,8 +51,7 @@ def train_model(
     Raises:
         RobustqError: bad input; nothing is written.
     """
-    settings = load_recipe(recipe, overrides)
-    check_method(settings)
+    settings = read_recipe(recipe, overrides)
     place = pick_device(device)
     wanted_data = data or settings.data
     if wanted_data is None:
@@ -60,9 +61,13 @@ def train_model(
         raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
     check_architecture(wanted_architecture)
     widths = _widths(bits, settings, fallback=Widths(FLOAT_BITS, FLOAT_BITS))
-    if out is not None:
-        check_new(out)
-    loaded = load_dataset(wanted_data, train_images=settings.train_images, image_size=settings.image_size or None)
+    check_place(out, RUNS)
+    loaded = load_dataset(
+        wanted_data,
+        train_images=settings.train_images,
+        image_size=settings.image_size or None,
+        skip_bad_images=skip_bad_images,
+    )
     spec = ModelSpec(
         architecture=wanted_architecture,
         weight_bits=widths.weight_bits,
@@ -87,6 +92,8 @@ def harden_model(
     overrides: tuple[str, ...] = (),
     data: str | None = None,
     epsilon: float | None = None,
+    trust_pickle: bool = False,
+    skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
     out: Path | None = None,
@@ -96,9 +103,10 @@ def harden_model(
     Args:
         model: a robustq model file, or a bare float state dict (then ``data`` is needed).
         bits: width of weights and activations; None: the recipe's, else the model's own.
-        recipe, overrides, seed, device, out: as :func:`train_model`.
+        recipe, overrides, skip_bad_images, seed, device, out: as :func:`train_model`.
         data: over what the model says.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
+        trust_pickle: load a ``torch.save(model)`` file too, which runs whatever code it names.
 
     Returns:
         As :func:`train_model`, and ``bits method``.
@@ -106,20 +114,26 @@ def harden_model(
     Raises:
         RobustqError: bad input; nothing is written.
     """
-    settings = load_recipe(recipe, overrides)
-    check_method(settings)
+    settings = read_recipe(recipe, overrides)
     if epsilon is not None:
         settings = replace(settings, epsilon=epsilon)
     place = pick_device(device)
-    if out is not None:
-        check_new(out)
+    check_place(out, RUNS)
     if bits is not None:
         Widths(bits, bits)  # refuse a width outside the table before anything is read
     wanted_data = data or settings.data
     model = Path(model)
-    weights, source = open_source(model, wanted_data, image_size=settings.image_size or None)
+    weights, source = open_source(
+        model,
+        wanted_data,
+        image_size=settings.image_size or None,
+        trust_pickle=trust_pickle,
+        skip_bad_images=skip_bad_images,
+    )
     widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
-    loaded = data_for(source, wanted_data, model, train_images=settings.train_images)
+    loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
+    if widths.is_float and not source.widths.is_float:
+        note("bits    32: the quantizers are dropped; what is trained on are the float weights behind them")
     spec = replace(
         source,
         weight_bits=widths.weight_bits,

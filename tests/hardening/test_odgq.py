@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.methods import build_method, check_method
+from robustq.hardening.methods import build_method, resolved_settings
 from robustq.hardening.mmd import mmd
 from robustq.hardening.odgq import Odgq, OdgqSettings
 from robustq.models.calibration import calibrate
@@ -576,12 +576,12 @@ def recipe(**settings: Any) -> Recipe:
 )
 def test_bad_settings(key: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=rf"odgq\.{key}\b"):
-        check_method(recipe(**{key: value}))
+        resolved_settings(recipe(**{key: value}))
 
 
 def test_all_bad_settings_are_told_at_once() -> None:
     with pytest.raises(RecipeError, match=r"odgq\.update.*odgq\.domains.*odgq\.local_scale"):
-        check_method(recipe(update="step", domains=0, local_scale=-1.0))
+        resolved_settings(recipe(update="step", domains=0, local_scale=-1.0))
 
 
 def test_build_method_hands_everything_on() -> None:

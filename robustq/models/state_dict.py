@@ -1,0 +1,49 @@
+"""Weights as people save them: a bare state dict, inside a training checkpoint, or with the prefix of a wrapper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
+"""Keys below which training scripts keep the weights, beside the optimiser and the epoch."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+"""Put before every name by DataParallel, torch.compile, and by a module that holds the network as a member."""
+
+
+def is_bare_state_dict(content: Any) -> bool:
+    """Whether ``content`` is what ``torch.save(model.state_dict())`` writes."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
+
+
+def find_state_dict(content: Any) -> dict[str, Tensor] | None:
+    """The weights in ``content`` under the network's own names; None where there are none.
+
+    Args:
+        content: a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
+    """
+    # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
+    for _ in range(2):
+        if isinstance(content, dict) and not is_bare_state_dict(content):
+            inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict | nn.Module)]
+            content = inner[0] if inner else content
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    return _without_prefixes(dict(content)) if is_bare_state_dict(content) else None
+
+
+def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    stripped = True
+    while stripped:
+        stripped = False
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) and name != prefix for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+                stripped = True
+    return state
