@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from robustq.workflow.attacking import attack_model
     from robustq.workflow.exporting import export_model, recheck_bundle
     from robustq.workflow.quickstart import quickstart
+    from robustq.workflow.resuming import resume_run
     from robustq.workflow.training import harden_model, train_model
 
 _HOMES = {
@@ -19,10 +20,11 @@ _HOMES = {
     "attack_model": "robustq.workflow.attacking",
     "export_model": "robustq.workflow.exporting",
     "recheck_bundle": "robustq.workflow.exporting",
+    "resume_run": "robustq.workflow.resuming",
     "quickstart": "robustq.workflow.quickstart",
 }
 
-__all__ = ["attack_model", "export_model", "harden_model", "quickstart", "recheck_bundle", "train_model"]
+__all__ = ["attack_model", "export_model", "harden_model", "quickstart", "recheck_bundle", "resume_run", "train_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -65,12 +65,16 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str,
     Raises:
         UsageError: ``info`` holds something else than numbers, text, lists, dicts and tensors.
     """
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    save_state(path, model.state_dict(), spec, info=info)
+
+
+def save_state(path: Path, state: dict[str, Tensor], spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
+    """As :func:`save_model`, for weights that no network holds at the moment."""
     content = {
         "format": FORMAT,
         "version": VERSION,
         "spec": spec.to_dict(),
-        "state": state,
+        "state": {name: value.detach().cpu() for name, value in state.items()},
         "info": _plain(info or {}, "info"),
     }
     save_atomically(content, path)

@@ -31,8 +31,28 @@ class OutputExistsError(RobustqError):
     """An explicit output path that exists already: nothing is ever overwritten."""
 
 
+class OutOfMemoryError(RobustqError):
+    """Memory that does not suffice for a batch; the message says which batch fits."""
+
+
+class OutputError(RobustqError):
+    """A disk that is full, or a place that cannot be written."""
+
+
+class RunLockedError(RobustqError):
+    """A run folder that another process is writing."""
+
+
+class RunStoppedError(RobustqError):
+    """A run that was asked to stop (Ctrl-C, SIGTERM) and says how to go on; the command line exits with 130."""
+
+
 class CheckFailedError(RobustqError):
     """A check that fell short (parity, a required accuracy): the command line exits with 1 instead of 2."""
+
+
+class NotFiniteError(CheckFailedError):
+    """NaN or Inf in the loss, the weights or the images of a training run."""
 
 
 class RobustqWarning(UserWarning):

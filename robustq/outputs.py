@@ -121,6 +121,7 @@ def folder_when_whole(path: Path) -> Iterator[Path]:
         if path.exists():
             raise OutputExistsError(f"{path} was made by another run in the meantime; name another --out")
         partial.rename(path)
+        sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

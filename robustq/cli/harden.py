@@ -9,12 +9,15 @@ import typer
 
 from robustq.cli.finish import finish, radius
 from robustq.cli.options import Data, Device, Epsilon, Json, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.resume import Resume, advice, check_alone, resumed
+from robustq.errors import UsageError
 
 
 def harden(
+    context: typer.Context,
     model: Annotated[
-        Path, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
-    ],
+        Path | None, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
+    ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2 (32 stays float).")
     ] = None,
@@ -34,6 +37,7 @@ def harden(
     seed: Seed = 0,
     device: Device = None,
     out: RunOut = None,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a trained network and harden it.
@@ -41,14 +45,23 @@ def harden(
     Fine-tunes by a recipe, ODG-Q unless told otherwise.
 
     Example: robustq harden model.pt --bits 4
+    After Ctrl-C or a crash: robustq harden --resume runs/resnet20-w4a4-odgq
     """
     from robustq.inputs import check_model_file
     from robustq.report.text import training_lines
 
-    check_model_file(model)
+    if resume is not None:
+        check_alone(context)
+    elif model is None:
+        raise UsageError("harden needs the MODEL to start from, a model.pt; or --resume RUN_FOLDER to go on with a run")
+    else:
+        check_model_file(model)
     wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
+        if resume is not None:
+            return resumed(resume, data=data, device=device)
+        assert model is not None  # refused above
         from robustq.workflow.training import harden_model
 
         return harden_model(
@@ -65,4 +78,4 @@ def harden(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice="robustq export --format integer"))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r)))

@@ -14,7 +14,7 @@ from robustq.cli.harden import harden
 from robustq.cli.quickstart import quickstart
 from robustq.cli.recipes import recipes
 from robustq.cli.train import train
-from robustq.errors import CheckFailedError, RobustqError
+from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 
 app = typer.Typer(
     name="robustq",
@@ -56,6 +56,8 @@ def main() -> NoReturn:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
+    except RunStoppedError as error:
+        _fail(str(error), 130)
     except RobustqError as error:
         _fail(str(error), 2)
     except OSError as error:

@@ -8,9 +8,11 @@ import typer
 
 from robustq.cli.finish import finish
 from robustq.cli.options import Data, Device, Json, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.resume import Resume, advice, check_alone, resumed
 
 
 def train(
+    context: typer.Context,
     recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "natural",
     data: Data = None,
     architecture: Annotated[
@@ -24,15 +26,22 @@ def train(
     seed: Seed = 0,
     device: Device = None,
     out: RunOut = None,
+    resume: Resume = None,
     as_json: Json = False,
 ) -> None:
     """Train a network from scratch by a recipe.
 
     Example: robustq train --data cifar10 --architecture resnet20
+    After Ctrl-C or a crash: robustq train --resume runs/resnet20-w32a32-natural
     """
     from robustq.report.text import training_lines
 
+    if resume is not None:
+        check_alone(context)
+
     def job() -> dict[str, Any]:
+        if resume is not None:
+            return resumed(resume, data=data, device=device)
         from robustq.workflow.training import train_model
 
         return train_model(
@@ -47,4 +56,4 @@ def train(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice=f"robustq harden {r['checkpoint']} --bits 4"))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class Dataset:
     def classes(self) -> int:
         """Number of classes, at least 2."""
         return len(self.class_names)
+
+    def digest(self) -> str:
+        """A short name of all images, labels and class names; where they lie takes no part."""
+        parts = [*self.class_names, *(split.digest() for split in (self.train, self.holdout, self.test))]
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def training_parts(

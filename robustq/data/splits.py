@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -49,6 +50,7 @@ class Split(Protocol):
         seed: int | None = None,
         epoch: int = 0,
         augment: Augment = NO_AUGMENT,
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """Go once through the split, a short last batch included.
 
@@ -60,6 +62,7 @@ class Split(Protocol):
                 per image the same for every batch size.
             epoch: the epoch's number, from 0.
             augment: what may happen to the images when there is a seed.
+            skip: batches to leave out at the start of the epoch, without reading them; the others stay what they are.
 
         Yields:
             A `Batch` on `device`; `for x, y in split.batches(...)` works too.
@@ -67,6 +70,10 @@ class Split(Protocol):
         Raises:
             UsageError: a batch size below 1.
         """
+        ...
+
+    def digest(self) -> str:
+        """A short name of what the split holds, in its order: it tells a resumed run whether its data changed."""
         ...
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
@@ -127,6 +134,13 @@ class TensorSplit:
         """The images at `places` (int64 (M,)) as a split of its own."""
         return TensorSplit(self.images[places], self.labels[places])
 
+    def digest(self) -> str:
+        """See `Split.digest`: pixels and labels."""
+        seen = hashlib.blake2b(repr(tuple(self.images.shape)).encode(), digest_size=16)
+        seen.update(self.images.contiguous().numpy().data)
+        seen.update(self.labels.contiguous().numpy().data)
+        return seen.hexdigest()
+
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """See `Split.take`."""
         places = evenly_spaced(len(self), n)
@@ -140,6 +154,7 @@ class TensorSplit:
         seed: int | None = None,
         epoch: int = 0,
         augment: Augment = NO_AUGMENT,
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """See `Split.batches`. A random crop is one after zero padding."""
         check_batch_size(batch_size)
@@ -157,7 +172,7 @@ class TensorSplit:
         order = order.to(images.device)
 
         def generate() -> Iterator[Batch]:
-            for places in torch.split(order, batch_size):
+            for places in torch.split(order, batch_size)[skip:]:
                 x = images[places]
                 if offsets is not None and flips is not None:
                     x = crop_and_flip(x, offsets[places], flips[places], padding=augment.crop_padding)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -88,6 +90,22 @@ class StreamedSplit:
             shorter_side=self.shorter_side,
         )
 
+    def digest(self) -> str:
+        """See `Split.digest`: labels, file names with their class folders, sizes; reading every image would take long.
+
+        Raises:
+            DataError: a file is gone.
+        """
+        seen = hashlib.blake2b(repr((len(self), self.image_size, self.channels)).encode(), digest_size=16)
+        for path, label in zip(map(os.fsdecode, self._paths), self.labels.tolist(), strict=True):
+            try:
+                size = os.path.getsize(path)
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            name = f"{os.path.basename(os.path.dirname(path))}/{os.path.basename(path)}"
+            seen.update(f"{name}\0{size}\0{label}\0".encode(errors="surrogateescape"))
+        return seen.hexdigest()
+
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """See `Split.take`; the images come without augmentation."""
         places = evenly_spaced(len(self), n)
@@ -106,6 +124,7 @@ class StreamedSplit:
         seed: int | None = None,
         epoch: int = 0,
         augment: Augment = NO_AUGMENT,
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """See `Split.batches`. A random crop is RandomResizedCrop.
 
@@ -118,6 +137,7 @@ class StreamedSplit:
         if seed is not None:
             generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
             order = torch.randperm(len(self), generator=generator)
+        order = order[skip * batch_size :]
         files = self._files(seed, epoch, augment)
 
         def generate() -> Iterator[Batch]:
@@ -146,6 +166,7 @@ class StreamedSplit:
             num_workers=self.workers if len(order) > batch_size else 0,
             collate_fn=_stack,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_main_process,
             # Without one of its own the loader draws its workers' seed from the process's generator.
             generator=torch.Generator(),
         )
@@ -196,6 +217,14 @@ class _ImageFiles(IndexedImages[Tensor | str]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, place))
             decoded = self.transform(image)
         return decoded
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal: a worker that died of it would take the batch along that the trainer
+    still wants to finish. Forked workers inherit the trainer's own handlers, so the usual end by SIGTERM is put back.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:

@@ -47,7 +47,9 @@ class Method(Protocol):
         """
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the method carries from batch to batch."""
+        """Everything that the method carries from batch to batch, random generators included: with the weights and the
+        optimiser's state it must be all that the next batch depends on, or a resumed run would be another run.
+        """
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+        """Put back what :meth:`state_dict` gave; in mid-epoch no :meth:`begin_epoch` follows."""

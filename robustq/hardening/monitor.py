@@ -58,6 +58,29 @@ class Monitor:
             model.train(was_training)
         return Watched(clean.float().mean().item(), robust)
 
+    def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
+        """Do on one batch what :meth:`watch` repeats, to see what it takes; the mode of ``model`` is put back.
+
+        Args:
+            model: as in :meth:`watch`.
+            images: size of the batch; None for the one that :meth:`watch` uses.
+
+        Returns:
+            How many times as long :meth:`watch` takes.
+        """
+        count = min(images or self._batch_size, self._batch_size, len(self._x))
+        x, y = self._x[:count], self._y[:count]
+        was_training = model.training
+        model.eval()
+        try:
+            if self._epsilon is None:
+                correct(model, x, y, batch_size=count)
+                return len(self._x) / count
+            pgd(model, x, y, epsilon=self._epsilon, step_size=self._epsilon, steps=1, generator=torch.Generator())
+            return PGD_STEPS * len(self._x) / count
+        finally:
+            model.train(was_training)
+
     def _robust(self, model: nn.Module, clean: Tensor, epsilon: float) -> float:
         generator = torch.Generator().manual_seed(self._seed)
         kept = 0

@@ -202,12 +202,20 @@ class Odgq:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The perturbation set P: (N_k, slots, C, H, W) float32."""
-        return {"perturbations": self.perturbations}
+        """P, (N_k, slots, C, H, W) float32; k; whether an epoch has just begun; the generator of ``noise``."""
+        return {
+            "perturbations": self.perturbations,
+            "domain": torch.tensor(self.domain),
+            "first_batch_of_epoch": torch.tensor(self._first_batch_of_epoch),
+            "generator": self._generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put P back."""
+        """Put them back."""
         self.perturbations.copy_(state["perturbations"])
+        self.domain = int(state["domain"])
+        self._first_batch_of_epoch = bool(state["first_batch_of_epoch"])
+        self._generator.set_state(state["generator"].cpu())
 
     def _global_part(self, x: Tensor, slots: Tensor) -> Tensor:
         kind = self.settings.global_perturbation

@@ -1,55 +1,228 @@
-"""The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json."""
+"""The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json, and resume.pt until then.
+
+resume.pt is the only truth about a run that has not finished. metrics.jsonl, last.pt and best.pt are written after it,
+from it; whatever moment a process is killed at, :meth:`RunFolder.reopen` brings them in line again.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
-from torch import nn
-
-from robustq.checkpoint import save_model
-from robustq.errors import OutputExistsError, UsageError
+from robustq.checkpoint import save_atomically, save_state
+from robustq.errors import ModelFileError, OutputExistsError, UsageError
+from robustq.hardening.run_lock import RunLock, check_not_running
 from robustq.models.spec import ModelSpec
-from robustq.outputs import write_text_atomically
+from robustq.outputs import check_new, folder_when_whole, remove_partials, write_text_atomically
 from robustq.progress import note
+from robustq.torch_file import read_checkpoint
 
 RUNS = Path("runs")
 LAST_HARDENED = "last-hardened"
 
+CONFIG, METRICS, RESULT, RESUME = "config.json", "metrics.jsonl", "result.json", "resume.pt"
+FORMAT = "robustq-resume"
+VERSION = 1
+
 
 class RunFolder:
-    """Creates the folder at once (a name can only be taken once) and writes each file whole.
+    """A run folder that this process, and no other, writes. Use it in a ``with`` block, which gives the lock back.
+
+    It is the trainer's :class:`robustq.hardening.standing.Keeper`.
 
     Args:
-        path: where; must not exist.
-        config: resolved recipe, seed, device, versions.
+        path: where.
+        config: what config.json says.
+        lock: held.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except FileExistsError as error:
-            raise OutputExistsError(
-                f"{path} exists already; another run may have just begun: name another --out"
-            ) from error
+    def __init__(self, path: Path, config: dict[str, Any], lock: RunLock) -> None:
         self.path = path
-        self._metrics: list[str] = []
-        write_text_atomically(path / "config.json", json.dumps(config, indent=2) + "\n")
+        self.config = config
+        self._lock = lock
 
-    def add_metrics(self, row: dict[str, Any]) -> None:
-        """Append one epoch's row to metrics.jsonl."""
-        self._metrics.append(json.dumps(row))
-        write_text_atomically(self.path / "metrics.jsonl", "\n".join(self._metrics) + "\n")
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], state: dict[str, Any]) -> Self:
+        """A new folder; it appears with config.json and resume.pt in it, so that it can be resumed from then on.
 
-    def save(self, name: str, model: nn.Module, spec: ModelSpec, info: dict[str, Any]) -> None:
-        """Write ``best.pt`` or ``last.pt``."""
-        save_model(self.path / name, model, spec, info=info)
+        Args:
+            path: must not exist.
+            config: command, resolved recipe, spec, data, seed, device, versions: JSON types.
+            state: of the training before its first step.
+
+        Raises:
+            OutputExistsError: ``path`` exists.
+            OSError: it cannot be written.
+        """
+        config = json.loads(json.dumps(config))  # as a process that resumes it will see it: lists, no tuples
+        with folder_when_whole(path) as partial:
+            write_text_atomically(partial / CONFIG, json.dumps(config, indent=2) + "\n")
+            _write_resume(partial, state)
+        return cls._locked(path, config)
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """The folder of a run that has not finished, to go on with; files that a kill left behind are put in order.
+
+        Raises:
+            UsageError: no such folder, no run folder, one without resume.pt, or a finished run.
+            RunLockedError: the run is still going.
+            ModelFileError: resume.pt is broken or of another version.
+        """
+        # Before the lock writes anything: what is no run folder, or a finished one, stays untouched.
+        check_unfinished(path, read_config(path))
+        lock = RunLock(path)
+        lock.acquire()
+        try:
+            config = read_config(path)
+            check_unfinished(path, config)
+            folder = cls(path, config, lock)
+            remove_partials(path)
+            folder._write_copies(folder.load(), last=None, best=True)
+        except BaseException:
+            lock.release()
+            raise
+        return folder
+
+    @classmethod
+    def _locked(cls, path: Path, config: dict[str, Any]) -> Self:
+        lock = RunLock(path)
+        lock.acquire()
+        return cls(path, config, lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return resume_command(self.path, self.config)
+
+    def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:
+        """See :meth:`robustq.hardening.standing.Keeper.save`.
+
+        Raises:
+            OSError: a file cannot be written; the state saved before is as it was.
+        """
+        _write_resume(self.path, state)
+        if epoch_ended:
+            self._write_copies(state, last=True, best=is_best)
+
+    def load(self) -> dict[str, Any]:
+        """The state that was saved last, its tensors on the CPU.
+
+        Raises:
+            ModelFileError: resume.pt is broken or of another version.
+        """
+        path = self.path / RESUME
+        content = read_checkpoint(path)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+            raise ModelFileError(
+                f"{path}: is no state of a run that this robustq reads (format {FORMAT}, version {VERSION}); "
+                "best.pt and last.pt beside it can still be used"
+            )
+        state: dict[str, Any] = content["state"]
+        return state
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, the sign that the run is complete."""
-        write_text_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        """Write result.json, the sign that the run is complete, and remove what only resuming needs."""
+        write_text_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
+        (self.path / RESUME).unlink(missing_ok=True)
+
+    def _write_copies(self, state: dict[str, Any], *, last: bool | None, best: bool) -> None:
+        """metrics.jsonl, last.pt (None: where the state stands between epochs, so that its weights are an epoch's) and
+        best.pt.
+        """
+        standing = state["standing"]
+        rows: list[dict[str, Any]] = standing["rows"]
+        if not rows:
+            return
+        write_text_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        if last or (last is None and standing["step"] == 0):
+            self._save("last.pt", state["model"], rows[-1])
+        if best:
+            self._save("best.pt", standing["best_weights"], rows[standing["best_epoch"] - 1])
+
+    def _save(self, name: str, weights: dict[str, Any], row: dict[str, Any]) -> None:
+        recipe = self.config["recipe"]
+        info = {
+            "recipe": recipe["name"],
+            "method": recipe["method"],
+            "seed": self.config["seed"],
+            "versions": self.config["versions"],
+            **{key: row[key] for key in ("epoch", "holdout_clean_accuracy", "holdout_pgd10_accuracy")},
+        }
+        save_state(self.path / name, weights, ModelSpec.from_dict(self.config["spec"]), info=info)
+
+
+def _write_resume(folder: Path, state: dict[str, Any]) -> None:
+    save_atomically({"format": FORMAT, "version": VERSION, "state": state}, folder / RESUME)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a run folder.
+
+    Raises:
+        UsageError: no such folder, or no run folder.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such folder"
+        raise UsageError(f"{path}: {what}; give the folder of a run, such as runs/NAME")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: has no readable {CONFIG}, so it is not the folder of a run") from error
+    if not isinstance(config, dict) or not {"recipe", "spec", "seed"} <= config.keys():
+        raise UsageError(f"{path}: its {CONFIG} does not describe a run of robustq train or harden")
+    return config
+
+
+def check_unfinished(path: Path, config: dict[str, Any]) -> None:
+    """Refuse to resume what cannot go on.
+
+    Raises:
+        UsageError: the run has finished, or has no resume.pt.
+    """
+    if (path / RESULT).exists():
+        raise UsageError(
+            f"{path} has finished all {config['recipe']['epochs']} epochs; its best weights are in {path / 'best.pt'}"
+        )
+    if not (path / RESUME).is_file():
+        raise UsageError(
+            f"{path}: has no {RESUME}, without which a run cannot go on (an older robustq kept none); start it again "
+            "with another --out"
+        )
+
+
+def resume_command(path: Path, config: dict[str, Any]) -> str:
+    """What to type to go on with the run in ``path``."""
+    return f"robustq {config['command']} --resume {path}"
+
+
+def check_new_run(path: Path) -> None:
+    """Refuse an explicit run folder that exists, saying what it is.
+
+    Raises:
+        RunLockedError: another run is writing it.
+        OutputExistsError: it exists.
+        UsageError: the folder it would lie in cannot be written.
+    """
+    if (path / CONFIG).is_file():
+        check_not_running(path)
+        config = read_config(path)
+        if (path / RESUME).is_file() and not (path / RESULT).exists():
+            raise OutputExistsError(
+                f"{path} exists already and holds a run that has not finished: {resume_command(path, config)} "
+                "continues it; or name another --out"
+            )
+    check_new(path)
 
 
 def remember_hardened(run: Path) -> None:

@@ -1,12 +1,12 @@
-"""The one training loop: SGD over a method's loss, with metrics, a monitor on held-out images, and the best weights
-kept.
+"""The one training loop: SGD over a method's loss, with metrics, a monitor on held-out images, the best weights kept,
+and a state from which another process can go on as if nothing had happened.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,16 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.data import Augment, Split
-from robustq.errors import CheckFailedError
+from robustq.data import Augment, Batch, Split
+from robustq.errors import NotFiniteError, RunStoppedError
+from robustq.hardening.finite import FiniteWatch, find_fault
 from robustq.hardening.method import Method
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.schedule import learning_rate
+from robustq.hardening.standing import Keeper, Standing
+from robustq.hardening.stop import StopRequest
+from robustq.hardening.totals import Totals
 from robustq.models.quantizers import learned_thresholds
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
-OnEpoch = Callable[[dict[str, Any], bool], None]
+CHECK_EVERY = 20
+"""Batches between two looks for NaN and Inf: each look makes a GPU wait once."""
+
+SAVE_EVERY_SECONDS = 600.0
+"""Longest training time without a saved state, for epochs that take longer than that."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +57,34 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
-def train(
-    model: nn.Module,
-    method: Method,
-    split: Split,
-    monitor: Monitor,
-    recipe: Recipe,
-    *,
-    augment: Augment,
-    seed: int,
-    device: torch.device,
-    on_epoch: OnEpoch,
-) -> Trained:
-    """Train ``model`` in place.
+@torch.no_grad()
+def put_back(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy ``weights`` into the very tensors of ``model``.
+
+    ``model.load_state_dict`` will not do for a network in training: Brevitas then makes its quantizers anew, learned
+    thresholds included (https://github.com/Xilinx/brevitas, ``REINIT_ON_STATE_DICT_LOAD``), and the optimiser would go
+    on with the old ones, which nothing uses any more.
+
+    Raises:
+        KeyError, ValueError: names or shapes differ.
+    """
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        raise KeyError(f"weights differ in {sorted(own.keys() ^ weights.keys())[0]}")
+    for name, value in own.items():
+        if value.shape != weights[name].shape:
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(value.shape)}")
+        value.copy_(weights[name])
+
+
+class Training:
+    """One run: a network on its way through a recipe.
+
+    :meth:`state_dict` is everything that the rest of the run depends on. Order and augmentation are not in it: they
+    are a pure function of seed and epoch. On the CPU, a run that is put back into it continues bit for bit.
 
     Args:
-        model: on ``device``; left in eval mode, with the last epoch's weights.
+        model: on ``device``; trained in place.
         method: bound to ``model``.
         split: training images.
         monitor: judges each epoch.
@@ -72,100 +92,198 @@ def train(
         augment: what happens to training images.
         seed: with the epoch it decides order and augmentation.
         device: where batches are put.
-        on_epoch: called after each epoch with its metrics row and whether it is the best so far (save the weights
-            there).
-
-    Raises:
-        CheckFailedError: the loss or a weight is NaN or Inf; the epoch is named and the checkpoints of earlier epochs
-            stand.
     """
-    optimizer = build_optimizer(model, recipe)
-    best: tuple[int, Watched] | None = None
-    seconds = 0.0
-    batches = math.ceil(len(split) / recipe.batch_size)
-    with bar(recipe.method, recipe.epochs * len(split)) as progress:
-        watched_text = ""
-        for epoch in range(recipe.epochs):
-            model.train()
-            method.begin_epoch(epoch)
-            start = time.perf_counter()
-            totals = _Totals(device)
-            for step, batch in enumerate(
-                split.batches(recipe.batch_size, device=device, seed=seed, epoch=epoch, augment=augment)
-            ):
-                # Warm-up begins one step in: a learning rate of exactly 0 would waste the first batch. Only warm-up
-                # does: shifted to its end, the cosine would waste the last batch instead, and milestones would come a
-                # step early.
-                warming = epoch + step / batches < recipe.warmup_epochs
-                done = epoch + (step + warming) / batches
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(recipe, done)
-                outcome = method.training_step(batch.x, batch.y, batch.places)
-                optimizer.zero_grad(set_to_none=True)
-                outcome.loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                totals.add(outcome.loss, outcome.terms, outcome.logits, batch.y)
-                progress.advance(len(batch.y), partial(_status, epoch, recipe, totals, watched_text))
-            row = totals.means()
-            seconds += time.perf_counter() - start
-            if not all(math.isfinite(value) for value in row.values()):
-                raise CheckFailedError(
-                    f"loss became {row['loss']} in epoch {epoch + 1}; the checkpoints of earlier epochs stand: "
-                    "lower lr or raise warmup_epochs"
-                )
-            if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-                raise CheckFailedError(
-                    f"weights became NaN or Inf in epoch {epoch + 1}; the checkpoints of earlier epochs stand: "
-                    "lower lr or raise warmup_epochs"
-                )
-            watched = monitor.watch(model)
-            is_best = best is None or watched.rank >= best[1].rank
-            if is_best:
-                best = (epoch, watched)
-            metrics = {
-                "epoch": epoch + 1,
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        split: Split,
+        monitor: Monitor,
+        recipe: Recipe,
+        *,
+        augment: Augment,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.method = method
+        self.split = split
+        self.monitor = monitor
+        self.recipe = recipe
+        self.augment = augment
+        self.seed = seed
+        self.device = device
+        self.optimizer = build_optimizer(model, recipe)
+        self.standing = Standing()
+        self.totals = Totals(device)
+        self._clock = 0.0
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of one epoch, a short last one included."""
+        return math.ceil(len(self.split) / self.recipe.batch_size)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs have ended."""
+        return self.standing.epoch >= self.recipe.epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state between two batches. Its tensors are the living ones: write or copy them before the next batch."""
+        return {
+            "standing": self.standing.to_dict(),
+            "totals": self.totals.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            # Nothing of ours draws from torch's own generators while it trains, but a network with dropout does.
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back (or forth) to what :meth:`state_dict` gave, whatever happened in between."""
+        self.standing = Standing.from_dict(state["standing"])
+        self.totals.load_state_dict(state["totals"])
+        put_back(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        torch.set_rng_state(state["random"].cpu())
+        # A run that goes on on another kind of device has no state for its generator, which only dropout would use.
+        if self.device.type == "cuda" and state["device_random"] is not None:
+            torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
+
+    def run(self, keeper: Keeper, stop: StopRequest) -> Trained:
+        """Train to the last epoch; the network is left in eval mode with the last epoch's weights.
+
+        Args:
+            keeper: gets the state after each epoch, when the run stops, and every ten minutes within long epochs; it
+                must already hold the state at which this call begins.
+            stop: looked at after each batch.
+
+        Raises:
+            NotFiniteError: loss, weights or images are NaN or Inf; names the step and the first layer. The states saved
+                before stand.
+            RunStoppedError: ``stop`` was requested; the state has been saved.
+        """
+        standing, recipe = self.standing, self.recipe
+        remaining = (recipe.epochs - standing.epoch) * len(self.split) - standing.step * recipe.batch_size
+        told = "" if standing.best is None else f"  held out: {_describe(standing.best)}"
+        with bar(recipe.method, max(remaining, 0)) as progress:
+            while not self.finished:
+                watch, saved_at = FiniteWatch(self.device), time.monotonic()
+                self._clock = time.perf_counter()
+                for batch in self.epoch_batches():
+                    watch.add(batch.x, self.take_step(batch))
+                    progress.advance(len(batch.y), partial(self._status, standing.epoch + 1, told))
+                    due = stop.requested or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+                    if due or standing.step % CHECK_EVERY == 0:
+                        self._check_finite(watch, keeper)
+                    if due:
+                        self._count_seconds()
+                        keeper.save(self.state_dict(), epoch_ended=False, is_best=False)
+                        saved_at = time.monotonic()
+                    if stop.requested:
+                        raise RunStoppedError(
+                            f"stopped after batch {standing.step:,} of {self.batches_per_epoch:,} "
+                            f"in epoch {standing.epoch + 1} of {recipe.epochs}"
+                        )
+                self._check_finite(watch, keeper)
+                watched = self._end_epoch(keeper)
+                told = f"  held out: {_describe(watched)}"
+                if standing.epoch % max(recipe.epochs // 10, 1) == 0:
+                    note(f"  epoch {self._status(standing.epoch, told)}  {standing.rows[-1]['seconds']:.1f} s")
+                if stop.requested:
+                    raise RunStoppedError(f"stopped after epoch {standing.epoch} of {recipe.epochs}")
+        self.model.eval()
+        assert standing.best is not None  # a recipe has at least one epoch
+        return Trained(standing.best_epoch, standing.best, standing.seconds / recipe.epochs)
+
+    def epoch_batches(self) -> Iterator[Batch]:
+        """Begin or continue the epoch that :attr:`standing` stands in, and hand out the batches that it still lacks."""
+        self.model.train()
+        if self.standing.step == 0:
+            self.method.begin_epoch(self.standing.epoch)
+            self.totals = Totals(self.device)
+        return self.split.batches(
+            self.recipe.batch_size,
+            device=self.device,
+            seed=self.seed,
+            epoch=self.standing.epoch,
+            augment=self.augment,
+            skip=self.standing.step,
+        )
+
+    def take_step(self, batch: Batch) -> Tensor:
+        """Train on one batch and count it; the loss, detached."""
+        standing, recipe, batches = self.standing, self.recipe, self.batches_per_epoch
+        # Warm-up begins one step in: a learning rate of exactly 0 would waste the first batch. Only warm-up does:
+        # shifted to its end, the cosine would waste the last batch instead, and milestones would come a step early.
+        warming = standing.epoch + standing.step / batches < recipe.warmup_epochs
+        done = standing.epoch + (standing.step + warming) / batches
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, done)
+        outcome = self.method.training_step(batch.x, batch.y, batch.places)
+        self.optimizer.zero_grad(set_to_none=True)
+        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.totals.add(outcome.loss, outcome.terms, outcome.logits, batch.y)
+        standing.step += 1
+        return outcome.loss.detach()
+
+    def _end_epoch(self, keeper: Keeper) -> Watched:
+        standing = self.standing
+        row = self.totals.means()
+        self._count_seconds()
+        seconds, start = standing.epoch_seconds, time.perf_counter()
+        watched = self.monitor.watch(self.model)
+        standing.epoch, standing.step = standing.epoch + 1, 0
+        standing.seconds, standing.epoch_seconds = standing.seconds + seconds, 0.0
+        is_best = standing.best is None or watched.rank >= standing.best.rank
+        if is_best:
+            standing.best_epoch, standing.best = standing.epoch, watched
+            standing.best_weights = {
+                name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
+            }
+        standing.rows.append(
+            {
+                "epoch": standing.epoch,
                 **row,
                 "holdout_clean_accuracy": watched.clean,
                 "holdout_pgd10_accuracy": watched.robust,
-                "lr": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - start,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "seconds": seconds + time.perf_counter() - start,
             }
-            on_epoch(metrics, is_best)
-            watched_text = f"  held out: {_describe(watched)}"
-            if (epoch + 1) % max(recipe.epochs // 10, 1) == 0:
-                note(f"  epoch {_status(epoch, recipe, totals, watched_text)}  {metrics['seconds']:.1f} s")
-    model.eval()
-    assert best is not None  # a recipe has at least one epoch
-    return Trained(best[0] + 1, best[1], seconds / recipe.epochs)
+        )
+        keeper.save(self.state_dict(), epoch_ended=True, is_best=is_best)
+        return watched
 
+    def _count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.standing.epoch_seconds += now - self._clock
+        self._clock = now
 
-def _status(epoch: int, recipe: Recipe, totals: _Totals, watched: str) -> str:
-    means = totals.means()
-    return f"{epoch + 1}/{recipe.epochs}  loss {means['loss']:.2f}  train {means['train_accuracy']:.1%}{watched}"
+    def _check_finite(self, watch: FiniteWatch, keeper: Keeper) -> None:
+        if watch.fine(self.model):
+            return
+        seen = self.standing.step
+        self.load_state_dict(keeper.load())
+        fault = find_fault(
+            self.model,
+            self.epoch_batches(),
+            self.take_step,
+            epoch=self.standing.epoch + 1,
+            first=self.standing.step + 1,
+            last=seen,
+        )
+        raise NotFiniteError(f"{fault}; what was saved before stands: lower lr or raise warmup_epochs")
+
+    def _status(self, epoch: int, told: str) -> str:
+        means = self.totals.means()
+        return f"{epoch}/{self.recipe.epochs}  loss {means['loss']:.2f}  train {means['train_accuracy']:.1%}{told}"
 
 
 def _describe(watched: Watched) -> str:
     robust = "" if watched.robust is None else f", PGD-10 {watched.robust:.1%}"
     return f"clean {watched.clean:.1%}{robust}"
-
-
-class _Totals:
-    """Sums over an epoch, kept on the device so that no batch waits for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._device = device
-
-    def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, y: Tensor) -> None:
-        values = {"loss": loss.detach(), **terms}
-        for name, value in values.items():
-            self._add(name, value * len(y))
-        self._add("train_accuracy", (logits.argmax(dim=1) == y).sum())
-        self._count += len(y)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
-
-    def means(self) -> dict[str, float]:
-        return {name: value.item() / self._count for name, value in self._sums.items()}

@@ -24,8 +24,19 @@ def scientific(value: float | None) -> str:
 
 
 def size(count: int) -> str:
-    """``187 kB``."""
+    """``187 kB``, ``12.3 MB``, ``1.1 GB``."""
+    if count >= 1_000_000_000:
+        return f"{count / 1e9:.1f} GB"
     return f"{count / 1e6:.1f} MB" if count >= 10_000_000 else f"{count / 1000:,.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``6 min``, ``3.5 hours``, ``2.1 days``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} hours" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustq.data import Dataset, to_float
+from robustq.data import Augment, Dataset, to_float
+from robustq.errors import NotFiniteError, OutOfMemoryError, OutputError, OutputExistsError, RunStoppedError
 from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.hardening.forecast import what_fits
+from robustq.hardening.memory import runs_out
 from robustq.hardening.methods import build_method, resolved_settings
 from robustq.hardening.monitor import Monitor
-from robustq.hardening.run_folder import RUNS, RunFolder
-from robustq.hardening.trainer import Trained, train
+from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
+from robustq.hardening.stop import StopRequest
+from robustq.hardening.trainer import Trained, Training, put_back
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.outputs import free_path, sha256
-from robustq.progress import note
-from robustq.recipe import Recipe, format_epsilon
+from robustq.recipe import Recipe
+from robustq.workflow.announcing import announce, announce_safety, told_forecast
 from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, check_last_batch, versions
 
 EVALUATION_BATCH = 500
@@ -34,6 +38,7 @@ def run_recipe(
     device: torch.device,
     out: Path | None,
     source: Path | None,
+    skip_bad_images: bool = False,
 ) -> dict[str, Any]:
     """Train ``model`` on ``device`` by ``recipe``, keep what happens in a run folder, count clean accuracy at the end.
 
@@ -45,123 +50,182 @@ def run_recipe(
         out: run folder, checked to be free; None: ``runs/<label>-<method>``.
         source: the model file that was fine-tuned; None from scratch: then the activation scales are calibrated first,
             with batch statistics, since the running ones mean nothing.
+        skip_bad_images: how ``data`` was loaded, for a process that resumes the run.
 
     Returns:
         What train and harden print, and result.json holds.
+
+    Raises:
+        OutOfMemoryError: names the batch size that fits; nothing is written.
+        OutputError: the disk is too full; what was saved before stands.
+        NotFiniteError: NaN or Inf; what was saved before stands.
+        RunStoppedError: by Ctrl-C or SIGTERM; says how to go on.
     """
     check_last_batch(model, spec, len(data.train), recipe)
     if source is None:
         calibrate_on(model, data, recipe, device=device, from_scratch=True)
-    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     augment = augmentation(recipe, data)
-    method = build_method(
-        recipe,
-        model,
-        epsilon=epsilon,
-        image_shape=(spec.channels, spec.image_size, spec.image_size),
-        samples=len(data.train),
-        device=device,
-        seed=seed,
-    )
-    images, labels = data.holdout.take(recipe.monitor_images)
-    monitor = Monitor(
-        to_float(images.to(device)),
-        labels.to(device),
-        epsilon=epsilon if method.adversarial else None,
-        batch_size=EVALUATION_BATCH,
-        seed=seed,
-    )
     config = {
+        "command": "train" if source is None else "harden",
         "recipe": {**recipe.to_dict(), "settings": resolved_settings(recipe)},
         "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
         "spec": spec.to_dict(),
+        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
         "augment": {"crop_padding": augment.crop_padding, "flip": augment.flip},
         "seed": seed,
         "device": str(device),
         "versions": versions(),
     }
-    folder = RunFolder(out or free_path(RUNS / f"{spec.label}-{recipe.method}"), config)
-    _announce(model, spec, data, recipe, method.passes, epsilon=epsilon, device=device)
-    about = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
+    training = prepare(model, spec, data, recipe, augment=augment, seed=seed, device=device)
+    announce(spec, data, training, config)
+    told_forecast(training, parent=(RUNS if out is None else out.parent))
+    folder = _new_folder(out, RUNS / f"{spec.label}-{recipe.method}", config, training)
+    return carry_out(folder, training, spec, data)
 
-    def on_epoch(metrics: dict[str, Any], is_best: bool) -> None:
-        folder.add_metrics(metrics)
-        info = {**about, "epoch": metrics["epoch"], "holdout_clean_accuracy": metrics["holdout_clean_accuracy"]}
-        info["holdout_pgd10_accuracy"] = metrics["holdout_pgd10_accuracy"]
-        folder.save("last.pt", model, spec, info)
-        if is_best:
-            folder.save("best.pt", model, spec, info)
-            best_state.clear()
-            best_state.update({name: value.detach().clone() for name, value in model.state_dict().items()})
 
-    best_state: dict[str, torch.Tensor] = {}
-    trained = train(
-        model,
-        method,
-        data.train,
-        monitor,
-        recipe,
-        augment=augment,
-        seed=seed,
-        device=device,
-        on_epoch=on_epoch,
-    )
-    model.load_state_dict(best_state)
-    right, count = accuracy_on_test(model, data, device=device)
-    result = _result(folder.path, spec, recipe, trained, right, count, seed=seed)
-    folder.finish(result)
+def prepare(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    augment: Augment,
+    seed: int,
+    device: torch.device,
+) -> Training:
+    """A training at its beginning.
+
+    Raises:
+        OutOfMemoryError: the method's own memory (the perturbation set of ODG-Q) or the data do not fit.
+    """
+    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    prepared: list[Training] = []
+
+    def work() -> None:
+        method = build_method(
+            recipe,
+            model,
+            epsilon=epsilon,
+            image_shape=(spec.channels, spec.image_size, spec.image_size),
+            samples=len(data.train),
+            device=device,
+            seed=seed,
+        )
+        images, labels = data.holdout.take(recipe.monitor_images)
+        monitor = Monitor(
+            to_float(images.to(device)),
+            labels.to(device),
+            epsilon=epsilon if method.adversarial else None,
+            batch_size=EVALUATION_BATCH,
+            seed=seed,
+        )
+        prepared.append(Training(model, method, data.train, monitor, recipe, augment=augment, seed=seed, device=device))
+
+    if runs_out(work):
+        raise OutOfMemoryError(
+            f"out of memory on {device} before the first batch; lower --set batch_size={recipe.batch_size} or "
+            f"--set monitor_images={recipe.monitor_images}"
+        )
+    return prepared[0]
+
+
+def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Dataset) -> dict[str, Any]:
+    """Train from where ``training`` stands, which ``folder`` holds already, to result.json; gives the folder back.
+
+    Raises:
+        OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
+    """
+    command = folder.resume_command
+    outcome: list[Trained] = []
+    with folder:
+        announce_safety(folder)
+        try:
+            with StopRequest() as stop:
+                starved = runs_out(lambda: outcome.append(training.run(folder, stop)))
+            if starved:
+                raise OutOfMemoryError(
+                    f"out of memory in epoch {training.standing.epoch + 1} with batches of "
+                    f"{training.recipe.batch_size:,} on {training.device}; {what_fits(training)}, as a new run; "
+                    f"or free memory and go on: {command}"
+                )
+            put_back(training.model, training.standing.best_weights)
+            right, count = accuracy_on_test(training.model, data, device=training.device)
+            result = _result(folder, spec, training, outcome[0], right, count)
+            folder.finish(result)
+        except RunStoppedError as error:
+            raise RunStoppedError(f"{error}; go on with: {command}") from error
+        except KeyboardInterrupt as error:
+            standing = folder.load()["standing"]
+            saved = f"epoch {standing['epoch']}" + (f" and {standing['step']:,} batches" if standing["step"] else "")
+            raise RunStoppedError(f"stopped at once; saved: {saved}; go on with: {command}") from error
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} ({folder.path})") from error
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or folder.path}: {error.strerror or error}; what was saved before stands: free the "
+                f"place, then {command}"
+            ) from error
+    if folder.config["command"] == "harden" and training.recipe.method != "natural":
+        remember_hardened(folder.path)  # an undefended twin must not become what a bare export ships
     return result
 
 
+def _new_folder(out: Path | None, default: Path, config: dict[str, Any], training: Training) -> RunFolder:
+    while True:
+        path = out or free_path(default)
+        try:
+            return RunFolder.create(path, config, training.state_dict())
+        except OutputExistsError:
+            if out is not None:
+                raise  # a default name that another run took in this very moment: the next one is free
+        except OSError as error:
+            raise OutputError(
+                f"{error.filename or path}: {error.strerror or error}; free the place or name another --out"
+            ) from error
+
+
 def _result(
-    run: Path, spec: ModelSpec, recipe: Recipe, trained: Trained, right: int, count: int, *, seed: int
+    folder: RunFolder, spec: ModelSpec, training: Training, trained: Trained, right: int, count: int
 ) -> dict[str, Any]:
-    checkpoint = run / "best.pt"
-    return {
+    checkpoint = folder.path / "best.pt"
+    result: dict[str, Any] = {
         "checkpoint": str(checkpoint.absolute()),
-        "run": str(run.absolute()),
+        "run": str(folder.path.absolute()),
         "model": spec.label,
-        "recipe": recipe.name,
+        "recipe": training.recipe.name,
         "clean_accuracy": right / count,
         "clean_interval": list(wilson_interval(right, count)),
         "test_images": count,
-        "epochs": recipe.epochs,
+        "epochs": training.recipe.epochs,
         "best_epoch": trained.best_epoch,
         "holdout_clean_accuracy": trained.best.clean,
         "holdout_pgd10_accuracy": trained.best.robust,
         "seconds_per_epoch": trained.seconds_per_epoch,
         "size_bytes": checkpoint.stat().st_size,
         "epsilon": spec.epsilon,
-        "seed": seed,
+        "seed": training.seed,
     }
-
-
-def _announce(
-    model: nn.Module,
-    spec: ModelSpec,
-    data: Dataset,
-    recipe: Recipe,
-    passes: str,
-    *,
-    epsilon: float,
-    device: torch.device,
-) -> None:
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    inner = (
-        "float"
-        if spec.widths.is_float
-        else f"{spec.weight_bits}-bit weights, {spec.act_bits}-bit activations, 8-bit first and last layer"
-    )
-    radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
-    note(f"{spec.architecture} · {weights:,} parameters · {inner}")
-    note(f"recipe  {recipe.name}: {recipe.method}{radius} · {recipe.epochs} epochs · {passes} a batch · {device}")
-    note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
+    if folder.config["command"] == "harden":
+        result |= {"bits": spec.weight_bits, "method": training.recipe.method}
+    return result
 
 
 def calibrate_on(model: nn.Module, data: Dataset, recipe: Recipe, *, device: torch.device, from_scratch: bool) -> None:
-    """Set the activation scales of ``model`` from the recipe's number of unaugmented training images."""
-    images, _ = data.train.take(recipe.calibration_images)
-    calibrate(model, to_float(images.to(device)), from_scratch=from_scratch)
+    """Set the activation scales of ``model`` from the recipe's number of unaugmented training images.
+
+    Raises:
+        OutOfMemoryError: so many images do not fit at once.
+    """
+
+    def work() -> None:
+        images, _ = data.train.take(recipe.calibration_images)
+        calibrate(model, to_float(images.to(device)), from_scratch=from_scratch)
+
+    if runs_out(work):
+        raise OutOfMemoryError(
+            f"out of memory on {device} while {recipe.calibration_images:,} images calibrate the activation scales; "
+            f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"
+        )
 
 
 def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:

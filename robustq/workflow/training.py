@@ -12,7 +12,7 @@ from torch import nn
 from robustq.checkpoint import load_weights
 from robustq.data import Dataset, load_dataset
 from robustq.errors import UsageError
-from robustq.hardening.run_folder import RUNS, remember_hardened
+from robustq.hardening.run_folder import RUNS, check_new_run
 from robustq.models.quantizers import FLOAT_BITS, Widths
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.outputs import check_place
@@ -61,6 +61,8 @@ def train_model(
         raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
     check_architecture(wanted_architecture)
     widths = _widths(bits, settings, fallback=Widths(FLOAT_BITS, FLOAT_BITS))
+    if out is not None:
+        check_new_run(out)
     check_place(out, RUNS)
     loaded = load_dataset(
         wanted_data,
@@ -81,7 +83,17 @@ def train_model(
     )
     torch.manual_seed(seed)
     model = build_model(spec).to(place)
-    return run_recipe(model, spec, loaded, settings, seed=seed, device=place, out=out, source=None)
+    return run_recipe(
+        model,
+        spec,
+        loaded,
+        settings,
+        seed=seed,
+        device=place,
+        out=out,
+        source=None,
+        skip_bad_images=skip_bad_images,
+    )
 
 
 def harden_model(
@@ -118,6 +130,8 @@ def harden_model(
     if epsilon is not None:
         settings = replace(settings, epsilon=epsilon)
     place = pick_device(device)
+    if out is not None:
+        check_new_run(out)
     check_place(out, RUNS)
     if bits is not None:
         Widths(bits, bits)  # refuse a width outside the table before anything is read
@@ -144,10 +158,17 @@ def harden_model(
     )
     torch.manual_seed(seed)
     network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
-    result = run_recipe(network, spec, loaded, settings, seed=seed, device=place, out=out, source=model)
-    if settings.method != "natural":  # an undefended twin must not become what a bare export ships
-        remember_hardened(Path(result["run"]))
-    return {**result, "bits": spec.weight_bits, "method": settings.method}
+    return run_recipe(
+        network,
+        spec,
+        loaded,
+        settings,
+        seed=seed,
+        device=place,
+        out=out,
+        source=model,
+        skip_bad_images=skip_bad_images,
+    )
 
 
 def quantize(

@@ -223,7 +223,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("export", "w4a4.pt", "--out", "taken"), "taken exists already"),
     (("quickstart", "--out", "taken"), "taken exists already"),
     (("train", "--data", "digits", "--architecture", "resnet8", "--out", "taken"), "taken exists already"),
-    (("harden",), "Missing argument"),
+    (("harden",), "harden needs the MODEL"),
     (("train", "--architecture", "resnet8"), "names no data"),
     (("train", "--data", "digits"), "names no architecture"),
     (("train", "--data", "digits", "--architecture", "resnet9"), "nearest: resnet8"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -13,19 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.checkpoint import load_model
 from robustq.data import Augment, TensorSplit
-from robustq.errors import CheckFailedError
 from robustq.hardening.method import Method, Step
 from robustq.hardening.methods import build_method
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.natural import Natural
-from robustq.hardening.run_folder import RunFolder
-from robustq.hardening.trainer import Trained, build_optimizer, train
+from robustq.hardening.stop import StopRequest
+from robustq.hardening.trainer import Trained, Training, build_optimizer
 from robustq.models.calibration import calibrate
 from robustq.models.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
+from tests.hardening.memory_keeper import MemoryKeeper
 
 CPU = torch.device("cpu")
 EPSILON = 0.1
@@ -77,16 +75,13 @@ def run(
     on_epoch: Callable[[dict[str, Any], bool], None] | None = None,
 ) -> tuple[Trained, list[dict[str, Any]], list[bool]]:
     """Train; also the metrics rows and which epochs were the best so far."""
-    rows: list[dict[str, Any]] = []
-    best: list[bool] = []
 
-    def note(row: dict[str, Any], is_best: bool) -> None:
-        rows.append(row)
-        best.append(is_best)
-        if on_epoch is not None:
-            on_epoch(row, is_best)
+    def note(state: dict[str, Any], epoch_ended: bool, is_best: bool) -> None:
+        if epoch_ended and on_epoch is not None:
+            on_epoch(state["standing"]["rows"][-1], is_best)
 
-    trained = train(
+    keeper = MemoryKeeper(note)
+    training = Training(
         model,
         method or Natural(model),
         split(),
@@ -95,9 +90,10 @@ def run(
         augment=augment or Augment(),
         seed=seed,
         device=CPU,
-        on_epoch=note,
     )
-    return trained, rows, best
+    keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
+    trained = training.run(keeper, StopRequest())
+    return trained, training.standing.rows, [is_best for *_, epoch_ended, is_best in keeper.saved if epoch_ended]
 
 
 def by_hand(model: nn.Module, settings: Recipe, rates: list[float], *, seed: int, augment: Augment) -> list[float]:
@@ -317,26 +313,3 @@ def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool
     # What is saved in on_epoch is what was watched, and the run ends on the last epoch's weights.
     assert all(torch.equal(saved, watched) for saved, watched in zip(at_call, monitor.weights, strict=True))
     assert torch.equal(model.get_parameter("fc.weight"), at_call[-1])
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_whole_files(bad: float, tmp_path: Path) -> None:
-    model = network(4)
-    folder = RunFolder(tmp_path / "run", {"recipe": "test"})
-
-    def on_epoch(row: dict[str, Any], is_best: bool) -> None:
-        folder.add_metrics(row)
-        for name in ("last.pt", "best.pt"):
-            folder.save(name, model, spec(4), {"epoch": row["epoch"]})
-
-    monitor = Scripted()
-    with pytest.raises(CheckFailedError, match=f"loss became {bad} in epoch 2"):
-        run(model, recipe(epochs=3), method=Constant(model, (1.0, bad, 1.0)), monitor=monitor, on_epoch=on_epoch)
-    # The broken epoch is neither judged nor saved.
-    assert len(monitor.weights) == 1
-    assert sorted(path.name for path in folder.path.iterdir()) == ["best.pt", "config.json", "last.pt", "metrics.jsonl"]
-    assert [json.loads(line)["epoch"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()] == [1]
-    for name in ("best.pt", "last.pt"):
-        restored, _, info = load_model(folder.path / name)
-        assert info["epoch"] == 1
-        assert torch.equal(restored.get_parameter("fc.weight"), monitor.weights[0])

@@ -1,0 +1,137 @@
+"""What a run says before it begins: what it is, what it will take, and what would be had for less."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustq.data import Dataset
+from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
+from robustq.hardening.forecast import Forecast, forecast, what_fits
+from robustq.hardening.memory import runs_out
+from robustq.hardening.run_folder import CONFIG, RESULT, RESUME, RUNS, RunFolder, read_config, resume_command
+from robustq.hardening.run_lock import check_not_running
+from robustq.hardening.trainer import Training
+from robustq.models.spec import ModelSpec
+from robustq.progress import note
+from robustq.recipe import format_epsilon
+from robustq.report.text import duration, size
+from robustq.workflow.setting import DEFAULT_EPSILON
+
+
+def announce(spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any]) -> None:
+    """The network, the recipe, the data; then what the same would cost less."""
+    recipe, device = training.recipe, training.device
+    inner = (
+        "float"
+        if spec.widths.is_float
+        else f"{spec.weight_bits}-bit weights, {spec.act_bits}-bit activations, 8-bit first and last layer"
+    )
+    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
+    note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
+    note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}")
+    note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
+    for line in cheaper(config, device):
+        note(f"note    {line}")
+
+
+def told_forecast(training: Training, *, parent: Path) -> Forecast:
+    """Rehearse the run, say in one line what it (or the rest of it) will take, and refuse what cannot end well.
+
+    Args:
+        training: as it was, afterwards.
+        parent: the folder that the run folder lies in, or will.
+
+    Raises:
+        OutOfMemoryError: a batch does not fit; names one that does.
+        OutputError: the files would not fit on the disk.
+    """
+    outcome: list[Forecast] = []
+    if runs_out(lambda: outcome.append(forecast(training))):
+        raise OutOfMemoryError(
+            f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
+            f"{what_fits(training)}"
+        )
+    found, recipe = outcome[0], training.recipe
+    epochs = f"{recipe.epochs} epochs"
+    if training.standing.epoch or training.standing.step:
+        epochs = f"the last {recipe.epochs - training.standing.epoch} of {epochs}"
+    note(
+        f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
+        f"{size(found.disk_bytes)} disk: "
+        f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
+        f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch"
+    )
+    free = shutil.disk_usage(
+        next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
+    )
+    if free.free < found.disk_bytes + found.spare_bytes:
+        raise OutputError(
+            f"{parent}: has {size(free.free)} free, the run writes {size(found.disk_bytes + found.spare_bytes)}; free "
+            "the place or name another --out"
+        )
+    return found
+
+
+def announce_safety(folder: RunFolder) -> None:
+    """Say that the run can be stopped, and how to go on."""
+    note(f"safe    Ctrl-C saves and stops; {folder.resume_command} goes on, after a crash too")
+
+
+def cheaper(config: dict[str, Any], device: torch.device) -> list[str]:
+    """What is true and would save the run, or most of its time: one line each.
+
+    Args:
+        config: of the run that is about to begin.
+        device: where it will run.
+    """
+    lines = []
+    if device.type == "cpu" and torch.cuda.is_available():
+        lines.append("this machine has a GPU that is far faster: --device cuda")
+    for path in sorted(RUNS.glob(f"*/{CONFIG}")):
+        folder = path.parent
+        try:
+            other = read_config(folder)
+            same = _identity(other) == _identity(config)
+        except (UsageError, KeyError, TypeError):
+            continue  # the run of another version: not the same
+        if not same:
+            continue
+        if (folder / RESULT).exists() and (folder / "best.pt").exists():
+            lines.append(f"the same run has finished in {folder}: {folder / 'best.pt'}")
+        elif (folder / RESUME).exists():
+            try:
+                check_not_running(folder)
+                lines.append(f"the same run has begun in {folder}: {resume_command(folder, other)} continues it")
+            except RunLockedError:
+                lines.append(f"the same run is under way in {folder}")
+    return lines
+
+
+def _parameters(training: Training) -> int:
+    return sum(parameter.numel() for parameter in training.model.parameters())
+
+
+def _short(count: int) -> str:
+    """``272 k``, ``11.7 M``: beside the exact number, which stands in the first line."""
+    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
+
+
+def _identity(config: dict[str, Any]) -> str:
+    """What decides the outcome, but for rounding: not where files lie, nor the machine and its versions."""
+    source = config["source"]
+    return json.dumps(
+        {
+            "source": None if source is None else source["sha256"],
+            "data": config["data"]["digest"],
+            **{key: config[key] for key in ("command", "augment", "seed")},
+            "spec": {key: value for key, value in config["spec"].items() if key != "data"},
+            "recipe": {key: value for key, value in config["recipe"].items() if key not in ("name", "summary", "data")},
+        },
+        sort_keys=True,
+    )
