@@ -179,9 +179,7 @@ def _new_folder(out: Path | None, default: Path, config: dict[str, Any], trainin
             if out is not None:
                 raise  # a default name that another run took in this very moment: the next one is free
         except OSError as error:
-            raise OutputError(
-                f"{error.filename or path}: {error.strerror or error}; free the place or name another --out"
-            ) from error
+            raise OutputError(f"{path}: {error.strerror or error}; free the place or name another one") from error
 
 
 def _result(

@@ -145,7 +145,7 @@ def test_a_full_disk_stops_with_the_way_on(signal_at: Any, monkeypatch: pytest.M
 def write_npz(path: Path, *, seed: int) -> None:
     rng = np.random.default_rng(seed)
     arrays: dict[str, Any] = {}
-    for part, count in (("train", 150), ("test", 30)):
+    for part, count in (("train", 180), ("test", 30)):
         arrays[f"x_{part}"] = rng.integers(0, 256, (count, 8, 8), dtype=np.uint8)
         arrays[f"y_{part}"] = np.arange(count) % 3
     np.savez(path, **arrays)
