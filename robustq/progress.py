@@ -16,18 +16,25 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 _shown = False
+_detailed = False
 _drawn = False
 
 
-def show(enabled: bool) -> None:
-    """Switch bars and notes on or off for this process."""
-    global _shown
-    _shown = enabled
+def show(enabled: bool, *, details: bool = False) -> None:
+    """Switch bars and notes on or off for this process, and details with them."""
+    global _shown, _detailed
+    _shown, _detailed = enabled, details
 
 
 def note(text: str) -> None:
     """One line for the person who watches; never part of a result."""
     if _shown:
+        print(text, file=sys.stderr, flush=True)
+
+
+def detail(text: str) -> None:
+    """One line for the person who asked for every setting (``--verbose``)."""
+    if _detailed:
         print(text, file=sys.stderr, flush=True)
 
 

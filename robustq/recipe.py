@@ -161,6 +161,10 @@ class Vocabulary:
     bits: Sequence[int]
 
 
+KEYS = tuple(_KINDS)
+"""Keys of a recipe, without the methods' own tables."""
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that come with robustq, sorted."""
     root = resources.files("robustq.recipes")

@@ -7,14 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
+from robustq.cli.completion import SUITES, one_of
 from robustq.cli.finish import finish, radius
+from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
 
 
 def attack(
     model: Annotated[Path, typer.Argument(help="A .pt that robustq wrote, or an export folder.")],
     suite: Annotated[
-        str, typer.Option(help="paper: GN, FGSM, PGD-20, BIM-20, TPGD-20. recheck: FGSM, PGD-20, margin-PGD-40.")
+        str,
+        typer.Option(
+            help="paper: GN, FGSM, PGD-20, BIM-20, TPGD-20. recheck: FGSM, PGD-20, margin-PGD-40.",
+            autocompletion=one_of(SUITES),
+        ),
     ] = "paper",
     epsilon: Epsilon = None,
     images: Images = 1000,
@@ -30,6 +36,8 @@ def attack(
     device: Device = None,
     out: FileOut = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Count right answers under attack.
 

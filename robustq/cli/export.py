@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from robustq.cli.completion import FORMATS, one_of
 from robustq.cli.finish import finish, radius, shortfalls
+from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
 
 
@@ -20,6 +22,7 @@ def export(
         typer.Option(
             "--format",
             help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime) or integer (onnxruntime, all layers as integers).",
+            autocompletion=one_of(FORMATS),
         ),
     ] = "integer",
     epsilon: Epsilon = None,
@@ -33,6 +36,8 @@ def export(
     device: Device = None,
     out: BundleOut = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Write the file the device runs, and check it.
 
@@ -76,6 +81,8 @@ def recheck(
     device: Device = None,
     out: FileOut = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Check an exported file again.
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from robustq.errors import CheckFailedError, RobustqWarning
+from robustq.cli.loudness import applied
+from robustq.errors import CheckFailedError
 
 
 def radius(text: str | None) -> float | None:
@@ -37,15 +38,12 @@ def finish(
     """Run ``job`` with stdout kept clean, print its result, and exit with 1 when a check fell short."""
     import contextlib
 
-    from robustq import progress
     from robustq.outputs import check_new, write_text_atomically
 
     if out is not None:
         check_new(out)
-    progress.show(True)
-    _settle_libraries()
     # Exporters print to stdout now and then; a JSON document must stand there alone.
-    with contextlib.redirect_stdout(sys.stderr):
+    with applied(), contextlib.redirect_stdout(sys.stderr):
         result = job()
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,22 +62,3 @@ def _print(text: str) -> None:
         # keep Python from complaining when it ends. Left to typer, this would be exit 1, a check that fell short.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(128 + 13) from error
-
-
-def _settle_libraries() -> None:
-    """Hide warnings of libraries that a user can do nothing about, and keep their threads from spinning."""
-    import logging
-    import warnings
-
-    # OpenMP threads that wait by spinning make a step ten times slower as soon as something else uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
-        if issubclass(category, RobustqWarning):
-            print(f"robustq: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=RobustqWarning)
-    warnings.showwarning = show  # type: ignore[assignment]
-    for name in ("torch.utils.cpp_extension", "torch.onnx"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish, radius
-from robustq.cli.options import Data, Device, Epsilon, Json, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.loudness import Quiet, Verbose
+from robustq.cli.options import Data, Device, Epsilon, Json, RecipeName, RunOut, Seed, Set, SkipBadImages
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 from robustq.errors import UsageError
 
@@ -19,9 +20,9 @@ def harden(
         Path | None, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2 (32 stays float).")
+        int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2, 1 (32 stays float).")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "odgq",
+    recipe: RecipeName = "odgq",
     data: Data = None,
     epsilon: Epsilon = None,
     overrides: Set = None,
@@ -39,6 +40,8 @@ def harden(
     out: RunOut = None,
     resume: Resume = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Quantize a trained network and harden it.
 

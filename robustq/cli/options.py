@@ -7,14 +7,20 @@ from typing import Annotated
 
 import typer
 
+from robustq.cli.completion import DATA, DEVICES, one_of, recipe, setting
+
 Seed = Annotated[int, typer.Option(help="Decides everything random; the data split never moves.", min=0, max=2**32 - 1)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:0. Default: a GPU where there is one.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:0. Default: a GPU where there is one.", autocompletion=one_of(DEVICES)),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Data = Annotated[
     str | None,
     typer.Option(
         help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, a FOLDER of images, or FILE.npz "
-        "(x_train y_train x_test y_test). Default: what the model or recipe says."
+        "(x_train y_train x_test y_test). Default: what the model or recipe says.",
+        autocompletion=one_of(DATA),
     ),
 ]
 SkipBadImages = Annotated[
@@ -28,7 +34,10 @@ Images = Annotated[int, typer.Option(help="How many test images to use, evenly s
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change one recipe key, e.g. epochs=10 or odgq.domains=2. Repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one recipe key, e.g. epochs=10 or odgq.domains=2. Repeatable.",
+        autocompletion=setting,
     ),
 ]
 RunOut = Annotated[Path | None, typer.Option(help="Run folder to make; must not exist. Default: runs/NAME.")]
@@ -36,3 +45,6 @@ BundleOut = Annotated[
     Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")
 ]
 FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
+RecipeName = Annotated[
+    str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.", autocompletion=recipe)
+]

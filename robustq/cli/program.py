@@ -11,9 +11,12 @@ import typer
 from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
 from robustq.cli.harden import harden
+from robustq.cli.info import info
+from robustq.cli.loudness import Quiet, Verbose, is_verbose, start
 from robustq.cli.quickstart import quickstart
 from robustq.cli.recipes import recipes
 from robustq.cli.train import train
+from robustq.cli.version import show_version
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 
 app = typer.Typer(
@@ -25,24 +28,24 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"robustq {version('robustq')}")
-        raise typer.Exit
-
-
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions that a result depends on, and stop.",
+            callback=show_version,
+            is_eager=True,
+        ),
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Common to all commands."""
 
 
-for _command in (quickstart, train, harden, attack, export, recheck, recipes):
+for _command in (quickstart, train, harden, attack, export, recheck, info, recipes):
     app.command()(_command)
 
 
@@ -52,8 +55,9 @@ def main() -> NoReturn:
     Exit 1: a check fell short. 2: bad input or usage. 70 (EX_SOFTWARE of sysexits.h): an error that robustq did not
     foresee, with its traceback. 130: stopped by Ctrl-C.
     """
+    start()
     try:
-        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], prog_name="robustq", standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
     except RunStoppedError as error:
@@ -65,7 +69,8 @@ def main() -> NoReturn:
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None:
-            traceback.print_exc()
+            if not is_verbose():
+                traceback.print_exc()
             _fail(f"unforeseen {type(error).__name__}: {error}; please report it with the lines above", 70)
         _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
     if code == 130:  # typer's answer to Ctrl-C
@@ -85,5 +90,7 @@ def _given(error: Exception) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
+    if is_verbose() and sys.exc_info()[0] is not None:
+        traceback.print_exc()
     print(f"robustq: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)

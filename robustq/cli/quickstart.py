@@ -8,16 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.finish import finish, shortfalls
+from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import Device, Json, Seed
 
 
 def quickstart(
     seed: Seed = 0,
     device: Device = None,
-    as_json: Json = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for all results; must not exist. Default: runs/quickstart.")
     ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run the whole job once on the embedded digits.
 

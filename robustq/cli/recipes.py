@@ -6,28 +6,37 @@ from typing import Annotated, Any
 
 import typer
 
+from robustq.cli.completion import recipe
 from robustq.cli.finish import finish
+from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import FileOut, Json
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this recipe. Default: list them all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this recipe. Default: list them all.", autocompletion=recipe)
+    ] = None,
     seed: Annotated[int, typer.Option(help="No effect here; taken so that every command takes it.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="No effect here; taken so that every command takes it.")] = None,
     out: FileOut = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    """List the recipes, or print one."""
+    """List the recipes, or print one with every value resolved, as TOML that --recipe takes."""
 
     def job() -> dict[str, Any]:
         from robustq.recipe import load_recipe, recipe_names
 
-        chosen = recipe_names() if name is None else [name]
-        return {"recipes": [load_recipe(one).to_dict() for one in chosen]}
+        if name is None:
+            return {"recipes": [load_recipe(one).to_dict() for one in recipe_names()]}
+        from robustq.hardening.methods import resolved_recipe
+
+        return {"recipes": [resolved_recipe(load_recipe(name))]}
 
     def lines(result: dict[str, Any]) -> list[str]:
-        from robustq.report.text import recipe_lines
+        from robustq.report.recipe import list_lines, toml_lines
 
-        return recipe_lines(result["recipes"], whole=name is not None)
+        return list_lines(result["recipes"]) if name is None else toml_lines(result["recipes"][0])
 
     finish(job, as_json, lines, out=out)

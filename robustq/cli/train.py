@@ -6,20 +6,25 @@ from typing import Annotated, Any
 
 import typer
 
+from robustq.cli.completion import ARCHITECTURES, one_of
 from robustq.cli.finish import finish
-from robustq.cli.options import Data, Device, Json, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.loudness import Quiet, Verbose
+from robustq.cli.options import Data, Device, Json, RecipeName, RunOut, Seed, Set, SkipBadImages
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 
 
 def train(
     context: typer.Context,
-    recipe: Annotated[str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.")] = "natural",
+    recipe: RecipeName = "natural",
     data: Data = None,
     architecture: Annotated[
-        str | None, typer.Option(help="resnet20 or resnet8. Default: what the recipe says.")
+        str | None,
+        typer.Option(
+            help=f"{', '.join(ARCHITECTURES)}. Default: what the recipe says.", autocompletion=one_of(ARCHITECTURES)
+        ),
     ] = None,
     bits: Annotated[
-        int | None, typer.Option(help="32 (float), 8, 4, 3 or 2. Default: what the recipe says, else 32.")
+        int | None, typer.Option(help="32 (float), 8, 4, 3, 2 or 1. Default: what the recipe says, else 32.")
     ] = None,
     overrides: Set = None,
     skip_bad_images: SkipBadImages = False,
@@ -28,6 +33,8 @@ def train(
     out: RunOut = None,
     resume: Resume = None,
     as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a network from scratch by a recipe.
 

@@ -10,15 +10,16 @@ are a pure function of (seed, epoch), so a resumed run needs no generator state.
 
 from __future__ import annotations
 
-from robustq.data.augment import NO_AUGMENT, Augment, to_float
+from robustq.data.augment import NO_AUGMENT, Augment, to_float, usual_augment
 from robustq.data.dataset import Dataset
-from robustq.data.load import DATASET_NAMES, load_dataset
+from robustq.data.load import DATASET_NAMES, SIDES, load_dataset
 from robustq.data.splits import Batch, Split, TensorSplit
 from robustq.data.streamed import StreamedSplit
 
 __all__ = [
     "DATASET_NAMES",
     "NO_AUGMENT",
+    "SIDES",
     "Augment",
     "Batch",
     "Dataset",
@@ -27,4 +28,5 @@ __all__ = [
     "TensorSplit",
     "load_dataset",
     "to_float",
+    "usual_augment",
 ]

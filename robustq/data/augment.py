@@ -37,6 +37,18 @@ class Augment:
 
 NO_AUGMENT = Augment()
 
+_MIRRORED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
+"""Named sets whose pictures may be mirrored."""
+
+
+def usual_augment(name: str, image_size: int) -> Augment:
+    """What is usual for the data set called `name` with images of `image_size` pixels a side: crops padded by an eighth
+    of the side, flips of photographs.
+
+    Digits and the user's own data are not mirrored: a mirrored digit is another sign.
+    """
+    return Augment(crop_padding=image_size // 8, flip=name in _MIRRORED)
+
 
 def to_float(images: Tensor) -> Tensor:
     """Pixels as the models want them: uint8 0..255 (any shape) to float32 in [0, 1], pixel / 255, same device."""

@@ -10,13 +10,16 @@ import torch
 
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.download import TORCHVISION, load_torchvision_parts
-from robustq.data.folder import load_folder, load_imagenet
+from robustq.data.folder import IMAGENET_SIZE, load_folder, load_imagenet
 from robustq.data.npz import load_npz
 from robustq.data.splits import TensorSplit
 from robustq.data.stratify import TEST_SEED, TEST_SHARE, stratified_parts
 from robustq.errors import DataError, UsageError
 
 DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
+
+SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet": IMAGENET_SIZE}
+"""Pixels a side of the sets known by name."""
 
 
 def load_dataset(

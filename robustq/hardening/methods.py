@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from robustq.data import SIDES, usual_augment
 from robustq.hardening.method import Method
 from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
@@ -20,6 +21,23 @@ SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings}
 def resolved_settings(recipe: Recipe) -> dict[str, Any]:
     """The method's own table with every default written out, so that a run stays described when a default changes."""
     return asdict(check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method))
+
+
+def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Plain JSON types with every value that the recipe alone settles; None where the model or an option does.
+
+    Raises:
+        RecipeError: an unknown key or value in the method's own table.
+    """
+    values = {**recipe.to_dict(), "settings": resolved_settings(recipe)}
+    # One width stands for both.
+    values["weight_bits"] = recipe.weight_bits or recipe.act_bits
+    values["act_bits"] = recipe.act_bits or recipe.weight_bits
+    if recipe.data in SIDES:
+        usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
+        values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
+        values["flip"] = usual.flip if recipe.flip is None else recipe.flip
+    return values
 
 
 def build_method(

@@ -56,20 +56,21 @@ def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
 def attack_lines(result: dict[str, Any]) -> list[str]:
     """What attack says: each attack's accuracy, then the worst case and what it is worth."""
     columns = " · ".join(f"{name} {percent(share)}" for name, share in result["attacks"].items())
+    verdict = f"verdict {result['verdict']}"
+    if result["verdict"] == "not judged":
+        verdict += ": this suite does not hunt for gradient masking, a stronger attack may leave less"
+    if result.get("suite") == "paper":
+        verdict += " · the paper's budgets; --suite recheck is stronger"
     lines = [
         f"clean {percent(result['clean_accuracy'])} · {columns}",
         f"robust accuracy at most {bounded(result['robust_accuracy'], result['interval'])} "
         f"at {format_epsilon(result['epsilon'])} ({result['images']:,} images, worst case per image)",
-        f"verdict {result['verdict']}",
+        verdict,
     ]
     if result["twin_agreement"] < 0.999:
         lines.append(
             f"WARNING the model whose gradients were used agrees with the judge on {result['twin_agreement']:.1%} only"
         )
-    if result.get("suite") == "paper":
-        lines[-1] += " · the paper's budgets; --suite recheck is stronger"
-    if result["verdict"] == "not judged":
-        lines[-1] += ": this suite does not hunt for gradient masking, a stronger attack may leave less"
     lines += [f"  {flag}" for flag in result["flags"]]
     return lines
 
@@ -151,23 +152,3 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
         *(f"FAILED  {fall}" for fall in result["shortfalls"]),
         "next    robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",
     ]
-
-
-def recipe_lines(recipes: Sequence[dict[str, Any]], *, whole: bool) -> list[str]:
-    """The list of recipes, or one with every value."""
-    if not whole:
-        width = max(len(recipe["name"]) for recipe in recipes)
-        return [f"{recipe['name'].ljust(width)}  {recipe['summary']}" for recipe in recipes]
-    (recipe,) = recipes
-    lines = [f"# {recipe['name']}: {recipe['summary']}"]
-    for key, value in recipe.items():
-        if key not in ("name", "summary", "settings"):
-            lines.append(f"# {key}: by model, data or option" if value is None else f"{key} = {_toml(value)}")
-    lines += ["", f"[{recipe['method']}]", *(f"{key} = {_toml(value)}" for key, value in recipe["settings"].items())]
-    return lines
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
-from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset
+from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, usual_augment
 from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods import SETTINGS
 from robustq.models.batch_norm import needs_two_images
@@ -23,9 +23,6 @@ from robustq.torch_file import read_checkpoint
 
 DEFAULT_EPSILON = 8 / 255
 """Radius when neither option, recipe nor model says one: the usual one for CIFAR-10."""
-
-_MIRRORED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
-"""Named sets whose pictures may be mirrored."""
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -61,21 +58,19 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, gaps filled by the data: crops padded by an eighth of the side, flips of photographs.
-
-    Digits and the user's own data are not mirrored: a mirrored digit is another sign.
+    """The recipe's augmentation, gaps filled by the data (see :func:`robustq.data.usual_augment`).
 
     Raises:
         RecipeError: crops that may lie wholly in the padding.
     """
-    padding = data.image_size // 8 if recipe.crop_padding is None else recipe.crop_padding
+    usual = usual_augment(data.name, data.image_size)
+    padding = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
     if padding >= data.image_size:
         raise RecipeError(
             f"crop_padding = {padding} is no less than the side of {data.name}'s images ({data.image_size} pixels), so "
             "that a crop could miss the image; give less"
         )
-    flip = data.name in _MIRRORED if recipe.flip is None else recipe.flip
-    return Augment(crop_padding=padding, flip=flip)
+    return Augment(crop_padding=padding, flip=usual.flip if recipe.flip is None else recipe.flip)
 
 
 def data_for(

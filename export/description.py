@@ -1,0 +1,104 @@
+"""What an ONNX file holds: its layers with the width of their weights, its inputs, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from robustq.errors import ModelFileError
+
+LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
+
+_WEIGHT = {"QLinearConv": 3, "QGemm": 3}
+"""Place of the weight among a node's inputs, where it is not the second."""
+
+
+def describe_onnx(path: Path) -> dict[str, Any]:
+    """Layers, inputs, outputs, operators, opset and metadata of the file at ``path``.
+
+    A layer's ``weight_bits`` is the width that its codes need: the smallest b with every code in
+    [-2^(b-1), 2^(b-1) - 1]; 32 for float weights, and what the Quant node says in QONNX.
+
+    Raises:
+        ModelFileError: not an ONNX file.
+    """
+    try:
+        model = onnx.load(path)
+        onnx.checker.check_model(model) if _is_standard(model) else None
+    except Exception as error:  # protobuf and the checker share no base class
+        reason = " ".join(str(error).split())[:120]
+        raise ModelFileError(f"{path}: is not a whole ONNX file ({reason}); export it again") from error
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    values = {value.name: value for value in graph.initializer}
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    counts: dict[str, int] = {}
+    for node in graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return {
+        "format": metadata.get("robustq.format"),
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "inputs": [_tensor(value) for value in graph.input if value.name not in values],
+        "outputs": [_tensor(value) for value in graph.output],
+        "operators": dict(sorted(counts.items())),
+        "layers": [_layer(node, makers, values) for node in graph.node if node.op_type in LAYERS],
+        "spec": _spec(metadata.get("robustq.spec")),
+        "metadata": metadata,
+    }
+
+
+def _is_standard(model: onnx.ModelProto) -> bool:
+    return all(entry.domain in ("", "ai.onnx") for entry in model.opset_import)
+
+
+def _spec(text: str | None) -> dict[str, Any] | None:
+    try:
+        spec = json.loads(text) if text is not None else None
+    except ValueError:
+        return None
+    return spec if isinstance(spec, dict) else None
+
+
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+    return {
+        "name": value.name,
+        "type": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
+        "shape": shape,
+    }
+
+
+def _layer(
+    node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], values: dict[str, onnx.TensorProto]
+) -> dict[str, Any]:
+    name = node.input[_WEIGHT.get(node.op_type, 1)]
+    bits: int | None = None
+    # From the layer back to the initializer, through DequantizeLinear, Clip, Transpose, ...
+    while name in makers:
+        maker = makers[name]
+        if maker.op_type == "BipolarQuant":
+            bits = 1
+        if maker.op_type == "Quant":
+            bits = int(numpy_helper.to_array(values[maker.input[3]])) if maker.input[3] in values else None
+        if maker.op_type == "Constant" or not maker.input:
+            break
+        name = maker.input[0]
+    shape: list[int] = []
+    if name in values:
+        codes = numpy_helper.to_array(values[name])
+        shape = list(codes.shape)
+        bits = bits if bits is not None else _needed_bits(codes)
+    return {"name": node.name or node.output[0], "kind": node.op_type, "shape": shape, "weight_bits": bits}
+
+
+def _needed_bits(codes: np.ndarray[Any, Any]) -> int:
+    if codes.dtype.kind not in "iu" or codes.size == 0:
+        return 32
+    low, high = int(codes.min()), int(codes.max())
+    return next(bits for bits in range(1, 65) if -(2 ** (bits - 1)) <= low and high <= 2 ** (bits - 1) - 1)

@@ -1,0 +1,110 @@
+"""What ``robustq info`` says, as lines."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+from robustq.recipe import format_epsilon
+from robustq.report.text import bounded, percent, size
+
+
+def description_lines(found: dict[str, Any]) -> list[str]:
+    """A few lines for any kind of file; ``--json`` has the rest."""
+    lines = [f"{found['kind']}  {found['path']}"]
+    if "label" in found or "architecture" in found:
+        lines += _network(found)
+    if found["kind"] == "onnx":
+        lines += _onnx(found)
+    if found.get("layers"):
+        lines += _layers(found["layers"])
+    if found["kind"] == "model":
+        lines += [f"info    {_entry(key, value)}" for key, value in found["info"].items() if value is not None]
+    if found["kind"] == "export folder":
+        lines += _export(found)
+    if found["kind"] == "run folder":
+        lines += _run(found)
+    digests = found.get("sha256")
+    if isinstance(digests, str):
+        digests = {size(found["size_bytes"]): digests}
+    lines += [f"sha256  {digest}  {name}" for name, digest in (digests or {}).items()]
+    return lines
+
+
+def _entry(key: str, value: Any) -> str:
+    """One entry of a model file's info, such as ``holdout clean accuracy 71.9%``."""
+    if key.endswith("accuracy") and isinstance(value, float):
+        value = percent(value)
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return " ".join(f"{key.replace('_', ' ')} {value}".split())
+
+
+def _network(found: dict[str, Any]) -> list[str]:
+    is_float = found["weight_bits"] == 32
+    width = "float" if is_float else f"{found['weight_bits']}-bit weights, {found['act_bits']}-bit activations"
+    lines = [f"network {found['architecture']} · {found['parameters']:,} parameters · {width}"]
+    shape = f"{found['classes']} classes, {found['channels']} channels"
+    if "image_size" in found:
+        shape += f", {found['image_size']}x{found['image_size']} pixels"
+    if found.get("data"):
+        shape = f"{found['data']} ({shape})"
+    lines.append(f"data    {shape}")
+    if found.get("epsilon") is not None:
+        lines.append(f"radius  {format_epsilon(found['epsilon'])}")
+    return lines
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    """Neighbours of one width share a line."""
+    lines = []
+    for bits, same in groupby(layers, key=lambda layer: layer["weight_bits"]):
+        names = [layer["name"] for layer in same]
+        span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+        width = "weights of unknown width" if bits is None else "float" if bits == 32 else f"{bits}-bit weights"
+        lines.append(f"layers  {width}: {span}")
+    return lines
+
+
+def _onnx(found: dict[str, Any]) -> list[str]:
+    spec = found["spec"] or {}
+    lines = [f"format  {found['format'] or 'not written by robustq'} · {found['producer']}"]
+    if spec:
+        epsilon = spec.get("epsilon")
+        lines.append(
+            f"network {spec.get('architecture')} on {spec.get('data')}"
+            + (f" · radius {format_epsilon(epsilon)}" if isinstance(epsilon, int | float) else "")
+        )
+    for what in ("inputs", "outputs"):
+        shown = ", ".join(f"{one['name']} {one['type'].lower()} {one['shape']}" for one in found[what])
+        lines.append(f"{what.ljust(7)} {shown}")
+    lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
+    return lines
+
+
+def _export(found: dict[str, Any]) -> list[str]:
+    integer, in_float = found.get("integer_layers", []), found.get("float_layers", [])
+    lines = [f"format  {found['format']} · {len(integer)} of {len(integer) + len(in_float)} layers run as integers"]
+    recheck = found.get("recheck")
+    if recheck:
+        lines.append(f"clean   {bounded(recheck['clean_accuracy'], recheck['clean_interval'])}")
+        lines.append(
+            f"robust  at most {bounded(recheck['robust_accuracy'], recheck['interval'])} at "
+            f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
+        )
+        lines += [f"flag    {flag}" for flag in recheck["flags"]]
+    return lines + [f"FAILED  {fall}" for fall in found.get("shortfalls", [])]
+
+
+def _run(found: dict[str, Any]) -> list[str]:
+    result = found["result"]
+    recipe = (found["config"] or {}).get("recipe", {})
+    lines = [f"recipe  {recipe.get('name')} ({recipe.get('method')})"]
+    if result is None:
+        return [*lines, "state   not finished: the folder has no result.json"]
+    lines.append(f"clean   {percent(result.get('clean_accuracy'))} on {result.get('test_images')} test images")
+    lines.append(
+        f"held    clean {percent(result.get('holdout_clean_accuracy'))}, PGD-10 "
+        f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {result.get('epochs')})"
+    )
+    return lines
