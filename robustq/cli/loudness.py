@@ -71,19 +71,20 @@ def applied() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in LIBRARY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        if not is_verbose():
+        if is_verbose():
+            warnings.simplefilter("default")
+        else:
             # A user can do nothing about what Brevitas, exporters and onnxruntime warn of.
             warnings.simplefilter("ignore")
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
         warnings.filterwarnings("always", category=RobustqWarning)
-        theirs = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *where: object) -> None:
+        def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
             if issubclass(category, RobustqWarning):
                 print(f"robustq: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
             else:
-                theirs(message, category, *where)  # type: ignore[arg-type]
+                print(warnings.formatwarning(message, category, filename, lineno).rstrip(), file=sys.stderr, flush=True)
 
         warnings.showwarning = show  # type: ignore[assignment]
         progress.show("--quiet" not in _typed, details=is_verbose())

@@ -74,7 +74,7 @@ def main() -> NoReturn:
             _fail(f"unforeseen {type(error).__name__}: {error}; please report it with the lines above", 70)
         _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
     if code == 130:  # typer's answer to Ctrl-C
-        _fail("stopped; checkpoints written so far stay where they are", 130)
+        _fail("stopped; nothing half-written is left behind", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

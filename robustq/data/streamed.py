@@ -18,6 +18,7 @@ from robustq.data.augment import NO_AUGMENT, Augment, mixed_seed, to_float
 from robustq.data.image_file import read_image
 from robustq.data.splits import Batch, check_batch_size, evenly_spaced
 from robustq.errors import DataError, UsageError
+from robustq.progress import bar
 
 TAKE_BATCH = 64  # images that a worker decodes at a time for `take`; changes no result
 
@@ -111,9 +112,11 @@ class StreamedSplit:
         places = evenly_spaced(len(self), n)
         images = torch.empty(len(places), self.channels, self.image_size, self.image_size, dtype=torch.uint8)
         start = 0
-        for batch in self._decode(places, TAKE_BATCH, self._files(None, 0, NO_AUGMENT)):
-            images[start : start + len(batch)] = batch
-            start += len(batch)
+        with bar("read images", len(places)) as progress:
+            for batch in self._decode(places, TAKE_BATCH, self._files(None, 0, NO_AUGMENT)):
+                images[start : start + len(batch)] = batch
+                start += len(batch)
+                progress.advance(len(batch))
         return images, self.labels[places]
 
     def batches(

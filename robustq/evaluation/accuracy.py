@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
+from robustq.progress import bar
 
 
 def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
@@ -68,17 +69,19 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) ->
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")
     predictions = torch.empty(len(x), dtype=torch.int64)
-    for first in range(0, len(x), batch_size):
-        batch = x[first : first + batch_size]
-        logits = model(batch).cpu()
-        if logits.ndim != 2 or len(logits) != len(batch):
-            raise UsageError(
-                f"the model answered {len(batch)} images with a tensor of shape {tuple(logits.shape)}; "
-                "logits must be (images, classes)"
-            )
-        classes = logits.argmax(dim=1)
-        classes[logits.isnan().any(dim=1)] = -1
-        predictions[first : first + batch_size] = classes
+    with bar("predict", len(x)) as progress:
+        for first in range(0, len(x), batch_size):
+            batch = x[first : first + batch_size]
+            logits = model(batch).cpu()
+            if logits.ndim != 2 or len(logits) != len(batch):
+                raise UsageError(
+                    f"the model answered {len(batch)} images with a tensor of shape {tuple(logits.shape)}; "
+                    "logits must be (images, classes)"
+                )
+            classes = logits.argmax(dim=1)
+            classes[logits.isnan().any(dim=1)] = -1
+            predictions[first : first + batch_size] = classes
+            progress.advance(len(batch))
     return predictions
 
 

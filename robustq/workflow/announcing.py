@@ -17,8 +17,9 @@ from robustq.hardening.run_folder import CONFIG, RESULT, RESUME, RUNS, RunFolder
 from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec
-from robustq.progress import note
+from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
+from robustq.report.recipe import toml_lines
 from robustq.report.text import duration, size
 from robustq.workflow.setting import DEFAULT_EPSILON
 
@@ -38,6 +39,8 @@ def announce(spec: ModelSpec, data: Dataset, training: Training, config: dict[st
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
     for line in cheaper(config, device):
         note(f"note    {line}")
+    for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
+        detail(f"setting {line}")
 
 
 def told_forecast(training: Training, *, parent: Path) -> Forecast:

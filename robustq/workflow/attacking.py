@@ -13,7 +13,7 @@ from robustq.export.bundle import open_bundle
 from robustq.export.session import OnnxModel
 from robustq.inputs import check_attackable
 from robustq.models.folding import fold
-from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device
+from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation
 
 
 def attack_model(
@@ -66,6 +66,7 @@ def attack_model(
     x, y = loaded.test.take(images)
     source = (fold(network, spec) if deployed is not None else network).eval().to(place)
     radius = epsilon if epsilon is not None else DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = evaluate(deployed or source, source, x, y, attacks=SUITES[suite], epsilon=radius, device=place, seed=seed)
     return {
         "model": str(model.absolute()),

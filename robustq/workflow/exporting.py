@@ -19,7 +19,7 @@ from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
 from robustq.outputs import check_place, folder_when_whole, free_path
 from robustq.progress import note
-from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, versions
+from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation, versions
 
 EXPORTS = Path("export-out")
 
@@ -71,6 +71,7 @@ def export_model(
     final = out or free_path(EXPORTS / name)
     with folder_when_whole(final) as folder:
         path = folder / f"{spec.label}.onnx"
+        note(f"writing {spec.label} as {format_name}")
         onnx.save(build(format_name, folded, spec), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
@@ -90,6 +91,7 @@ def export_model(
         }
         if recheck:
             radius = _radius(epsilon, spec)
+            tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
             record["recheck"] = attack_file(
                 path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed
             ).to_dict()
@@ -129,6 +131,7 @@ def recheck_bundle(
     folded = fold(network, spec)
     proof = prove(opened.onnx, opened.format, folded, spec, x)
     radius = _radius(epsilon, spec)
+    tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
     return {
         "bundle": str(bundle.absolute()),

@@ -21,6 +21,7 @@ from robustq.hardening.trainer import Trained, Training, put_back
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.outputs import free_path, sha256
+from robustq.progress import bar
 from robustq.recipe import Recipe
 from robustq.workflow.announcing import announce, announce_safety, told_forecast
 from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, check_last_batch, versions
@@ -230,7 +231,9 @@ def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -
     """(right, images) on the whole test part, unattacked; in eval mode."""
     model.eval()
     right = images = 0
-    for batch in data.test.batches(EVALUATION_BATCH, device=device):
-        right += int(correct(model, batch.x, batch.y, batch_size=EVALUATION_BATCH).sum())
-        images += len(batch.y)
+    with bar("test", len(data.test)) as progress:
+        for batch in data.test.batches(EVALUATION_BATCH, device=device):
+            right += int(correct(model, batch.x, batch.y, batch_size=EVALUATION_BATCH).sum())
+            images += len(batch.y)
+            progress.advance(len(batch.y))
     return right, images

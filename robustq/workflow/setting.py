@@ -18,7 +18,8 @@ from robustq.models.batch_norm import needs_two_images
 from robustq.models.quantizers import BITS, FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.models.state_dict import find_state_dict
-from robustq.recipe import Recipe, Vocabulary, load_recipe
+from robustq.progress import detail
+from robustq.recipe import Recipe, Vocabulary, format_epsilon, load_recipe
 from robustq.torch_file import read_checkpoint
 
 DEFAULT_EPSILON = 8 / 255
@@ -49,6 +50,14 @@ def pick_device(name: str | None) -> torch.device:
 def read_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe with every key and value checked: see :func:`robustq.recipe.load_recipe`."""
     return load_recipe(name, overrides, vocabulary=Vocabulary(SETTINGS, tuple(ARCHITECTURES), BITS))
+
+
+def tell_evaluation(
+    spec: ModelSpec, *, data: Dataset, images: int, epsilon: float, seed: int, device: torch.device
+) -> None:
+    """What --verbose says before an attack: every setting as it was resolved."""
+    detail(f"setting {spec.label} on {data.name}: {images:,} of {len(data.test):,} test images")
+    detail(f"setting epsilon {format_epsilon(epsilon)} ({epsilon:.6f}) · seed {seed} · {device}")
 
 
 def versions() -> dict[str, str]:
