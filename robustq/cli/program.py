@@ -19,6 +19,9 @@ from robustq.cli.train import train
 from robustq.cli.version import show_version
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 
+LONGEST_LINE = 2000
+"""Characters of an error's line; a value that was typed may be longer than any terminal."""
+
 app = typer.Typer(
     name="robustq",
     help="Harden low-bit vision models, write the file the device runs, and judge robustness on that very file.",
@@ -92,5 +95,14 @@ def _given(error: Exception) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     if is_verbose() and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    print(f"robustq: {' '.join(message.split())}", file=sys.stderr)
+    print(f"robustq: {_one_line(message)}", file=sys.stderr)
     sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    """Printable characters only: a name or a value may hold line breaks, terminal codes or bytes of no encoding."""
+    shown = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in " ".join(text.split())
+    )
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}..."

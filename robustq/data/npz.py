@@ -80,6 +80,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
                 raise DataError(
                     f"{name} of {path} cannot be read ({_reason(error)}); write plain integer arrays with numpy.savez"
                 ) from error
+            if not isinstance(arrays[name], np.ndarray):  # numpy hands out the bytes of what is no array
+                raise DataError(f"{name} of {path} is not an array; write plain integer arrays with numpy.savez")
     return arrays
 
 
