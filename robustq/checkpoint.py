@@ -96,12 +96,16 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
+def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
     """The network of a robustq model file, its spec, and its info; in eval mode, on the CPU.
+
+    Args:
+        path: the file.
+        own_model: the ``module:function`` whose code the user allows to run, where the file was built by one.
 
     Raises:
         ModelFileError: as :func:`read_checkpoint`; also for a bare state dict (use :func:`load_weights`), a file of
-            another version, or weights that do not fit the spec.
+            another version, weights that do not fit the spec, or a network that needs code nobody allowed.
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -112,7 +116,7 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
         )
     try:
         spec = ModelSpec.from_dict(content.get("spec"))
-        model = build_model(spec)
+        model = build_model(spec, own_model=own_model)
     except RobustqError as error:  # an unknown architecture or width is the file's fault here, not the caller's
         raise ModelFileError(f"{path}: {error}") from error
     _load_state(model, content.get("state"), path)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
+from robustq.models.own.feature_layer import feature_layer_of
 
 FeatureName = Literal["pooled", "unpooled", "conv", "logits"]
 FEATURES: tuple[str, ...] = ("pooled", "unpooled", "conv", "logits")
@@ -18,7 +19,8 @@ class FeatureTap:
     """Calls a network and returns one of its features beside the logits.
 
     Args:
-        model: a network whose global pooling is the module named ``avgpool`` (as in torchvision's ResNets).
+        model: a network whose global pooling is known (:func:`robustq.models.own.feature_layer.feature_layer_of`):
+            ``avgpool`` in our networks, found on the graph of a user's own.
         feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same
             tensor, flattened (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the
             answers themselves.
@@ -33,9 +35,13 @@ class FeatureTap:
         self.model = model
         self.feature = feature
         modules = dict(model.named_modules())
-        self._pooling = modules.get("avgpool")
+        layer = feature_layer_of(model)
+        self._pooling = None if layer is None else modules[layer]
         if feature in ("pooled", "unpooled") and self._pooling is None:
-            raise UsageError(f"{type(model).__name__} has no layer named avgpool to take '{feature}' features from")
+            raise UsageError(
+                f"the network has no pooling to take '{feature}' features in front of; "
+                "name a layer they enter with --feature-layer"
+            )
         # A projection shortcut is registered after its block's second convolution but runs beside it, not last.
         convolutions = [m for name, m in modules.items() if isinstance(m, nn.Conv2d) and "downsample" not in name]
         self._last_conv = convolutions[-1] if convolutions else None

@@ -76,12 +76,16 @@ class LearnedThreshold(nn.Module):
         """Put the threshold (in the unit of the activations, over 0) to a calibrated value."""
         self.log_threshold.fill_(math.log(max(threshold, 1e-6)))
 
+    def limited(self, log_threshold: Tensor) -> Tensor:
+        """What of ``log_threshold`` counts: all of it, where nothing limits it."""
+        return log_threshold
+
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
         """Return the scale as a scalar: the threshold over ``threshold``, Brevitas' name for the largest code.
 
         ``x`` (N, ...) only gives the number of elements of one image.
         """
-        log_threshold = self.log_threshold
+        log_threshold = self.limited(self.log_threshold)
         if log_threshold.requires_grad and torch.is_grad_enabled():
             per_image = max(x.numel() // max(x.shape[0], 1), 1) if x.dim() else 1
             log_threshold = _ScaleGradient.apply(log_threshold, 1.0 / math.sqrt(per_image * self.largest_code))

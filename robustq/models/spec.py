@@ -14,6 +14,8 @@ from robustq.errors import ModelFileError, UsageError
 from robustq.models.layers import Layers
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.normalise import Normalisation
+from robustq.models.own.factory import TORCHVISION, check_permission, float_network, is_own
+from robustq.models.own.network import quantized_graph
 from robustq.models.quantizers import Widths
 from robustq.models.resnet import ResNet
 
@@ -23,7 +25,7 @@ class ModelSpec:
     """Everything needed to rebuild, harden, attack and export a network, in plain JSON types.
 
     Args:
-        architecture: a key of :data:`ARCHITECTURES`.
+        architecture: a key of :data:`ARCHITECTURES`, or ``torchvision:NAME``, or ``module:function`` of the user's own.
         weight_bits, act_bits: widths of the inner layers; 32 is float.
         classes, channels, image_size: shape of the task; images are square.
         data: the data set the network was trained on, as the user named it (a name, a folder or an .npz file).
@@ -31,6 +33,7 @@ class ModelSpec:
         class_names: one name per class.
         normalisation: (mean, std) per channel applied inside the model before the input quantizer, or None.
         layer_bits: (layer name, bits) of layers whose width is their own; a table in JSON.
+        feature_layer: the layer that the features enter which are aligned; None: found on the network.
     """
 
     architecture: str
@@ -44,6 +47,7 @@ class ModelSpec:
     class_names: tuple[str, ...]
     normalisation: Normalisation | None = None
     layer_bits: tuple[tuple[str, int], ...] = ()
+    feature_layer: str | None = None
 
     @property
     def widths(self) -> Widths:
@@ -52,9 +56,10 @@ class ModelSpec:
 
     @property
     def label(self) -> str:
-        """Short name, as in ``resnet20-w4a4``, ``resnet20-w4a4-mixed`` or ``resnet20-float``."""
+        """Short name, as in ``resnet20-w4a4``, ``resnet20-w4a4-mixed`` or ``mobilenet_v2-float``; good for a file."""
         width = "float" if self.widths.is_float else f"w{self.weight_bits}a{self.act_bits}"
-        return f"{self.architecture}-{width}{'-mixed' if self.layer_bits else ''}"
+        name = self.architecture.removeprefix(TORCHVISION).replace(":", ".")
+        return f"{name}-{width}{'-mixed' if self.layer_bits else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as kept in model.pt and result.json."""
@@ -92,6 +97,8 @@ class ModelSpec:
         if not isinstance(own, dict) or not all(isinstance(key, str) and _is_bits(own[key]) for key in own):
             raise ModelFileError(f"spec says layer_bits = {own!r}; it must map layer names to whole numbers")
         known["layer_bits"] = tuple(own.items())
+        if not isinstance(known.get("feature_layer"), str | None):
+            raise ModelFileError(f"spec says feature_layer = {known['feature_layer']!r}; it must be a layer's name")
         return cls(**known)
 
 
@@ -129,27 +136,46 @@ ARCHITECTURES: dict[str, Build] = {
 
 
 def check_architecture(name: str) -> str:
-    """Return ``name`` when it is known.
+    """Return ``name`` when it is known, or names a network that is not ours.
 
     Raises:
-        UsageError: it is not; the nearest known name is given.
+        UsageError: neither; the nearest known name is given.
     """
-    if name not in ARCHITECTURES:
+    if name not in ARCHITECTURES and not is_own(name):
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")
     return name
 
 
-def build_model(spec: ModelSpec, *, folded: bool = False) -> nn.Module:
+def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None = None) -> nn.Module:
     """A network with fresh weights, in eval mode.
 
     Args:
         spec: what to build.
-        folded: build the BatchNorm-free form that :func:`robustq.models.folding.fold` fills.
+        folded: build the BatchNorm-free form that :func:`robustq.models.folding.fold` fills (our networks only).
+        own_model: the ``module:function`` whose code the user allows to run.
 
     Raises:
-        UsageError: unknown architecture or bit width, or a layer that cannot have the width asked for.
+        ModelFileError: the network is the user's own code, and ``own_model`` does not allow it.
+        UsageError: unknown architecture or bit width, a layer that cannot have the width asked for, or a network that
+            cannot be quantized.
     """
+    check_permission(spec.architecture, own_model)
+    if is_own(spec.architecture):
+        graph = quantized_graph(
+            float_network(spec.architecture, classes=spec.classes),
+            name=spec.architecture,
+            widths=spec.widths,
+            classes=spec.classes,
+            channels=spec.channels,
+            image_size=spec.image_size,
+            normalisation=spec.normalisation,
+            feature_layer=spec.feature_layer,
+        )
+        set_layer_bits(graph, dict(spec.layer_bits))
+        graph.eval()
+        network: nn.Module = graph
+        return network
     layers = Layers(spec.widths, folded=folded, normalisation=spec.normalisation)
     model = ARCHITECTURES[check_architecture(spec.architecture)](layers, spec.channels, spec.classes)
     set_layer_bits(model, dict(spec.layer_bits))

@@ -1,0 +1,132 @@
+"""BatchNorm into weights and biases, on the graph of the user's own network.
+
+Each layer gets an int32 bias that holds its own scale, input scale * weight scale, so that the values between layers
+stay plain tensors and every operation in between is the one that the network was written with.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from brevitas.backport.fx import GraphModule, Node
+from brevitas.graph.utils import set_module
+from brevitas.inject.enum import QuantType, RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.quant.base import IntQuant
+from brevitas.quant.solver.bias import BiasQuantSolver
+from torch import nn
+
+from robustq.errors import ExportError
+from robustq.models.folding import _affine, _fold_float, _fold_quantized, _identity
+from robustq.models.layers import weight_quantizer
+from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
+from robustq.models.own.operations import NORMS
+from robustq.models.own.quantize import QuantReLU6
+from robustq.models.quantizers import ActQuant, FixedScaling
+
+_GEOMETRY = ("stride", "padding", "dilation", "groups")
+
+
+class ScaledBiasQuant(IntQuant, BiasQuantSolver):  # type: ignore[misc]
+    """int32 biases whose scale, input scale * weight scale, is held in a buffer."""
+
+    bit_width = 32
+    requires_input_scale = False
+    scaling_impl = FixedScaling
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+    quant_type = QuantType.INT
+
+
+def fold_graph(model: GraphModule) -> GraphModule:
+    """The network with the answers of ``model`` in eval mode, its BatchNorms in weights and int32 biases; on the CPU.
+
+    A BatchNorm that does not follow a layer alone stays as it is, in float.
+
+    Args:
+        model: a graph that :func:`robustq.models.own.network.build` made; stays as it was.
+    """
+    folded: GraphModule = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad():
+        for node in list(folded.graph.nodes):
+            if node.op != "call_module":
+                continue
+            layer = folded.get_submodule(str(node.target))
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                _fold_layer(folded, node, layer)
+            elif isinstance(layer, QuantReLU6):
+                _plain_rectifier(folded, node, layer)
+            elif isinstance(layer, nn.Dropout | nn.Dropout2d):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                folded.graph.erase_node(node)
+    folded.graph.lint()
+    folded.delete_all_unused_submodules()
+    folded.recompile()
+    return folded.eval()
+
+
+def _fold_layer(folded: GraphModule, node: Node, layer: Any) -> None:
+    norm = _own_norm(folded, node)
+    affine = _identity(layer)
+    if norm is not None:
+        after = _affine(folded.get_submodule(str(norm.target)))
+        # The layer's own bias passes through the BatchNorm as well.
+        affine = type(affine)(after.gain, after.shift + after.gain * affine.shift)
+        norm.replace_all_uses_with(node)
+        folded.graph.erase_node(norm)
+    is_float = not hasattr(layer, "weight_quant")
+    target = _empty_twin(layer, is_float=is_float)
+    if is_float:
+        _fold_float(layer, affine, target)
+    else:
+        grid: Any = _input_quantizer(folded, node).act_quant
+        input_scale = grid.scale().item()
+        _fold_quantized(layer, affine, target, input_scale)
+        weight_scale = target.weight_quant.tensor_quant.scaling_impl.scale
+        target.bias_quant.tensor_quant.scaling_impl.scale.copy_(weight_scale.flatten() * input_scale)
+        target.set_input_scale(input_scale, largest_code=2 ** (int(grid.bit_width()) - int(grid.is_signed)))
+    set_module(folded, target.eval(), str(node.target))
+
+
+def _own_norm(folded: GraphModule, node: Node) -> Node | None:
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    return users[0] if isinstance(folded.get_submodule(str(users[0].target)), NORMS) else None
+
+
+def _empty_twin(layer: Any, *, is_float: bool) -> Any:
+    is_conv = isinstance(layer, nn.Conv2d)
+    sizes = ("in_channels", "out_channels", "kernel_size") if is_conv else ("in_features", "out_features")
+    shape: list[Any] = [getattr(layer, size) for size in sizes]
+    options: dict[str, Any] = {name: getattr(layer, name) for name in _GEOMETRY} if is_conv else {}
+    options["bias"] = True
+    if is_float:
+        return (nn.Conv2d if is_conv else nn.Linear)(*shape, **options)
+    options |= weight_quantizer(int(layer.weight_quant.bit_width()), folded=True)
+    return (ExactConv2d if is_conv else ExactLinear)(*shape, bias_quant=ScaledBiasQuant, **options)
+
+
+def _input_quantizer(folded: GraphModule, node: Node) -> nn.Module:
+    """The quantizer whose values reach the layer, through whatever only moves them."""
+    source = node.all_input_nodes[0]
+    while source.op != "placeholder":
+        if source.op == "call_module":
+            module = folded.get_submodule(str(source.target))
+            if isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
+                found: nn.Module = module
+                return found
+        source = source.all_input_nodes[0]
+    raise ExportError(f"no quantizer stands before layer '{node.target}', so it cannot run as integers")
+
+
+def _plain_rectifier(folded: GraphModule, node: Node, layer: Any) -> None:
+    """ReLU in place of a rectifier that clips: its quantizer clips at or below the same bound."""
+    scaling = layer.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
+    plain = qnn.QuantReLU(act_quant=ActQuant, bit_width=scaling.bit_width)
+    own = plain.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
+    own.log_threshold.copy_(scaling.limited(scaling.log_threshold))
+    set_module(folded, plain.eval(), str(node.target))

@@ -1,0 +1,172 @@
+"""BatchNorm folded on the graph of a user's network, against the unfolded layers and whole-number arithmetic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from brevitas.backport.fx import GraphModule
+from torch import Tensor, nn
+
+from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
+from robustq.models.own.folding import fold_graph
+from robustq.models.own.network import quantized_graph
+from robustq.models.quantizers import Widths, learned_thresholds
+from tests.models.own.own_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
+
+ALL = sorted(NETS)
+X = pixels().float() / 255
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    return {name: one for name, one in model.named_modules() if isinstance(one, nn.Conv2d | nn.Linear)}
+
+
+def norm_behind(graph: GraphModule, layer: str) -> nn.Module | None:
+    """The BatchNorm that takes the values of ``layer`` alone, looked up by walking the graph."""
+    node = next(node for node in graph.graph.nodes if node.target == layer)
+    (user, *others) = node.users
+    if others or user.op != "call_module":
+        return None
+    module: nn.Module = graph.get_submodule(user.target)
+    return module if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) else None
+
+
+@torch.no_grad()
+def inputs_and_outputs(graph: GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
+    """Layer name -> what reaches it, and what it and its BatchNorm make of that."""
+    caught: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: caught.__setitem__(name, inputs[0]))
+        for name, layer in layers(graph).items()
+    ]
+    graph(X)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, layer in layers(graph).items():
+        norm = norm_behind(graph, name)
+        output = layer(caught[name])
+        found[name] = (caught[name], output if norm is None else norm(output))
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bits", [8, 2])
+def test_no_layer_moves_by_more_than_its_bias_is_rounded(name: str, bits: int) -> None:
+    graph = graph_of(name, bits)
+    folded = folded_of(name, bits)
+    for key, (reached, expected) in inputs_and_outputs(graph).items():
+        layer = folded.get_submodule(key)
+        with torch.no_grad():
+            found = layer(reached)
+        unit = layer.bias_quant.tensor_quant.scaling_impl.scale
+        unit = unit.reshape(-1, *[1] * (found.dim() - 2))
+        # Half a unit of the bias, and float32's rounding in the unfolded layer: 2^-20 of its largest value.
+        allowed = 0.5 * unit + expected.abs().max() * 2**-20
+        assert ((found - expected).abs() <= allowed).all(), key
+
+
+def test_gammas_of_every_kind() -> None:
+    net = float_net("inverted")
+    norm = net.get_submodule("block.4")
+    assert isinstance(norm, nn.BatchNorm2d)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([0.0, -0.0, 1e-12, -1e-12, 1e-4, -1e-4] + [1.0, -1.0] * 5))
+    graph = quantized_graph(net, name="n", widths=Widths(4, 4), classes=CLASSES, channels=3, image_size=SIDE)
+    folded = fold_graph(graph)
+    reached, expected = inputs_and_outputs(graph)["block.3"]
+    with torch.no_grad():
+        found = folded.get_submodule("block.3")(reached)
+    assert found.isfinite().all()
+    # As promised for channels that are nothing but their bias: 1.6% of it, beside the rounding of the bias.
+    layer: Any = folded.get_submodule("block.3")
+    unit = layer.bias_quant.tensor_quant.scaling_impl.scale.reshape(-1, 1, 1)
+    allowed = 0.016 * expected.abs() + 0.5 * unit + 1e-5
+    assert ((found - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_float_networks_fold_too(name: str) -> None:
+    graph = graph_of(name, 32)
+    with torch.no_grad():
+        expected, found = graph(X), fold_graph(graph)(X)
+    # float32 through a dozen layers.
+    torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_left(name: str) -> None:
+    graph = graph_of(name, 4)
+    before = {key: value.clone() for key, value in graph.state_dict().items()}
+    folded = fold_graph(graph)
+    norms = [key for key, one in folded.named_modules() if isinstance(one, nn.BatchNorm2d | nn.BatchNorm1d)]
+    assert norms == (["norm"] if name == "branching" else [])
+    assert not [one for one in folded.modules() if isinstance(one, nn.Dropout | nn.Dropout2d)]
+    assert layers(folded).keys() == layers(graph).keys()
+    assert all(isinstance(one, ExactConv2d | ExactLinear) for one in layers(folded).values())
+    after = graph.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_without_gradients_layers_count_whole_numbers(name: str) -> None:
+    folded = folded_of(name, 4)
+    for key, (reached, _) in inputs_and_outputs(graph_of(name, 4)).items():
+        layer = layers(folded)[key]
+        with torch.no_grad():
+            exact = layer(reached)
+        ordinary = layer(reached.clone().requires_grad_())
+        assert ordinary.requires_grad
+        # The same sums, in float32 and its rounding.
+        torch.testing.assert_close(exact, ordinary.detach(), atol=exact.abs().max().item() * 2**-19, rtol=0)
+        weights = (layer.weight.double() / layer.weight_quant.tensor_quant.scaling_impl.scale.double()).round()
+        unit = layer.bias_quant.tensor_quant.scaling_impl.scale.double()
+        bias = (layer.bias.double() / unit).round()
+        codes = (reached.double() / layer.input_scale).round()
+        shape = (-1, *[1] * (exact.dim() - 2))
+        if isinstance(layer, nn.Conv2d):
+            sums = layer._conv_forward(codes, weights, bias)
+        else:
+            sums = torch.nn.functional.linear(codes, weights, bias)
+        # float64 holds these whole numbers exactly; one rounding to float32, one product.
+        assert torch.equal(exact, sums.float() * unit.float().reshape(shape))
+
+
+def test_float32_counts_only_where_it_is_exact() -> None:
+    folded = folded_of("tutorial", 8)
+    kinds = {key: layer.accumulator_dtype for key, layer in layers(folded).items()}
+    assert torch.float32 in kinds.values()
+    largest = layers(folded)["conv1"]
+    largest.set_input_scale(1 / 255, largest_code=2**24)
+    assert largest.accumulator_dtype is torch.float64
+    largest.set_input_scale(1 / 255, largest_code=256)
+    assert largest.accumulator_dtype is torch.float32
+
+
+def test_a_rectifier_never_lets_more_through_than_its_bound() -> None:
+    """A threshold that training pushed over 6 counts as 6, before and after folding."""
+    graph = graph_of("inverted", 4)
+    thresholds = learned_thresholds(graph)
+    key = next(key for key in thresholds if key.startswith("stem.2"))
+    with torch.no_grad():
+        thresholds[key].log_threshold.fill_(math.log(20.0))
+    values = torch.linspace(-3, 40, 500).reshape(1, 1, 20, 25)
+    with torch.no_grad():
+        before = graph.get_submodule("stem.2")(values)
+        after = fold_graph(graph).get_submodule("stem.2")(values)
+    assert torch.equal(before, after)
+    expected = (values.clamp(0, 6) / (6 / 15)).round() * (6 / 15)
+    torch.testing.assert_close(before, expected, atol=1e-5, rtol=0)
+
+
+def test_the_bound_lets_the_threshold_come_back() -> None:
+    graph = graph_of("inverted", 4)
+    thresholds = learned_thresholds(graph)
+    key = next(key for key in thresholds if key.startswith("stem.2"))
+    thresholds[key].log_threshold.data.fill_(math.log(20.0))
+    graph.get_submodule("stem.2")(torch.full((1, 1, 2, 2), 9.0)).sum().backward()
+    gradient = thresholds[key].log_threshold.grad
+    assert gradient is not None and gradient.abs() > 0

@@ -1,0 +1,231 @@
+"""Each graph pass by itself: how often it fires, where, and that no answer changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from brevitas.backport.fx import GraphModule
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustq.errors import UsageError
+from robustq.models.own.passes.clamps_to_rectifiers import clamps_to_rectifiers
+from robustq.models.own.passes.fixed_pooling import fixed_pooling
+from robustq.models.own.passes.fixed_reshapes import fixed_reshapes
+from robustq.models.own.passes.functions_to_modules import functions_to_modules
+from robustq.models.own.passes.means_to_pooling import means_to_pooling
+from robustq.models.own.passes.one_module_a_call import one_module_a_call
+from robustq.models.own.passes.out_of_place import out_of_place
+from robustq.models.own.passes.rectifiers_first import rectifiers_first
+from robustq.models.own.tracing import trace
+from robustq.models.own.values import probe
+
+X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Calls(nn.Module):
+    """A network that is one function of its input and of a few modules."""
+
+    def __init__(self, function: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def traced(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule:
+    return trace(Calls(function, **modules), name="net")
+
+
+def probed(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule:
+    graph = traced(function, **modules)
+    functions_to_modules(graph)
+    probe(graph, channels=4, image_size=6, name="net")
+    return graph
+
+
+def steps(graph: GraphModule) -> list[str]:
+    """What the graph calls, in order: types of modules, names of functions and methods."""
+    return [
+        type(graph.get_submodule(node.target)).__name__
+        if node.op == "call_module"
+        else getattr(node.target, "__name__", str(node.target))
+        for node in graph.graph.nodes
+        if node.op.startswith("call")
+    ]
+
+
+def same(graph: GraphModule, function: Callable[..., Tensor], **modules: nn.Module) -> bool:
+    with torch.no_grad():
+        return torch.equal(graph(X.clone()), Calls(function, **modules).eval()(X.clone()))
+
+
+def add_to_itself(_: nn.Module, x: Tensor) -> Tensor:
+    y = x * 2
+    y += x
+    functional.relu_(y)
+    y.mul_(3)
+    return y + functional.leaky_relu(y - 5, inplace=True)
+
+
+def test_in_place_operations_give_what_later_readers_saw() -> None:
+    graph = traced(add_to_itself)
+    out_of_place(graph)
+    assert steps(graph) == ["mul", "add", "relu", "mul", "sub", "leaky_relu", "add"]
+    assert same(graph, add_to_itself)
+    x = X.clone()
+    graph(x)
+    assert torch.equal(x, X)
+
+
+def modules_in_place(net: nn.Module, x: Tensor) -> Tensor:
+    y = x + 1
+    net.act(y)  # type: ignore[operator]
+    return y
+
+
+def test_a_module_in_place_whose_result_is_dropped() -> None:
+    act = nn.ReLU(inplace=True)
+    graph = traced(modules_in_place, act=act)
+    out_of_place(graph)
+    assert same(graph, modules_in_place, act=act)
+    assert act.inplace and not graph.get_submodule("act").inplace
+
+
+@pytest.mark.parametrize(
+    ("clamp", "kind"),
+    [
+        (lambda _, x: x.clamp(min=0), "relu"),
+        (lambda _, x: torch.clamp(x, 0), "relu"),
+        (lambda _, x: x.clip(0, 1.5), "hardtanh"),
+        (lambda _, x: torch.clamp(x, max=2, min=0.0), "hardtanh"),
+    ],
+)
+def test_clamps(clamp: Callable[..., Tensor], kind: str) -> None:
+    graph = traced(clamp)
+    clamps_to_rectifiers(graph)
+    assert steps(graph) == [kind]
+    assert same(graph, clamp)
+
+
+def functions(net: nn.Module, x: Tensor) -> Tensor:
+    x = functional.relu(x)
+    x = net.relu(x - 1)  # type: ignore[operator]
+    x = functional.dropout(x.relu(), 0.5, net.training)
+    return functional.max_pool2d(functional.hardtanh(x, 0.0, 0.7), 2, stride=1)
+
+
+def test_functions_become_modules_beside_names_in_use() -> None:
+    relu = nn.ReLU()
+    graph = traced(functions, relu=relu)
+    functions_to_modules(graph)
+    assert steps(graph) == ["ReLU", "sub", "ReLU", "ReLU", "Dropout", "Hardtanh", "MaxPool2d"]
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert len(set(targets)) == len(targets) and graph.get_submodule("relu") is relu
+    assert same(graph.eval(), functions, relu=relu)
+    graph.train()
+    assert not torch.equal(graph(X), graph(X)), "dropout follows the mode"
+
+
+def shared(net: nn.Module, x: Tensor) -> Tensor:
+    return net.act_1(net.act(net.act(net.act(x) - 0.5) - 0.5))  # type: ignore[operator,no-any-return]
+
+
+def test_shared_modules_are_copied_under_free_names() -> None:
+    modules = {"act": nn.ReLU(), "act_1": nn.Hardtanh(0.0, 0.1)}
+    graph = traced(shared, **modules)
+    one_module_a_call(graph)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert targets == ["act", "act_2", "act_3", "act_1"]
+    assert same(graph, shared, **modules)
+
+
+@pytest.mark.parametrize(
+    ("mean", "expected"),
+    [
+        (lambda _, x: x.mean((2, 3)), ["AdaptiveAvgPool2d", "flatten"]),
+        (lambda _, x: x.mean([-1, -2]), ["AdaptiveAvgPool2d", "flatten"]),
+        (lambda _, x: torch.mean(x, dim=(3, 2)), ["AdaptiveAvgPool2d", "flatten"]),
+        (lambda _, x: torch.mean(x, [2, 3], True), ["AdaptiveAvgPool2d"]),
+        (lambda _, x: x.mean(dim=(2, 3), keepdim=True), ["AdaptiveAvgPool2d"]),
+    ],
+)
+def test_means(mean: Callable[..., Tensor], expected: list[str]) -> None:
+    graph = probed(mean)
+    means_to_pooling(graph)
+    assert steps(graph) == expected
+    assert same(graph, mean)
+
+
+@pytest.mark.parametrize(
+    ("reshape", "expected"),
+    [
+        (lambda _, x: x.view(x.size(0), -1), ["flatten"]),
+        (lambda _, x: x.view(-1, 144), ["flatten"]),
+        (lambda _, x: torch.reshape(x, (x.shape[0], x.shape[1] * 36)), ["flatten"]),
+        (lambda _, x: torch.flatten(x, start_dim=1), ["flatten"]),
+        (lambda _, x: x.view(x.size(0), 2, 2, x.size(2), x.size(3)), ["reshape"]),
+        (lambda _, x: x.flatten(2), ["reshape"]),
+        (lambda _, x: x.chunk(3, dim=1)[1], ["split", "getitem"]),
+        (lambda _, x: torch.chunk(x, 2, 2)[0], ["split", "getitem"]),
+        (lambda _, x: x.permute(1, 0, 2, 3).reshape(4, -1), ["permute", "reshape"]),
+    ],
+)
+def test_reshapes(reshape: Callable[..., Tensor], expected: list[str]) -> None:
+    graph = probed(reshape)
+    fixed_reshapes(graph)
+    assert steps(graph) == expected
+    assert same(graph, reshape)
+
+
+def pooled_then_rectified(net: nn.Module, x: Tensor) -> Tensor:
+    return functional.relu(torch.flatten(net.drop(functional.max_pool2d(x, 3, padding=1)), 1))  # type: ignore[operator]
+
+
+def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
+    graph = probed(pooled_then_rectified, drop=nn.Dropout(0.5))
+    rectifiers_first(graph)
+    assert steps(graph) == ["ReLU", "MaxPool2d", "Dropout", "flatten"]
+    assert same(graph, pooled_then_rectified, drop=nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    ("stays", "behind"),
+    [
+        # While training, dropout would lift values over the bound.
+        (lambda net, x: functional.relu6(net.drop(x)), "drop"),
+        (lambda net, x: functional.relu(functional.avg_pool2d(x, 2)), "avg_pool2d"),
+        (lambda net, x: (lambda y: functional.relu(y) + y)(functional.max_pool2d(x, 2)), "max_pool2d"),
+    ],
+)
+def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> None:
+    graph = probed(stays, drop=nn.Dropout(0.5))
+    rectifiers_first(graph)
+    (rectifier,) = [node for node in graph.graph.nodes if "relu" in node.name]
+    assert rectifier.all_input_nodes[0].name == behind
+    assert same(graph, stays, drop=nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"),
+    [(6, nn.Identity), ((3, 2), nn.AvgPool2d), ((12, 18), nn.UpsamplingNearest2d), (1, nn.AdaptiveAvgPool2d)],
+)
+def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) -> None:
+    graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
+    fixed_pooling(graph)
+    assert type(graph.get_submodule("pool")) is kind
+    with torch.no_grad():
+        # Windows of equal size: the same sums, perhaps in another order.
+        torch.testing.assert_close(graph(X), nn.AdaptiveAvgPool2d(size)(X), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [4, 5, 7, (6, 5), (3, 12)])
+def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
+    graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
+    with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
+        fixed_pooling(graph)
