@@ -43,7 +43,7 @@ def test_what_is_no_table_is_refused(stored: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [field.name for field in dataclasses.fields(ModelSpec) if field.name not in ("normalisation", "layer_bits")]
+    "name", [field.name for field in dataclasses.fields(ModelSpec) if field.default is dataclasses.MISSING]
 )
 def test_a_missing_key_is_named(name: str) -> None:
     stored = small_spec(4).to_dict()
@@ -76,6 +76,7 @@ def test_a_missing_key_is_named(name: str) -> None:
         ("normalisation", ([0.5], [0.2, 0.2])),
         ("normalisation", (["a"], [0.2])),
         ("normalisation", "ab"),
+        ("feature_layer", 3),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: Any) -> None:
