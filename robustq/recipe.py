@@ -19,7 +19,24 @@ from typing import Any
 
 from robustq.errors import RecipeError, UsageError
 
-METHODS = ("natural", "odgq")
+METHODS = ("natural", "odgq", "ptq")
+UNDEFENDED = frozenset({"natural", "ptq"})
+"""Methods that know of no attack."""
+
+TRAINING_KEYS = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "schedule",
+    "milestones",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "crop_padding",
+    "flip",
+)
+"""Keys without a meaning for ``ptq``, which does not train."""
+
 SCHEDULES = ("cosine", "steps")
 
 
@@ -63,7 +80,7 @@ class Recipe:
         data, architecture, weight_bits, act_bits: the task and the network; None leaves them to the model or the
             command line.
         epsilon: radius of the threat model in [0, 1]; None: what the model says, else 8/255.
-        epochs: passes over the training part.
+        epochs: passes over the training part; like all of :data:`TRAINING_KEYS`, not for ``ptq``.
         batch_size: images a step.
         lr: peak learning rate.
         schedule: ``cosine`` (to 0) or ``steps`` (divided by 10 at each of ``milestones``, in epochs).
@@ -104,7 +121,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types with every value, as kept in a run's config.json."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {**values, "milestones": list(self.milestones), "settings": dict(self.settings)}
+        values |= {"milestones": list(self.milestones), "settings": dict(self.settings)}
+        return {key: value for key, value in values.items() if self.method != "ptq" or key not in TRAINING_KEYS}
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -201,7 +219,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabul
         flat["epsilon"] = parse_epsilon(flat["epsilon"])
     flat["milestones"] = tuple(flat.get("milestones", ()))
     return replace(
-        Recipe(name=name, method="", epochs=1, batch_size=2, lr=0.0), **flat, settings=tables.get(flat["method"], {})
+        Recipe(name=name, method="", epochs=0, batch_size=0, lr=0.0), **flat, settings=tables.get(flat["method"], {})
     )
 
 
@@ -327,7 +345,13 @@ def _faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[str]:
                 f"{key} = {shown(value)} must be "
                 + (f"at least {low:g}" if not value >= low else f"at most {f'{high:.4f}'.rstrip('0').rstrip('.')}")
             )
-    for key in ("method", "epochs", "batch_size", "lr"):
+    if method == "ptq":
+        faults += [
+            f"{key} has no meaning for method 'ptq', which does not train; leave it out"
+            for key in flat
+            if key in TRAINING_KEYS
+        ]
+    for key in ("method",) if method == "ptq" else ("method", "epochs", "batch_size", "lr"):
         if key not in flat:
             faults.append(f"{key} is missing")
     if isinstance(method, str) and method not in METHODS:

@@ -106,7 +106,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path
     return made
 
 
-@pytest.mark.parametrize("name", recipe_names())
+TRAINED = [name for name in recipe_names() if load_recipe(name).method != "ptq"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_every_recipe_takes_two_steps(name: str, stand_ins: dict[str | None, Path], tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.summary
@@ -123,3 +126,12 @@ def test_every_recipe_takes_two_steps(name: str, stand_ins: dict[str | None, Pat
     assert Path(result["checkpoint"]).is_file()
     assert result["epochs"] == 1
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(recipe_names()) - set(TRAINED)))
+def test_every_recipe_without_training_quantizes(name: str, digits_float: Path, tmp_path: Path) -> None:
+    result = robustq.harden_model(
+        digits_float, bits=load_recipe(name).weight_bits or 4, recipe=name, device="cpu", out=tmp_path / "run"
+    )
+    assert Path(result["checkpoint"]).is_file()
+    assert (result["epochs"], result["bits"]) == (0, 4)

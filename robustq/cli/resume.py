@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.errors import UsageError
+from robustq.recipe import UNDEFENDED
 
 Resume = Annotated[
     Path | None,
@@ -31,8 +32,9 @@ def resumed(run: Path, *, data: str | None, device: str | None) -> dict[str, Any
 
 def advice(result: dict[str, Any]) -> str:
     """The command that usually follows a finished run."""
-    if "bits" in result:  # harden's
-        return "robustq export --format integer"
+    if "bits" in result:  # harden's; the model that export takes by itself is the last defended one
+        model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
+        return f"robustq export {model}--format integer"
     return f"robustq harden {result['checkpoint']} --bits 4"
 
 

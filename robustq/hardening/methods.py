@@ -12,9 +12,10 @@ from robustq.data import SIDES, usual_augment
 from robustq.hardening.method import Method
 from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
+from robustq.hardening.ptq import PtqSettings
 from robustq.recipe import Recipe, check_settings
 
-SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings}
+SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings, "ptq": PtqSettings}
 """Method -> the dataclass of its own table in a recipe."""
 
 
@@ -33,7 +34,7 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     # One width stands for both.
     values["weight_bits"] = recipe.weight_bits or recipe.act_bits
     values["act_bits"] = recipe.act_bits or recipe.weight_bits
-    if recipe.data in SIDES:
+    if recipe.data in SIDES and recipe.method != "ptq":
         usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
         values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
         values["flip"] = usual.flip if recipe.flip is None else recipe.flip

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.checkpoint import load_model, save_model
+from robustq.checkpoint import load_model
 from robustq.data import load_dataset
 from robustq.evaluation.evaluate import Evaluation, evaluate
 from robustq.evaluation.suites import RECHECK
 from robustq.hardening.run_folder import RUNS
 from robustq.outputs import check_place, free_path, write_text_atomically
 from robustq.progress import note
-from robustq.recipe import load_recipe
 from robustq.workflow.exporting import export_model, recheck_bundle
 from robustq.workflow.setting import pick_device
-from robustq.workflow.training import harden_model, quantize, train_model
+from robustq.workflow.training import harden_model, train_model
 
-FLOAT, NATURAL, HARDENED = (
+FLOAT, NATURAL, PTQ, HARDENED = (
     "digits/resnet8-float-natural",
     "digits/resnet8-w4a4-natural",
+    "digits/resnet8-w4a4-ptq",
     "digits/resnet8-w4a4-odgq",
 )
 
@@ -55,7 +54,7 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     checkpoint = Path(trained["checkpoint"])
     note("2/5  its undefended 4-bit twins: fine-tuned on clean images, and quantized without training")
     twin = harden_model(checkpoint, recipe=NATURAL, out=folder / "w4a4-natural", **shared)
-    ptq_path = _quantize_only(checkpoint, folder / "w4a4-ptq" / "model.pt", device=place)
+    cheap = harden_model(checkpoint, recipe=PTQ, out=folder / "w4a4-ptq", **shared)
     note("3/5  harden: 4 bits with ODG-Q")
     hardened = harden_model(checkpoint, recipe=HARDENED, out=folder / "w4a4-hardened", **shared)
     note("4/5  export: QONNX, QCDQ, integer")
@@ -76,7 +75,7 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     rows = [
         _row("float-natural", _attack(checkpoint, epsilon, seed, place), checkpoint),
         _row("w4a4-natural", _attack(Path(twin["checkpoint"]), epsilon, seed, place), Path(twin["checkpoint"])),
-        _row("w4a4-ptq", _attack(ptq_path, epsilon, seed, place), ptq_path),
+        _row("w4a4-ptq", _attack(Path(cheap["checkpoint"]), epsilon, seed, place), Path(cheap["checkpoint"])),
         _row(
             "w4a4-hardened", _attack(Path(hardened["checkpoint"]), epsilon, seed, place), Path(hardened["checkpoint"])
         ),
@@ -93,19 +92,6 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     }
     write_text_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
     return result
-
-
-def _quantize_only(checkpoint: Path, target: Path, *, device: torch.device) -> Path:
-    """The float network at 4 bits after calibration, without a training step."""
-    recipe = load_recipe(HARDENED)
-    network, spec, _ = load_model(checkpoint)
-    bits = recipe.weight_bits or spec.weight_bits
-    wanted = replace(spec, weight_bits=bits, act_bits=recipe.act_bits or bits)
-    model = quantize(
-        network.state_dict(), spec, wanted, load_dataset(spec.data), recipe, device=device, path=checkpoint
-    )
-    save_model(target, model, wanted, info={"recipe": "calibration only"})
-    return target
 
 
 def _attack(checkpoint: Path, epsilon: float, seed: int, device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from robustq.models.quantizers import FLOAT_BITS, Widths
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.outputs import check_place
 from robustq.progress import note
-from robustq.recipe import Recipe
+from robustq.recipe import UNDEFENDED, Recipe
+from robustq.workflow.ptq import quantize_only
 from robustq.workflow.run import calibrate_on, run_recipe
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, open_source, pick_device, read_recipe
 
@@ -52,6 +53,10 @@ def train_model(
         RobustqError: bad input; nothing is written.
     """
     settings = read_recipe(recipe, overrides)
+    if settings.method == "ptq":
+        raise UsageError(
+            f"recipe {recipe} quantizes a trained network and trains none; use robustq harden MODEL --recipe {recipe}"
+        )
     place = pick_device(device)
     wanted_data = data or settings.data
     if wanted_data is None:
@@ -146,7 +151,10 @@ def harden_model(
     )
     widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
-    if widths.is_float and not source.widths.is_float:
+    if settings.method == "ptq":
+        if widths.is_float:
+            raise UsageError(f"recipe {recipe} at 32 bits leaves nothing to quantize; add --bits 4 (or 8, 3, 2)")
+    elif widths.is_float and not source.widths.is_float:
         note("bits    32: the quantizers are dropped; what is trained on are the float weights behind them")
     spec = replace(
         source,
@@ -158,7 +166,8 @@ def harden_model(
     )
     torch.manual_seed(seed)
     network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
-    return run_recipe(
+    finish = quantize_only if settings.method == "ptq" else run_recipe
+    return finish(
         network,
         spec,
         loaded,
@@ -181,12 +190,11 @@ def quantize(
     device: torch.device,
     path: Path,
 ) -> nn.Module:
-    """A network of ``target``'s widths with ``weights``, activation scales calibrated where they are not known yet.
-
-    Without training afterwards this is plain post-training quantization.
+    """A network of ``target``'s widths with ``weights``, activation scales calibrated where they are not known yet, and
+    always for post-training quantization, which has nothing else to set them.
     """
     model = build_model(target)
-    if source.widths == target.widths:
+    if source.widths == target.widths and recipe.method != "ptq":
         model.load_state_dict(weights)
         return model.to(device)
     load_weights(model, weights, path)
@@ -213,4 +221,4 @@ def _epsilon(recipe: Recipe, known: float | None) -> float | None:
         return recipe.epsilon
     if known is not None:
         return known
-    return None if recipe.method == "natural" else DEFAULT_EPSILON
+    return None if recipe.method in UNDEFENDED else DEFAULT_EPSILON

@@ -1,0 +1,129 @@
+"""harden --recipe ptq: quantize without training, into a run folder like any other."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustq.checkpoint import save_model
+from robustq.data import Dataset, to_float
+from robustq.errors import OutOfMemoryError
+from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.hardening.memory import runs_out
+from robustq.hardening.methods import resolved_settings
+from robustq.hardening.ptq import PtqSettings, correct_biases
+from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
+from robustq.models.spec import ModelSpec
+from robustq.outputs import folder_when_whole, free_path, sha256, write_text_atomically
+from robustq.progress import detail, note
+from robustq.recipe import Recipe, check_settings
+from robustq.report.recipe import toml_lines
+from robustq.workflow.run import EVALUATION_BATCH, accuracy_on_test
+from robustq.workflow.setting import versions
+
+
+def quantize_only(
+    model: nn.Module,
+    spec: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    out: Path | None,
+    source: Path,
+    skip_bad_images: bool = False,
+) -> dict[str, Any]:
+    """Correct the biases of a calibrated network, and write its run folder, whole or not at all.
+
+    Args:
+        model: built from ``spec`` with the float weights, activation scales calibrated, on ``device``.
+        spec, data, recipe: what is quantized, on which images, how.
+        seed: kept in the record; nothing here is random.
+        device: where.
+        out: run folder, checked to be free; None: ``runs/<label>-ptq``.
+        source: the model file it came from.
+        skip_bad_images: how ``data`` was loaded.
+
+    Returns:
+        What harden prints, and result.json holds.
+
+    Raises:
+        OutOfMemoryError: so many images do not fit at once.
+    """
+    start = time.perf_counter()
+    settings: PtqSettings = check_settings(recipe.settings, PtqSettings, table="ptq")
+    resolved = {**recipe.to_dict(), "settings": resolved_settings(recipe)}
+    note(f"{spec.label} · post-training quantization: no training, and no defence")
+    note(f"recipe  {recipe.name}: calibrated on {min(recipe.calibration_images, len(data.train)):,} images")
+    for line in toml_lines(resolved):
+        detail(f"setting {line}")
+    if settings.bias_correction:
+        note(f"biases  {_corrected(model, data, recipe, device)} layers corrected")
+    model.eval()
+    images, labels = data.holdout.take(recipe.monitor_images)
+    held = correct(model, to_float(images.to(device)), labels.to(device), batch_size=EVALUATION_BATCH)
+    right, count = accuracy_on_test(model, data, device=device)
+    final = out or free_path(RUNS / f"{spec.label}-{recipe.method}")
+    config = {
+        "command": "harden",
+        "recipe": resolved,
+        "source": {"path": str(source.absolute()), "sha256": sha256(source)},
+        "spec": spec.to_dict(),
+        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
+        "seed": seed,
+        "device": str(device),
+        "versions": versions(),
+    }
+    info = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
+    info["holdout_clean_accuracy"] = int(held.sum()) / len(held)
+    with folder_when_whole(final) as folder:
+        _write_json(folder / CONFIG, config)
+        for name in ("best.pt", "last.pt"):  # there is one state only; whoever looks for either finds it
+            save_model(folder / name, model, spec, info=info)
+        result = {
+            "checkpoint": str((final / "best.pt").absolute()),
+            "run": str(final.absolute()),
+            "model": spec.label,
+            "recipe": recipe.name,
+            "clean_accuracy": right / count,
+            "clean_interval": list(wilson_interval(right, count)),
+            "test_images": count,
+            "epochs": 0,
+            "best_epoch": 0,
+            "holdout_clean_accuracy": info["holdout_clean_accuracy"],
+            "holdout_pgd10_accuracy": None,
+            "seconds_per_epoch": 0.0,
+            "seconds": time.perf_counter() - start,
+            "size_bytes": (folder / "best.pt").stat().st_size,
+            "epsilon": spec.epsilon,
+            "seed": seed,
+            "bits": spec.weight_bits,
+            "method": recipe.method,
+        }
+        _write_json(folder / RESULT, result)
+    return result
+
+
+def _corrected(model: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> int:
+    counts: list[int] = []
+
+    def work() -> None:
+        images, _ = data.train.take(recipe.calibration_images)
+        counts.append(correct_biases(model, to_float(images.to(device))))
+
+    if runs_out(work):
+        raise OutOfMemoryError(
+            f"out of memory on {device} while {recipe.calibration_images:,} images correct the biases; "
+            f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"
+        )
+    return counts[0]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
