@@ -12,6 +12,7 @@ from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
 from robustq.cli.harden import harden
 from robustq.cli.info import info
+from robustq.cli.interrupts import Interrupts
 from robustq.cli.loudness import Quiet, Verbose, is_verbose, start
 from robustq.cli.quickstart import quickstart
 from robustq.cli.recipes import recipes
@@ -52,6 +53,9 @@ for _command in (quickstart, train, harden, attack, export, recheck, info, recip
     app.command()(_command)
 
 
+_STOPPED = "stopped; nothing half-written is left behind"
+
+
 def main() -> NoReturn:
     """Entry point: every fault is one line on stderr.
 
@@ -59,8 +63,10 @@ def main() -> NoReturn:
     foresee, with its traceback. 130: stopped by Ctrl-C.
     """
     start()
+    interrupts = Interrupts()
     try:
-        code = app(args=sys.argv[1:] or ["--help"], prog_name="robustq", standalone_mode=False)
+        with interrupts:
+            code = app(args=sys.argv[1:] or ["--help"], prog_name="robustq", standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
     except RunStoppedError as error:
@@ -71,13 +77,15 @@ def main() -> NoReturn:
         _fail(f"{error.filename or 'output'}: {error.strerror or error}; free the place or name another one", 2)
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
+        if shown is None and interrupts.seen:
+            _fail(_STOPPED, 130)
         if shown is None:
             if not is_verbose():
                 traceback.print_exc()
             _fail(f"unforeseen {type(error).__name__}: {error}; please report it with the lines above", 70)
         _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
     if code == 130:  # typer's answer to Ctrl-C
-        _fail("stopped; nothing half-written is left behind", 130)
+        _fail(_STOPPED, 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -39,7 +39,7 @@ def train(
     """Train a network from scratch by a recipe.
 
     Example: robustq train --data cifar10 --architecture resnet20
-    After Ctrl-C or a crash: robustq train --resume runs/resnet20-w32a32-natural
+    After Ctrl-C or a crash: robustq train --resume runs/resnet20-float-natural
     """
     from robustq.report.text import training_lines
 
