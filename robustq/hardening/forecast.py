@@ -72,16 +72,21 @@ def what_fits(training: Training) -> str:
     """
     size = training.recipe.batch_size
 
-    def step(count: int) -> None:
+    def steps(count: int) -> None:
         training.model.train()
         training.method.begin_epoch(0)
         batches = training.split.batches(
             count, device=training.device, seed=training.seed, epoch=0, augment=training.augment
         )
-        training.take_step(next(iter(batches)))
+        # Two: only the second forward pass has the optimiser's momentum beside it.
+        for batch, _ in zip(batches, range(2), strict=False):
+            training.take_step(batch)
 
-    if runs_out(lambda: step(size)):
-        fitting = largest_that_fits(step, too_large=size, least=2)
+    def with_room_to_spare(count: int) -> None:
+        steps(count + count // 4)  # memory gets fragmented in time, and what just fits today does not tomorrow
+
+    if runs_out(lambda: steps(size)):
+        fitting = largest_that_fits(with_room_to_spare, too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"

@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-_CPU_WORDS = ("can't allocate memory", "not enough memory", "cannot allocate memory", "out of memory")
+_CPU_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    # All that oneDNN says when it gets no memory for a convolution. It may have other reasons; what then follows, a try
+    # with smaller batches, tells them apart.
+    "could not create a primitive",
+    "could not create a memory object",
+)
 """How torch's CPU allocator and oneDNN say it: as a plain RuntimeError."""
 
 

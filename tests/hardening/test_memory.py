@@ -40,6 +40,7 @@ def test_a_real_allocation_that_fails_is_recognised() -> None:
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"),
             True,
         ),
+        (RuntimeError("could not create a primitive"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ValueError("out of memory"), False),
         (KeyboardInterrupt(), False),
@@ -122,7 +123,8 @@ class StarvingMonitor:
 @pytest.mark.parametrize(
     ("limit", "watched", "words"),
     [
-        (9, 100, "a batch of 8 fits: --set batch_size=8"),
+        (9, 100, "a batch of 4 fits: --set batch_size=4"),  # 8 would, but without room to spare
+        (10, 100, "a batch of 8 fits: --set batch_size=8"),
         (1, 100, "not even a batch of 2 images fits"),
         (32, 60, "watching 50 held-out images fits: --set monitor_images=50"),
         (32, 100, "a batch of 32 fits now, so something else took the memory"),
