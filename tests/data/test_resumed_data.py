@@ -47,7 +47,7 @@ def test_skipped_images_are_not_read(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_terminal_leaves_the_workers_alone(tmp_path: Path) -> None:
     split = streamed(tmp_path / "images", workers=2)
     batches = split.batches(2, device="cpu", seed=0)
-    places = [next(batches).places]
+    places = [next(batches).places for _ in range(2)]  # one of each worker: both have begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
