@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError
+from robustq.inputs import check_export_folder
 from robustq.outputs import sha256
 
 MODEL = "model.pt"
@@ -38,15 +39,7 @@ def open_bundle(path: Path) -> Bundle:
         ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file
             that is not the one the record speaks of (its sha256 differs).
     """
-    if not path.exists():
-        raise ModelFileError(f"{path}: no such folder; give the folder that 'robustq export' wrote")
-    if not path.is_dir():
-        if path.suffix == ".onnx":
-            raise ModelFileError(
-                f"{path}: is a lone .onnx, without the model.pt whose gradients find the attacks; "
-                "give the export folder that it lies in"
-            )
-        raise ModelFileError(f"{path}: is not an export folder; give the folder that 'robustq export' wrote")
+    check_export_folder(path)
     found = sorted(path.glob("*.onnx"))
     if len(found) != 1:
         raise ModelFileError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustq.workflow.attacking import attack_model
+    from robustq.workflow.describing import describe_file
     from robustq.workflow.exporting import export_model, recheck_bundle
     from robustq.workflow.quickstart import quickstart
     from robustq.workflow.resuming import resume_run
@@ -18,13 +19,23 @@ _HOMES = {
     "train_model": "robustq.workflow.training",
     "harden_model": "robustq.workflow.training",
     "attack_model": "robustq.workflow.attacking",
+    "describe_file": "robustq.workflow.describing",
     "export_model": "robustq.workflow.exporting",
     "recheck_bundle": "robustq.workflow.exporting",
     "resume_run": "robustq.workflow.resuming",
     "quickstart": "robustq.workflow.quickstart",
 }
 
-__all__ = ["attack_model", "export_model", "harden_model", "quickstart", "recheck_bundle", "resume_run", "train_model"]
+__all__ = [
+    "attack_model",
+    "describe_file",
+    "export_model",
+    "harden_model",
+    "quickstart",
+    "recheck_bundle",
+    "resume_run",
+    "train_model",
+]
 
 
 def __getattr__(name: str) -> Any:

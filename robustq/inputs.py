@@ -25,6 +25,24 @@ def check_model_file(path: Path) -> Path:
     return path
 
 
+def check_export_folder(path: Path) -> Path:
+    """Return ``path`` when it is a folder.
+
+    Raises:
+        ModelFileError: nothing is there, or a file.
+    """
+    if not path.exists():
+        raise ModelFileError(f"{path}: no such folder; give the folder that 'robustq export' wrote")
+    if not path.is_dir():
+        if path.suffix == ".onnx":
+            raise ModelFileError(
+                f"{path}: is a lone .onnx, without the model.pt whose gradients find the attacks; "
+                "give the export folder that it lies in"
+            )
+        raise ModelFileError(f"{path}: is not an export folder; give the folder that 'robustq export' wrote")
+    return path
+
+
 def check_attackable(path: Path) -> Path:
     """Return ``path`` when it may be a model file or an export folder.
 
@@ -37,4 +55,4 @@ def check_attackable(path: Path) -> Path:
                 f"{path}: is a run folder, not an export folder; give the model in it: {path / 'best.pt'}"
             )
         return path
-    return path if path.suffix == ".onnx" and path.exists() else check_model_file(path)
+    return check_export_folder(path) if path.suffix == ".onnx" and path.exists() else check_model_file(path)

@@ -199,6 +199,15 @@ def recipe_names() -> list[str]:
     return sorted(found)
 
 
+def check_name(name: str) -> None:
+    """Make sure that ``name`` is a recipe's name or a file of TOML, without a look at its keys.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    _read(name)
+
+
 def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None) -> Recipe:
     """The recipe called ``name`` (or the TOML file at that path) with ``key=value`` overrides laid over it.
 

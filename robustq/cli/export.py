@@ -88,8 +88,10 @@ def recheck(
 
     Same answers as PyTorch, integer layers, accuracy under attack, counted under onnxruntime.
     """
+    from robustq.inputs import check_export_folder
     from robustq.report.text import recheck_lines
 
+    check_export_folder(bundle)
     wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:

@@ -51,6 +51,7 @@ def harden(
     After Ctrl-C or a crash: robustq harden --resume runs/resnet20-w4a4-odgq
     """
     from robustq.inputs import check_model_file
+    from robustq.recipe import check_name
     from robustq.report.text import training_lines
 
     if resume is not None:
@@ -59,6 +60,7 @@ def harden(
         raise UsageError("harden needs the MODEL to start from, a model.pt; or --resume RUN_FOLDER to go on with a run")
     else:
         check_model_file(model)
+    check_name(recipe)
     wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:

@@ -41,10 +41,12 @@ def train(
     Example: robustq train --data cifar10 --architecture resnet20
     After Ctrl-C or a crash: robustq train --resume runs/resnet20-float-natural
     """
+    from robustq.recipe import check_name
     from robustq.report.text import training_lines
 
     if resume is not None:
         check_alone(context)
+    check_name(recipe)
 
     def job() -> dict[str, Any]:
         if resume is not None:

@@ -58,7 +58,7 @@ def _model(path: Path) -> dict[str, Any]:
 def _network(network: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     return {
         "label": spec.label,
-        **spec.to_dict(),
+        **json.loads(json.dumps(spec.to_dict())),  # tuples as lists, as --json prints them
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "layers": describe_layers(network),
     }

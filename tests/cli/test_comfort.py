@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchvision
 
+import robustq
 from robustq import progress
 from robustq.checkpoint import load_model
 from robustq.errors import RobustqWarning
@@ -46,7 +47,9 @@ def test_version_names_what_a_result_depends_on(run: Run) -> None:
     assert "python 3." in told.out
 
 
-@pytest.mark.parametrize("place", ["before", "after", "short"])
+@pytest.mark.parametrize(
+    "place", [pytest.param("before", marks=pytest.mark.slow), "after", pytest.param("short", marks=pytest.mark.slow)]
+)
 def test_quiet_leaves_the_result_alone(run: Run, digits_w4a4: Path, place: str) -> None:
     arguments: tuple[str | Path, ...] = ("export", digits_w4a4, "--images", "5", "--no-recheck")
     option = "-q" if place == "short" else "--quiet"
@@ -156,7 +159,7 @@ def test_one_bar_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "inner" not in stream.getvalue()
 
 
-@pytest.mark.parametrize("job", ["attack", "export", "train", "download"])
+@pytest.mark.parametrize("job", ["attack", pytest.param("export", marks=pytest.mark.slow), "train", "download"])
 def test_long_jobs_show_progress(
     run: Run, monkeypatch: pytest.MonkeyPatch, digits_w4a4: Path, tmp_path: Path, job: str
 ) -> None:
@@ -214,7 +217,7 @@ def test_long_jobs_show_progress(
 @pytest.mark.parametrize(
     ("stopped_at", "arguments"),
     [
-        ("robustq.workflow.exporting.prove", ("export", "--images", "5")),
+        pytest.param("robustq.workflow.exporting.prove", ("export", "--images", "5"), marks=pytest.mark.slow),
         ("robustq.workflow.exporting.write_record", ("export", "--images", "5", "--no-recheck")),
         ("robustq.workflow.attacking.evaluate", ("attack", *FEW, "--out", "found.json")),
         ("robustq.outputs.os.fsync", ("attack", *FEW, "--out", "found.json")),
@@ -275,6 +278,7 @@ def test_any_text_survives_printing(run: Run, tmp_path: Path) -> None:
 def test_info_says_what_a_model_file_holds(run: Run, digits_w4a4: Path) -> None:
     found = run("info", digits_w4a4, "--json").json
     network, spec, _ = load_model(digits_w4a4)
+    assert robustq.describe_file(str(digits_w4a4)) == found
     assert (found["kind"], found["label"], found["data"]) == ("model", "resnet8-w4a4", "digits")
     assert found["sha256"] == sha256(digits_w4a4) and found["epsilon"] == spec.epsilon
     assert found["parameters"] == sum(parameter.numel() for parameter in network.parameters())
@@ -358,6 +362,43 @@ def test_info_refuses_what_it_does_not_know(run: Run, name: str) -> None:
     told = run("info", name)
     assert told.code == 2 and len(told.err.strip().splitlines()) == 1
     assert told.err.startswith(f"robustq: {name}")
+
+
+HEAVY = {"brevitas", "numpy", "onnx", "onnxruntime", "torch"}
+EARLY = [
+    ("harden", "none.pt"),
+    ("attack", "none.pt"),
+    ("attack", "lone.onnx"),
+    ("export", "none.pt"),
+    ("recheck", "none"),
+    ("info", "none.pt"),
+    ("harden", "text.pt", "--recipe", "none"),
+    ("train", "--recipe", "none.toml"),
+    ("attack", "text.pt", "--epsilon", "8/0"),
+]
+
+
+def test_what_is_plainly_missing_is_told_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    """In one fresh process: after all these refusals it has still not loaded torch."""
+    (tmp_path / "text.pt").write_text("text")
+    (tmp_path / "lone.onnx").write_text("x")
+    program = f"""
+import json, sys
+from robustq.cli import main
+codes = []
+for words in {EARLY!r}:
+    sys.argv = ["robustq", *words]
+    try:
+        main()
+    except SystemExit as stopped:
+        codes.append(stopped.code)
+print(json.dumps([codes, sorted(sys.modules)]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    codes, modules = json.loads(done.stdout)
+    assert codes == [2] * len(EARLY), done.stderr
+    assert len(done.stderr.strip().splitlines()) == len(EARLY), done.stderr
+    assert not HEAVY & set(modules)
 
 
 def test_help_names_every_command_and_stays_light(run: Run) -> None:

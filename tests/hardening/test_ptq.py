@@ -119,7 +119,7 @@ def test_every_convolution_finds_its_norm(digits_float: Path) -> None:
     assert len(found) == 9
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_quantized_run_is_one_like_any_other(
     digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
 ) -> None:
@@ -148,6 +148,7 @@ def test_a_quantized_run_is_one_like_any_other(
         assert bits == 2 or (folded(x).argmax(dim=1) == model(x).argmax(dim=1)).float().mean() >= 0.97
 
 
+@pytest.mark.slow
 def test_calibration_alone_is_had_by_a_setting(digits_float: Path, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"bits": 4, "recipe": "ptq", "device": "cpu"}
     corrected = robustq.harden_model(digits_float, out=tmp_path / "a", **shared)
