@@ -141,7 +141,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
 STOPS = (1, 3, 4)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "odgq-1-bit" else case for case in CASES]
+)
 def test_stopped_and_resumed_is_the_same_run(case: str) -> None:
     method, bits, keys = CASES[case]
     expected = uninterrupted(method, bits, keys)

@@ -234,3 +234,33 @@ def test_killed_two_dozen_times_the_run_ends_with_the_same_bits(
             assert torch.equal(got[name][key], value), (name, key)  # bit for bit
     assert {path.name for path in (folder / RUN).iterdir()} == {path.name for path in (alone / RUN).iterdir()}
     assert partials(folder / RUN) == []
+
+
+@pytest.mark.slow
+def test_of_processes_that_want_one_folder_one_writes_it(
+    tmp_path: Path, digits_float: Path, server: ForkServerContext
+) -> None:
+    first, second = Life(server, tmp_path, digits_float), Life(server, tmp_path, digits_float)
+    lock = tmp_path / RUN / "run.lock"
+    until = time.monotonic() + PATIENCE
+    while len(alive := [life for life in (first, second) if life.process.is_alive()]) > 1:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    (winner,) = alive
+    (loser,) = {first, second} - {winner}
+    assert loser.end() == 2
+    told = (tmp_path / "stderr.txt").read_text
+    # The second to arrive finds the folder, or the lock in it: either names what to do.
+    assert f"robustq: {RUN} " in told()
+    while not lock.exists():
+        time.sleep(0.05)
+    while not lock.read_text():
+        time.sleep(0.05)
+    assert Life(server, tmp_path, digits_float).end() == 2
+    assert f"{RUN} is being written by process {winner.process.pid} on " in told().splitlines()[-1]
+    assert winner.process.is_alive()
+    winner.process.kill()
+    winner.end()
+    # The lock file is still there, its process is not: nothing stands in the way.
+    assert lock.exists()
+    assert Life(server, tmp_path, digits_float, Doom("step", 4)).end() == -signal.SIGKILL  # so it did train
