@@ -72,12 +72,13 @@ class RunFolder:
             ModelFileError: resume.pt is broken or of another version.
         """
         # Before the lock writes anything: what is no run folder, or a finished one, stays untouched.
-        check_unfinished(path, read_config(path))
+        read_config(path)
+        check_unfinished(path)
         lock = RunLock(path)
         lock.acquire()
         try:
             config = read_config(path)
-            check_unfinished(path, config)
+            check_unfinished(path)
             folder = cls(path, config, lock)
             remove_partials(path)
             folder._write_copies(folder.load(), last=None, best=True)
@@ -130,6 +131,20 @@ class RunFolder:
             )
         state: dict[str, Any] = content["state"]
         return state
+
+    def progress(self) -> str:
+        """How far the saved state has come, for a message: ``epoch 3 and 12 batches``.
+
+        Raises:
+            ModelFileError: as :meth:`load`.
+        """
+        standing = self.load()["standing"]
+        return f"epoch {standing['epoch']}" + (f" and {standing['step']:,} batches" if standing["step"] else "")
+
+    @property
+    def finished(self) -> bool:
+        """Whether result.json is there."""
+        return (self.path / RESULT).exists()
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json, the sign that the run is complete, and remove what only resuming needs."""
@@ -184,16 +199,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def check_unfinished(path: Path, config: dict[str, Any]) -> None:
+def check_unfinished(path: Path) -> None:
     """Refuse to resume what cannot go on.
 
     Raises:
         UsageError: the run has finished, or has no resume.pt.
     """
     if (path / RESULT).exists():
-        raise UsageError(
-            f"{path} has finished all {config['recipe']['epochs']} epochs; its best weights are in {path / 'best.pt'}"
-        )
+        raise UsageError(f"{path} has finished, nothing is left to resume; its best weights are in {path / 'best.pt'}")
     if not (path / RESUME).is_file():
         raise UsageError(
             f"{path}: has no {RESUME}, without which a run cannot go on (an older robustq kept none); start it again "

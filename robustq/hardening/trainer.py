@@ -177,14 +177,15 @@ class Training:
                 for batch in self.epoch_batches():
                     watch.add(batch.x, self.take_step(batch))
                     progress.advance(len(batch.y), partial(self._status, standing.epoch + 1, told))
-                    due = stop.requested or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+                    stopping = stop.requested  # read once: a signal may come between any two lines
+                    due = stopping or time.monotonic() - saved_at > SAVE_EVERY_SECONDS
                     if due or standing.step % CHECK_EVERY == 0:
                         self._check_finite(watch, keeper)
                     if due:
                         self._count_seconds()
                         keeper.save(self.state_dict(), epoch_ended=False, is_best=False)
                         saved_at = time.monotonic()
-                    if stop.requested:
+                    if stopping:
                         raise RunStoppedError(
                             f"stopped after batch {standing.step:,} of {self.batches_per_epoch:,} "
                             f"in epoch {standing.epoch + 1} of {recipe.epochs}"

@@ -156,9 +156,9 @@ def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Data
         except RunStoppedError as error:
             raise RunStoppedError(f"{error}; go on with: {command}") from error
         except KeyboardInterrupt as error:
-            standing = folder.load()["standing"]
-            saved = f"epoch {standing['epoch']}" + (f" and {standing['step']:,} batches" if standing["step"] else "")
-            raise RunStoppedError(f"stopped at once; saved: {saved}; go on with: {command}") from error
+            if folder.finished:  # it came in the last moment
+                raise RunStoppedError(f"stopped, but the run has finished: {folder.path / 'best.pt'}") from error
+            raise RunStoppedError(f"stopped at once; saved: {folder.progress()}; go on with: {command}") from error
         except NotFiniteError as error:
             raise NotFiniteError(f"{error} ({folder.path})") from error
         except OSError as error:

@@ -209,6 +209,33 @@ def test_long_epochs_are_saved_in_between(monkeypatch: pytest.MonkeyPatch) -> No
     same(keeper.load(), expected)
 
 
+def test_whenever_the_request_comes_what_is_told_as_stopped_is_saved() -> None:
+    class Late(StopRequest):
+        """Asks at the n-th time that anybody looks, so at each line where a signal could come in."""
+
+        def __init__(self, n: int) -> None:
+            self._left = n
+            super().__init__()
+
+        @property
+        def requested(self) -> bool:
+            self._left -= 1
+            return self._left < 0
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            pass
+
+    for n in range(8):  # six batches and two ends of epochs are looked at
+        training, _ = begun("natural", 0, {}, init=0)
+        keeper = MemoryKeeper()
+        with pytest.raises(RunStoppedError):
+            training.run(keeper, Late(n))
+        assert keeper.saved[-1][:2] == (training.standing.epoch, training.standing.step), n
+    training, _ = begun("natural", 0, {}, init=0)
+    training.run(MemoryKeeper(), Late(8))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_stops(number: signal.Signals) -> None:
     before = signal.getsignal(number)

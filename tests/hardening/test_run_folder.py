@@ -218,7 +218,7 @@ def _a_file(path: Path) -> None:
         (_a_file, UsageError, "is a file"),
         (_no_config, UsageError, "no readable config.json"),
         (_other_config, UsageError, "does not describe a run"),
-        (_finished, UsageError, "has finished all 3 epochs"),
+        (_finished, UsageError, "has finished, nothing is left"),
         (_without_state, UsageError, "has no resume.pt"),
         (_broken_state, ModelFileError, "broken or truncated"),
         (_foreign_state, ModelFileError, "no state of a run"),

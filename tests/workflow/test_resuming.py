@@ -85,7 +85,7 @@ def test_a_hardening_run_stopped_twice_is_the_run_left_alone(digits_float: Path,
     assert differ <= {"checkpoint", "run", "seconds_per_epoch", "size_bytes"}
     assert json.loads(Path("stopped/result.json").read_text()) == resumed
     assert Path("runs/last-hardened").read_text().strip() == str(Path("stopped").absolute())
-    with pytest.raises(UsageError, match="has finished all 2 epochs"):
+    with pytest.raises(UsageError, match="has finished, nothing is left"):
         robustq.resume_run("stopped")
 
 

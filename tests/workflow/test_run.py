@@ -162,3 +162,15 @@ def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) ->
         (RUNS / name).mkdir(parents=True)
         (RUNS / name / "config.json").write_text(text)
     assert announcing.cheaper(config, torch.device("cpu")) == []
+
+
+def test_ctrl_c_after_the_last_file_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = RunFolder.finish
+
+    def interrupted(self: RunFolder, result: dict[str, Any]) -> None:
+        finish(self, result)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "finish", interrupted)
+    with pytest.raises(RunStoppedError, match=r"stopped, but the run has finished: run/best\.pt"):
+        train(out=Path("run"))
