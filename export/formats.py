@@ -11,8 +11,9 @@ import onnx
 from torch import nn
 
 from robustq.errors import ExportError, UsageError
+from robustq.export.lowering.accumulator_biases import accumulator_biases
 from robustq.export.lowering.own_parameters import own_parameters
-from robustq.export.lowering.quantized_flatten import quantized_flatten
+from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.qonnx_file import clean_up
 from robustq.export.torch_export import export_qcdq, export_qonnx
@@ -30,7 +31,8 @@ def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(folded, spec)
     unsigned_activations(model)
-    quantized_flatten(model)
+    quantized_moves(model)  # before the biases: it shows what quantized tensor enters a layer behind a pooling
+    accumulator_biases(model)
     own_parameters(model)
     onnx.checker.check_model(model)
     return model
@@ -51,13 +53,17 @@ def check_format(name: str, spec: ModelSpec) -> None:
 
     Raises:
         UsageError: unknown name.
-        ExportError: a float network in a format of quantized ones.
+        ExportError: a float network in a format of quantized ones, or a network with 1-bit layers.
     """
     if name not in FORMATS:
         raise UsageError(f"unknown format '{name}'; known: {', '.join(FORMATS)}")
     if spec.widths.is_float:
         raise ExportError(
             f"a 32-bit (float) network cannot be written as {name}; quantize it first: robustq harden MODEL --bits 4"
+        )
+    if 1 in (spec.weight_bits, spec.act_bits, *dict(spec.layer_bits).values()):
+        raise ExportError(
+            f"{spec.label} has 1-bit layers, which this version cannot write as {name}; export 2 bits or more"
         )
 
 

@@ -43,6 +43,7 @@ NOT_LAYERS = frozenset(
         "Identity",
         "Cast",
         "MaxPool",
+        "NhwcMaxPool",
         "ReorderInput",
         "ReorderOutput",
     }

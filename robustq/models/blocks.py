@@ -16,6 +16,9 @@ from robustq.models.layers import Layers, plain
 Shortcut = Literal["projection", "padding"]
 """Shortcuts that change the shape: option B or option A of He et al. (arXiv:1512.03385, section 3.3)."""
 
+SIGN_NORMS = ("norm1", "norm2")
+"""Layers of a binary block that no other has."""
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum."""
@@ -35,10 +38,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        shortcut = plain(x) if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.branch(self.bn2(self.conv2(out)))
-        summed: Tensor = self.relu2(out + shortcut)
+        summed: Tensor = self.relu2(plain(out) + plain(shortcut))
         return summed
 
 
@@ -46,8 +49,9 @@ class BinaryBlock(nn.Module):
     """The same block with signs for activations: BatchNorm - sign - convolution, twice (XNOR-Net, arXiv:1603.05279).
 
     Each convolution has a shortcut of its own (Bi-Real Net, arXiv:1808.00278): a sign keeps one bit of a value, the
-    8-bit residual stream beside it keeps the rest. Projection shortcuts are 8 bit, as there. ``norm1`` and ``norm2``
-    are not in the float network; calibration sets their statistics.
+    8-bit residual stream beside it keeps the rest. As there, no ReLU cuts the stream's negative half off, and
+    projection shortcuts are not binary: they are 8 bit. ``norm1`` and ``norm2`` are not in the float network;
+    calibration sets their statistics.
     """
 
     def __init__(
@@ -60,20 +64,20 @@ class BinaryBlock(nn.Module):
         self.bn1 = layers.batch_norm(out_channels)
         self.branch1 = layers.branch()
         self.downsample = _downsample(layers, in_channels, out_channels, stride=stride, kind=shortcut)
-        self.relu1 = layers.relu()
+        self.sum1 = layers.branch()
         self.norm2 = layers.sign_norm(out_channels)
         self.sign2 = layers.sign()
         self.conv2 = layers.conv(out_channels, out_channels, kernel_size=3)
         self.bn2 = layers.batch_norm(out_channels)
         self.branch2 = layers.branch()
-        self.relu2 = layers.relu()
+        self.sum2 = layers.branch()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
-        shortcut = plain(x) if self.downsample is None else self.downsample(x)
-        x = self.relu1(self.branch1(self.bn1(self.conv1(self.sign1(self.norm1(x))))) + shortcut)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.sum1(plain(self.branch1(self.bn1(self.conv1(self.sign1(self.norm1(x)))))) + plain(shortcut))
         out = self.branch2(self.bn2(self.conv2(self.sign2(self.norm2(x)))))
-        summed: Tensor = self.relu2(out + plain(x))
+        summed: Tensor = self.sum2(plain(out) + plain(x))
         return summed
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.models.quantizers import LearnedThreshold
+from robustq.models.thresholds import SignNorm
 
 GRID = torch.linspace(0.02, 1.0, 50)
 """Candidate thresholds, as fractions of the largest magnitude seen."""
@@ -26,8 +27,10 @@ SAMPLES = 100_000
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -> None:
-    """Set the learned activation thresholds of ``model`` in place; its mode and its BatchNorm statistics stay as they
-    were.
+    """Set the learned activation thresholds of ``model`` in place; its mode stays as it was.
+
+    So do its BatchNorm statistics, but for a binary network that was filled with wider weights: its signs leave sums of
+    another size, and the BatchNorms in front of signs are new. All of them take the statistics of ``images`` then.
 
     Args:
         model: a quantized network; one without learned thresholds (float) is left alone.
@@ -36,7 +39,10 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
             nothing.
     """
     handles = []
+    is_binary = any(isinstance(module, SignNorm) for module in model.modules())
     for module in model.modules():
+        if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_pre_hook(_take_statistics))
         threshold = _own_threshold(module)
         if threshold is not None:
             handles.append(module.register_forward_pre_hook(_setter(module, threshold)))
@@ -67,6 +73,12 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
         codes = (flat / scale).round_().clamp_(low, high)
         errors.append((codes * scale - flat).square_().mean().item())
     return float(GRID[errors.index(min(errors))].item() * largest)
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    x = getattr(inputs[0], "value", inputs[0])
+    norm.running_mean.copy_(x.mean(dim=(0, 2, 3)))  # type: ignore[operator]
+    norm.running_var.copy_(x.var(dim=(0, 2, 3)))  # type: ignore[operator]
 
 
 def _own_threshold(module: nn.Module) -> LearnedThreshold | None:

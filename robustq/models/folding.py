@@ -1,8 +1,9 @@
 """BatchNorm into weights and biases: the network that integer arithmetic can run, and the reference for parity.
 
 With one scale per output channel the fold is exact for the weights: the codes stay, a channel's scale is multiplied by
-|gamma| / sigma and a negative gamma flips the codes' signs. Only the bias is rounded, to an int32 in the accumulator's
-scale (input scale * weight scale).
+|gamma| / sigma and a negative gamma flips the codes' signs. Only the bias is rounded, to an int32 in a whole part of
+the accumulator's step (input scale * weight scale). A BatchNorm in front of a sign becomes one threshold per channel,
+exactly.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
 from robustq.models.batch_norm import running_statistics
+from robustq.models.blocks import PaddedShortcut
 from robustq.models.spec import ModelSpec, build_model
+from robustq.models.thresholds import ChannelThresholds, SignNorm
 
 LARGEST_BIAS_CODE = 2**30
 """A bias code beyond this leaves the int32 accumulator no room; its channel is then nothing but its bias."""
 
 CONSTANT_BIAS_CODE = 2**24
 """The bias code such a channel gets: the largest whole numbers that float32, too, counts exactly."""
+
+NO_BIAS_SCALE = 1e-30
+"""Scale of a binary channel that is nothing at all: its signs cannot be 0, so their unit has to be."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
 
     Channels whose bias would pass :data:`LARGEST_BIAS_CODE` (gamma near zero, dead weights) get zero codes and a scale
     that holds their bias: what the convolution could add there is at most 2^24 of those 2^30 steps, 1.6% of the bias.
+    Binary weights have no zero: there the bias gets the largest code itself, and a sum of 2^13 signs beside it is
+    nothing.
 
     Args:
         model: a network built from ``spec``; stays as it was.
@@ -55,17 +63,25 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
     names = folded.state_dict().keys()
     own = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in names}
     folded.load_state_dict(own, strict=False)
-    input_scales = {} if spec.widths.is_float else _input_scales(folded, example.cpu())
+    entering = {} if spec.widths.is_float else _entering(folded, example.cpu())
     with torch.no_grad():
         for name, layer in model.named_modules():
-            if not isinstance(layer, nn.Conv2d | nn.Linear):
+            if not isinstance(layer, nn.Conv2d | nn.Linear | SignNorm | PaddedShortcut):
                 continue
-            target = folded.get_submodule(name)
+            target: Any = folded.get_submodule(name)
+            if isinstance(layer, PaddedShortcut):
+                if name in entering:  # a convolution with the weight 1, whose bias is 0 in whatever unit
+                    target.bias_quant.tensor_quant.scaling_impl.scale.fill_(entering[name].scale)
+                continue
+            if isinstance(layer, SignNorm):
+                affine, grid = _affine(layer), entering[name]
+                target.set_affine(affine.gain, affine.shift, scale=grid.scale, lowest=grid.lowest, highest=grid.highest)
+                continue
             affine = affines.get(name, _identity(layer))
             if spec.widths.is_float:
                 _fold_float(layer, affine, target)
             else:
-                _fold_quantized(layer, affine, target, input_scales[name])
+                _fold_quantized(layer, affine, target, entering[name])
     return folded.eval()
 
 
@@ -107,7 +123,7 @@ def _affines(model: nn.Module, example: Tensor) -> dict[str, Affine]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(after_conv(name)))
-        elif isinstance(module, _BatchNorm):
+        elif isinstance(module, _BatchNorm) and not isinstance(module, SignNorm):
             handles.append(module.register_forward_pre_hook(before_norm(name, module)))
     try:
         with torch.no_grad(), running_statistics(model):
@@ -118,15 +134,31 @@ def _affines(model: nn.Module, example: Tensor) -> dict[str, Affine]:
     return pairs
 
 
-def _input_scales(folded: nn.Module, example: Tensor) -> dict[str, float]:
-    """Layer name -> scale of the quantized tensor that enters it."""
-    scales: dict[str, float] = {}
+@dataclass(frozen=True)
+class Grid:
+    """The values that a quantized tensor can take: scale * code, for codes from lowest to highest."""
+
+    scale: float
+    lowest: int
+    highest: int
+
+    @classmethod
+    def of(cls, scale: float, *, bits: int, signed: bool) -> Grid:
+        """The grid of a quantizer; the two codes of one bit are -1 and +1."""
+        lowest = -(2 ** (bits - 1)) if signed else 0
+        return cls(scale, lowest, 1 if bits == 1 else lowest + 2**bits - 1)
+
+
+def _entering(folded: nn.Module, example: Tensor) -> dict[str, Grid]:
+    """Layer name -> grid of the quantized tensor that enters it."""
+    grids: dict[str, Grid] = {}
     handles = []
     for name, module in folded.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | ChannelThresholds):
 
             def hook(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
-                scales[name] = float(inputs[0].scale)
+                x = inputs[0]
+                grids[name] = Grid.of(float(x.scale), bits=int(x.bit_width), signed=bool(x.signed))
 
             handles.append(module.register_forward_pre_hook(hook))
     try:
@@ -135,7 +167,7 @@ def _input_scales(folded: nn.Module, example: Tensor) -> dict[str, float]:
     finally:
         for handle in handles:
             handle.remove()
-    return scales
+    return grids
 
 
 def _fold_float(layer: nn.Conv2d | nn.Linear, affine: Affine, target: nn.Module) -> None:
@@ -145,19 +177,36 @@ def _fold_float(layer: nn.Conv2d | nn.Linear, affine: Affine, target: nn.Module)
     target.bias.copy_(affine.shift)  # type: ignore[operator]
 
 
-def _fold_quantized(layer: Any, affine: Affine, target: Any, input_scale: float) -> None:
+def bias_steps(largest_weight: int, entering: Grid) -> int:
+    """How many steps of the bias make one of the accumulator (input scale * weight scale).
+
+    The integer file stores every weight code times this number in the 8 bits it takes anyway, which makes the
+    accumulator's step as fine as the bias': as many as fit in 127, but never so many that two products of an activation
+    and a weight pass 2^15 - 1, where onnxruntime's AVX2 kernels saturate.
+    """
+    span = entering.highest - entering.lowest  # of the codes as uint8
+    return max(min(127 // largest_weight, (2**15 - 1) // (2 * span * largest_weight)), 1)
+
+
+def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> None:
     quantized = layer.quant_weight()
     codes = quantized.int().cpu().double()
     shape = (-1, *[1] * (codes.dim() - 1))
+    bits = int(quantized.bit_width)
+    steps = bias_steps(1 if bits == 1 else 2 ** (bits - 1) - 1, entering)
     scale = quantized.scale.detach().cpu().double().flatten().expand(codes.shape[0]) * affine.gain.abs()
-    bias_codes = affine.shift.abs() / (input_scale * scale)
+    bias_codes = affine.shift.abs() * steps / (entering.scale * scale)
     # Below this the accumulator's scale is no normal float32: it would lose digits or become 0, and the codes NaN.
-    smallest = torch.finfo(torch.float32).tiny / min(input_scale, 1.0)
+    smallest = torch.finfo(torch.float32).tiny * steps / min(entering.scale, 1.0)
     constant = (bias_codes > LARGEST_BIAS_CODE) | (scale < smallest)
-    codes[constant] = 0.0
-    holds_bias = affine.shift.abs() / (input_scale * CONSTANT_BIAS_CODE)
-    scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, torch.ones_like(scale)), scale)
+    codes[constant] = 1.0 if bits == 1 else 0.0
+    bias_code = LARGEST_BIAS_CODE if bits == 1 else CONSTANT_BIAS_CODE
+    holds_bias = affine.shift.abs() * steps / (entering.scale * bias_code)
+    nothing = torch.full_like(scale, NO_BIAS_SCALE if bits == 1 else 1.0)
+    scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, nothing), scale)
     stored_scale = scale.float().reshape(shape)
     target.weight_quant.tensor_quant.scaling_impl.scale.copy_(stored_scale)
-    target.weight.copy_((codes * affine.gain.sign().reshape(shape)).float() * stored_scale)
+    target.bias_quant.tensor_quant.scaling_impl.scale.copy_(entering.scale * scale / steps)
+    signs = torch.where(constant, 1.0, affine.gain.sign()).reshape(shape)
+    target.weight.copy_((codes * signs).float() * stored_scale)
     target.bias.copy_(affine.shift)

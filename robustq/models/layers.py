@@ -86,7 +86,7 @@ class Layers:
         return self._quantizer(BinaryActQuant)
 
     def relu(self) -> nn.Module:
-        """ReLU and the unsigned activation quantizer; 8 bit in a binary network, whose signs come later."""
+        """ReLU and the unsigned activation quantizer; 8 bit in a binary network, which has one, before pooling."""
         if self.widths.is_float:
             return nn.ReLU()
         bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
@@ -94,8 +94,8 @@ class Layers:
         return layer
 
     def branch(self) -> nn.Module:
-        """Quantizer of a convolution's output that meets a residual sum (8 bit)."""
-        return nn.Identity() if self.widths.is_float else qnn.QuantIdentity(act_quant=BranchQuant)
+        """Signed 8-bit quantizer of what meets a residual sum, and in a binary network of the sum itself."""
+        return nn.Identity() if self.widths.is_float else self._quantizer(BranchQuant)
 
     def pooled(self) -> nn.Module:
         """Quantizer of the pooled features, the last layer's 8-bit input (they are averages of values after a ReLU)."""

@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
 from brevitas.inject import ExtendedInjector
 from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType, StatsOp
 from brevitas.quant.base import IntQuant, MaxStatsScaling, NarrowIntQuant, UintQuant
-from brevitas.quant.scaled_int import Int32Bias
 from brevitas.quant.solver.act import ActQuantSolver
+from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
@@ -94,10 +95,11 @@ class LearnedThreshold(nn.Module):
 
 
 class FixedScaling(nn.Module):
-    """Per-output-channel weight scales as a buffer, for networks whose BatchNorm was folded away.
+    """Per-output-channel scales of weights or biases as a buffer, for networks whose BatchNorm was folded away.
 
     Args:
-        scaling_shape: (out_channels, 1, 1, 1) for a convolution, (out_features, 1) for a linear layer.
+        scaling_shape: (out_channels, 1, 1, 1) for a convolution's weights, (out_features, 1) for a linear layer's,
+            (out_channels,) for biases.
     """
 
     def __init__(self, scaling_shape: tuple[int, ...]) -> None:
@@ -106,8 +108,44 @@ class FixedScaling(nn.Module):
         self.register_buffer("scale", torch.ones(scaling_shape))
 
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
-        """Return the scales, shaped to broadcast over the weight ``x``; they need no division by the largest code."""
+        """Return the scales, shaped to broadcast over ``x``; they need no division by the largest code."""
         return self.scale
+
+
+class _ScaledSign(torch.autograd.Function):
+    """scale * sign(x), +1 at 0; the gradient with respect to x is the one that comes in."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
+        positive = x >= 0
+        ctx.save_for_backward(positive)
+        ctx.scale_shape = scale.shape  # type: ignore[attr-defined]
+        return torch.where(positive, scale, -scale)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (positive,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        signed = torch.where(positive, grads[0], -grads[0])
+        return grads[0], signed.sum_to_size(ctx.scale_shape)  # type: ignore[attr-defined]
+
+
+class StraightThroughBinaryQuant(nn.Module):
+    """Brevitas' BinaryQuant but for the gradient, which it multiplies by the scale.
+
+    Args:
+        scaling_impl: gives the scale of a tensor.
+    """
+
+    def __init__(self, scaling_impl: nn.Module) -> None:
+        super().__init__()
+        self.scaling_impl = scaling_impl
+        self.register_buffer("bit_width", torch.ones(()), persistent=False)
+        self.register_buffer("zero_point", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
+        """Return the two-valued tensor, its scale, zero point and bit width, as every Brevitas tensor quantizer."""
+        scale = self.scaling_impl(x)
+        return _ScaledSign.apply(x, scale), scale, self.zero_point, self.bit_width
 
 
 class WeightQuant(NarrowIntQuant, MaxStatsScaling, WeightQuantSolver):  # type: ignore[misc]
@@ -129,11 +167,12 @@ class FoldedWeightQuant(NarrowIntQuant, WeightQuantSolver):  # type: ignore[misc
 class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
     """alpha * sign(w), alpha the mean magnitude of the output channel (XNOR-Net, section 3.1).
 
-    The gradient passes straight through the sign, times alpha, and through the mean: XNOR-Net's equation for
-    dC/dw, without its indicator |w| <= 1, since a weight that passed 1 could never come back.
+    The gradient passes straight through to the weight, as it does at every other width, and through the mean. XNOR-Net
+    multiplies the first part by alpha, a tenth and less in these networks: Adam does not notice, SGD hardly moves then
+    (docs/results/widths.md). Its indicator |w| <= 1 is left out: a weight that passed 1 could never come back.
     """
 
-    tensor_quant = BinaryQuant
+    tensor_quant = StraightThroughBinaryQuant
     bit_width = 1
     signed = True
     narrow_range = True
@@ -214,8 +253,20 @@ class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
     max_val = 1.0
 
 
-class BiasQuant(Int32Bias):  # type: ignore[misc]
-    """int32 biases in the accumulator's own scale (input scale * weight scale), as onnxruntime adds them."""
+class BiasQuant(IntQuant, BiasQuantSolver):  # type: ignore[misc]
+    """int32 biases with one scale per output channel in a buffer: a whole part of the accumulator's step.
+
+    Folding chooses the part (:func:`robustq.models.folding.bias_steps`). The accumulator's own step, Brevitas'
+    ``Int32Bias``, would be coarse at low widths: a 2-bit layer sums up to few of them, and half of one is an answer.
+    """
+
+    bit_width = 32
+    requires_input_scale = False
+    requires_input_bit_width = False
+    scaling_impl = FixedScaling
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
 
 
 @dataclass(frozen=True)

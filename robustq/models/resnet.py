@@ -47,7 +47,7 @@ class ResNet(nn.Module):
         self.pixels = layers.pixels()
         self.conv1 = layers.conv(channels, width, kernel_size=kernel_size, stride=stride, outer=True)
         self.bn1 = layers.batch_norm(width)
-        self.relu = layers.relu()
+        self.relu = layers.branch() if layers.widths.is_binary else layers.relu()  # signs want both halves
         # After the quantizer: a maximum of codes is a code, and onnxruntime pools codes as they are.
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if large_images else nn.Identity()
         self._stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
@@ -58,6 +58,7 @@ class ResNet(nn.Module):
                 made.append(block_type(layers, width, out_width, stride=stride, shortcut=shortcut))
                 width = out_width
             self.add_module(name, nn.Sequential(*made))
+        self.last = layers.relu() if layers.widths.is_binary else nn.Identity()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.pooled = layers.pooled()
         self.fc = layers.linear(width, classes)
@@ -70,7 +71,7 @@ class ResNet(nn.Module):
         for name in self._stages:
             x = self.get_submodule(name)(x)
         # Quantized before it is flattened: onnxruntime pools as integers only where the quantizer follows at once.
-        logits: Tensor = self.fc(torch.flatten(self.pooled(self.avgpool(plain(x))), 1))
+        logits: Tensor = self.fc(torch.flatten(self.pooled(self.avgpool(plain(self.last(x)))), 1))
         return logits
 
 

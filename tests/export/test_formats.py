@@ -7,6 +7,7 @@ import dataclasses
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,7 +19,7 @@ import robustq
 from robustq.errors import ExportError, ModelFileError, UsageError
 from robustq.export.formats import FORMATS, build, check_format
 from robustq.export.lowering.own_parameters import own_parameters
-from robustq.export.lowering.quantized_flatten import quantized_flatten
+from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.session import OnnxModel, optimised_layers
 from robustq.export.torch_export import INPUT, OPSET, OUTPUT
@@ -109,6 +110,12 @@ def constants_of(model: onnx.ModelProto, operation: str, place: int) -> list[hm.
     return found
 
 
+def steps(layer: Any) -> int:
+    """How many steps of the bias make one of the accumulator, in networks of one width."""
+    bits = int(layer.quant_weight().bit_width)
+    return {8: 1, 4: 18, 3: 42, 2: 127}[bits]
+
+
 @pytest.mark.parametrize("name", ["qcdq", "integer"])
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_are_the_folded_networks_codes_and_biases_are_int32(bits: int, name: str) -> None:
@@ -117,8 +124,9 @@ def test_weights_are_the_folded_networks_codes_and_biases_are_int32(bits: int, n
     stored = constants_of(model, "Conv", 1)
     assert len(stored) == len(layers) == CONVOLUTIONS
     assert {each.dtype.name for each in stored} == {"int8"}
-    # The same codes, whatever the order: the exporter writes a shortcut where the forward takes it.
-    codes = [layer.quant_weight().int().numpy() for layer in layers]  # type: ignore[operator]
+    # The same codes, whatever the order: the exporter writes a shortcut where the forward takes it. The integer file
+    # counts them in the steps of the bias.
+    codes = [layer.quant_weight().int().numpy() * (1 if name == "qcdq" else steps(layer)) for layer in layers]  # type: ignore[operator]
     for each in stored:
         assert any(each.shape == code.shape and np.array_equal(each, code) for code in codes)
     for each in constants_of(model, "Conv", 2) + constants_of(model, "Gemm", 2):
@@ -184,20 +192,24 @@ def test_integer_runs_every_layer_as_integers(tmp_path: Path, bits: int, arm_def
     assert len(layers.integer) == CONVOLUTIONS + ADDITIONS + 2  # pooling and classifier
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_qcdq_falls_back_to_float_at_arm_defaults(tmp_path: Path, bits: int) -> None:
+def test_qcdq_falls_back_to_float_at_arm_defaults(tmp_path: Path) -> None:
     """Why the int8 activations are shifted: every convolution that ends in a residual branch stays in float."""
-    path = written(tmp_path, bits, "qcdq")
+    path = written(tmp_path, 8, "qcdq")
     on_x86, on_arm = optimised_layers(path), optimised_layers(path, arm_defaults=True)
     assert on_x86.float_convolutions == ()
     assert len(on_arm.float_convolutions) == 3 + 2  # the second of each block, and the shortcuts
     assert sum("Add" in name for name in on_arm.in_float) == ADDITIONS
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_qcdq_leaves_the_classifier_in_float(tmp_path: Path, bits: int) -> None:
+def test_qcdq_leaves_the_classifier_in_float(tmp_path: Path) -> None:
     """Why Flatten is wrapped."""
-    assert optimised_layers(written(tmp_path, bits, "qcdq")).in_float == ("/fc/Gemm",)
+    assert optimised_layers(written(tmp_path, 8, "qcdq")).in_float == ("/fc/Gemm",)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_qcdq_leaves_narrow_convolutions_in_float(tmp_path: Path, bits: int) -> None:
+    """Why accumulators are made to count as their biases do; the first layer's do so already."""
+    assert len(optimised_layers(written(tmp_path, bits, "qcdq")).float_convolutions) == CONVOLUTIONS - 1
 
 
 @pytest.mark.parametrize("name", ["qcdq", "integer"])
@@ -227,7 +239,7 @@ def test_exact_products_need_parameters_of_their_own(tmp_path: Path) -> None:
     # The other two passes do not do it.
     lowered = parsed(8, "qcdq")
     unsigned_activations(lowered)
-    quantized_flatten(lowered)
+    quantized_moves(lowered)
     with pytest.raises(ModelFileError) as caught:
         load(lowered)
     assert reason in str(caught.value.__cause__)
@@ -249,7 +261,7 @@ def test_each_pass_keeps_every_answer(bits: int) -> None:
         return bytes(logits.tobytes())
 
     before = answered(model)
-    for lower, count in ((unsigned_activations, 5), (quantized_flatten, 1)):
+    for lower, count in ((unsigned_activations, 5), (quantized_moves, 1)):
         assert lower(model) == count
         assert answered(model) == before
         assert lower(model) == 0

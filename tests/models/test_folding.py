@@ -13,14 +13,17 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustq.data import to_float
 from robustq.errors import ExportError
 from robustq.models import spec as spec_module
 from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
+from robustq.models.folding import LARGEST_BIAS_CODE, Grid, bias_steps, fold
 from robustq.models.layers import Layers
+from robustq.models.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
+from robustq.models.thresholds import SignNorm
 from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec, trained
 
 CHANNELS = 8
@@ -84,6 +87,12 @@ def parameters_of(conv: Any) -> tuple[Tensor, Tensor]:
     return quantized.int().double(), quantized.scale.detach().double().flatten()
 
 
+def bias_scale(conv: Any) -> Tensor:
+    """(C,) float64 steps that the biases of a folded layer count in."""
+    scale: Tensor = conv.quant_bias().scale.detach().double()
+    return scale
+
+
 def gain_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
     return gain, norm.bias.detach().double() - norm.running_mean.double() * gain
@@ -135,10 +144,10 @@ def test_a_folded_network_has_quantized_biases_and_no_batch_norm(bits: int) -> N
 
 
 def check_half_step(model: Any, bits: int) -> None:
-    """The folded convolution differs from convolution - BatchNorm by at most half an accumulator step per channel."""
+    """The folded convolution differs from convolution - BatchNorm by at most half a step of the bias per channel."""
     folded: Any = fold(model, one_conv_spec(bits))
-    unfolded, after, input_scale = conv_outputs(model, folded)
-    step = input_scale * parameters_of(folded.conv)[1]
+    unfolded, after, _ = conv_outputs(model, folded)
+    step = bias_scale(folded.conv)
     # float32: sums of 36 products and a bias, each rounded to 2^-24 of the largest magnitude on the way, in two
     # networks. That magnitude is the BatchNorm's: subtracting a mean and adding a bias can cancel.
     gain, shift = gain_and_shift(model.bn)
@@ -159,7 +168,9 @@ def test_bias_codes_are_the_shift_in_accumulator_steps(bits: int) -> None:
     folded: Any = fold(model, one_conv_spec(bits))
     _, shift = gain_and_shift(model.bn)
     _, _, input_scale = conv_outputs(model, folded)
-    step = input_scale * parameters_of(folded.conv)[1]
+    step = bias_scale(folded.conv)
+    steps = {8: 1, 2: 127}[bits]  # 2-bit codes -1, 0, 1 leave room for 127 steps in 8 bits
+    torch.testing.assert_close(step * steps, input_scale * parameters_of(folded.conv)[1], rtol=1e-6, atol=0)
     with torch.no_grad():
         folded.conv.weight.zero_()  # what is left is the bias
     _, bias, _ = conv_outputs(model, folded)
@@ -246,12 +257,12 @@ def test_a_switched_off_channel_is_its_bias(values: dict[str, float], output: fl
     codes, scale = parameters_of(folded.conv)
     assert torch.equal(codes[3], torch.zeros_like(codes[3]))
     assert (scale > 0).all()
-    unfolded, after, input_scale = conv_outputs(model, folded)
+    unfolded, after, _ = conv_outputs(model, folded)
     if output is not None:
         # 2^24 whole steps hold the bias to half a step; float32 rounds it once more.
         assert (after[:, 3] - output).abs().max() <= 2.0**-23 * abs(output) + 1e-30
     assert (after[:, 3] - unfolded[:, 3]).abs().max() <= 1e-6
-    bias_code = (after[0, 3, 0, 0] / (input_scale * scale[3])).abs().item()
+    bias_code = (after[0, 3, 0, 0] / bias_scale(folded.conv)[3]).abs().item()
     assert bias_code <= 2**30
     if output and values.get("weight") is None:
         assert bias_code == pytest.approx(2**24, abs=2)  # the scale's own float32 rounding
@@ -266,15 +277,15 @@ def test_the_largest_bias_code_is_2_to_the_30(share: float, kept: bool) -> None:
     model = one_conv_model(4)
     _, _, input_scale = conv_outputs(model, fold(model, one_conv_spec(4)))
     codes, scale = parameters_of(model.conv)
-    gamma = 0.7 / (input_scale * scale[3] * 2**30 * share)
+    gamma = 0.7 * 18 / (input_scale * scale[3] * 2**30 * share)  # 18 steps of the bias in one of the accumulator
     eps = model.bn.eps
     changed = with_channel(model, 3, gamma=gamma.item(), beta=0.7, mean=0.0, var=1.0 - eps)
     folded: Any = fold(changed, one_conv_spec(4))
     folded_codes, _ = parameters_of(folded.conv)
     assert torch.equal(folded_codes[3], codes[3] if kept else torch.zeros_like(codes[3]))
     _, after, _ = conv_outputs(changed, folded)
-    # Either way the convolution adds at most 36 * 7 * 15 of 2^30 steps to the bias.
-    assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 / 2**30 + 2.0**-22)
+    # Either way the convolution adds at most 36 * 7 * 15 accumulator steps, 18 of 2^30 each, to the bias.
+    assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 * 18 / 2**30 + 2.0**-22)
 
 
 def test_a_channel_with_zero_variance_folds() -> None:
@@ -389,3 +400,195 @@ def test_a_batch_norm_on_the_logits_is_refused() -> None:
     model = perturbed(small_spec(4))
     model.fc = nn.Sequential(model.get_submodule("fc"), nn.BatchNorm1d(10))
     refused(model, r"fc\.1")
+
+
+# --- what folding changes in a whole network -------------------------------------------------------------------------
+
+
+def with_rounded_biases(model: Any, folded: Any) -> Any:
+    """``model`` with every BatchNorm's shift, and the last bias, moved to the folded network's int32 grid."""
+    changed = copy.deepcopy(model)
+    pairs: dict[str, Any] = {}
+    made_by: dict[int, str] = {}
+    keep: list[Tensor] = []
+
+    def made(_: nn.Module, __: Any, output: Tensor, name: str) -> None:
+        keep.append(output)
+        made_by[id(output)] = name
+
+    handles = [
+        module.register_forward_hook(functools.partial(made, name=name))
+        if isinstance(module, nn.Conv2d)
+        else module.register_forward_pre_hook(lambda norm, x: pairs.__setitem__(made_by[id(x[0])], norm))
+        for name, module in changed.named_modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and not isinstance(module, SignNorm)
+    ]
+    with torch.no_grad():
+        changed(images()[:1])
+        for handle in handles:
+            handle.remove()
+        changed, folded = changed.double(), folded.double()
+        for name, norm in pairs.items():
+            _, shift = gain_and_shift(norm)
+            step = bias_scale(folded.get_submodule(name))
+            norm.bias.add_((shift / step).round() * step - shift)
+        step = bias_scale(folded.fc)
+        changed.fc.bias.copy_((changed.fc.bias / step).round() * step)
+    return changed
+
+
+def off_ties(model: nn.Module) -> None:
+    """Move calibrated thresholds, simple fractions of one another, off each other's rounding ties."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for threshold in learned_thresholds(model).values():
+            threshold.log_threshold.add_(0.01 * torch.randn((), generator=generator))
+
+
+def check_bias_rounding_explains_all(model: Any, spec: ModelSpec) -> None:
+    """In float64, where ties are hardly ever hit: the folded network is the unfolded one with rounded shifts.
+
+    Scales and thresholds were stored as float32 by folding, 6e-8 of themselves; over 20 layers and where a value lies
+    within that of a tie, a code moves. So a mean over the logits is bounded by 1e-5 of their spread.
+    """
+    folded: Any = fold(model, spec)
+    explained = with_rounded_biases(model, folded)
+    x = images().double()
+    with torch.no_grad():
+        before, after = explained(x), folded.double()(x)
+    assert (after - before).abs().mean() <= 1e-5 * before.std()
+    # And layer by layer, on what really enters: half a step of the bias, and nothing else.
+    check_every_layer(model, folded)
+
+
+def _codes_times_scale(layer: Any) -> Tensor:
+    value: Tensor = layer.quant_weight().value.double()
+    return value
+
+
+def check_every_layer(model: Any, folded: Any) -> None:
+    # Codes as float32 rounds them: in float64 a weight next to a tie may get another one.
+    weights = {name: _codes_times_scale(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    model, folded = copy.deepcopy(model).double(), folded.double()
+    entered: dict[str, Any] = {}
+    left: dict[str, Any] = {}
+    for name, module in folded.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, x, name=name: entered.__setitem__(name, x[0]))
+            module.register_forward_hook(lambda _, x, y, name=name: left.__setitem__(name, getattr(y, "value", y)))
+    norms = {"conv1": "bn1", "conv2": "bn2", "downsample.0": "downsample.1"}
+    with torch.no_grad():
+        folded(images().double())
+        for name, x in entered.items():
+            own = next(key for key in norms if name.endswith(key))
+            norm = model.get_submodule(name[: -len(own)] + norms[own])
+            layer = model.get_submodule(name)
+            unfolded = norm(functional.conv2d(x.value, weights[name], stride=layer.stride, padding=layer.padding))
+            conv: Any = folded.get_submodule(name)
+            step = bias_scale(conv)
+            bound = 0.5 * step
+            if int(conv.quant_weight().bit_width) == 1:
+                # A channel that is its bias and still convolves signs: as many as enter, 127 steps each at most, every
+                # activation at most 255 codes; beside 2^30 steps of bias.
+                sums = conv.weight[0].numel() * 127 * 255 * step
+                off = conv.quant_bias().int().abs() == LARGEST_BIAS_CODE
+                bound = torch.where(off, sums, bound)
+            bound = bound.reshape(-1, 1, 1)
+            # Beside it, the float32 in which folding stored the weights' scale: 2^-24 of the sum of magnitudes.
+            size = (unfolded - unfolded.mean(dim=(0, 2, 3), keepdim=True)).abs().amax(dim=(0, 2, 3), keepdim=True)
+            slack = 2.0**-20 * (size + unfolded.abs().amax(dim=(0, 2, 3), keepdim=True)) + 1e-12
+            assert ((left[name] - unfolded).abs() <= bound + slack).all(), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weight_bits", "act_bits"),
+    [
+        ("resnet8", 4, 4),
+        ("resnet8", 1, 1),
+        ("resnet8", 1, 4),
+        ("resnet8", 2, 1),
+        ("resnet20-a", 3, 3),
+        ("resnet20", 8, 2),
+    ],
+)
+def test_bias_rounding_explains_all_that_folding_changes(architecture: str, weight_bits: int, act_bits: int) -> None:
+    spec = dataclasses.replace(small_spec(4, architecture=architecture), weight_bits=weight_bits, act_bits=act_bits)
+    model = perturbed(spec)
+    off_ties(model)
+    check_bias_rounding_explains_all(model, spec)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    weight_bits=st.sampled_from([8, 4, 3, 2, 1]),
+    act_bits=st.sampled_from([8, 4, 3, 2, 1]),
+    seed=st.integers(0, 2**16),
+    special=st.lists(
+        st.tuples(st.integers(0, 15), st.sampled_from([0.0, 1e-9, -1e-9, 1e-20, -0.5, -3.0])), min_size=2, max_size=6
+    ),
+)
+def test_bias_rounding_explains_all_in_random_networks(
+    weight_bits: int, act_bits: int, seed: int, special: list[tuple[int, float]]
+) -> None:
+    spec = dataclasses.replace(small_spec(4), weight_bits=weight_bits, act_bits=act_bits)
+    torch.manual_seed(seed)
+    model = build_model(spec)
+    perturb_batch_norm(model, seed=seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for channel, gamma in special:
+                    module.weight[channel] = gamma
+    calibrate(model, images())
+    off_ties(model)
+    check_bias_rounding_explains_all(model, spec)
+
+
+def test_a_finer_bias_is_nearer_than_the_accumulators_step() -> None:
+    """At 2 bits a bias rounded to the accumulator's step (127 of these) would be wrong by up to half of it."""
+    model = one_conv_model(2)
+    folded: Any = fold(model, one_conv_spec(2))
+    unfolded, after, input_scale = conv_outputs(model, folded)
+    accumulator = (input_scale * parameters_of(folded.conv)[1]).reshape(-1, 1, 1)
+    error = ((after - unfolded).abs() / accumulator).amax(dim=(0, 2, 3))
+    assert (error < 0.5 / 127 + 1e-3).all()  # float32 sums beside it
+
+
+@pytest.mark.parametrize(
+    ("largest_weight", "lowest", "highest", "steps"),
+    [
+        (127, 0, 255, 1),
+        (7, 0, 15, 18),
+        (3, 0, 7, 42),
+        (1, 0, 3, 127),
+        (1, -1, 1, 127),
+        (7, 0, 255, 9),  # 2 * 255 * 7 * 9 = 32,130: one step more would pass 2^15 - 1
+        (7, -128, 127, 9),
+        (1, 0, 255, 64),
+    ],
+)
+def test_how_many_steps_fit(largest_weight: int, lowest: int, highest: int, steps: int) -> None:
+    assert bias_steps(largest_weight, Grid(0.1, lowest, highest)) == steps
+    assert largest_weight * steps <= 127
+    if steps > 1:
+        assert 2 * (highest - lowest) * largest_weight * steps < 2**15
+
+
+@pytest.mark.parametrize(
+    "values", [{"gamma": 0.0, "beta": 0.7}, {"gamma": -1e-12, "beta": -0.3}, {"gamma": 0.0, "beta": 0.0}]
+)
+def test_a_switched_off_binary_channel_is_its_bias(values: dict[str, float]) -> None:
+    """Binary weights have no zero code; the largest bias code there is drowns them instead."""
+    spec = dataclasses.replace(one_conv_spec(4), weight_bits=1)
+    torch.manual_seed(0)
+    model: Any = build_model(spec)
+    perturb_batch_norm(model, seed=0)
+    calibrate(model, images())
+    model = with_channel(model, 3, **values)
+    folded: Any = fold(model, spec)
+    assert folded.conv.quant_weight().int().unique().tolist() == [-1, 1]
+    _, after, _ = conv_outputs(model, folded)
+    # 36 signs of activations up to 15 codes, in steps of 127, beside 2^30; and float32's own rounding.
+    assert (after[:, 3] - values["beta"]).abs().max() <= abs(values["beta"]) * (
+        36 * 15 * 127 / 2**30 + 2.0**-22
+    ) + 1e-20

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
+from robustq.checkpoint import describe_state_dict
 from robustq.models.calibration import calibrate
+from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec, build_model
+from robustq.models.state_dict import find_state_dict
 from tests.models.small_nets import perturb_batch_norm, small_spec
 
 BLOCKS = {"resnet8": 1, "resnet20": 3}
@@ -184,3 +190,91 @@ def test_the_sum_takes_the_quantized_branches() -> None:
     for code in codes:
         torch.testing.assert_close(code, code.round(), rtol=0, atol=1e-4)  # float32: code times scale over scale
         assert len(code.round().unique()) > 30
+
+
+# --- other architectures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [1000, 10])
+def test_resnet18_is_torchvisions_bit_for_bit(classes: int) -> None:
+    torch.manual_seed(0)
+    theirs = resnet18(num_classes=classes).eval()
+    perturb_batch_norm(theirs, seed=0)
+    ours = build_model(ModelSpec("resnet18", 32, 32, classes, 3, 64, "imagenet", None, ()))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x))  # exact: the same operations in the same order
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+def test_resnet18_quantizes_every_convolution(bits: int) -> None:
+    found = convolutions(build_model(ModelSpec("resnet18", bits, bits, 10, 3, 64, "d", None, ())))
+    assert len(found) == 20
+    assert all(hasattr(conv, "quant_weight") for conv in found.values())
+
+
+def option_a_logits(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """He's ResNet-20 with parameter-free shortcuts, from its weights alone."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+        return functional.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], eps=1e-5)
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        return functional.conv2d(x, state[f"{name}.weight"], stride=stride, padding=1)
+
+    x = norm(conv(x, "conv1"), "bn1").relu()
+    for stage, width in ((1, 16), (2, 32), (3, 64)):
+        for block in range(3):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+            out = norm(conv(x, f"{name}.conv1", stride), f"{name}.bn1").relu()
+            out = norm(conv(out, f"{name}.conv2"), f"{name}.bn2")
+            if stride == 2:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, width // 4, width // 4))
+            x = (out + x).relu()
+    return functional.linear(functional.adaptive_avg_pool2d(x, 1).flatten(1), state["fc.weight"], state["fc.bias"])
+
+
+@pytest.mark.parametrize(("channels", "image_size"), [(1, 8), (3, 16)])
+def test_option_a_is_a_plain_network_bit_for_bit(channels: int, image_size: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(small_spec(32, architecture="resnet20-a", channels=channels, image_size=image_size))
+    perturb_batch_norm(model, seed=0)
+    assert len(convolutions(model)) == 19
+    x = torch.rand(4, channels, image_size, image_size)
+    with torch.no_grad():
+        assert torch.equal(model(x), option_a_logits(model.state_dict(), x))
+
+
+def test_a_folded_padded_shortcut_is_the_same_tensor() -> None:
+    """Slices and zero channels, written as the convolution that integer kernels can run."""
+    torch.manual_seed(0)
+    model, spec = build_model(small_spec(4, architecture="resnet20-a")), small_spec(4, architecture="resnet20-a")
+    perturb_batch_norm(model, seed=0)
+    calibrate(model, torch.rand(16, 1, 8, 8))
+    folded = fold(model, spec)
+    x = folded.get_submodule("relu")(torch.rand(2, 16, 6, 6))
+    plain, convolved = (net.get_submodule("layer2.0.downsample.0") for net in (model, folded))
+    assert isinstance(convolved, nn.Conv2d)
+    with torch.no_grad():
+        values = convolved(x)
+        assert torch.equal(getattr(values, "value", values), plain(x))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_option_a_are_recognised(tmp_path: Path, prefix: str) -> None:
+    """Their classifier is called ``linear``, and training scripts wrap them."""
+    state = build_model(small_spec(32, architecture="resnet20-a", channels=3)).state_dict()
+    theirs = {prefix + name.replace("fc.", "linear."): value for name, value in state.items()}
+    found = find_state_dict({"state_dict": theirs, "best_prec1": 91.7})
+    assert found is not None and found.keys() == state.keys()
+    assert describe_state_dict(found, tmp_path) == ("resnet20-a", 10, 3)
+
+
+def test_projections_called_shortcut_are_recognised(tmp_path: Path) -> None:
+    state = build_model(small_spec(32, architecture="resnet20")).state_dict()
+    theirs = {name.replace("downsample", "shortcut").replace("fc.", "linear."): v for name, v in state.items()}
+    found = find_state_dict(theirs)
+    assert found is not None and found.keys() == state.keys()
+    assert describe_state_dict(found, tmp_path) == ("resnet20", 10, 1)

@@ -34,11 +34,13 @@ class _CountsCodes:
         self.accumulator_dtype = torch.float32 if float(largest) < EXACT_FLOAT32 else torch.float64
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias codes in float64."""
+        """Weight and bias codes in float64, both in steps of the bias: the accumulator's own may be coarser."""
         layer: Any = self
         weight_scale = layer.weight_quant.tensor_quant.scaling_impl.scale
         bias_scale = layer.bias_quant.tensor_quant.scaling_impl.scale
         weights = (layer.weight.detach() / weight_scale).round().double()
+        steps = (self.input_scale or 0.0) * weight_scale.flatten().double() / bias_scale.double()
+        weights = weights * steps.round().reshape(-1, *[1] * (weights.dim() - 1))
         return weights, (layer.bias.detach().double() / bias_scale.double()).round()
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """BatchNorm into weights and biases, on the graph of the user's own network.
 
-Each layer gets an int32 bias that holds its own scale, input scale * weight scale, so that the values between layers
-stay plain tensors and every operation in between is the one that the network was written with.
+Each layer gets an int32 bias that holds its own scale, so that the values between layers stay plain tensors and every
+operation in between is the one that the network was written with.
 """
 
 from __future__ import annotations
@@ -13,32 +13,17 @@ import brevitas.nn as qnn
 import torch
 from brevitas.backport.fx import GraphModule, Node
 from brevitas.graph.utils import set_module
-from brevitas.inject.enum import QuantType, RestrictValueType, ScalingImplType, ScalingPerOutputType
-from brevitas.quant.base import IntQuant
-from brevitas.quant.solver.bias import BiasQuantSolver
 from torch import nn
 
 from robustq.errors import ExportError
-from robustq.models.folding import _affine, _fold_float, _fold_quantized, _identity
+from robustq.models.folding import Grid, _affine, _fold_float, _fold_quantized, _identity
 from robustq.models.layers import weight_quantizer
 from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.own.operations import NORMS
 from robustq.models.own.quantize import QuantReLU6
-from robustq.models.quantizers import ActQuant, FixedScaling
+from robustq.models.quantizers import ActQuant, BiasQuant
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
-
-
-class ScaledBiasQuant(IntQuant, BiasQuantSolver):  # type: ignore[misc]
-    """int32 biases whose scale, input scale * weight scale, is held in a buffer."""
-
-    bit_width = 32
-    requires_input_scale = False
-    scaling_impl = FixedScaling
-    scaling_impl_type = ScalingImplType.PARAMETER
-    scaling_per_output_type = ScalingPerOutputType.CHANNEL
-    restrict_scaling_type = RestrictValueType.FP
-    quant_type = QuantType.INT
 
 
 def fold_graph(model: GraphModule) -> GraphModule:
@@ -82,12 +67,10 @@ def _fold_layer(folded: GraphModule, node: Node, layer: Any) -> None:
     if is_float:
         _fold_float(layer, affine, target)
     else:
-        grid: Any = _input_quantizer(folded, node).act_quant
-        input_scale = grid.scale().item()
-        _fold_quantized(layer, affine, target, input_scale)
-        weight_scale = target.weight_quant.tensor_quant.scaling_impl.scale
-        target.bias_quant.tensor_quant.scaling_impl.scale.copy_(weight_scale.flatten() * input_scale)
-        target.set_input_scale(input_scale, largest_code=2 ** (int(grid.bit_width()) - int(grid.is_signed)))
+        quantizer: Any = _input_quantizer(folded, node).act_quant
+        grid = Grid.of(quantizer.scale().item(), bits=int(quantizer.bit_width()), signed=bool(quantizer.is_signed))
+        _fold_quantized(layer, affine, target, grid)
+        target.set_input_scale(grid.scale, largest_code=max(-grid.lowest, grid.highest))
     set_module(folded, target.eval(), str(node.target))
 
 
@@ -107,7 +90,7 @@ def _empty_twin(layer: Any, *, is_float: bool) -> Any:
     if is_float:
         return (nn.Conv2d if is_conv else nn.Linear)(*shape, **options)
     options |= weight_quantizer(int(layer.weight_quant.bit_width()), folded=True)
-    return (ExactConv2d if is_conv else ExactLinear)(*shape, bias_quant=ScaledBiasQuant, **options)
+    return (ExactConv2d if is_conv else ExactLinear)(*shape, bias_quant=BiasQuant, **options)
 
 
 def _input_quantizer(folded: GraphModule, node: Node) -> nn.Module:

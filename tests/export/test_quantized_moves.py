@@ -1,4 +1,4 @@
-"""The pass that lets onnxruntime flatten codes instead of floats."""
+"""The pass that lets onnxruntime flatten and max-pool codes instead of floats."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from robustq.export.lowering.quantized_flatten import quantized_flatten
+from robustq.export.lowering.quantized_moves import quantized_moves
 from tests.export import hand_made as hm
 
 
@@ -39,7 +39,7 @@ def pooled(count: int = 64) -> hm.Array:
 def test_codes_are_quantized_again_without_a_change(zero_point: hm.Constant, scale: float) -> None:
     before = classifier(zero_point=zero_point, scale=scale)
     after = copy.deepcopy(before)
-    assert quantized_flatten(after) == 1
+    assert quantized_moves(after) == 1
     onnx.checker.check_model(after, full_check=True)
     assert hm.counts(before) == {"QuantizeLinear": 1, "DequantizeLinear": 1, "Flatten": 1, "Gemm": 1}
     assert hm.counts(after) == {"QuantizeLinear": 2, "DequantizeLinear": 2, "Flatten": 1, "Gemm": 1}
@@ -50,7 +50,7 @@ def test_codes_are_quantized_again_without_a_change(zero_point: hm.Constant, sca
 def test_every_reader_is_rewired() -> None:
     before = classifier(readers=2)
     after = copy.deepcopy(before)
-    assert quantized_flatten(after) == 1
+    assert quantized_moves(after) == 1
     sources = {node.input[0] for node in after.graph.node if node.op_type == "Gemm"}
     assert len(sources) == 1 and "flat" not in sources
     assert hm.same_answers(before, after, pooled())
@@ -58,16 +58,16 @@ def test_every_reader_is_rewired() -> None:
 
 def test_a_second_run_does_nothing() -> None:
     model = classifier()
-    assert quantized_flatten(model) == 1
+    assert quantized_moves(model) == 1
     once = model.SerializeToString()
-    assert quantized_flatten(model) == 0
+    assert quantized_moves(model) == 0
     assert model.SerializeToString() == once
 
 
 def test_a_flatten_of_floats_is_left_alone() -> None:
     model = hm.model([hm.node("Flatten", ["x"], "y")], {}, x=["n", 8, 1, 1], outputs={"y": 2})
     before = model.SerializeToString()
-    assert quantized_flatten(model) == 0
+    assert quantized_moves(model) == 0
     assert model.SerializeToString() == before
 
 
@@ -82,5 +82,23 @@ def test_scales_per_channel_are_left_alone() -> None:
     ]
     model = hm.model(nodes, constants, x=["n", 8, 2, 2], outputs={"y": 2})
     before = model.SerializeToString()
-    assert quantized_flatten(model) == 0
+    assert quantized_moves(model) == 0
     assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("zero_point", [np.uint8(0), np.uint8(128)])
+def test_a_max_pooling_of_codes_is_quantized_again(zero_point: hm.Constant) -> None:
+    draw = np.random.default_rng(0)
+    constants = {"s": np.float32(0.1), "z": zero_point, "w": draw.standard_normal((3, 8, 1, 1)).astype(np.float32)}
+    pool = hm.node("MaxPool", ["values"], "largest", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        pool,
+        hm.node("Conv", ["largest", "w"], "y"),
+    ]
+    before = hm.model(nodes, constants, x=["n", 8, 7, 7], outputs={"y": 4})
+    after = copy.deepcopy(before)
+    assert quantized_moves(after) == 1
+    assert [node.op_type for node in after.graph.node][2:] == ["MaxPool", "QuantizeLinear", "DequantizeLinear", "Conv"]
+    assert hm.same_answers(before, after, draw.uniform(-20, 30, (16, 8, 7, 7)).astype(np.float32))

@@ -1,0 +1,76 @@
+"""Every layer's accumulator counts in the steps of its bias.
+
+Contract: where a Conv or Gemm adds an int32 bias whose scale is 1/m of input scale * weight scale, m a whole number,
+the weight codes are multiplied by m and their scale is divided by m; the Clip that marked their width goes. The
+represented weights are the same up to one float32 rounding. Why: QLinearConv and QGemm add the bias to the accumulator
+as it is, so onnxruntime leaves a layer in float whose bias counts in another unit; and folding makes biases of narrow
+weights finer than their accumulator (:func:`robustq.models.folding.bias_steps`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+
+from robustq.errors import ExportError
+from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers
+
+
+def accumulator_biases(model: onnx.ModelProto) -> int:
+    """Rescale the weights of every such layer; returns how many."""
+    graph = model.graph
+    index = GraphIndex(graph)
+    changed = 0
+    for node in graph.node:
+        if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        entering, weight, bias = (index.made_by.get(name) for name in node.input[:3])
+        if any(one is None or one.op_type != "DequantizeLinear" for one in (entering, weight, bias)):
+            continue
+        steps = _steps(index, node, entering, weight, bias)
+        if weight is not None and steps > 1:
+            _multiply(index, node, weight, steps)
+            changed += 1
+    drop_unused_initializers(graph)
+    _drop_unused_clips(graph)
+    return changed
+
+
+def _steps(index: GraphIndex, node: onnx.NodeProto, entering: Any, weight: Any, bias: Any) -> int:
+    scales = [index.constant(one.input[1]) for one in (entering, weight, bias)]
+    if any(scale is None for scale in scales):
+        raise ExportError(f"{node.name}: a scale is computed, not constant; cannot tell what its bias counts in")
+    x_scale, w_scale, b_scale = (np.asarray(scale, dtype=np.float64) for scale in scales)
+    ratio = x_scale * w_scale / b_scale
+    steps = int(np.rint(ratio.flat[0]))
+    # Scales are float32: a product of two and a quotient are right to some 2e-7.
+    if steps < 1 or not np.allclose(ratio, steps, rtol=1e-5, atol=0.0):
+        raise ExportError(
+            f"{node.name}: its accumulator's step is {ratio.flat[0]:g} of its bias' steps, no whole number"
+        )
+    return steps
+
+
+def _multiply(index: GraphIndex, node: onnx.NodeProto, weight: onnx.NodeProto, steps: int) -> None:
+    clip = index.made_by.get(weight.input[0])
+    codes = index.constant(clip.input[0] if clip is not None and clip.op_type == "Clip" else weight.input[0])
+    scale = index.constant(weight.input[1])
+    if codes is None or codes.dtype != np.int8 or scale is None:
+        raise ExportError(f"{node.name}: its weights are not constant int8 codes; cannot make its accumulator finer")
+    multiplied = codes.astype(np.int32) * steps
+    if np.abs(multiplied).max(initial=0) > 127:
+        raise ExportError(f"{node.name}: weight codes times {steps} pass 127; cannot make its accumulator finer")
+    weight.input[0] = add_initializer(index.graph, f"{node.name}_codes", multiplied.astype(np.int8))
+    finer = (scale.astype(np.float64) / steps).astype(np.float32)
+    weight.input[1] = add_initializer(index.graph, f"{node.name}_weight_scale", finer)
+
+
+def _drop_unused_clips(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    kept = [node for node in graph.node if node.op_type != "Clip" or node.output[0] in used]
+    if len(kept) < len(graph.node):
+        del graph.node[:]
+        graph.node.extend(kept)
+        drop_unused_initializers(graph)

@@ -1,0 +1,185 @@
+"""One bit: signs and their gradients against XNOR-Net's formulas, and blocks that float weights fit."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+from typing import Any
+
+import brevitas.nn as qnn
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.checkpoint import load_weights
+from robustq.data import to_float
+from robustq.errors import ModelFileError
+from robustq.models.calibration import calibrate
+from robustq.models.quantizers import BinaryActQuant, BinaryWeightQuant
+from robustq.models.spec import build_model
+from robustq.models.thresholds import SignNorm
+from tests.models.small_nets import digits, perturb_batch_norm, small_spec
+
+
+def conv() -> Any:
+    torch.manual_seed(0)
+    return qnn.QuantConv2d(3, 5, 3, bias=False, weight_quant=BinaryWeightQuant)
+
+
+def sign(x: Tensor) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0)
+
+
+def images(count: int = 16) -> Tensor:
+    return to_float(digits()[0][:count])
+
+
+# --- quantizers ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_alpha_times_their_sign() -> None:
+    layer = conv()
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = 0.0
+    weight = layer.weight.detach()
+    alpha = weight.abs().mean(dim=(1, 2, 3), keepdim=True)
+    quantized = layer.quant_weight()
+    # The mean may be summed in another order: one float32 rounding or two.
+    torch.testing.assert_close(quantized.value, alpha * sign(weight), rtol=1e-6, atol=0)
+    assert torch.equal(quantized.int().float(), sign(weight))  # +1 at 0
+    assert all(len(channel.unique()) == 2 for channel in quantized.value)
+    assert int(quantized.bit_width) == 1
+
+
+def test_the_gradient_of_weights_passes_the_sign_and_the_mean() -> None:
+    """D (alpha sign(w))_j / d w_i = [i = j] + sign(w_i) sign(w_j) / n."""
+    layer = conv()
+    upstream = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1))
+    (layer.quant_weight().value * upstream).sum().backward()
+    signs = sign(layer.weight.detach())
+    through_alpha = signs * (upstream * signs).sum(dim=(1, 2, 3), keepdim=True) / 27
+    torch.testing.assert_close(layer.weight.grad, upstream + through_alpha, rtol=1e-5, atol=1e-6)  # float32 sums
+
+
+def test_a_dead_channel_stays_finite() -> None:
+    layer = conv()
+    with torch.no_grad():
+        layer.weight[2] = 0.0
+    quantized = layer.quant_weight()
+    assert quantized.value.isfinite().all() and quantized.value[2].abs().max() <= 1e-9
+    assert torch.equal(quantized.int()[2], torch.ones_like(quantized.int()[2]))
+
+
+def test_activations_are_signs_with_a_gradient_inside_one() -> None:
+    layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
+    x = torch.tensor([-3.0, -1.001, -1.0, -0.5, -1e-30, -0.0, 0.0, 0.4, 1.0, 1.001, 3.0], requires_grad=True)
+    upstream = torch.arange(1.0, 12.0)
+    y = layer(x)
+    (y * upstream).sum().backward()
+    assert torch.equal(y, sign(x.detach()))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.where(x.detach().abs() <= 1, upstream, 0.0))
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def binary_layers(model: nn.Module) -> dict[str, int]:
+    return {
+        name: int(module.quant_weight().bit_width)  # type: ignore[operator]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+@pytest.mark.parametrize(("architecture", "blocks", "shortcuts"), [("resnet8", 3, 2), ("resnet18", 8, 3)])
+def test_inner_convolutions_are_binary_and_outer_ones_8_bit(architecture: str, blocks: int, shortcuts: int) -> None:
+    model = build_model(small_spec(1, architecture=architecture, channels=3))
+    bits = binary_layers(model)
+    eight = {name for name, width in bits.items() if width == 8}
+    assert eight == {"conv1", "fc", *(name for name in bits if "downsample" in name)}
+    assert len(eight) == 2 + shortcuts
+    assert sum(width == 1 for width in bits.values()) == 2 * blocks
+    assert set(bits.values()) == {1, 8}
+
+
+def test_every_binary_convolution_sees_signs_and_its_own_norm_before_them() -> None:
+    torch.manual_seed(0)
+    model = build_model(small_spec(1))
+    seen: list[Tensor] = []
+    order: list[str] = []
+
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...], *, name: str) -> None:
+        order.append(name)
+        seen.append(inputs[0])
+
+    for name, module in model.named_modules():
+        if isinstance(module, SignNorm):
+            module.register_forward_hook(lambda *_, name=name: order.append(name))
+        elif name.endswith(("conv1", "conv2")) and name != "conv1":
+            module.register_forward_pre_hook(functools.partial(enter, name=name))
+    with torch.no_grad():
+        model(images())
+    assert all(set(torch.unique(each).tolist()) <= {-1.0, 1.0} for each in seen) and len(seen) == 6
+    assert [name.rpartition(".")[2] for name in order] == ["norm1", "conv1", "norm2", "conv2"] * 3
+
+
+def test_float_weights_fit_and_calibration_gives_every_norm_the_statistics_of_the_images() -> None:
+    torch.manual_seed(0)
+    plain, binary = build_model(small_spec(32)), build_model(small_spec(1))
+    perturb_batch_norm(plain, seed=0)
+    load_weights(binary, plain.state_dict(), Path("plain.pt"))
+    own = binary.state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in plain.state_dict().items())
+    entered: dict[str, Tensor] = {}
+    calibrate(binary, images(64))
+    for name, module in binary.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, inputs, name=name: entered.__setitem__(name, inputs[0]))
+    with torch.no_grad():
+        binary(images(64))
+    norms = dict(binary.named_modules())
+    assert len(entered) == 1 + 4 * 3 + 2
+    for name, x in entered.items():
+        norm: Any = norms[name]
+        # The thresholds of the layers before were set in the same pass: float32 sums of the same values.
+        torch.testing.assert_close(norm.running_mean, x.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, x.var(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_wider_networks_keep_their_statistics_in_calibration() -> None:
+    model = build_model(small_spec(4))
+    perturb_batch_norm(model, seed=0)
+    before = copy.deepcopy(model.state_dict())
+    calibrate(model, images())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if "running" in name)
+
+
+def test_binary_weights_fit_a_wider_network_and_back() -> None:
+    torch.manual_seed(0)
+    binary, wide = build_model(small_spec(1)), build_model(small_spec(4))
+    perturb_batch_norm(binary, seed=1)
+    load_weights(wide, binary.state_dict(), Path("binary.pt"))
+    assert torch.equal(wide.get_parameter("layer2.0.conv1.weight"), binary.get_parameter("layer2.0.conv1.weight"))
+    again = build_model(small_spec(1))
+    load_weights(again, binary.state_dict(), Path("binary.pt"))
+    assert torch.equal(again.get_parameter("layer2.0.norm1.weight"), binary.get_parameter("layer2.0.norm1.weight"))
+
+
+def test_a_missing_weight_is_still_an_error() -> None:
+    state = build_model(small_spec(32)).state_dict()
+    del state["layer1.0.bn1.running_mean"]
+    with pytest.raises(ModelFileError, match=r"1 entries \(layer1.0.bn1.running_mean"):
+        load_weights(build_model(small_spec(1)), state, Path("plain.pt"))
+
+
+def test_one_step_moves_latent_weights_and_all_get_gradients() -> None:
+    torch.manual_seed(0)
+    model = build_model(small_spec(1)).train()
+    calibrate(model, images(64), from_scratch=True)
+    x, y = images(64), digits()[1][:64]
+    nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
