@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import ModelFileError, RobustqError, UsageError
+from robustq.models.blocks import SIGN_NORMS
 from robustq.models.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
 from robustq.models.state_dict import find_state_dict, is_bare_state_dict
+from robustq.models.thresholds import SignNorm
 from robustq.outputs import file_when_whole
 from robustq.torch_file import read_checkpoint
 
@@ -158,15 +160,27 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copy float weights into a network of the same architecture at any width; activation scales, the state's own too,
-    are left to calibration.
+    """Copy weights into a network of the same architecture at any width.
+
+    Activation scales, the state's own too, are left to calibration; so are BatchNorms in front of signs, which only
+    binary networks have.
 
     Raises:
         ModelFileError: a weight is missing, left over or of another shape.
     """
-    kept = {name: value for name, value in state.items() if not name.endswith("log_threshold")}
-    full = {**{name: value for name, value in model.state_dict().items() if name.endswith("log_threshold")}, **kept}
+    own = model.state_dict()
+    norms = {name for name, module in model.named_modules() if isinstance(module, SignNorm)}
+    own_signs = {name for name in own if name.rpartition(".")[0] in norms}
+    full = {name: value for name, value in own.items() if _is_threshold(name) or (name in own_signs - state.keys())}
+    for name, value in state.items():
+        layer = name.rpartition(".")[0].rpartition(".")[2]
+        if not _is_threshold(name) and (name in own or layer not in SIGN_NORMS):
+            full[name] = value
     _load_state(model, full, path)
+
+
+def _is_threshold(name: str) -> bool:
+    return name.endswith("log_threshold")
 
 
 def _load_state(model: nn.Module, state: Any, path: Path) -> None:

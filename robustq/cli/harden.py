@@ -9,7 +9,22 @@ import typer
 
 from robustq.cli.finish import finish, radius
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import Data, Device, Epsilon, Json, RecipeName, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.options import (
+    ActBits,
+    Bits,
+    BitsPerLayer,
+    Data,
+    Device,
+    Epsilon,
+    Json,
+    Normalisation,
+    RecipeName,
+    RunOut,
+    Seed,
+    Set,
+    SkipBadImages,
+    WeightBits,
+)
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 from robustq.errors import UsageError
 
@@ -19,9 +34,11 @@ def harden(
     model: Annotated[
         Path | None, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
     ] = None,
-    bits: Annotated[
-        int | None, typer.Option(help="Width of weights and activations: 8, 4, 3, 2, 1 (32 stays float).")
-    ] = None,
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    act_bits: ActBits = None,
+    bits_per_layer: BitsPerLayer = None,
+    normalisation: Normalisation = None,
     recipe: RecipeName = "odgq",
     data: Data = None,
     epsilon: Epsilon = None,
@@ -72,6 +89,10 @@ def harden(
         return harden_model(
             model,
             bits=bits,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            bits_per_layer=bits_per_layer,
+            normalisation=normalisation,
             recipe=recipe,
             overrides=tuple(overrides or ()),
             data=data,

@@ -48,3 +48,22 @@ FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result t
 RecipeName = Annotated[
     str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.", autocompletion=recipe)
 ]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="Width of weights and activations: 8, 4, 3, 2 or 1 (32 is float). Default: what recipe or model says."
+    ),
+]
+WeightBits = Annotated[int | None, typer.Option(help="Width of the weights alone, over --bits.")]
+ActBits = Annotated[int | None, typer.Option(help="Width of the activations alone, over --bits.")]
+BitsPerLayer = Annotated[
+    Path | None,
+    typer.Option(help='TOML file of layers with a width of their own, lines such as "layer1.0.conv1" = 8.'),
+]
+Normalisation = Annotated[
+    str | None,
+    typer.Option(
+        help="Mean and deviation inside the model: imagenet (as torchvision's weights expect), none, or MEAN/STD such "
+        "as 0.49,0.48,0.45/0.25,0.24,0.26."
+    ),
+]

@@ -9,7 +9,21 @@ import typer
 from robustq.cli.completion import ARCHITECTURES, one_of
 from robustq.cli.finish import finish
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import Data, Device, Json, RecipeName, RunOut, Seed, Set, SkipBadImages
+from robustq.cli.options import (
+    ActBits,
+    Bits,
+    BitsPerLayer,
+    Data,
+    Device,
+    Json,
+    Normalisation,
+    RecipeName,
+    RunOut,
+    Seed,
+    Set,
+    SkipBadImages,
+    WeightBits,
+)
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 
 
@@ -23,9 +37,11 @@ def train(
             help=f"{', '.join(ARCHITECTURES)}. Default: what the recipe says.", autocompletion=one_of(ARCHITECTURES)
         ),
     ] = None,
-    bits: Annotated[
-        int | None, typer.Option(help="32 (float), 8, 4, 3, 2 or 1. Default: what the recipe says, else 32.")
-    ] = None,
+    bits: Bits = None,
+    weight_bits: WeightBits = None,
+    act_bits: ActBits = None,
+    bits_per_layer: BitsPerLayer = None,
+    normalisation: Normalisation = None,
     overrides: Set = None,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
@@ -59,6 +75,10 @@ def train(
             data=data,
             architecture=architecture,
             bits=bits,
+            weight_bits=weight_bits,
+            act_bits=act_bits,
+            bits_per_layer=bits_per_layer,
+            normalisation=normalisation,
             skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,

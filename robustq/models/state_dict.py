@@ -12,6 +12,9 @@ WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weight
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Put before every name by DataParallel, torch.compile, and by a module that holds the network as a member."""
 
+ALIASES = {"linear.": "fc.", "shortcut.": "downsample."}
+"""What ResNets for CIFAR call these layers where torchvision says the second."""
+
 
 def is_bare_state_dict(content: Any) -> bool:
     """Whether ``content`` is what ``torch.save(model.state_dict())`` writes."""
@@ -35,7 +38,7 @@ def find_state_dict(content: Any) -> dict[str, Tensor] | None:
             content = inner[0] if inner else content
     if isinstance(content, nn.Module):
         content = content.state_dict()
-    return _without_prefixes(dict(content)) if is_bare_state_dict(content) else None
+    return _renamed(_without_prefixes(dict(content))) if is_bare_state_dict(content) else None
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -47,3 +50,16 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 state = {name.removeprefix(prefix): value for name, value in state.items()}
                 stripped = True
     return state
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Torchvision's names in place of :data:`ALIASES`; a network that has both keeps its own."""
+    for alias, name in ALIASES.items():
+        if any(name in own for own in state):
+            continue
+        state = {own.replace(alias, name) if _has(own, alias) else own: value for own, value in state.items()}
+    return state
+
+
+def _has(name: str, part: str) -> bool:
+    return name.startswith(part) or f".{part}" in name

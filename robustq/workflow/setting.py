@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, usual_au
 from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods import SETTINGS
 from robustq.models.batch_norm import needs_two_images
+from robustq.models.normalise import Normalisation, parse_normalisation
 from robustq.models.quantizers import BITS, FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.models.state_dict import find_state_dict
@@ -182,3 +184,27 @@ def open_source(
     )
     check_fit(spec, loaded, path)
     return state, spec
+
+
+def chosen_normalisation(text: str | None, *, channels: int) -> Normalisation | None:
+    """What ``--normalisation`` says; None without it.
+
+    Raises:
+        UsageError: as :func:`robustq.models.normalise.parse_normalisation`.
+    """
+    return None if text is None else parse_normalisation(text, channels=channels)
+
+
+def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:
+    """``source`` with the normalisation that its weights were trained with.
+
+    Raises:
+        UsageError: ``text`` is no normalisation, or contradicts what a model file says of itself.
+    """
+    wanted = chosen_normalisation(text, channels=source.channels)
+    if text is None or wanted == source.normalisation:
+        return source
+    if source.normalisation is not None or not source.widths.is_float:
+        known = "none" if source.normalisation is None else f"{source.normalisation}"
+        raise UsageError(f"{path} was trained with the normalisation {known}; leave --normalisation {text} out")
+    return replace(source, normalisation=wanted)

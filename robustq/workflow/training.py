@@ -13,14 +13,22 @@ from robustq.checkpoint import load_weights
 from robustq.data import Dataset, load_dataset
 from robustq.errors import UsageError
 from robustq.hardening.run_folder import RUNS, check_new_run
-from robustq.models.quantizers import FLOAT_BITS, Widths
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.outputs import check_place
 from robustq.progress import note
 from robustq.recipe import UNDEFENDED, Recipe
 from robustq.workflow.ptq import quantize_only
 from robustq.workflow.run import calibrate_on, run_recipe
-from robustq.workflow.setting import DEFAULT_EPSILON, data_for, open_source, pick_device, read_recipe
+from robustq.workflow.setting import (
+    DEFAULT_EPSILON,
+    chosen_normalisation,
+    data_for,
+    open_source,
+    pick_device,
+    read_recipe,
+    with_normalisation,
+)
+from robustq.workflow.widths import WidthOptions
 
 
 def train_model(
@@ -30,6 +38,10 @@ def train_model(
     data: str | None = None,
     architecture: str | None = None,
     bits: int | None = None,
+    weight_bits: int | None = None,
+    act_bits: int | None = None,
+    bits_per_layer: Path | None = None,
+    normalisation: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -40,7 +52,9 @@ def train_model(
     Args:
         recipe: name or TOML file.
         overrides: ``key=value`` laid over the recipe.
-        data, architecture, bits: over the recipe's.
+        data, architecture, bits: over the recipe's; ``weight_bits`` and ``act_bits`` over ``bits``.
+        bits_per_layer: TOML file of layer names and widths of their own.
+        normalisation: ``imagenet`` or ``MEAN/STD`` inside the model, in front of its input quantizer; None: none.
         skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of initialisation, order, augmentation and the method's draws.
         device: ``cpu``, ``cuda``; None: a GPU where there is one.
@@ -65,7 +79,9 @@ def train_model(
     if wanted_architecture is None:
         raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
     check_architecture(wanted_architecture)
-    widths = _widths(bits, settings, fallback=Widths(FLOAT_BITS, FLOAT_BITS))
+    options = WidthOptions(bits=bits, weight_bits=weight_bits, act_bits=act_bits, bits_per_layer=bits_per_layer)
+    options.check()
+    widths, layer_bits = options.resolve(settings, source=None)
     if out is not None:
         check_new_run(out)
     check_place(out, RUNS)
@@ -85,6 +101,8 @@ def train_model(
         data=loaded.name,
         epsilon=_epsilon(settings, None),
         class_names=loaded.class_names,
+        normalisation=chosen_normalisation(normalisation, channels=loaded.channels),
+        layer_bits=layer_bits,
     )
     torch.manual_seed(seed)
     model = build_model(spec).to(place)
@@ -105,6 +123,10 @@ def harden_model(
     model: Path | str,
     *,
     bits: int | None = None,
+    weight_bits: int | None = None,
+    act_bits: int | None = None,
+    bits_per_layer: Path | None = None,
+    normalisation: str | None = None,
     recipe: str = "odgq",
     overrides: tuple[str, ...] = (),
     data: str | None = None,
@@ -120,6 +142,8 @@ def harden_model(
     Args:
         model: a robustq model file, or a bare float state dict (then ``data`` is needed).
         bits: width of weights and activations; None: the recipe's, else the model's own.
+        weight_bits, act_bits, bits_per_layer: as :func:`train_model`.
+        normalisation: that a state dict was trained with; robustq's model files say theirs.
         recipe, overrides, skip_bad_images, seed, device, out: as :func:`train_model`.
         data: over what the model says.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
@@ -138,8 +162,8 @@ def harden_model(
     if out is not None:
         check_new_run(out)
     check_place(out, RUNS)
-    if bits is not None:
-        Widths(bits, bits)  # refuse a width outside the table before anything is read
+    options = WidthOptions(bits=bits, weight_bits=weight_bits, act_bits=act_bits, bits_per_layer=bits_per_layer)
+    options.check()
     wanted_data = data or settings.data
     model = Path(model)
     weights, source = open_source(
@@ -149,7 +173,8 @@ def harden_model(
         trust_pickle=trust_pickle,
         skip_bad_images=skip_bad_images,
     )
-    widths = _widths(bits, settings, fallback=None if source.widths.is_float else source.widths)
+    source = with_normalisation(source, normalisation, model)
+    widths, layer_bits = options.resolve(settings, source=source)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
     if settings.method == "ptq":
         if widths.is_float:
@@ -163,6 +188,7 @@ def harden_model(
         data=loaded.name,
         epsilon=_epsilon(settings, source.epsilon),
         class_names=loaded.class_names,
+        layer_bits=layer_bits,
     )
     torch.manual_seed(seed)
     network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
@@ -194,26 +220,14 @@ def quantize(
     always for post-training quantization, which has nothing else to set them.
     """
     model = build_model(target)
-    if source.widths == target.widths and recipe.method != "ptq":
+    same_widths = (source.widths, source.layer_bits) == (target.widths, target.layer_bits)
+    if same_widths and recipe.method != "ptq":
         model.load_state_dict(weights)
         return model.to(device)
     load_weights(model, weights, path)
     model = model.to(device)
     calibrate_on(model, data, recipe, device=device, from_scratch=False)
     return model
-
-
-def _widths(bits: int | None, recipe: Recipe, *, fallback: Widths | None) -> Widths:
-    if bits is not None:
-        return Widths(bits, bits)
-    weight_bits, act_bits = recipe.weight_bits, recipe.act_bits
-    if weight_bits is None and act_bits is None:
-        if fallback is None:
-            raise UsageError(
-                "the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2)"
-            )
-        return fallback
-    return Widths(weight_bits or act_bits or 0, act_bits or weight_bits or 0)
 
 
 def _epsilon(recipe: Recipe, known: float | None) -> float | None:

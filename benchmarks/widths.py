@@ -1,0 +1,71 @@
+"""What a bit width costs in natural training: the rows of docs/results/widths.md.
+
+    python -m benchmarks.widths --data cifar10 [--rows float w4a4 w4a4-fixed w1a1] [--images 10000] [--epochs 10]
+
+Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed.
+``w4a4-fixed`` keeps the activation scales that calibration set; the others learn them. One JSON line a row is printed
+as soon as it is known, and the table at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustq import progress
+from robustq.data import load_dataset
+from robustq.models.quantizers import learned_thresholds
+from robustq.models.spec import ModelSpec, build_model
+from robustq.recipe import load_recipe
+from robustq.workflow.run import run_recipe
+
+ROWS = {"float": (32, 32), "w8a8": (8, 8), "w4a4": (4, 4), "w4a4-fixed": (4, 4), "w2a2": (2, 2), "w1a1": (1, 1)}
+
+
+def main() -> None:
+    """Train the rows and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=["float", "w4a4", "w4a4-fixed", "w1a1"])
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more recipe keys, for every row")
+    options = parser.parse_args()
+    progress.show(True)
+    keys = (f"train_images={options.images}", f"epochs={options.epochs}", "flip=true", *options.set)
+    recipe = load_recipe("natural", keys)
+    data = load_dataset(options.data, train_images=options.images)
+    found = {}
+    for row in options.rows:
+        found[row] = _train(row, data, recipe, seed=options.seed)
+        print(json.dumps({"row": row, **found[row]}), flush=True)
+    print("| row | test accuracy [95%] | epochs | s an epoch |")
+    print("|---|---|---|---|")
+    for row, result in found.items():
+        low, high = result["clean_interval"]
+        accuracy = f"{100 * result['clean_accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        print(f"| {row} | {accuracy} | {result['epochs']} | {result['seconds_per_epoch']:.0f} |")
+
+
+def _train(row: str, data: Any, recipe: Any, *, seed: int) -> dict[str, Any]:
+    weight_bits, act_bits = ROWS[row]
+    shape = (data.classes, data.channels, data.image_size)
+    spec = ModelSpec("resnet20", weight_bits, act_bits, *shape, data.name, None, data.class_names)
+    torch.manual_seed(seed)
+    model = build_model(spec)
+    for threshold in learned_thresholds(model).values():
+        threshold.log_threshold.requires_grad_(not row.endswith("fixed"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return run_recipe(model, spec, data, recipe, seed=seed, device=device, out=out, source=None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Widths of single layers: what is set, what stays, and every fault at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from robustq.checkpoint import load_model, save_model
+from robustq.errors import ModelFileError, UsageError
+from robustq.models.mixed_widths import adjustable_layers, read_layer_bits, set_layer_bits
+from robustq.models.spec import ModelSpec, build_model
+from tests.models.small_nets import small_spec
+
+OWN = {"conv1": 4, "layer1.0.conv1": 8, "layer1.0.relu1": 8, "layer2.0.conv2": 1, "layer3.0.relu2": 2, "fc": 3}
+
+
+def mixed(own: dict[str, int] = OWN, bits: int = 4) -> ModelSpec:
+    return dataclasses.replace(small_spec(bits), layer_bits=tuple(own.items()))
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    found = {}
+    for name in adjustable_layers(model):
+        module: Any = model.get_submodule(name)
+        width = module.quant_weight().bit_width if hasattr(module, "weight") else module.act_quant.bit_width()
+        found[name] = int(width)
+    return found
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_named_layers_get_their_width_and_the_others_keep_theirs(folded: bool) -> None:
+    before = widths(build_model(small_spec(4), folded=folded))
+    after = widths(build_model(mixed(), folded=folded))
+    assert after == {**before, **OWN}
+    assert before["fc"] == before["conv1"] == 8
+
+
+def test_weights_stay_where_they_were() -> None:
+    torch.manual_seed(0)
+    plain = build_model(small_spec(4))
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    set_layer_bits(plain, OWN)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    strided: Any = build_model(mixed({"layer2.0.conv1": 8})).get_submodule("layer2.0.conv1")
+    assert strided.stride == (2, 2) and strided.padding == (1, 1)
+
+
+def test_codes_have_the_width_asked_for() -> None:
+    torch.manual_seed(0)
+    model: Any = build_model(mixed())
+    with torch.no_grad():
+        levels = [len(channel.unique()) for channel in model.layer1[0].conv1.quant_weight().int()]
+        assert max(levels) > 2**4 - 1 and max(levels) <= 2**8 - 1
+        assert all(len(channel.unique()) == 2 for channel in model.layer2[0].conv2.quant_weight().int())
+        activations = model.layer3[0].relu2(torch.linspace(-1, 3, 999).reshape(1, 1, 27, 37))
+        assert len(activations.unique()) == 4
+
+
+def test_all_faults_are_told_at_once_with_the_nearest_name() -> None:
+    own = {"layer1.0.conv3": 4, "layer1.0.relu1": 1, "pixels": 4, "fc": 5, "conv1": 8}
+    with pytest.raises(UsageError) as caught:
+        build_model(mixed(own))
+    text = str(caught.value)
+    assert "no layer 'layer1.0.conv3'" in text and "(nearest: layer1.0.conv" in text
+    assert "layer1.0.relu1 = 1: choose one of 8, 4, 3, 2" in text
+    assert "no layer 'pixels'" in text and "fc = 5: choose one of 8, 4, 3, 2, 1" in text
+    assert "'conv1'" not in text and "\n" not in text
+
+
+def test_a_float_network_has_no_such_layer() -> None:
+    with pytest.raises(UsageError, match=r"no layer 'conv1'"):
+        build_model(mixed({"conv1": 8}, bits=32))
+
+
+def test_the_spec_goes_there_and_back_in_a_model_file(tmp_path: Path) -> None:
+    spec = mixed()
+    save_model(tmp_path / "model.pt", build_model(spec), spec)
+    model, loaded, _ = load_model(tmp_path / "model.pt")
+    assert loaded == spec and hash(loaded) == hash(spec)
+    assert spec.label == "resnet8-w4a4-mixed"
+    assert widths(model) == widths(build_model(spec))
+
+
+@pytest.mark.parametrize("value", [4, ["conv1"], {"conv1": "8"}, {"conv1": True}, {3: 4}])
+def test_a_broken_table_in_a_spec_is_named(value: Any) -> None:
+    with pytest.raises(ModelFileError, match=r"^spec says layer_bits = "):
+        ModelSpec.from_dict({**small_spec(4).to_dict(), "layer_bits": value})
+
+
+@pytest.mark.parametrize(
+    "text", ['"layer1.0.conv1" = 8\n"fc" = 4\n', "[layer1.0]\nconv1 = 8\n[fc]\n", "layer1.0.conv1 = 8\nfc = 4\n"]
+)
+def test_names_may_be_quoted_or_not(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bits.toml"
+    path.write_text(text)
+    assert read_layer_bits(path)["layer1.0.conv1"] == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"\xff\xfe", "cannot be read"),
+        (b"conv1 = ", "is not valid TOML"),
+        (b"", "names no layer"),
+        (b"conv1 = 4.0\nfc = '8'\nrelu = true\n", r"whole numbers \(conv1 = 4.0, fc = '8', relu = True\)"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "bits.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_layer_bits(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
