@@ -118,6 +118,7 @@ def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, 
         )
     try:
         spec = ModelSpec.from_dict(content.get("spec"))
+        _check_sizes(spec, content.get("state"))
         model = build_model(spec, own_model=own_model)
     except RobustqError as error:  # an unknown architecture or width is the file's fault here, not the caller's
         raise ModelFileError(f"{path}: {error}") from error
@@ -181,6 +182,18 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
 
 def _is_threshold(name: str) -> bool:
     return name.endswith("log_threshold")
+
+
+def _check_sizes(spec: ModelSpec, state: Any) -> None:
+    """Refuse a spec of more classes or channels than any weight has, before a network of that size is built."""
+    if not is_bare_state_dict(state):
+        raise ModelFileError("holds no weights; train or copy it again")
+    largest = max(size for value in state.values() for size in (1, *value.shape))
+    for name, wanted in (("classes", spec.classes), ("channels", spec.channels)):
+        if wanted > largest:
+            raise ModelFileError(
+                f"weights do not fit the spec, which says {name} = {wanted} (no weight has more than {largest})"
+            )
 
 
 def _load_state(model: nn.Module, state: Any, path: Path) -> None:

@@ -369,6 +369,20 @@ def test_a_spec_that_cannot_be_built_names_the_file(tmp_path: Path, change: dict
     assert message.startswith(f"{path}: ") and said in message
 
 
+@pytest.mark.parametrize("name", ["classes", "channels"])
+def test_a_spec_larger_than_its_weights_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It would take 256 GB for a billion classes."""
+    path = written(tmp_path, good(spec={**small_spec(4).to_dict(), name: 10**9}))
+
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr("robustq.checkpoint.build_model", build)
+    assert f"{name} = 1000000000" in refusal(lambda: load_model(path))
+
+
 @pytest.mark.parametrize("spec", [None, "resnet8", {}])
 def test_no_spec_names_the_file(tmp_path: Path, spec: Any) -> None:
     path = written(tmp_path, good(spec=spec))

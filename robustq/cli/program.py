@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -19,6 +20,14 @@ from robustq.cli.recipes import recipes
 from robustq.cli.train import train
 from robustq.cli.version import show_version
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
+
+_FULL, _FORBIDDEN = "free the place or name another one", "name a place that may be read and written"
+_WAYS_OUT = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "it is gone; give a path that exists",
+}
 
 LONGEST_LINE = 2000
 """Characters of an error's line; a value that was typed may be longer than any terminal."""
@@ -74,7 +83,8 @@ def main() -> NoReturn:
     except RobustqError as error:
         _fail(str(error), 2)
     except OSError as error:
-        _fail(f"{error.filename or 'output'}: {error.strerror or error}; free the place or name another one", 2)
+        place = error.filename or "a file"
+        _fail(f"{place}: {error.strerror or error}; {_WAYS_OUT.get(error.errno or 0, 'check the path')}", 2)
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None and interrupts.seen:

@@ -191,9 +191,13 @@ def _readable(samples: list[tuple[str, int]], folder: Path) -> list[tuple[str, i
     faults = []
     # Threads: Pillow decodes without Python's lock.
     with ThreadPoolExecutor(default_workers()) as pool, bar(f"check {folder.name}", len(samples)) as progress:
-        for found in pool.map(fault, [path for path, _ in samples]):
-            faults.append(found)
-            progress.advance(1)
+        try:
+            for found in pool.map(fault, [path for path, _ in samples]):
+                faults.append(found)
+                progress.advance(1)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until the last of a million files is read
+            raise
     bad = [path for (path, _), found in zip(samples, faults, strict=True) if found is not None]
     if bad:
         shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")

@@ -21,6 +21,8 @@ DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
 SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet": IMAGENET_SIZE}
 """Pixels a side of the sets known by name."""
 
+LARGEST_SIDE = 4096
+
 
 def load_dataset(
     name_or_path: str,
@@ -47,8 +49,10 @@ def load_dataset(
         DataError: unknown name, missing or broken file, a failed download, or data that makes no classification set.
         UsageError: a negative number.
     """
-    if image_size is not None and image_size < 1:
-        raise UsageError(f"image_size is {image_size}; give the side of the square images in pixels")
+    if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
+        raise UsageError(
+            f"image_size is {image_size}; give the side of the square images in pixels, from 1 to {LARGEST_SIDE}"
+        )
     if workers is not None and workers < 0:
         raise UsageError(f"workers is {workers}; give a number of processes, 0 for none")
     if name_or_path == "imagenet":
