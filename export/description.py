@@ -14,6 +14,9 @@ from robustq.errors import ModelFileError
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
+QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
+"""Of QONNX: the second input is the scale."""
+
 _WEIGHT = {"QLinearConv": 3, "QGemm": 3}
 """Place of the weight among a node's inputs, where it is not the second."""
 
@@ -21,8 +24,10 @@ _WEIGHT = {"QLinearConv": 3, "QGemm": 3}
 def describe_onnx(path: Path) -> dict[str, Any]:
     """Layers, inputs, outputs, operators, opset and metadata of the file at ``path``.
 
-    A layer's ``weight_bits`` is the width that its codes need: the smallest b with every code in
-    [-2^(b-1), 2^(b-1) - 1]; 32 for float weights, and what the Quant node says in QONNX.
+    A layer's ``weight_bits`` is the width that its weights need: each output channel's codes are divided by their
+    greatest common divisor (folding multiplies a channel's codes, and divides its scale, to give the bias finer steps),
+    and the width is the smallest b with all of them in [-2^(b-1), 2^(b-1) - 1]; 1 where all are -1 or 1, 32 for float
+    weights, None where they cannot be read.
 
     Raises:
         ModelFileError: not an ONNX file.
@@ -78,27 +83,37 @@ def _layer(
     node: onnx.NodeProto, makers: dict[str, onnx.NodeProto], values: dict[str, onnx.TensorProto]
 ) -> dict[str, Any]:
     name = node.input[_WEIGHT.get(node.op_type, 1)]
-    bits: int | None = None
-    # From the layer back to the initializer, through DequantizeLinear, Clip, Transpose, ...
-    while name in makers:
+    scale: np.ndarray[Any, Any] | None = None
+    # From the layer back to the initializer, through DequantizeLinear, Clip, Transpose, ...; QONNX keeps float weights
+    # and says in its Quant node what they are multiples of.
+    while name in makers and makers[name].input:
         maker = makers[name]
-        if maker.op_type == "BipolarQuant":
-            bits = 1
-        if maker.op_type == "Quant":
-            bits = int(numpy_helper.to_array(values[maker.input[3]])) if maker.input[3] in values else None
-        if maker.op_type == "Constant" or not maker.input:
-            break
+        if maker.op_type in QUANTIZERS and maker.input[1] in values:
+            scale = numpy_helper.to_array(values[maker.input[1]])
         name = maker.input[0]
-    shape: list[int] = []
-    if name in values:
-        codes = numpy_helper.to_array(values[name])
-        shape = list(codes.shape)
-        bits = bits if bits is not None else _needed_bits(codes)
-    return {"name": node.name or node.output[0], "kind": node.op_type, "shape": shape, "weight_bits": bits}
+    row: dict[str, Any] = {"name": node.name or node.output[0], "kind": node.op_type, "shape": [], "weight_bits": None}
+    if name not in values:
+        return row
+    codes = numpy_helper.to_array(values[name])
+    if scale is not None:
+        codes = np.rint(codes / scale).astype(np.int64)
+    return {**row, "shape": list(codes.shape), "weight_bits": _needed_bits(codes, axis=_channel_axis(node))}
 
 
-def _needed_bits(codes: np.ndarray[Any, Any]) -> int:
-    if codes.dtype.kind not in "iu" or codes.size == 0:
-        return 32
-    low, high = int(codes.min()), int(codes.max())
-    return next(bits for bits in range(1, 65) if -(2 ** (bits - 1)) <= low and high <= 2 ** (bits - 1) - 1)
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """Axis of a weight that counts output channels."""
+    if "MatMul" in node.op_type:
+        return 1
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 1 if node.op_type in ("Gemm", "QGemm") and not transposed else 0
+
+
+def _needed_bits(codes: np.ndarray[Any, Any], *, axis: int) -> int | None:
+    if codes.dtype.kind not in "iu" or codes.ndim < 2 or codes.size == 0:
+        return 32 if codes.dtype.kind == "f" else None
+    channels = np.moveaxis(codes.astype(np.int64), axis, 0).reshape(codes.shape[axis], -1)
+    channels //= np.maximum(np.gcd.reduce(channels, axis=1), 1)[:, None]
+    if (np.abs(channels) == 1).all():
+        return 1
+    low, high = int(channels.min()), int(channels.max())
+    return next(bits for bits in range(2, 65) if -(2 ** (bits - 1)) <= low and high <= 2 ** (bits - 1) - 1)
