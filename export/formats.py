@@ -12,7 +12,9 @@ from torch import nn
 
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
+from robustq.export.lowering.folded_constants import folded_constants
 from robustq.export.lowering.own_parameters import own_parameters
+from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
 from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.qonnx_file import clean_up
@@ -30,6 +32,8 @@ def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(folded, spec)
+    folded_constants(model)
+    padding_in_convolutions(model)
     unsigned_activations(model)
     quantized_moves(model)  # before the biases: it shows what quantized tensor enters a layer behind a pooling
     accumulator_biases(model)

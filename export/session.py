@@ -44,6 +44,12 @@ NOT_LAYERS = frozenset(
         "Cast",
         "MaxPool",
         "NhwcMaxPool",
+        "Concat",
+        "DepthToSpace",
+        "Pad",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
         "ReorderInput",
         "ReorderOutput",
     }

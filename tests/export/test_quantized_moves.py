@@ -102,3 +102,45 @@ def test_a_max_pooling_of_codes_is_quantized_again(zero_point: hm.Constant) -> N
     assert quantized_moves(after) == 1
     assert [node.op_type for node in after.graph.node][2:] == ["MaxPool", "QuantizeLinear", "DequantizeLinear", "Conv"]
     assert hm.same_answers(before, after, draw.uniform(-20, 30, (16, 8, 7, 7)).astype(np.float32))
+
+
+def test_a_chain_is_wrapped_link_by_link() -> None:
+    constants = {"s": np.float32(0.1), "z": np.uint8(3), "shape": np.array([0, -1], np.int64)}
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        hm.node("MaxPool", ["values"], "pooled", kernel_shape=[2, 2]),
+        hm.node("Transpose", ["pooled"], "turned", perm=[0, 2, 3, 1]),
+        hm.node("Reshape", ["turned", "shape"], "flat"),
+        hm.node("Relu", ["flat"], "y"),
+    ]
+    before = hm.model(nodes, constants, x=["n", 8, 3, 3], outputs={"y": 2})
+    after = copy.deepcopy(before)
+    assert quantized_moves(after) == 3
+    onnx.checker.check_model(after, full_check=True)
+    wrapped = ["QuantizeLinear", "DequantizeLinear"]
+    order = [*wrapped, "MaxPool", *wrapped, "Transpose", *wrapped, "Reshape", *wrapped, "Relu"]
+    assert [node.op_type for node in after.graph.node] == order
+    x = np.random.default_rng(1).uniform(-2, 30, (16, 8, 3, 3)).astype(np.float32)
+    assert hm.same_answers(before, after, x)
+    assert quantized_moves(after) == 0
+
+
+def test_every_output_of_a_split_is_wrapped() -> None:
+    constants = {"s": np.float32(0.1), "z": np.uint8(0), "sizes": np.array([2, 6], np.int64)}
+    split = onnx.helper.make_node("Split", ["values", "sizes"], ["few", "many"], name="split", axis=1)
+    nodes = [
+        hm.quantize("x", "codes", "s", "z"),
+        hm.dequantize("codes", "values", "s", "z"),
+        split,
+        hm.node("Relu", ["few"], "y"),
+        hm.node("Relu", ["many"], "u"),
+    ]
+    before = hm.model(nodes, constants, x=["n", 8, 2, 2], outputs={"y": 4, "u": 4})
+    after = copy.deepcopy(before)
+    assert quantized_moves(after) == 2
+    onnx.checker.check_model(after, full_check=True)
+    names = [node.name for node in after.graph.node]
+    assert len(set(names)) == len(names)
+    x = np.random.default_rng(1).uniform(-2, 30, (16, 8, 2, 2)).astype(np.float32)
+    assert hm.same_answers(before, after, x)

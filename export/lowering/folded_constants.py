@@ -1,0 +1,53 @@
+"""Sizes and amounts that depend on nothing become constants.
+
+Contract: a node of :data:`FOLDABLE` whose inputs are all constants becomes an initializer with the value it would
+compute; quantized weights, biases and their scales are none of these. Why: the exporter spells out a padding's amounts
+in seven nodes, behind which no pass can see that they are fixed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from robustq.export.lowering.graph import GraphIndex, drop_unused_initializers
+
+FOLDABLE = frozenset(
+    {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Reshape", "Slice", "Transpose", "Unsqueeze"}
+)
+
+
+def folded_constants(model: onnx.ModelProto) -> int:
+    """Fold in order of execution, so that chains fold whole; returns how many nodes went."""
+    graph = model.graph
+    index = GraphIndex(graph)
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in index.used_by}
+    outputs = {output.name for output in graph.output}
+    folded = 0
+    for node in list(graph.node):
+        inputs = [name for name in node.input if name]
+        if node.op_type not in FOLDABLE or not all(name in known for name in inputs) or outputs & set(node.output):
+            continue
+        values = _run(model, node, {name: known[name] for name in inputs})
+        known |= values
+        graph.node.remove(node)
+        for name, value in values.items():
+            graph.initializer.append(numpy_helper.from_array(value, name))
+        folded += 1
+    drop_unused_initializers(graph)
+    return folded
+
+
+def _run(
+    model: onnx.ModelProto, node: onnx.NodeProto, feeds: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
+) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in feeds.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name) for name in node.output]
+    single = helper.make_model(helper.make_graph([node], "single", inputs, outputs), opset_imports=model.opset_import)
+    results = ReferenceEvaluator(single).run(None, feeds)
+    return dict(zip(node.output, map(np.asarray, results), strict=True))

@@ -1,0 +1,96 @@
+"""Networks as users write them, as deployed files: same answers, integer layers, and the float ones named."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from robustq.data import to_float
+from robustq.export.formats import build
+from robustq.export.parity import Agreement, compare, logits_of, parity
+from robustq.export.qonnx_file import execute
+from robustq.export.session import optimised_layers
+from robustq.models.spec import ModelSpec
+from tests.models.own.own_nets import CLASSES, NETS, SIDE, folded_of, pixels
+
+X = to_float(pixels(120, seed=3))
+
+FLOAT_LAYERS = {
+    "tutorial": {"LogSoftmax"},
+    "normalising": {"Sub", "Div"},  # the normalisation, in front of the input quantizer
+    "inverted": set(),
+    "branching": {"BatchNormalization"},  # behind a concatenation there is no layer to fold it into
+    # Hard swish is two of them; the pooling gives the logits, behind which nothing is quantized.
+    "gated": {"HardSigmoid", "Mul", "Sigmoid", "GlobalAveragePool"},
+    "splitting": set(),
+}
+
+WITHOUT_SUMS = {"tutorial", "gated", "splitting"}
+"""onnxruntime adds quantized values in float32: there a sum on a rounding boundary may fall on its other side."""
+
+
+def spec(bits: int) -> ModelSpec:
+    return ModelSpec("own:net", bits, bits, CLASSES, 3, SIDE, "data", None, tuple("abcde"))
+
+
+@functools.cache
+def content(name: str, bits: int, format_name: str) -> bytes:
+    made: bytes = build(format_name, folded_of(name, bits), spec(bits)).SerializeToString()
+    return made
+
+
+def written(folder: Path, name: str, bits: int, format_name: str) -> Path:
+    path = folder / f"{name}-{bits}-{format_name}.onnx"
+    path.write_bytes(content(name, bits, format_name))
+    return path
+
+
+def holds_exactly(agreement: Agreement) -> bool:
+    """The reference sums whole numbers as the file does: what is left is one float32 product a logit."""
+    return agreement.different_top1 == 0 and agreement.max_difference < 1e-6
+
+
+@pytest.mark.parametrize(("name", "bits"), [*((name, 4) for name in sorted(NETS)), ("inverted", 2), ("splitting", 8)])
+def test_integer_files_give_the_references_answers(tmp_path: Path, name: str, bits: int) -> None:
+    path = written(tmp_path, name, bits, "integer")
+    found = parity(path, folded_of(name, bits), X, runs=("optimised", "exact", "unoptimised"))
+    assert all(agreement.holds for agreement in found.values())
+    if name in WITHOUT_SUMS:
+        assert holds_exactly(found["optimised"]) and holds_exactly(found["exact"])
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_what_runs_in_float_is_what_must(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, 4, "integer")
+    for arm in (False, True):
+        layers = optimised_layers(path, arm_defaults=arm)
+        assert layers.float_convolutions == ()
+        kinds = {layer.split("/")[-1].split("(")[0].split("_")[0] for layer in layers.in_float}
+        assert kinds == FLOAT_LAYERS[name]
+        convolutions = sum(isinstance(one, torch.nn.Conv2d) for one in folded_of(name, 4).modules())
+        assert len(layers.integer) >= convolutions
+
+
+@pytest.mark.parametrize("name", ["tutorial", "inverted"])
+def test_qcdq_files(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, 4, "qcdq")
+    found = parity(path, folded_of(name, 4), X, runs=("optimised", "unoptimised"))
+    assert all(agreement.holds for agreement in found.values())
+
+
+@pytest.mark.parametrize("name", ["inverted"])
+def test_qonnx_files(name: str) -> None:
+    few = X[:8]  # seconds each
+    answers = execute(onnx.load_from_string(content(name, 4, "qonnx")), few)
+    assert compare(logits_of(folded_of(name, 4), few, label="reference"), answers).max_difference < 1e-5
+
+
+def test_the_file_says_what_built_it() -> None:
+    metadata = {
+        entry.key: entry.value for entry in onnx.load_from_string(content("inverted", 4, "integer")).metadata_props
+    }
+    assert '"architecture": "own:net"' in metadata["robustq.spec"]
