@@ -164,18 +164,19 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None
     """Copy weights into a network of the same architecture at any width.
 
     Activation scales, the state's own too, are left to calibration; so are BatchNorms in front of signs, which only
-    binary networks have.
+    binary networks have. Weights of a user's network that its forward never uses (auxiliary heads) are left out.
 
     Raises:
         ModelFileError: a weight is missing, left over or of another shape.
     """
     own = model.state_dict()
+    unused = getattr(model, "meta", {}).get("unused_entries", ())
     norms = {name for name, module in model.named_modules() if isinstance(module, SignNorm)}
     own_signs = {name for name in own if name.rpartition(".")[0] in norms}
     full = {name: value for name, value in own.items() if _is_threshold(name) or (name in own_signs - state.keys())}
     for name, value in state.items():
         layer = name.rpartition(".")[0].rpartition(".")[2]
-        if not _is_threshold(name) and (name in own or layer not in SIGN_NORMS):
+        if not _is_threshold(name) and name not in unused and (name in own or layer not in SIGN_NORMS):
             full[name] = value
     _load_state(model, full, path)
 

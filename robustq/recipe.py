@@ -385,7 +385,8 @@ def _faults_above(flat: dict[str, Any], settings: Mapping[str, Any], vocabulary:
     """Values that only the rooms above can judge."""
     faults = []
     method, architecture = flat.get("method"), flat.get("architecture")
-    if isinstance(architecture, str) and architecture not in vocabulary.architectures:
+    # A colon names a network that is not ours, which nobody knows before it is built.
+    if isinstance(architecture, str) and ":" not in architecture and architecture not in vocabulary.architectures:
         faults.append(unknown_value("architecture", architecture, vocabulary.architectures))
     for key in ("weight_bits", "act_bits"):
         if type(flat.get(key)) is int and flat[key] not in vocabulary.bits:

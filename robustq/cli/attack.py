@@ -10,7 +10,7 @@ import typer
 from robustq.cli.completion import SUITES, one_of
 from robustq.cli.finish import finish, radius
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
+from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
 
 
 def attack(
@@ -31,6 +31,7 @@ def attack(
             help="Exit with 1 when robust accuracy is below this fraction, or a flag is raised.", min=0, max=1
         ),
     ] = None,
+    own_model: OwnModel = None,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
@@ -60,6 +61,7 @@ def attack(
             epsilon=wanted_epsilon,
             images=images,
             data=data,
+            own_model=own_model,
             skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,

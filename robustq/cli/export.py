@@ -10,7 +10,7 @@ import typer
 from robustq.cli.completion import FORMATS, one_of
 from robustq.cli.finish import finish, radius, shortfalls
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, Seed, SkipBadImages
+from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
 
 
 def export(
@@ -31,6 +31,7 @@ def export(
         bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")
     ] = True,
     data: Data = None,
+    own_model: OwnModel = None,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
@@ -62,6 +63,7 @@ def export(
             images=images,
             recheck=recheck,
             data=data,
+            own_model=own_model,
             skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,
@@ -76,6 +78,7 @@ def recheck(
     epsilon: Epsilon = None,
     images: Images = 1000,
     data: Data = None,
+    own_model: OwnModel = None,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
@@ -102,6 +105,7 @@ def recheck(
             epsilon=wanted_epsilon,
             images=images,
             data=data,
+            own_model=own_model,
             skip_bad_images=skip_bad_images,
             seed=seed,
             device=device,

@@ -16,8 +16,10 @@ from robustq.cli.options import (
     Data,
     Device,
     Epsilon,
+    FeatureLayer,
     Json,
     Normalisation,
+    OwnModel,
     RecipeName,
     RunOut,
     Seed,
@@ -32,7 +34,10 @@ from robustq.errors import UsageError
 def harden(
     context: typer.Context,
     model: Annotated[
-        Path | None, typer.Argument(help="model.pt that robustq wrote, or a state dict of a known ResNet (add --data).")
+        Path | None,
+        typer.Argument(
+            help="model.pt that robustq wrote, or a state dict (add --data, and --arch where it is no ResNet of ours)."
+        ),
     ] = None,
     bits: Bits = None,
     weight_bits: WeightBits = None,
@@ -41,6 +46,14 @@ def harden(
     normalisation: Normalisation = None,
     recipe: RecipeName = "odgq",
     data: Data = None,
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            "--architecture", "--arch", help="torchvision:NAME, for a state dict of a network that is none of ours."
+        ),
+    ] = None,
+    own_model: OwnModel = None,
+    feature_layer: FeatureLayer = None,
     epsilon: Epsilon = None,
     overrides: Set = None,
     trust_pickle: Annotated[
@@ -82,7 +95,7 @@ def harden(
 
     def job() -> dict[str, Any]:
         if resume is not None:
-            return resumed(resume, data=data, device=device)
+            return resumed(resume, data=data, device=device, own_model=own_model)
         assert model is not None  # refused above
         from robustq.workflow.training import harden_model
 
@@ -96,6 +109,9 @@ def harden(
             recipe=recipe,
             overrides=tuple(overrides or ()),
             data=data,
+            architecture=architecture,
+            own_model=own_model,
+            feature_layer=feature_layer,
             epsilon=wanted_epsilon,
             trust_pickle=trust_pickle,
             skip_bad_images=skip_bad_images,

@@ -9,11 +9,12 @@ import typer
 
 from robustq.cli.finish import finish
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import FileOut, Json
+from robustq.cli.options import FileOut, Json, OwnModel
 
 
 def info(
     path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder or a run folder.")],
+    own_model: OwnModel = None,
     out: FileOut = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,6 +39,6 @@ def info(
     def job() -> dict[str, Any]:
         from robustq.workflow.describing import describe_file
 
-        return describe_file(path)
+        return describe_file(path, own_model=own_model)
 
     finish(job, as_json, description_lines, out=out)

@@ -23,6 +23,21 @@ Data = Annotated[
         autocompletion=one_of(DATA),
     ),
 ]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="Your own network: a function in a module of the current folder that returns a torch.nn.Module. Every "
+        "command on its files needs it again, since it lets that code run.",
+    ),
+]
+FeatureLayer = Annotated[
+    str | None,
+    typer.Option(
+        help="Layer that the features enter which hardening aligns. Default: the last global pooling, looked for."
+    ),
+]
 SkipBadImages = Annotated[
     bool, typer.Option("--skip-bad-images", help="Leave out image files that cannot be read; a warning names them.")
 ]

@@ -15,19 +15,19 @@ Resume = Annotated[
     typer.Option(
         metavar="RUN_FOLDER",
         help="Go on with a run that was stopped or cut off. Its folder says everything; beside it only --device, "
-        "--data (where the same data lies now) and --json.",
+        "--data (where the same data lies now), --model and --json.",
     ),
 ]
 
-BESIDE = frozenset({"resume", "data", "device", "as_json", "quiet", "verbose"})
+BESIDE = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
 """Parameters that may stand beside --resume."""
 
 
-def resumed(run: Path, *, data: str | None, device: str | None) -> dict[str, Any]:
+def resumed(run: Path, *, data: str | None, device: str | None, own_model: str | None) -> dict[str, Any]:
     """Go on with the run in ``run``; the result is the one of the command that began it."""
     from robustq.workflow.resuming import resume_run
 
-    return resume_run(run, data=data, device=device)
+    return resume_run(run, data=data, device=device, own_model=own_model)
 
 
 def advice(result: dict[str, Any]) -> str:

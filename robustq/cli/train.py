@@ -15,8 +15,10 @@ from robustq.cli.options import (
     BitsPerLayer,
     Data,
     Device,
+    FeatureLayer,
     Json,
     Normalisation,
+    OwnModel,
     RecipeName,
     RunOut,
     Seed,
@@ -34,9 +36,14 @@ def train(
     architecture: Annotated[
         str | None,
         typer.Option(
-            help=f"{', '.join(ARCHITECTURES)}. Default: what the recipe says.", autocompletion=one_of(ARCHITECTURES)
+            "--architecture",
+            "--arch",
+            help=f"{', '.join(ARCHITECTURES)}, or torchvision:NAME. Default: what the recipe says.",
+            autocompletion=one_of(ARCHITECTURES),
         ),
     ] = None,
+    own_model: OwnModel = None,
+    feature_layer: FeatureLayer = None,
     bits: Bits = None,
     weight_bits: WeightBits = None,
     act_bits: ActBits = None,
@@ -66,7 +73,7 @@ def train(
 
     def job() -> dict[str, Any]:
         if resume is not None:
-            return resumed(resume, data=data, device=device)
+            return resumed(resume, data=data, device=device, own_model=own_model)
         from robustq.workflow.training import train_model
 
         return train_model(
@@ -74,6 +81,8 @@ def train(
             overrides=tuple(overrides or ()),
             data=data,
             architecture=architecture,
+            own_model=own_model,
+            feature_layer=feature_layer,
             bits=bits,
             weight_bits=weight_bits,
             act_bits=act_bits,

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
 from robustq.models.batch_norm import running_statistics
 from robustq.models.blocks import PaddedShortcut
+from robustq.models.own.folding import fold_graph
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.thresholds import ChannelThresholds, SignNorm
 
@@ -57,6 +59,9 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
     Raises:
         ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
     """
+    if isinstance(model, GraphModule):
+        graph: nn.Module = fold_graph(model, fold_layer=fold_layer)
+        return graph
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=next(model.parameters()).device)
     affines = _affines(model, example)
     folded = build_model(spec, folded=True)
@@ -193,7 +198,10 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> 
     codes = quantized.int().cpu().double()
     shape = (-1, *[1] * (codes.dim() - 1))
     bits = int(quantized.bit_width)
-    steps = bias_steps(1 if bits == 1 else 2 ** (bits - 1) - 1, entering)
+    largest_weight = 1 if bits == 1 else 2 ** (bits - 1) - 1
+    # onnxruntime (1.32) makes a QGemm of a linear layer without asking in which unit its bias counts, so that in QCDQ
+    # files, whose weights are not rescaled, a finer bias would count as one of the accumulator's steps.
+    steps = 1 if isinstance(layer, nn.Linear) else bias_steps(largest_weight, entering)
     scale = quantized.scale.detach().cpu().double().flatten().expand(codes.shape[0]) * affine.gain.abs()
     bias_codes = affine.shift.abs() * steps / (entering.scale * scale)
     # Below this the accumulator's scale is no normal float32: it would lose digits or become 0, and the codes NaN.
@@ -210,3 +218,19 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> 
     signs = torch.where(constant, 1.0, affine.gain.sign()).reshape(shape)
     target.weight.copy_((codes * signs).float() * stored_scale)
     target.bias.copy_(affine.shift)
+
+
+def fold_layer(layer: Any, norm: _BatchNorm | None, target: Any, quantizer: Any) -> None:
+    """Fill one layer of a user's own folded network: see :class:`robustq.models.own.folding.FoldLayer`."""
+    affine = _identity(layer)
+    if norm is not None:
+        behind = _affine(norm)
+        # A bias of the layer's own passes through the BatchNorm as well.
+        affine = Affine(behind.gain, behind.shift + behind.gain * affine.shift)
+    if quantizer is None:
+        _fold_float(layer, affine, target)
+        return
+    signed = bool(quantizer.is_signed)
+    _fold_quantized(
+        layer, affine, target, Grid.of(quantizer.scale().item(), bits=int(quantizer.bit_width()), signed=signed)
+    )

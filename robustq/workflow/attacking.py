@@ -23,6 +23,7 @@ def attack_model(
     epsilon: float | None = None,
     images: int = 1000,
     data: str | None = None,
+    own_model: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -36,6 +37,8 @@ def attack_model(
         epsilon: radius; None: what the model was trained for, else 8/255.
         images: test images to use (evenly spaced; 0: all).
         data: over what the model says.
+        own_model: the ``module:function`` that built the network, where it is the user's own; without it the code is
+            not run.
         skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of the random starts.
         device: ``cpu``, ``cuda``; None: a GPU where there is one.
@@ -61,7 +64,7 @@ def attack_model(
                 f"{model}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
         deployed, checkpoint = OnnxModel(bundle.onnx), bundle.model
-    network, spec, _ = load_model(checkpoint)
+    network, spec, _ = load_model(checkpoint, own_model=own_model)
     loaded = data_for(spec, data, checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     source = (fold(network, spec) if deployed is not None else network).eval().to(place)

@@ -20,8 +20,12 @@ from robustq.outputs import sha256
 from robustq.torch_file import read_checkpoint
 
 
-def describe_file(path: Path | str) -> dict[str, Any]:
-    """Say what lies at ``path``; nothing is run but a look at the file.
+def describe_file(path: Path | str, *, own_model: str | None = None) -> dict[str, Any]:
+    """Say what lies at ``path``; nothing is run but a look at the file, and the user's own code where it is named.
+
+    Args:
+        path: a .pt, an .onnx, an export folder or a run folder.
+        own_model: the ``module:function`` that built the network, where it is the user's own.
 
     Returns:
         ``path kind`` (``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``) and what that kind has:
@@ -34,8 +38,8 @@ def describe_file(path: Path | str) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path.absolute())}
     if path.is_dir():
         if (path / "config.json").is_file():
-            return {**found, "kind": "run folder", **_run(path)}
-        return {**found, "kind": "export folder", **_bundle(path)}
+            return {**found, "kind": "run folder", **_run(path, own_model)}
+        return {**found, "kind": "export folder", **_bundle(path, own_model)}
     check_model_file(path)
     size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".onnx":
@@ -43,15 +47,15 @@ def describe_file(path: Path | str) -> dict[str, Any]:
     content = read_checkpoint(path)
     state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
     if state is None:
-        return {**found, "kind": "model", **size, **_model(path)}
+        return {**found, "kind": "model", **size, **_model(path, own_model)}
     architecture, classes, channels = describe_state_dict(state, path)
     parameters = sum(value.numel() for value in state.values())
     spec = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}
     return {**found, "kind": "state dict", **size, **spec, "weight_bits": 32, "act_bits": 32}
 
 
-def _model(path: Path) -> dict[str, Any]:
-    network, spec, info = load_model(path)
+def _model(path: Path, own_model: str | None) -> dict[str, Any]:
+    network, spec, info = load_model(path, own_model=own_model)
     return {**_network(network, spec), "info": {key: value for key, value in info.items() if _is_plain(value)}}
 
 
@@ -72,18 +76,18 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _bundle(path: Path) -> dict[str, Any]:
+def _bundle(path: Path, own_model: str | None) -> dict[str, Any]:
     bundle = open_bundle(path)
-    network, spec, _ = load_model(path / MODEL)
+    network, spec, _ = load_model(path / MODEL, own_model=own_model)
     return {**_network(network, spec), **bundle.record, "onnx": describe_onnx(bundle.onnx)}
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _run(path: Path, own_model: str | None) -> dict[str, Any]:
     config, result = (_read_json(path / name) for name in ("config.json", "result.json"))
     found: dict[str, Any] = {"finished": result is not None, "config": config, "result": result}
     checkpoint = path / "best.pt"
     if checkpoint.is_file():
-        found = {**_model(checkpoint), **found, "sha256": {"best.pt": sha256(checkpoint)}}
+        found = {**_model(checkpoint, own_model), **found, "sha256": {"best.pt": sha256(checkpoint)}}
     return found
 
 

@@ -32,6 +32,7 @@ def export_model(
     images: int = 1000,
     recheck: bool = True,
     data: str | None = None,
+    own_model: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -46,6 +47,8 @@ def export_model(
         images: test images for parity and re-check (evenly spaced; 0: all).
         recheck: also count accuracy under attack.
         data: over what the model says.
+        own_model: the ``module:function`` that built the network, where it is the user's own; without it the code is
+            not run.
         skip_bad_images: leave out image files that cannot be read, with a warning.
         seed: of the random starts.
         device: where attacks are found; None: a GPU where there is one.
@@ -62,7 +65,7 @@ def export_model(
     check_place(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
-    network, spec, info = load_model(chosen)
+    network, spec, info = load_model(chosen, own_model=own_model)
     check_format(format_name, spec)
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
@@ -108,6 +111,7 @@ def recheck_bundle(
     epsilon: float | None = None,
     images: int = 1000,
     data: str | None = None,
+    own_model: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -124,7 +128,7 @@ def recheck_bundle(
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     bundle = Path(bundle)
     opened = open_bundle(bundle)
-    network, spec, _ = load_model(opened.model)
+    network, spec, _ = load_model(opened.model, own_model=own_model)
     check_format(opened.format, spec)
     loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)

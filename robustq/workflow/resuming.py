@@ -21,7 +21,9 @@ from robustq.workflow.run import carry_out, prepare
 from robustq.workflow.setting import data_for, pick_device, versions
 
 
-def resume_run(run: Path | str, *, data: str | None = None, device: str | None = None) -> dict[str, Any]:
+def resume_run(
+    run: Path | str, *, data: str | None = None, device: str | None = None, own_model: str | None = None
+) -> dict[str, Any]:
     """Go on with a run of train or harden that has not finished.
 
     The folder says everything: recipe, network, data, seed. On the same CPU the result is bit for bit what the run
@@ -31,6 +33,7 @@ def resume_run(run: Path | str, *, data: str | None = None, device: str | None =
         run: its folder.
         data: where the same data lies now, if it was moved: a folder or file; its content is checked.
         device: ``cpu``, ``cuda``; None: where the run began.
+        own_model: the ``module:function`` that built the network, where it is the user's own.
 
     Returns:
         As :func:`robustq.workflow.training.train_model` or ``harden_model``, whichever began it.
@@ -53,7 +56,7 @@ def resume_run(run: Path | str, *, data: str | None = None, device: str | None =
             spec, data, path, train_images=recipe.train_images, skip_bad_images=config["data"]["skip_bad_images"]
         )
         _check_same_data(config, loaded)
-        network = build_model(spec).to(place)
+        network = build_model(spec, own_model=own_model).to(place)
         training = prepare(network, spec, loaded, recipe, augment=augment, seed=config["seed"], device=place)
         state = folder.load()
         try:

@@ -18,7 +18,7 @@ from robustq.hardening.methods import SETTINGS
 from robustq.models.batch_norm import needs_two_images
 from robustq.models.normalise import Normalisation, parse_normalisation
 from robustq.models.quantizers import BITS, FLOAT_BITS
-from robustq.models.spec import ARCHITECTURES, ModelSpec
+from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
 from robustq.progress import detail
 from robustq.recipe import Recipe, Vocabulary, format_epsilon, load_recipe
@@ -146,13 +146,22 @@ def open_source(
     data: str | None,
     *,
     image_size: int | None = None,
+    architecture: str | None = None,
+    own_model: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
 ) -> tuple[dict[str, torch.Tensor], ModelSpec]:
     """Weights and spec of a robustq model file or of a bare float state dict (which needs ``data``).
 
-    A state dict may lie inside a training checkpoint (``{"state_dict": ...}``) and carry the prefix of DataParallel. It
-    does not say its image size: folders of images are read at ``image_size``.
+    Args:
+        path: the file.
+        data: name, folder or file; None: what a model file says.
+        image_size: side of the images of a folder, for a state dict, which does not say it.
+        architecture: of a state dict whose names do not say it; a model file must have the same.
+        own_model: the ``module:function`` whose code the user allows to run.
+        trust_pickle, skip_bad_images: as :func:`robustq.workflow.training.harden_model`.
+
+    A state dict may lie inside a training checkpoint (``{"state_dict": ...}``) and carry the prefix of DataParallel.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or of NaN.
@@ -161,22 +170,30 @@ def open_source(
     content = read_checkpoint(path, trust_pickle=trust_pickle)
     state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
     if state is None:
-        model, spec, _ = load_model(path)
+        model, spec, _ = load_model(path, own_model=own_model)
+        if architecture is not None and architecture != spec.architecture:
+            raise UsageError(
+                f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
+            )
         return model.state_dict(), spec
-    architecture, classes, channels = describe_state_dict(state, path)
+    chosen = own_model or architecture
+    if chosen is not None:
+        check_architecture(chosen)
+    found, classes, channels = describe_state_dict(state, path) if chosen is None else (chosen, None, None)
     check_finite(state, path)
     if data is None:
+        shown = found if classes is None else f"{found}, {classes} classes"
         raise ModelFileError(
-            f"{path}: is a bare state dict ({architecture}, {classes} classes) and does not say which data it was "
-            "trained on; add --data NAME, FOLDER or FILE.npz"
+            f"{path}: is a bare state dict ({shown}) and does not say which data it was trained on; "
+            "add --data NAME, FOLDER or FILE.npz"
         )
     loaded = load_dataset(data, image_size=image_size, skip_bad_images=skip_bad_images)
     spec = ModelSpec(
-        architecture,
+        found,
         FLOAT_BITS,
         FLOAT_BITS,
-        classes,
-        channels,
+        loaded.classes if classes is None else classes,
+        loaded.channels if channels is None else channels,
         loaded.image_size,
         loaded.name,
         None,

@@ -13,6 +13,7 @@ from robustq.checkpoint import load_weights
 from robustq.data import Dataset, load_dataset
 from robustq.errors import UsageError
 from robustq.hardening.run_folder import RUNS, check_new_run
+from robustq.models.own.factory import runs_user_code
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.outputs import check_place
 from robustq.progress import note
@@ -37,6 +38,8 @@ def train_model(
     overrides: tuple[str, ...] = (),
     data: str | None = None,
     architecture: str | None = None,
+    own_model: str | None = None,
+    feature_layer: str | None = None,
     bits: int | None = None,
     weight_bits: int | None = None,
     act_bits: int | None = None,
@@ -52,7 +55,10 @@ def train_model(
     Args:
         recipe: name or TOML file.
         overrides: ``key=value`` laid over the recipe.
-        data, architecture, bits: over the recipe's; ``weight_bits`` and ``act_bits`` over ``bits``.
+        data, architecture, bits: over the recipe's; ``weight_bits`` and ``act_bits`` over ``bits``. An architecture may
+            be ``torchvision:NAME``.
+        own_model: the user's own network, ``module:function``, in place of an architecture.
+        feature_layer: the layer that aligned features enter, in a network that is not ours; None: looked for.
         bits_per_layer: TOML file of layer names and widths of their own.
         normalisation: ``imagenet`` or ``MEAN/STD`` inside the model, in front of its input quantizer; None: none.
         skip_bad_images: leave out image files that cannot be read, with a warning.
@@ -75,7 +81,7 @@ def train_model(
     wanted_data = data or settings.data
     if wanted_data is None:
         raise UsageError(f"recipe {recipe} names no data; add --data NAME, FOLDER or FILE.npz")
-    wanted_architecture = architecture or settings.architecture
+    wanted_architecture = chosen_architecture(architecture, own_model) or settings.architecture
     if wanted_architecture is None:
         raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
     check_architecture(wanted_architecture)
@@ -103,9 +109,10 @@ def train_model(
         class_names=loaded.class_names,
         normalisation=chosen_normalisation(normalisation, channels=loaded.channels),
         layer_bits=layer_bits,
+        feature_layer=feature_layer,
     )
     torch.manual_seed(seed)
-    model = build_model(spec).to(place)
+    model = build_model(spec, own_model=own_model).to(place)
     return run_recipe(
         model,
         spec,
@@ -130,6 +137,9 @@ def harden_model(
     recipe: str = "odgq",
     overrides: tuple[str, ...] = (),
     data: str | None = None,
+    architecture: str | None = None,
+    own_model: str | None = None,
+    feature_layer: str | None = None,
     epsilon: float | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
@@ -146,6 +156,9 @@ def harden_model(
         normalisation: that a state dict was trained with; robustq's model files say theirs.
         recipe, overrides, skip_bad_images, seed, device, out: as :func:`train_model`.
         data: over what the model says.
+        architecture: of a state dict that is none of our networks: ``torchvision:NAME``.
+        own_model: the ``module:function`` that builds the network, where it is the user's own.
+        feature_layer: as :func:`train_model`; over what the model says.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
         trust_pickle: load a ``torch.save(model)`` file too, which runs whatever code it names.
 
@@ -170,6 +183,8 @@ def harden_model(
         model,
         wanted_data,
         image_size=settings.image_size or None,
+        architecture=chosen_architecture(architecture, own_model),
+        own_model=own_model,
         trust_pickle=trust_pickle,
         skip_bad_images=skip_bad_images,
     )
@@ -189,9 +204,10 @@ def harden_model(
         epsilon=_epsilon(settings, source.epsilon),
         class_names=loaded.class_names,
         layer_bits=layer_bits,
+        feature_layer=feature_layer or source.feature_layer,
     )
     torch.manual_seed(seed)
-    network = quantize(weights, source, spec, loaded, settings, device=place, path=model)
+    network = quantize(weights, source, spec, loaded, settings, device=place, path=model, own_model=own_model)
     finish = quantize_only if settings.method == "ptq" else run_recipe
     return finish(
         network,
@@ -215,11 +231,12 @@ def quantize(
     *,
     device: torch.device,
     path: Path,
+    own_model: str | None = None,
 ) -> nn.Module:
     """A network of ``target``'s widths with ``weights``, activation scales calibrated where they are not known yet, and
     always for post-training quantization, which has nothing else to set them.
     """
-    model = build_model(target)
+    model = build_model(target, own_model=own_model)
     same_widths = (source.widths, source.layer_bits) == (target.widths, target.layer_bits)
     if same_widths and recipe.method != "ptq":
         model.load_state_dict(weights)
@@ -228,6 +245,21 @@ def quantize(
     model = model.to(device)
     calibrate_on(model, data, recipe, device=device, from_scratch=False)
     return model
+
+
+def chosen_architecture(architecture: str | None, own_model: str | None) -> str | None:
+    """The one architecture that two options name.
+
+    Raises:
+        UsageError: both do, or the user's own code is named as an architecture, which does not allow it to run.
+    """
+    if architecture is not None and own_model is not None:
+        raise UsageError(f"--arch {architecture} and --model {own_model} both name the network; leave one out")
+    if architecture is not None and runs_user_code(architecture):
+        raise UsageError(f"--arch {architecture} names code of your own; give it as --model {architecture}")
+    if own_model is not None and not runs_user_code(own_model):
+        raise UsageError(f"--model {own_model} is not module:function; give --arch {own_model} for a known network")
+    return own_model or architecture
 
 
 def _epsilon(recipe: Recipe, known: float | None) -> float | None:

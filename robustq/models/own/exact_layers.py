@@ -41,7 +41,8 @@ class _CountsCodes:
         weights = (layer.weight.detach() / weight_scale).round().double()
         steps = (self.input_scale or 0.0) * weight_scale.flatten().double() / bias_scale.double()
         weights = weights * steps.round().reshape(-1, *[1] * (weights.dim() - 1))
-        return weights, (layer.bias.detach().double() / bias_scale.double()).round()
+        # Divided in float32, as the bias quantizer does: on a rounding boundary both must fall on one side.
+        return weights, (layer.bias.detach() / bias_scale).round().double()
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
         """(N, ...) inputs on their grid -> the layer's float outputs."""

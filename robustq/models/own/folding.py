@@ -7,16 +7,16 @@ operation in between is the one that the network was written with.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 import brevitas.nn as qnn
 import torch
 from brevitas.backport.fx import GraphModule, Node
 from brevitas.graph.utils import set_module
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
-from robustq.models.folding import Grid, _affine, _fold_float, _fold_quantized, _identity
 from robustq.models.layers import weight_quantizer
 from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.own.operations import NORMS
@@ -26,13 +26,23 @@ from robustq.models.quantizers import ActQuant, BiasQuant
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 
-def fold_graph(model: GraphModule) -> GraphModule:
+class FoldLayer(Protocol):
+    """Fills one layer of the folded network (:func:`robustq.models.folding.fold_layer`)."""
+
+    def __call__(self, layer: Any, norm: _BatchNorm | None, target: Any, quantizer: Any) -> None:
+        """Write weight, scales and bias of ``layer`` and the ``norm`` behind it into ``target``; ``quantizer`` is the
+        one whose values enter, None in a float network.
+        """
+
+
+def fold_graph(model: GraphModule, *, fold_layer: FoldLayer) -> GraphModule:
     """The network with the answers of ``model`` in eval mode, its BatchNorms in weights and int32 biases; on the CPU.
 
     A BatchNorm that does not follow a layer alone stays as it is, in float.
 
     Args:
-        model: a graph that :func:`robustq.models.own.network.build` made; stays as it was.
+        model: a graph that :func:`robustq.models.own.network.quantized_graph` made; stays as it was.
+        fold_layer: the arithmetic of one layer.
     """
     folded: GraphModule = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
@@ -41,7 +51,7 @@ def fold_graph(model: GraphModule) -> GraphModule:
                 continue
             layer = folded.get_submodule(str(node.target))
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                _fold_layer(folded, node, layer)
+                _fold(folded, node, layer, fold_layer)
             elif isinstance(layer, QuantReLU6):
                 _plain_rectifier(folded, node, layer)
             elif isinstance(layer, nn.Dropout | nn.Dropout2d):
@@ -53,24 +63,22 @@ def fold_graph(model: GraphModule) -> GraphModule:
     return folded.eval()
 
 
-def _fold_layer(folded: GraphModule, node: Node, layer: Any) -> None:
-    norm = _own_norm(folded, node)
-    affine = _identity(layer)
-    if norm is not None:
-        after = _affine(folded.get_submodule(str(norm.target)))
-        # The layer's own bias passes through the BatchNorm as well.
-        affine = type(affine)(after.gain, after.shift + after.gain * affine.shift)
-        norm.replace_all_uses_with(node)
-        folded.graph.erase_node(norm)
+def _fold(folded: GraphModule, node: Node, layer: Any, fold_layer: FoldLayer) -> None:
+    behind = _own_norm(folded, node)
+    norm: Any = None
+    if behind is not None:
+        norm = folded.get_submodule(str(behind.target))
+        if norm.weight is None:
+            norm.weight, norm.bias = (nn.Parameter(one(norm.num_features)) for one in (torch.ones, torch.zeros))
+        behind.replace_all_uses_with(node)
+        folded.graph.erase_node(behind)
     is_float = not hasattr(layer, "weight_quant")
     target = _empty_twin(layer, is_float=is_float)
-    if is_float:
-        _fold_float(layer, affine, target)
-    else:
-        quantizer: Any = _input_quantizer(folded, node).act_quant
-        grid = Grid.of(quantizer.scale().item(), bits=int(quantizer.bit_width()), signed=bool(quantizer.is_signed))
-        _fold_quantized(layer, affine, target, grid)
-        target.set_input_scale(grid.scale, largest_code=max(-grid.lowest, grid.highest))
+    quantizer: Any = None if is_float else _input_quantizer(folded, node).act_quant
+    fold_layer(layer, norm, target, quantizer)
+    if not is_float:
+        largest_code = 2 ** (int(quantizer.bit_width()) - int(quantizer.is_signed))
+        target.set_input_scale(quantizer.scale().item(), largest_code=largest_code)
     set_module(folded, target.eval(), str(node.target))
 
 

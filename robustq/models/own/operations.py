@@ -160,7 +160,6 @@ def _module_kind(module: nn.Module) -> Kind | None:
         return Kind.AFFINE
     for types, found in (
         (LAYERS, Kind.LAYER),
-        (NORMS, Kind.NORM),
         (RECTIFIERS, Kind.RECTIFIER),
         (AVERAGES, Kind.AVERAGE),
         (GRID_MODULES, Kind.KEEPS_GRID),
@@ -168,6 +167,8 @@ def _module_kind(module: nn.Module) -> Kind | None:
     ):
         if isinstance(module, types):
             return found
+    if isinstance(module, NORMS):  # without running statistics an answer depends on the images beside it
+        return Kind.NORM if module.track_running_stats else None
     if isinstance(module, nn.Hardtanh):
         return Kind.RECTIFIER if module.min_val == 0.0 and module.max_val > 0.0 else Kind.FLOAT
     if isinstance(module, nn.Upsample):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.models.calibration import calibrate
+from robustq.models.folding import fold_layer
 from robustq.models.own.folding import fold_graph
 from robustq.models.own.network import quantized_graph
 from robustq.models.quantizers import Widths
@@ -210,4 +211,4 @@ def graph_of(name: str, bits: int, *, act_bits: int | None = None) -> GraphModul
 @functools.cache
 def folded_of(name: str, bits: int) -> GraphModule:
     """Its folded form (shared: do not change it)."""
-    return fold_graph(graph_of(name, bits))
+    return fold_graph(graph_of(name, bits), fold_layer=fold_layer)

@@ -10,6 +10,7 @@ import torch
 from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 
+from robustq.models.folding import fold_layer
 from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.own.folding import fold_graph
 from robustq.models.own.network import quantized_graph
@@ -76,7 +77,7 @@ def test_gammas_of_every_kind() -> None:
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([0.0, -0.0, 1e-12, -1e-12, 1e-4, -1e-4] + [1.0, -1.0] * 5))
     graph = quantized_graph(net, name="n", widths=Widths(4, 4), classes=CLASSES, channels=3, image_size=SIDE)
-    folded = fold_graph(graph)
+    folded = fold_graph(graph, fold_layer=fold_layer)
     reached, expected = inputs_and_outputs(graph)["block.3"]
     with torch.no_grad():
         found = folded.get_submodule("block.3")(reached)
@@ -92,7 +93,7 @@ def test_gammas_of_every_kind() -> None:
 def test_float_networks_fold_too(name: str) -> None:
     graph = graph_of(name, 32)
     with torch.no_grad():
-        expected, found = graph(X), fold_graph(graph)(X)
+        expected, found = graph(X), fold_graph(graph, fold_layer=fold_layer)(X)
     # float32 through a dozen layers.
     torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
 
@@ -101,7 +102,7 @@ def test_float_networks_fold_too(name: str) -> None:
 def test_what_is_left(name: str) -> None:
     graph = graph_of(name, 4)
     before = {key: value.clone() for key, value in graph.state_dict().items()}
-    folded = fold_graph(graph)
+    folded = fold_graph(graph, fold_layer=fold_layer)
     norms = [key for key, one in folded.named_modules() if isinstance(one, nn.BatchNorm2d | nn.BatchNorm1d)]
     assert norms == (["norm"] if name == "branching" else [])
     assert not [one for one in folded.modules() if isinstance(one, nn.Dropout | nn.Dropout2d)]
@@ -127,7 +128,7 @@ def test_without_gradients_layers_count_whole_numbers(name: str) -> None:
         # The bias may count in a whole part of the accumulator's step.
         steps = layer.input_scale * layer.weight_quant.tensor_quant.scaling_impl.scale.double().flatten() / unit
         weights = weights * steps.round().reshape(-1, *[1] * (weights.dim() - 1))
-        bias = (layer.bias.double() / unit).round()
+        bias = layer.quant_bias().int().double()
         codes = (reached.double() / layer.input_scale).round()
         shape = (-1, *[1] * (exact.dim() - 2))
         if isinstance(layer, nn.Conv2d):
@@ -136,6 +137,18 @@ def test_without_gradients_layers_count_whole_numbers(name: str) -> None:
             sums = torch.nn.functional.linear(codes, weights, bias)
         # float64 holds these whole numbers exactly; one rounding to float32, one product.
         assert torch.equal(exact, sums.float() * unit.float().reshape(shape))
+
+
+def test_a_norm_without_scale_and_shift() -> None:
+    net = float_net("inverted")
+    net.get_submodule("block")[4] = nn.BatchNorm2d(16, affine=False)  # type: ignore[operator]
+    graph = quantized_graph(net, name="n", widths=Widths(8, 8), classes=CLASSES, channels=3, image_size=SIDE)
+    reached, expected = inputs_and_outputs(graph)["block.3"]
+    layer: Any = fold_graph(graph, fold_layer=fold_layer).get_submodule("block.3")
+    with torch.no_grad():
+        found = layer(reached)
+    unit = layer.bias_quant.tensor_quant.scaling_impl.scale.reshape(-1, 1, 1)
+    assert ((found - expected).abs() <= 0.5 * unit + expected.abs().max() * 2**-20).all()
 
 
 def test_float32_counts_only_where_it_is_exact() -> None:
@@ -159,7 +172,7 @@ def test_a_rectifier_never_lets_more_through_than_its_bound() -> None:
     values = torch.linspace(-3, 40, 500).reshape(1, 1, 20, 25)
     with torch.no_grad():
         before = graph.get_submodule("stem.2")(values)
-        after = fold_graph(graph).get_submodule("stem.2")(values)
+        after = fold_graph(graph, fold_layer=fold_layer).get_submodule("stem.2")(values)
     assert torch.equal(before, after)
     expected = (values.clamp(0, 6) / (6 / 15)).round() * (6 / 15)
     torch.testing.assert_close(before, expected, atol=1e-5, rtol=0)

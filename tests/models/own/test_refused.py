@@ -116,6 +116,15 @@ class Two(Base):
         return self.pooled(self.conv(x) + more)
 
 
+class BatchDependent(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(self.norm(self.conv(x)))  # here
+
+
 class Uneven(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -158,6 +167,7 @@ REFUSED: dict[type[nn.Module], str] = {
     Shared: r"Conv2d 'same' is called 2 times",
     Pair: r"forward returns a tuple; it must return the logits alone",
     Two: r"forward needs a second input 'more'",
+    BatchDependent: r"BatchNorm2d 'norm'.* cannot be quantized",
     Uneven: r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to 4x4 in unequal windows",
     Part: r"relu_\(\) 'relu_'.* changes a part of a tensor in place",
     Map: r"its answer has the shape \(2, 4, 6, 6\) for 2 images",

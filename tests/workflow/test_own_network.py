@@ -1,0 +1,136 @@
+"""A user's own module:function through train, harden, export, recheck, attack and info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import robustq
+from robustq.errors import ModelFileError, UsageError
+from robustq.workflow.describing import describe_file
+
+CODE = """
+from torch import nn
+from torch.nn import functional
+
+
+class Small(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 12, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(12)
+        self.dw = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.pw = nn.Conv2d(12, 24, 1)
+        self.fc = nn.Linear(24, num_classes)
+
+    def forward(self, x):
+        x = (x - 0.5) / 0.25
+        x = functional.relu6(self.bn(self.stem(x)))
+        x = x + self.dw(x)
+        x = functional.relu(functional.max_pool2d(self.pw(x), 2))
+        return self.fc(x.mean((2, 3)))
+
+
+def build(num_classes):
+    return Small(num_classes)
+"""
+
+FAST = ("epochs=1", "monitor_images=32", "calibration_images=64")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The folder with the code and two runs, the module's name, and what harden said."""
+    folder = tmp_path_factory.mktemp("own")
+    name = f"small_nets_{abs(hash(str(folder))):x}"
+    (folder / f"{name}.py").write_text(CODE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        own = f"{name}:build"
+        trained = robustq.train_model(data="digits", own_model=own, overrides=FAST, out=Path("float"))
+        hardened = robustq.harden_model(
+            trained["checkpoint"], bits=4, own_model=own, overrides=(*FAST, "train_images=256"), out=Path("hard")
+        )
+    return folder, own, trained, hardened
+
+
+@pytest.fixture
+def here(runs: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The current folder is the one with the code; the name of the network."""
+    monkeypatch.chdir(runs[0])
+    own: str = runs[1]
+    return own
+
+
+def test_harden_says_what_it_hardened(runs: Any) -> None:
+    _, own, trained, hardened = runs
+    assert trained["model"] == f"{own.replace(':', '.')}-float"
+    assert (hardened["bits"], hardened["method"]) == (4, "odgq")
+    spec = torch.load(hardened["checkpoint"], weights_only=True)["spec"]
+    assert spec["architecture"] == own and spec["weight_bits"] == 4
+
+
+def test_export_recheck_and_attack(runs: Any, here: str) -> None:
+    bundle = robustq.export_model(runs[3]["checkpoint"], own_model=here, images=60, recheck=False, out=Path("bundle"))
+    assert bundle["shortfalls"] == []
+    assert bundle["float_layers"] == ["/Sub", "/Div"]
+    for again in (
+        robustq.recheck_bundle(bundle["bundle"], own_model=here, images=30),
+        robustq.attack_model(bundle["bundle"], own_model=here, images=30, suite="recheck"),
+    ):
+        assert again["judge"] == "onnxruntime" and 0.0 <= again["robust_accuracy"] <= again["clean_accuracy"]
+    for job in (robustq.recheck_bundle, robustq.attack_model):
+        with pytest.raises(ModelFileError, match=f"add --model {here} to run that code"):
+            job(bundle["bundle"], images=30)
+
+
+def test_info(runs: Any, here: str) -> None:
+    found = describe_file(runs[3]["checkpoint"], own_model=here)
+    assert found["architecture"] == here and found["weight_bits"] == 4
+    with pytest.raises(ModelFileError, match=f"add --model {here}"):
+        describe_file(runs[3]["checkpoint"])
+
+
+def test_every_job_wants_the_name_again(runs: Any, here: str) -> None:
+    for job in (robustq.harden_model, robustq.attack_model, robustq.export_model):
+        with pytest.raises(ModelFileError, match=f"was built by {here}; add --model {here} to run that code"):
+            job(runs[3]["checkpoint"])
+        with pytest.raises((ModelFileError, UsageError), match=r"--model other\.code:build was given"):
+            job(runs[3]["checkpoint"], own_model="other.code:build")
+
+
+def test_a_state_dict_of_ones_own(runs: Any, here: str, tmp_path: Path) -> None:
+    content = torch.load(runs[2]["checkpoint"], weights_only=True)
+    torch.save(content["state"], tmp_path / "weights.pt")
+    with pytest.raises(ModelFileError, match="unknown architecture"):
+        robustq.harden_model(tmp_path / "weights.pt", bits=4, data="digits")
+    found = robustq.harden_model(
+        tmp_path / "weights.pt",
+        bits=8,
+        data="digits",
+        own_model=here,
+        feature_layer="dw",
+        overrides=(*FAST, "train_images=256"),
+        out=tmp_path / "hard",
+    )
+    spec = torch.load(found["checkpoint"], weights_only=True)["spec"]
+    assert spec["feature_layer"] == "dw" and spec["architecture"] == here
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"architecture": "nets:build"}, "names code of your own; give it as --model nets:build"),
+        ({"own_model": "resnet20"}, "--model resnet20 is not module:function; give --arch resnet20"),
+        ({"own_model": "torchvision:resnet18"}, "give --arch torchvision:resnet18"),
+        ({"own_model": "nets:build", "architecture": "resnet20"}, "both name the network; leave one out"),
+        ({"architecture": "torchvision:resnet18"}, "takes images of 3 channels, the data have 1"),
+        ({"architecture": "torchvision:resnet81"}, "no classifier 'resnet81'"),
+    ],
+)
+def test_names_that_do_not_do(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        robustq.train_model(data="digits", **options)  # type: ignore[arg-type]
