@@ -160,7 +160,7 @@ def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Data
                 raise RunStoppedError(f"stopped, but the run has finished: {folder.path / 'best.pt'}") from error
             raise RunStoppedError(f"stopped at once; saved: {folder.progress()}; go on with: {command}") from error
         except NotFiniteError as error:
-            raise NotFiniteError(f"{error} ({folder.path})") from error
+            raise NotFiniteError(f"{folder.path}: {error}") from error
         except OSError as error:
             raise OutputError(
                 f"{error.filename or folder.path}: {error.strerror or error}; what was saved before stands: free the "

@@ -129,7 +129,7 @@ def test_nan_stops_the_run_and_keeps_the_good_epochs(monkeypatch: pytest.MonkeyP
         return Step(found.loss * float("nan"), found.terms, found.logits) if broken else found
 
     monkeypatch.setattr(Natural, "training_step", step)
-    with pytest.raises(NotFiniteError, match=r"the loss became nan in step 2 of epoch 2; .*what was saved"):
+    with pytest.raises(NotFiniteError, match=r"^run: the loss became nan in step 2 of epoch 2; .*what was saved"):
         train(out=Path("run"))
     with RunFolder.reopen(Path("run")) as folder:
         assert folder.load()["standing"]["epoch"] == 1
