@@ -24,8 +24,15 @@ from robustq.report.text import duration, size
 from robustq.workflow.setting import DEFAULT_EPSILON
 
 
-def announce(spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any]) -> None:
-    """The network, the recipe, the data; then what the same would cost less."""
+def announce(
+    spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
+) -> None:
+    """The network, the recipe, the data; then what the same would cost less.
+
+    Args:
+        spec, data, training, config: of the run.
+        resumed: its folder, where it has one already.
+    """
     recipe, device = training.recipe, training.device
     inner = (
         "float"
@@ -37,7 +44,7 @@ def announce(spec: ModelSpec, data: Dataset, training: Training, config: dict[st
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
-    for line in cheaper(config, device):
+    for line in cheaper(config, device, resumed=resumed):
         note(f"note    {line}")
     for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
         detail(f"setting {line}")
@@ -86,18 +93,21 @@ def announce_safety(folder: RunFolder) -> None:
     note(f"safe    Ctrl-C saves and stops; {folder.resume_command} goes on, after a crash too")
 
 
-def cheaper(config: dict[str, Any], device: torch.device) -> list[str]:
+def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
     """What is true and would save the run, or most of its time: one line each.
 
     Args:
         config: of the run that is about to begin.
         device: where it will run.
+        resumed: its folder, where it has one already, which is passed over.
     """
     lines = []
     if device.type == "cpu" and torch.cuda.is_available():
         lines.append("this machine has a GPU that is far faster: --device cuda")
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
+        if resumed is not None and folder.resolve() == resumed.resolve():
+            continue
         try:
             other = read_config(folder)
             same = _identity(other) == _identity(config)
@@ -113,6 +123,8 @@ def cheaper(config: dict[str, Any], device: torch.device) -> list[str]:
                 lines.append(f"the same run has begun in {folder}: {resume_command(folder, other)} continues it")
             except RunLockedError:
                 lines.append(f"the same run is under way in {folder}")
+            except OSError:
+                continue  # another user's, whose lock this one may not look at
     return lines
 
 

@@ -64,7 +64,7 @@ def resume_run(
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines()[0][:100]
             raise ModelFileError(f"{path / RESUME}: does not fit the run that {path} describes ({first})") from error
-        announce(spec, loaded, training, config)
+        announce(spec, loaded, training, config, resumed=path)
         if not training.finished:
             told_forecast(training, parent=path)
         return carry_out(folder, training, spec, loaded)

@@ -213,7 +213,8 @@ def test_the_same_run_is_not_trained_twice_unnoticed(signal_at: Any, capsys: pyt
         stopped_train(signal_at, out="runs/second")
         assert f"the same run has begun in {run}: robustq train --resume {run} continues it" in capsys.readouterr().err
         robustq.resume_run(run)
-        capsys.readouterr()
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note ")]
+        assert len(notes) == 1 and "runs/second" in notes[0]  # of the other one, and not of itself
         stopped_train(signal_at, out="runs/third")
         assert f"the same run has finished in {run}: {run / 'best.pt'}" in capsys.readouterr().err
         with pytest.raises(RunStoppedError):  # another seed is another run
