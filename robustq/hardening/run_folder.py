@@ -7,6 +7,7 @@ from it; whatever moment a process is killed at, :meth:`RunFolder.reopen` brings
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, UsageError
 from robustq.hardening.run_lock import RunLock, check_not_running
+from robustq.models.own.factory import runs_user_code
 from robustq.models.spec import ModelSpec
 from robustq.outputs import check_new, folder_when_whole, remove_partials, write_text_atomically
 from robustq.progress import note
@@ -215,8 +217,10 @@ def check_unfinished(path: Path) -> None:
 
 
 def resume_command(path: Path, config: dict[str, Any]) -> str:
-    """What to type to go on with the run in ``path``."""
-    return f"robustq {config['command']} --resume {path}"
+    """What to type to go on with the run in ``path``: the user's own code is named again, or it would not be run."""
+    architecture = str(config["spec"].get("architecture"))
+    own = f" --model {shlex.quote(architecture)}" if runs_user_code(architecture) else ""
+    return f"robustq {config['command']} --resume {shlex.quote(str(path))}{own}"
 
 
 def check_new_run(path: Path) -> None:

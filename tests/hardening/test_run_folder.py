@@ -17,7 +17,7 @@ import torch
 
 from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, OutputExistsError, RobustqError, RunLockedError, UsageError
-from robustq.hardening.run_folder import RESUME, RunFolder, check_new_run
+from robustq.hardening.run_folder import RESUME, RunFolder, check_new_run, resume_command
 from robustq.hardening.run_lock import LOCK
 from robustq.models.spec import ModelSpec, build_model
 
@@ -245,3 +245,15 @@ def test_out_that_holds_an_unfinished_run_names_the_way_on(tmp_path: Path) -> No
     with pytest.raises(OutputExistsError, match="nothing is overwritten"):
         check_new_run(path)
     check_new_run(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("path", "architecture", "typed"),
+    [
+        ("runs/a", "resnet8", "robustq harden --resume runs/a"),
+        ("runs/two words", "torchvision:mobilenet_v2", "robustq harden --resume 'runs/two words'"),
+        ("runs/a", "nets.small:build", "robustq harden --resume runs/a --model nets.small:build"),
+    ],
+)
+def test_the_way_on_can_be_typed_as_it_stands(path: str, architecture: str, typed: str) -> None:
+    assert resume_command(Path(path), {**CONFIG, "spec": {"architecture": architecture}}) == typed
