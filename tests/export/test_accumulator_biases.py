@@ -116,9 +116,7 @@ def test_a_second_run_does_nothing() -> None:
 
 @pytest.mark.parametrize("steps", [2.5, 0.25])
 def test_other_units_are_refused(steps: float) -> None:
-    with pytest.raises(
-        ExportError, match=r"v_conv: its accumulator's step is [\d.]+ of its bias' steps, no"
-    ):
+    with pytest.raises(ExportError, match=r"v_conv: its accumulator's step is [\d.]+ of its bias' steps, no"):
         accumulator_biases(layer(steps=steps))
 
 
