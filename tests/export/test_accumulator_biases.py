@@ -49,7 +49,7 @@ def layer(
         hm.quantize("v", "vq", "y_s", "y_z"),
         hm.dequantize("vq", "y", "y_s", "y_z"),
     ]
-    x = ["n", 4, 5, 5] if operation == "Conv" else ["n", 4]
+    x: list[int | str] = ["n", 4, 5, 5] if operation == "Conv" else ["n", 4]
     return hm.model(nodes, constants, x=x, outputs={"y": len(x)})
 
 
