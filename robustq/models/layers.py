@@ -8,14 +8,12 @@ from typing import Any
 import brevitas.nn as qnn
 from torch import Tensor, nn
 
+from robustq.models.binary import BinaryActQuant, BinaryWeightQuant, FoldedBinaryWeightQuant
 from robustq.models.normalise import Normalisation, Normalise
 from robustq.models.quantizers import (
     ActQuant,
     BiasQuant,
-    BinaryActQuant,
-    BinaryWeightQuant,
     BranchQuant,
-    FoldedBinaryWeightQuant,
     FoldedWeightQuant,
     NormalisedQuant,
     PixelQuant,

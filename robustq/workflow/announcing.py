@@ -39,6 +39,8 @@ def announce(
         if spec.widths.is_float
         else f"{spec.weight_bits}-bit weights, {spec.act_bits}-bit activations, 8-bit first and last layer"
     )
+    if spec.layer_bits:
+        inner += f", {len(spec.layer_bits)} layers of their own width"
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")

@@ -1,0 +1,102 @@
+"""Quantizers of one bit, after XNOR-Net (arXiv:1603.05279).
+
+Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x) with the
+straight-through gradient cut off beyond 1; sign(0) is +1. The paper's activation scale K, a mean over the input of every
+position, is left out: no integer kernel can run it, and its successors dropped it (Bi-Real Net, arXiv:1808.00278).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
+from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType, StatsOp
+from brevitas.quant.solver.act import ActQuantSolver
+from brevitas.quant.solver.weight import WeightQuantSolver
+from torch import Tensor, nn
+
+from robustq.models.quantizers import FixedScaling
+
+
+class _ScaledSign(torch.autograd.Function):
+    """scale * sign(x), +1 at 0; the gradient with respect to x is the one that comes in."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
+        positive = x >= 0
+        ctx.save_for_backward(positive)
+        ctx.scale_shape = scale.shape  # type: ignore[attr-defined]
+        return torch.where(positive, scale, -scale)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (positive,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        signed = torch.where(positive, grads[0], -grads[0])
+        return grads[0], signed.sum_to_size(ctx.scale_shape)  # type: ignore[attr-defined]
+
+
+class StraightThroughBinaryQuant(nn.Module):
+    """Brevitas' BinaryQuant but for the gradient, which it multiplies by the scale.
+
+    Args:
+        scaling_impl: gives the scale of a tensor.
+    """
+
+    def __init__(self, scaling_impl: nn.Module) -> None:
+        super().__init__()
+        self.scaling_impl = scaling_impl
+        self.register_buffer("bit_width", torch.ones(()), persistent=False)
+        self.register_buffer("zero_point", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
+        """Return the two-valued tensor, its scale, zero point and bit width, as every Brevitas tensor quantizer."""
+        scale = self.scaling_impl(x)
+        return _ScaledSign.apply(x, scale), scale, self.zero_point, self.bit_width
+
+
+class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
+    """alpha * sign(w), alpha the mean magnitude of the output channel (XNOR-Net, section 3.1).
+
+    The gradient passes straight through to the weight, as it does at every other width, and through the mean. XNOR-Net
+    multiplies the first part by alpha, a tenth and less in these networks: Adam does not notice, SGD hardly moves then
+    (docs/results/widths.md). Its indicator |w| <= 1 is left out: a weight that passed 1 could never come back.
+    """
+
+    tensor_quant = StraightThroughBinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl_type = ScalingImplType.STATS
+    scaling_stats_op = StatsOp.AVE
+    scaling_min_val = 1e-10  # a dead channel's codes stay finite, as at the other widths
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+
+
+class FoldedBinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
+    """The same signs with the per-channel scale held in a buffer (after BatchNorm was folded in)."""
+
+    tensor_quant = BinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl = FixedScaling
+    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_per_output_type = ScalingPerOutputType.CHANNEL
+    restrict_scaling_type = RestrictValueType.FP
+
+
+class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]
+    """sign(x), +1 at 0, with the straight-through gradient where |x| <= 1 and none beyond."""
+
+    tensor_quant = ClampedBinaryQuant
+    bit_width = 1
+    signed = True
+    narrow_range = True
+    scaling_impl_type = ScalingImplType.CONST
+    scaling_per_output_type = ScalingPerOutputType.TENSOR
+    restrict_scaling_type = RestrictValueType.FP
+    scaling_init = 1.0
+    min_val = -1.0
+    max_val = 1.0
