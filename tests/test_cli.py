@@ -234,7 +234,7 @@ def test_the_python_words_take_plain_strings(digits_w4a4: Path, tmp_path: Path) 
 
 
 def test_every_command_explains_itself(run: Run) -> None:
-    for command in ("quickstart", "train", "harden", "attack", "export", "recheck", "recipes"):
+    for command in ("quickstart", "train", "harden", "attack", "export", "recheck", "info", "recipes"):
         told = run(command, "--help")
         assert told.code == 0
         for option in ("--json", "--out", "--seed", "--device"):

@@ -9,12 +9,14 @@ import typer
 
 from robustq.cli.finish import finish
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import FileOut, Json, OwnModel
+from robustq.cli.options import FileOut, Json, NoDevice, NoSeed, OwnModel
 
 
 def info(
     path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder or a run folder.")],
     own_model: OwnModel = None,
+    seed: NoSeed = 0,
+    device: NoDevice = None,
     out: FileOut = None,
     as_json: Json = False,
     quiet: Quiet = False,

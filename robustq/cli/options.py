@@ -14,6 +14,9 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:0. Default: a GPU where there is one.", autocompletion=one_of(DEVICES)),
 ]
+_IDLE = "No effect here; taken so that every command takes it."
+NoSeed = Annotated[int, typer.Option("--seed", help=_IDLE, min=0)]
+NoDevice = Annotated[str | None, typer.Option("--device", help=_IDLE)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Data = Annotated[
     str | None,

@@ -9,15 +9,15 @@ import typer
 from robustq.cli.completion import recipe
 from robustq.cli.finish import finish
 from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import FileOut, Json
+from robustq.cli.options import FileOut, Json, NoDevice, NoSeed
 
 
 def recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this recipe. Default: list them all.", autocompletion=recipe)
     ] = None,
-    seed: Annotated[int, typer.Option(help="No effect here; taken so that every command takes it.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="No effect here; taken so that every command takes it.")] = None,
+    seed: NoSeed = 0,
+    device: NoDevice = None,
     out: FileOut = None,
     as_json: Json = False,
     quiet: Quiet = False,
