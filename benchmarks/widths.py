@@ -2,8 +2,8 @@
 
     python -m benchmarks.widths --data cifar10 [--rows float w4a4 w4a4-fixed w1a1] [--images 10000] [--epochs 10]
 
-Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed.
-``w4a4-fixed`` keeps the activation scales that calibration set; the others learn them. One JSON line a row is printed
+Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows that
+end in ``-fixed`` keep the activation scales that calibration set; the others learn them. One JSON line a row is printed
 as soon as it is known, and the table at the end.
 """
 
@@ -24,7 +24,15 @@ from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
 from robustq.workflow.run import run_recipe
 
-ROWS = {"float": (32, 32), "w8a8": (8, 8), "w4a4": (4, 4), "w4a4-fixed": (4, 4), "w2a2": (2, 2), "w1a1": (1, 1)}
+ROWS = {
+    "float": (32, 32),
+    "w8a8": (8, 8),
+    "w4a4": (4, 4),
+    "w4a4-fixed": (4, 4),
+    "w2a2": (2, 2),
+    "w2a2-fixed": (2, 2),
+    "w1a1": (1, 1),
+}
 
 
 def main() -> None:

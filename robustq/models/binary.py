@@ -1,8 +1,8 @@
 """Quantizers of one bit, after XNOR-Net (arXiv:1603.05279).
 
 Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x) with the
-straight-through gradient cut off beyond 1; sign(0) is +1. The paper's activation scale K, a mean over the input of every
-position, is left out: no integer kernel can run it, and its successors dropped it (Bi-Real Net, arXiv:1808.00278).
+straight-through gradient cut off beyond 1; sign(0) is +1. The paper's activation scale K, a mean over the input of
+every position, is left out: no integer kernel can run it, and its successors dropped it (arXiv:1808.00278).
 """
 
 from __future__ import annotations
