@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "robustq"
 
 # Lowest line first; rooms on one line may import each other. `recipes` holds data files; `api` is robustq/__init__.py.
 LINES: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "inputs", "outputs", "data", "recipe", "recipes"),
+    ("errors", "progress", "inputs", "outputs", "data", "recipe", "recipe_faults", "recipes"),
     ("models", "torch_file", "checkpoint"),
     ("attacks",),
     ("evaluation",),

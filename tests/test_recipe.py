@@ -12,7 +12,8 @@ import pytest
 
 import robustq
 from robustq.errors import RecipeError, UsageError
-from robustq.recipe import check_settings, format_epsilon, load_recipe, parse_epsilon, recipe_names
+from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
+from robustq.recipe_faults import check_settings
 
 
 @pytest.mark.parametrize(

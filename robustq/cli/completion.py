@@ -34,6 +34,6 @@ def recipe(incomplete: str) -> list[str]:
 
 def setting(incomplete: str) -> list[str]:
     """Keys of a recipe, as --set takes them."""
-    from robustq.recipe import KEYS
+    from robustq.recipe_faults import KEYS
 
     return [f"{key}=" for key in KEYS if key.startswith(incomplete) and "=" not in incomplete]

@@ -13,7 +13,8 @@ from robustq.hardening.method import Method
 from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
 from robustq.hardening.ptq import PtqSettings
-from robustq.recipe import Recipe, check_settings
+from robustq.recipe import Recipe
+from robustq.recipe_faults import check_settings
 
 SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings, "ptq": PtqSettings}
 """Method -> the dataclass of its own table in a recipe."""

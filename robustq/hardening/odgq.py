@@ -20,7 +20,7 @@ from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.method import Step
 from robustq.hardening.mmd import mmd
 from robustq.models.batch_norm import batch_statistics, running_statistics
-from robustq.recipe import shown, unknown_value
+from robustq.recipe_faults import shown, unknown_value
 
 MOST_DOMAINS = 256
 """Each domain keeps a perturbation per slot of the batch; the paper goes to 16."""

@@ -21,7 +21,8 @@ from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec
 from robustq.outputs import folder_when_whole, free_path, sha256, write_text_atomically
 from robustq.progress import detail, note
-from robustq.recipe import Recipe, check_settings
+from robustq.recipe import Recipe
+from robustq.recipe_faults import check_settings
 from robustq.report.recipe import toml_lines
 from robustq.workflow.run import EVALUATION_BATCH, accuracy_on_test
 from robustq.workflow.setting import versions

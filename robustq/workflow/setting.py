@@ -21,7 +21,8 @@ from robustq.models.quantizers import BITS, FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
 from robustq.progress import detail
-from robustq.recipe import Recipe, Vocabulary, format_epsilon, load_recipe
+from robustq.recipe import Recipe, format_epsilon, load_recipe
+from robustq.recipe_faults import Vocabulary
 from robustq.torch_file import read_checkpoint
 
 DEFAULT_EPSILON = 8 / 255

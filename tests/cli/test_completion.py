@@ -15,7 +15,8 @@ from robustq.data import DATASET_NAMES
 from robustq.evaluation.suites import SUITES
 from robustq.export.formats import FORMATS
 from robustq.models.spec import ARCHITECTURES
-from robustq.recipe import KEYS, recipe_names
+from robustq.recipe import recipe_names
+from robustq.recipe_faults import KEYS
 
 PROGRAM = "#!{python}\nfrom robustq.cli import main\nmain()\n"
 

@@ -22,7 +22,8 @@ from robustq.models.calibration import calibrate
 from robustq.models.folding import fold
 from robustq.models.resnet import ResNet
 from robustq.models.spec import ModelSpec, build_model
-from robustq.recipe import TRAINING_KEYS, load_recipe
+from robustq.recipe import load_recipe
+from robustq.recipe_faults import TRAINING_KEYS
 
 IMAGES = 256
 
