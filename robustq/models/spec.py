@@ -172,6 +172,10 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
             normalisation=spec.normalisation,
             feature_layer=spec.feature_layer,
         )
+        if 1 in dict(spec.layer_bits).values():
+            raise UsageError(
+                f"{spec.architecture}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2"
+            )
         set_layer_bits(graph, dict(spec.layer_bits))
         graph.eval()
         network: nn.Module = graph

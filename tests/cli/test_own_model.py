@@ -57,6 +57,7 @@ def test_with_the_name_it_does(own: str, monkeypatch: pytest.MonkeyPatch, capsys
         ),
         (["train", "--data", "digits", "--arch", "torchvision:squeezenet1_1"], "takes images of 3 channels"),
         (["train", "--data", "digits", "--arch", "nets:build"], "give it as --model nets:build"),
+        (["harden", "--resume", "nowhere", "--model", "{own}"], "nowhere: "),
         (["harden", "model.pt", "--bits", "4", "--arch", "torchvision:resnet18"], "add --model"),
         (["train", "--data", "digits", "--model", "{own}", "--feature-layer", "dws"], "has no such layer; nearest: dw"),
         (["train", "--data", "digits", "--model", "{own}", "--bits", "1"], "1 bit needs blocks made for it"),

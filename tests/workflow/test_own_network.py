@@ -120,6 +120,18 @@ def test_a_state_dict_of_ones_own(runs: Any, here: str, tmp_path: Path) -> None:
     assert spec["feature_layer"] == "dw" and spec["architecture"] == here
 
 
+def test_post_training_quantization(runs: Any, here: str, tmp_path: Path) -> None:
+    found = robustq.harden_model(
+        runs[2]["checkpoint"],
+        bits=8,
+        own_model=here,
+        recipe="ptq",
+        overrides=("calibration_images=64",),
+        out=tmp_path / "q",
+    )
+    assert abs(found["clean_accuracy"] - runs[2]["clean_accuracy"]) < 0.1, "256 levels a value change few answers"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.errors import ModelFileError, UsageError
+from robustq.models.folding import fold
 from robustq.models.own.factory import check_permission, float_network, is_own, runs_user_code, torchvision_names
 from robustq.models.spec import ModelSpec, build_model
 
@@ -180,3 +182,54 @@ def test_a_named_network_must_be_the_files(tmp_path: Path) -> None:
 )
 def test_labels_are_good_file_names(architecture: str, label: str) -> None:
     assert replace(SPEC, architecture=architecture, weight_bits=4, act_bits=4).label == label
+
+
+LAYER_BITS = (("conv1", 4), ("last", 2), ("relu", 8))
+
+LAYERS_CODE = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.conv2 = nn.Conv2d(8, 8, 3)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = functional.relu(self.conv1(x))
+        return self.last(functional.relu(self.conv2(x)).mean((2, 3)))
+"""
+
+
+@pytest.fixture
+def layered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
+    name = f"layered_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(LAYERS_CODE, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return replace(SPEC, architecture=f"{name}:Net", image_size=8, weight_bits=4, act_bits=3, layer_bits=LAYER_BITS)
+
+
+def test_single_layers_have_widths_of_their_own(layered: ModelSpec) -> None:
+    model: Any = build_model(layered, own_model=layered.architecture)
+    widths = {name: int(model.get_submodule(name).weight_quant.bit_width()) for name in ("conv1", "conv2", "last")}
+    assert widths == {"conv1": 4, "conv2": 4, "last": 2}
+    assert [int(model.get_submodule(name).act_quant.bit_width()) for name in ("relu", "relu_1")] == [8, 3]
+    folded: Any = fold(model, layered)
+    assert {name: int(folded.get_submodule(name).weight_quant.bit_width()) for name in widths} == widths
+
+
+@pytest.mark.parametrize(
+    ("layer_bits", "message"),
+    [
+        ((("conv3", 4),), "no layer 'conv3' whose width can be set"),
+        ((("conv2", 5),), "conv2 = 5: choose one of"),
+        ((("conv2", 1),), "1 bit needs blocks made for it"),
+    ],
+)
+def test_widths_that_do_not_do(layered: ModelSpec, layer_bits: tuple[tuple[str, int], ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build_model(replace(layered, layer_bits=layer_bits), own_model=layered.architecture)
