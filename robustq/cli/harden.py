@@ -120,4 +120,4 @@ def harden(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r)))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)))

@@ -30,12 +30,13 @@ def resumed(run: Path, *, data: str | None, device: str | None, own_model: str |
     return resume_run(run, data=data, device=device, own_model=own_model)
 
 
-def advice(result: dict[str, Any]) -> str:
-    """The command that usually follows a finished run."""
+def advice(result: dict[str, Any], own_model: str | None) -> str:
+    """The command that usually follows a finished run; a user's own network has to be named in it again."""
+    name = "" if own_model is None else f" --model {own_model}"
     if "bits" in result:  # harden's; the model that export takes by itself is the last defended one
         model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
-        return f"robustq export {model}--format integer"
-    return f"robustq harden {result['checkpoint']} --bits 4"
+        return f"robustq export {model}--format integer{name}"
+    return f"robustq harden {result['checkpoint']} --bits 4{name}"
 
 
 def check_alone(context: typer.Context) -> None:

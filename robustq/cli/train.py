@@ -94,4 +94,4 @@ def train(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r)))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)))
