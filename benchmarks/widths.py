@@ -2,9 +2,9 @@
 
     python -m benchmarks.widths --data cifar10 [--rows float w4a4 w4a4-fixed w1a1] [--images 10000] [--epochs 10]
 
-Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows that
-end in ``-fixed`` keep the activation scales that calibration set; the others learn them. One JSON line a row is printed
-as soon as it is known, and the table at the end.
+Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows
+that end in ``-fixed`` keep the activation scales that calibration set; the others learn them. One JSON line a row is
+printed as soon as it is known, and the table at the end.
 """
 
 from __future__ import annotations
