@@ -448,7 +448,7 @@ def off_ties(model: nn.Module) -> None:
 def check_bias_rounding_explains_all(model: Any, spec: ModelSpec) -> None:
     """In float64, where ties are hardly ever hit: the folded network is the unfolded one with rounded shifts.
 
-    Folding stored scales and thresholds as float32, right to 6e-8. Of the some ten thousand codes behind an image now and
+    Folding stored scales and thresholds as float32, right to 6e-8. Of some ten thousand codes behind an image now and
     then one lies within that of a tie and moves, so a quarter of the images may differ; a fault would move them all.
     """
     folded: Any = fold(model, spec)

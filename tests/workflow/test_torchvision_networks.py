@@ -1,4 +1,4 @@
-"""torchvision's ResNet-18 and MobileNetV2 from a state dict to a deployed integer file, at 64 x 64."""
+"""ResNet-18, ours and torchvision's, and MobileNetV2 from a state dict to a deployed integer file, at 64 x 64."""
 
 from __future__ import annotations
 
@@ -62,16 +62,22 @@ def trained(name: str, *, steps: int) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "layers", "sums"),
-    [("resnet18", 20 + 1, 8), ("mobilenet_v2", 52 + 1, 10)],
+    ("name", "architecture", "layers", "sums"),
+    [
+        ("resnet18", "torchvision:resnet18", 20 + 1, 8),
+        ("resnet18", None, 20 + 1, 8),  # the same weights, recognised as our own ResNet-18
+        ("mobilenet_v2", "torchvision:mobilenet_v2", 52 + 1, 10),
+    ],
 )
-def test_harden_and_export(name: str, layers: int, sums: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harden_and_export(
+    name: str, architecture: str | None, layers: int, sums: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(trained(name, steps=50), tmp_path / "weights.pt")
     run = harden_model(
         tmp_path / "weights.pt",
         bits=4,
-        architecture=f"torchvision:{name}",
+        architecture=architecture,
         data=str(dataset(tmp_path)),
         overrides=(
             "epochs=1",
