@@ -2,9 +2,10 @@
 
     python -m benchmarks.widths --data cifar10 [--rows float w4a4 w4a4-fixed w1a1] [--images 10000] [--epochs 10]
 
-Each row is a ResNet-20 trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows
+Each row is a network trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows
 that end in ``-fixed`` keep the activation scales that calibration set; the others learn them. One JSON line a row is
-printed as soon as it is known, and the table at the end.
+printed as soon as it is known, and the table at the end. A file's name says nothing of its pictures: add ``--set
+flip=true`` for CIFAR-10 in an .npz.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["float", "w4a4", "w4a4-fixed", "w1a1"])
+    parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more recipe keys, for every row")
     options = parser.parse_args()
     progress.show(True)
-    keys = (f"train_images={options.images}", f"epochs={options.epochs}", "flip=true", *options.set)
-    recipe = load_recipe("natural", keys)
+    recipe = load_recipe("natural", (f"train_images={options.images}", f"epochs={options.epochs}", *options.set))
     data = load_dataset(options.data, train_images=options.images)
     found = {}
     for row in options.rows:
-        found[row] = _train(row, data, recipe, seed=options.seed)
+        found[row] = _train(row, data, recipe, architecture=options.architecture, seed=options.seed)
         print(json.dumps({"row": row, **found[row]}), flush=True)
     print("| row | test accuracy [95%] | epochs | s an epoch |")
     print("|---|---|---|---|")
@@ -61,10 +62,10 @@ def main() -> None:
         print(f"| {row} | {accuracy} | {result['epochs']} | {result['seconds_per_epoch']:.0f} |")
 
 
-def _train(row: str, data: Any, recipe: Any, *, seed: int) -> dict[str, Any]:
+def _train(row: str, data: Any, recipe: Any, *, architecture: str, seed: int) -> dict[str, Any]:
     weight_bits, act_bits = ROWS[row]
     shape = (data.classes, data.channels, data.image_size)
-    spec = ModelSpec("resnet20", weight_bits, act_bits, *shape, data.name, None, data.class_names)
+    spec = ModelSpec(architecture, weight_bits, act_bits, *shape, data.name, None, data.class_names)
     torch.manual_seed(seed)
     model = build_model(spec)
     for threshold in learned_thresholds(model).values():
