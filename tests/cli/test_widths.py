@@ -30,6 +30,7 @@ def test_weights_and_activations_have_their_own_options(run: Run, digits_float: 
     assert (spec.weight_bits, spec.act_bits, spec.layer_bits) == (2, 8, ())
 
 
+@pytest.mark.slow
 def test_one_bit_trains_and_is_not_exported(run: Run, digits_float: Path) -> None:
     made = result_of(run, "harden", str(digits_float), "--bits", "1", *SHORT)
     _, spec, _ = load_model(Path(made["checkpoint"]))
@@ -39,6 +40,7 @@ def test_one_bit_trains_and_is_not_exported(run: Run, digits_float: Path) -> Non
     assert not Path("bundle").exists()
 
 
+@pytest.mark.slow
 def test_layers_of_their_own_width_are_built_kept_and_exported(run: Run, digits_float: Path) -> None:
     Path("bits.toml").write_text('"layer1.0.conv1" = 8\nlayer2.0.relu1 = 2\n')
     words = ("--recipe", "natural", "--bits", "4", "--bits-per-layer", "bits.toml")
@@ -52,6 +54,7 @@ def test_layers_of_their_own_width_are_built_kept_and_exported(run: Run, digits_
     assert exported["float_layers"] == [] and exported["shortfalls"] == []
 
 
+@pytest.mark.slow
 def test_a_normalisation_of_a_state_dict_stays_in_front(run: Run, digits_float: Path) -> None:
     torch.save(load_model(digits_float)[0].state_dict(), "weights.pt")
     words = ("--data", "digits", "--bits", "4", "--recipe", "natural", "--normalisation", "0.3/0.4")

@@ -511,7 +511,7 @@ def check_every_layer(model: Any, folded: Any) -> None:
         ("resnet8", 1, 4),
         ("resnet8", 2, 1),
         ("resnet20-a", 3, 3),
-        ("resnet20", 8, 2),
+        pytest.param("resnet20", 8, 2, marks=pytest.mark.slow),
     ],
 )
 def test_bias_rounding_explains_all_that_folding_changes(architecture: str, weight_bits: int, act_bits: int) -> None:
