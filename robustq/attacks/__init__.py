@@ -4,8 +4,8 @@ Every attack is a plain function `attack(model, x, y, *, epsilon, ...) -> x_adv`
 
 - x_adv has the shape, dtype and device of x, carries no gradient, and lies inside the ball and inside [0, 1];
 - at epsilon 0 it is x, bit for bit;
-- randomness comes from the CPU generator it is given (the global CPU generator without one), so that results do not
-  depend on the device;
+- randomness comes from the CPU generator it is given (the global CPU generator without one), or from random streams
+  that belong to the images (`streams.Streams`), so that results do not depend on the device;
 - the model is called as it stands: no mode, flag or parameter is changed and no `.grad` is left on it. A forward pass
   in train mode moves BatchNorm's running statistics all the same, so put the model into the mode you mean to attack.
 """
@@ -17,9 +17,13 @@ from types import MappingProxyType
 
 from torch import Tensor
 
+from robustq.attacks.apgd import apgd, apgd_targeted
 from robustq.attacks.fgsm import fgsm
 from robustq.attacks.noise import gaussian_noise, uniform_noise
 from robustq.attacks.pgd import bim, pgd
+from robustq.attacks.pgd_plus_plus import pgd_plus_plus
+from robustq.attacks.spending import Counted
+from robustq.attacks.streams import Streams
 from robustq.attacks.tpgd import tpgd
 
 ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
@@ -30,8 +34,24 @@ ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "bim": bim,
         "pgd": pgd,
         "tpgd": tpgd,
+        "pgd_plus_plus": pgd_plus_plus,
+        "apgd": apgd,
+        "apgd_targeted": apgd_targeted,
     }
 )
 """Every attack by its name (read-only)."""
 
-__all__ = ["ATTACKS", "bim", "fgsm", "gaussian_noise", "pgd", "tpgd", "uniform_noise"]
+__all__ = [
+    "ATTACKS",
+    "Counted",
+    "Streams",
+    "apgd",
+    "apgd_targeted",
+    "bim",
+    "fgsm",
+    "gaussian_noise",
+    "pgd",
+    "pgd_plus_plus",
+    "tpgd",
+    "uniform_noise",
+]

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 LEVEL_TOLERANCE = 1e-4
@@ -44,21 +45,26 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 
 
 @torch.no_grad()
-def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | None = None) -> Tensor:
+def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | Streams | None = None) -> Tensor:
     """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
 
     Args:
         x: (N, C, H, W) float in [0, 1].
         epsilon: radius, 0 to 1.
-        generator: a CPU generator; the draw is made on the CPU and moved, so that it does not depend on the device.
+        generator: a CPU generator, or streams with one key per image; the draw is made on the CPU and moved, so that it
+            does not depend on the device.
 
     Returns:
         (N, C, H, W), dtype and device of `x`, without gradient.
 
     Raises:
-        UsageError: epsilon outside [0, 1].
+        UsageError: epsilon outside [0, 1], or streams of another number of images.
     """
-    noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x)
+    check_epsilon(epsilon)
+    if isinstance(generator, Streams):
+        noise = streams_for(generator, x).uniform(tuple(x.shape[1:])).to(x)
+    else:
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x)
     return project(x + epsilon * (2.0 * noise - 1.0), x, epsilon=epsilon)
 
 

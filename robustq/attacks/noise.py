@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustq.attacks.ascent import Model
 from robustq.attacks.ball import check_epsilon, project, uniform_start
+from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 
@@ -22,7 +23,7 @@ def gaussian_noise(
     epsilon: float,
     sigma: float | None = None,
     bounded: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Streams | None = None,
 ) -> Tensor:
     """Gaussian noise: x + sigma * N(0, 1) per pixel, projected into the epsilon-ball and [0, 1].
 
@@ -38,7 +39,7 @@ def gaussian_noise(
         epsilon: radius of the ball, 0 to 1.
         sigma: standard deviation before projection, in the unit of the images.
         bounded: whether the result is projected into the ball.
-        generator: a CPU generator.
+        generator: a CPU generator, or streams.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient.
@@ -50,12 +51,15 @@ def gaussian_noise(
     sigma = epsilon if sigma is None else sigma
     if not 0.0 <= sigma <= 1.0:
         raise UsageError(f"sigma is {sigma}; give a number from 0 to 1, in the unit of the images (8/255, not 8)")
-    noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+    if isinstance(generator, Streams):
+        noise = streams_for(generator, x).normal(tuple(x.shape[1:])).to(x)
+    else:
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
     return project(x + sigma * noise, x, epsilon=epsilon if bounded else 1.0)
 
 
 def uniform_noise(
-    model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator | None = None
+    model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator | Streams | None = None
 ) -> Tensor:
     """Uniform noise: x + U(-epsilon, epsilon) per pixel, clamped to [0, 1].
 
@@ -64,7 +68,7 @@ def uniform_noise(
         x: (N, C, H, W) float32 in [0, 1].
         y: ignored.
         epsilon: radius of the ball, 0 to 1.
-        generator: a CPU generator.
+        generator: a CPU generator, or streams.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient.

@@ -13,6 +13,7 @@ from torch import Tensor
 from robustq.attacks.ascent import Model, input_gradient, step_length
 from robustq.attacks.ball import project, uniform_start
 from robustq.attacks.losses import Loss, cross_entropy
+from robustq.attacks.streams import Streams
 
 
 def pgd(
@@ -26,13 +27,13 @@ def pgd(
     loss: Loss = cross_entropy,
     random_start: bool = True,
     keep_best: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Streams | None = None,
 ) -> Tensor:
     """PGD: x_0 uniform in the ball; x_{t+1} = project(x_t + step_size * sign(grad_x loss(h(x_t), y))); returns x_steps.
 
     A step longer than the ball is legal and is projected as it stands (the paper's 4/255 on ImageNet at 1/255). A pixel
     with a gradient of exactly zero stays where it is, since sign(0) = 0. For several restarts call it several times
-    with the same generator and take the worst case per image.
+    with the same generator (or children of the same streams) and take the worst case per image.
 
     Args:
         model: images -> logits, differentiable with respect to the images.
@@ -45,7 +46,7 @@ def pgd(
         random_start: start from a uniform point of the ball instead of `x`.
         keep_best: return per image not the last iterate but a misclassified one if any was met (start and end
             included), of these or else of all the one with the highest loss. Costs one forward pass more.
-        generator: a CPU generator, for the start.
+        generator: a CPU generator, or streams, for the start.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient.

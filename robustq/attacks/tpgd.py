@@ -11,6 +11,7 @@ from torch import Tensor
 from robustq.attacks.ascent import Model, input_gradient, step_length
 from robustq.attacks.ball import LEVEL_TOLERANCE, project, uniform_start
 from robustq.attacks.losses import cross_entropy, kl
+from robustq.attacks.streams import Streams
 from robustq.errors import UsageError
 
 
@@ -24,7 +25,7 @@ def tpgd(
     steps: int = 20,
     start: float = 1 / 255,
     rho: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Streams | None = None,
 ) -> Tensor:
     """TPGD: x_{t+1} = project(x_t + step_size * sign(grad_x KL(softmax h(x) || softmax h(x_t)))); returns x_steps.
 
@@ -46,7 +47,7 @@ def tpgd(
         steps: how many, at least 1 (the paper: 20).
         start: half the width of the random start, 1/255 to 1.
         rho: trade-off of Eq. 4a, positive; None for KL only.
-        generator: a CPU generator, for the start.
+        generator: a CPU generator, or streams, for the start.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient.

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import ATTACKS
+from robustq.attacks import ATTACKS, Counted, Streams
 from robustq.attacks.ball import uniform_start
-from robustq.attacks.losses import margin
+from robustq.attacks.losses import dlr, margin, targeted_margin
 from robustq.errors import UsageError
 
 EPSILON = 24 / 255
@@ -27,9 +27,19 @@ CASES: dict[str, tuple[Attack, dict[str, Any]]] = {
     "pgd-keep-best": (ATTACKS["pgd"], {"keep_best": True}),
     "pgd-long-step": (ATTACKS["pgd"], {"step_size": 4 * EPSILON}),
     "tpgd-rho": (ATTACKS["tpgd"], {"rho": 0.5}),
+    "pgd++-all-steps": (ATTACKS["pgd_plus_plus"], {"stop_when_broken": False}),
+    "apgd": (ATTACKS["apgd"], {"steps": 20}),
+    "apgd-all-steps": (ATTACKS["apgd"], {"steps": 20, "stop_when_broken": False}),
+    "apgd-margin": (ATTACKS["apgd"], {"steps": 20, "loss": margin}),
+    "apgd-dlr-restarts": (ATTACKS["apgd"], {"steps": 10, "loss": dlr, "restarts": 2}),
+    "apgd_targeted": (ATTACKS["apgd_targeted"], {"steps": 20}),
+    "apgd-targeted-margin": (ATTACKS["apgd_targeted"], {"steps": 20, "loss": targeted_margin, "target_classes": 1}),
 }
 RANDOM = {name for name in CASES if name not in ("fgsm", "bim")}
 ITERATED = {name for name in CASES if name.startswith(("pgd", "bim", "tpgd"))}
+APGD = {name for name in CASES if name.startswith("apgd")}
+# These drop images as they break, and return a picture that breaks the image if they met one.
+HUNTING = APGD | {"pgd_plus_plus", "pgd++-all-steps"}
 ASKS_MODEL = {name for name in CASES if "noise" not in name}
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -238,11 +248,20 @@ def test_nan_gradient_never_reaches_the_image(case: str, trained: nn.Module, ima
         result: Tensor = trained(images) + torch.sqrt(0.0 * images[:, 0, 0, :1])
         return result
 
+    def partly_flat(images: Tensor) -> Tensor:
+        seen = images.clone()
+        seen[:, 0, 0, 0] = images[:, 0, 0, 0].detach()
+        result: Tensor = trained(seen)
+        return result
+
     x_adv = attack_with(case, partly_nan, x, y, epsilon=EPSILON)
     assert not x_adv.isnan().any()
+    assert torch.equal(x_adv, attack_with(case, partly_flat, x, y, epsilon=EPSILON))
     # No step is taken there: the pixel stays where the attack started, which is off x for a random start.
     pixel = x_adv[:, 0, 0, 0]
-    if case in RANDOM:
+    if case in HUNTING:
+        assert not torch.equal(pixel, x[:, 0, 0, 0])  # their starts are their own
+    elif case in RANDOM:
         width = 1 / 255 if case.startswith("tpgd") else EPSILON
         start = uniform_start(x, epsilon=width, generator=torch.Generator().manual_seed(0))
         assert torch.equal(pixel, start[:, 0, 0, 0])
@@ -250,3 +269,165 @@ def test_nan_gradient_never_reaches_the_image(case: str, trained: nn.Module, ima
         assert torch.equal(pixel, x[:, 0, 0, 0])
     # The other pixels are attacked as ever.
     assert accuracy(trained, x_adv, y) < accuracy(trained, x, y)
+
+
+def batchwise(x: Tensor) -> Tensor:
+    """Three classes, computed image by image: bitwise the same in any batch, which matrix products are not."""
+    weight = torch.randn(3, 36, generator=torch.Generator().manual_seed(12))
+    hidden = (x.flatten(1)[:, None, :] * weight).sum(dim=2)
+    return 4.0 * hidden.sin() + hidden
+
+
+@pytest.mark.parametrize("case", sorted(RANDOM))
+def test_stream_belongs_to_its_image(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    attack, settings = CASES[case]
+    streams = Streams.of(3, range(100, 124), attack=case)
+    together = attack(batchwise, x[:24], y[:24], epsilon=4 / 255, generator=streams, **settings)
+    for rows in (torch.arange(5, 6), torch.arange(23, -1, -2)):
+        part = attack(batchwise, x[rows], y[rows], epsilon=4 / 255, generator=streams[rows], **settings)
+        assert torch.equal(part, together[rows])
+    other = attack(batchwise, x[:24], y[:24], epsilon=4 / 255, generator=streams.child("other"), **settings)
+    assert not torch.equal(other, together)
+
+
+@pytest.mark.parametrize("case", sorted(RANDOM))
+def test_streams_of_other_images_are_refused(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    attack, settings = CASES[case]
+    with pytest.raises(UsageError, match="3 random streams and 4 images"):
+        attack(batchwise, x[:4], y[:4], epsilon=EPSILON, generator=Streams.of(0, range(3)), **settings)
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_hunt_leaves_misclassified_images_alone(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    wrong = batchwise(x).argmax(dim=1) != y
+    assert 20 <= int(wrong.sum()) <= 130
+    x_adv = attack_with(case, batchwise, x, y, epsilon=EPSILON)
+    assert torch.equal(x_adv[wrong], x[wrong])
+    moved = (x_adv[~wrong] != x[~wrong]).flatten(1).any(dim=1)
+    assert bool(moved.any())
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_hunt_returns_every_image_that_it_broke(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    met = torch.zeros(len(x), dtype=torch.bool)
+
+    def watching(pictures: Tensor) -> Tensor:
+        logits = batchwise(pictures)
+        # Without streams of its own a picture is told by the image that it lies in the ball of.
+        distance = (pictures.detach()[:, None] - x[None]).abs().amax(dim=(2, 3, 4))
+        met[distance.argmin(dim=1)] |= logits.argmax(dim=1) != y[distance.argmin(dim=1)]
+        return logits
+
+    x_adv = attack_with(case, watching, x, y, epsilon=6 / 255)
+    broken = batchwise(x_adv).argmax(dim=1) != y
+    assert torch.equal(broken, met)
+    assert 0 < int(broken.sum()) < len(x)
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_stopping_at_success_changes_no_count_and_costs_less(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    attack, settings = CASES[case]
+    broken, spent = [], []
+    for stop in (True, False):
+        model = Counted(batchwise, images=len(x))
+        more = {**settings, "stop_when_broken": stop}
+        x_adv = attack(model, x, y, epsilon=6 / 255, generator=Streams.of(1, range(len(x))), **more)
+        broken.append(batchwise(x_adv).argmax(dim=1) != y)
+        spent.append(model.gradient_steps)
+    assert torch.equal(*broken)
+    right = batchwise(x).argmax(dim=1) == y
+    fell = broken[0] & right
+    assert bool(fell.any()) and bool((~broken[0]).any())
+    assert bool((spent[0][fell] < spent[1][fell]).any())
+    assert torch.equal(spent[0][~broken[0]], spent[1][~broken[0]])
+    assert int(spent[0][~right].sum()) == 0
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_criterion_has_the_last_word(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    asked: list[Tensor] = []
+
+    def rounded(pictures: Tensor, rows: Tensor) -> Tensor:
+        asked.append(rows)
+        assert bool((batchwise(pictures).argmax(dim=1) != y[rows]).all())
+        assert float((pictures - x[rows]).abs().max()) <= 6 / 255 + SLACK
+        return batchwise((pictures * 63).round() / 63).argmax(dim=1) != y[rows]
+
+    x_adv = attack_with(case, batchwise, x, y, epsilon=6 / 255, criterion=rounded)
+    assert asked
+    plain = attack_with(case, batchwise, x, y, epsilon=6 / 255)
+
+    def left(pictures: Tensor) -> int:
+        return int((batchwise((pictures * 63).round() / 63).argmax(dim=1) == y).sum())
+
+    # Pictures that stopped just behind the boundary fall back when they are rounded.
+    assert left(x_adv) <= left(plain)
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_hunt_of_a_model_that_answers_nan_or_always_alike(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0][:6], images[1][:6]
+
+    def nan(pictures: Tensor) -> Tensor:
+        return pictures.flatten(1)[:, :3] * torch.nan
+
+    def constant(pictures: Tensor) -> Tensor:
+        return pictures.flatten(1)[:, :3] * 0.0
+
+    # NaN classifies nothing, so every image is broken as it is.
+    assert torch.equal(attack_with(case, nan, x, y, epsilon=EPSILON), x)
+    # The first of equal classes wins: images of class 0 are right and cannot be broken, the others are wrong already.
+    x_adv = attack_with(case, constant, x, y, epsilon=EPSILON)
+    assert torch.equal(x_adv[y != 0], x[y != 0])
+    assert not x_adv.isnan().any()
+    assert (x_adv - x).abs().max() <= EPSILON + SLACK
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+def test_hunt_counts_a_nan_met_on_the_way_as_broken(case: str, images: tuple[Tensor, Tensor]) -> None:
+    x = images[0][:8]
+
+    def nan_off_the_grid(pictures: Tensor) -> Tensor:
+        logits = torch.cat([pictures.flatten(1)[:, :1] + 2.0, pictures.flatten(1)[:, 1:3]], dim=1)
+        off = (pictures - x[:1].mean()).flatten(1).sum(dim=1, keepdim=True) * 0.0
+        on_grid = ((pictures * 255).round() / 255 - pictures).abs().flatten(1).amax(dim=1, keepdim=True) < 1e-6
+        return torch.where(on_grid, logits, logits + off + torch.nan)
+
+    y = torch.zeros(len(x), dtype=torch.int64)
+    x_adv = attack_with(case, nan_off_the_grid, x, y, epsilon=EPSILON)
+    assert bool(nan_off_the_grid(x_adv).isnan().any(dim=1).all())
+
+
+@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("classes", [1, 2, 3, 4])
+def test_hunt_with_few_classes(case: str, classes: int, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images[0], torch.zeros(len(images[0]), dtype=torch.int64)
+    weight = torch.randn(classes, 36, generator=torch.Generator().manual_seed(4))
+
+    def model(pictures: Tensor) -> Tensor:
+        return pictures.flatten(1) @ weight.T
+
+    if classes == 1:
+        with pytest.raises(UsageError, match="at least 2 classes"):
+            attack_with(case, model, x, y, epsilon=EPSILON)
+        return
+    right = int((model(x).argmax(dim=1) == y).sum())
+    x_adv = attack_with(case, model, x, y, epsilon=EPSILON)
+    assert right >= 10
+    assert int((model(x_adv).argmax(dim=1) == y).sum()) < right
+
+
+@pytest.mark.parametrize("case", sorted(APGD))
+@pytest.mark.parametrize("named", ["steps", "restarts", "target_classes"])
+def test_impossible_apgd_settings_are_refused(case: str, named: str, images: tuple[Tensor, Tensor]) -> None:
+    if named != "steps" and (named == "restarts") == ("targeted" in case):
+        return
+    attack, settings = CASES[case]
+    with pytest.raises(UsageError, match=named):
+        attack(batchwise, *images, epsilon=EPSILON, **{**settings, named: 0})
