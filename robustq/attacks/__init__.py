@@ -18,13 +18,19 @@ from types import MappingProxyType
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd, apgd_targeted
+from robustq.attacks.corners import random_corners
+from robustq.attacks.fab import fab, fab_targeted
+from robustq.attacks.feature_space import feature_space
 from robustq.attacks.fgsm import fgsm
 from robustq.attacks.noise import gaussian_noise, uniform_noise
 from robustq.attacks.pgd import bim, pgd
 from robustq.attacks.pgd_plus_plus import pgd_plus_plus
+from robustq.attacks.rays import rays
 from robustq.attacks.spending import Counted
+from robustq.attacks.square import square
 from robustq.attacks.streams import Streams
 from robustq.attacks.tpgd import tpgd
+from robustq.attacks.transfer import transfer
 
 ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
@@ -37,9 +43,16 @@ ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "pgd_plus_plus": pgd_plus_plus,
         "apgd": apgd,
         "apgd_targeted": apgd_targeted,
+        "fab": fab,
+        "fab_targeted": fab_targeted,
+        "random_corners": random_corners,
+        "square": square,
+        "rays": rays,
+        "feature_space": feature_space,
+        "transfer": transfer,
     }
 )
-"""Every attack by its name (read-only)."""
+"""Every attack by its name (read-only). `feature_space` and `transfer` need more than a model and a radius."""
 
 __all__ = [
     "ATTACKS",
@@ -48,10 +61,17 @@ __all__ = [
     "apgd",
     "apgd_targeted",
     "bim",
+    "fab",
+    "fab_targeted",
+    "feature_space",
     "fgsm",
     "gaussian_noise",
     "pgd",
     "pgd_plus_plus",
+    "random_corners",
+    "rays",
+    "square",
     "tpgd",
+    "transfer",
     "uniform_noise",
 ]

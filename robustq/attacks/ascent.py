@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,19 +43,32 @@ def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor
         UsageError: the logits do not depend on the images for autograd, usually because the model runs outside PyTorch,
             under its own no_grad, or detaches its input. (A gradient that is merely zero is returned as it is.)
     """
+    (slope,) = input_gradients(model, x, [objective])
+    return slope
+
+
+def input_gradients(model: Model, x: Tensor, objectives: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[Slope]:
+    """The same for several objectives: one forward pass, and a backward pass for each as it is asked for.
+
+    Args, result and errors are those of `input_gradient`.
+    """
     with torch.enable_grad():
         leaf = x.detach().requires_grad_(True)
         logits = model(leaf)
-        losses = objective(logits)
+    for number, objective in enumerate(objectives, 1):
+        with torch.enable_grad():
+            losses = objective(logits)
+            total = losses.sum()
         gradient = None
-        if losses.requires_grad:
-            (gradient,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
-    if gradient is None:
-        raise UsageError(
-            "the model gives logits without a gradient with respect to the images; attack its differentiable PyTorch "
-            "form instead, and judge the images that this finds on the model itself"
-        )
-    return Slope(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
+        if total.requires_grad:
+            goes_on = number < len(objectives)
+            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True, retain_graph=goes_on)
+        if gradient is None:
+            raise UsageError(
+                "the model gives logits without a gradient with respect to the images; attack its differentiable "
+                "PyTorch form instead, and judge the images that this finds on the model itself"
+            )
+        yield Slope(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
 
 
 def step_length(step_size: float | None, *, epsilon: float, steps: int) -> float:

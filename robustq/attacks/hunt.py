@@ -91,6 +91,17 @@ class Hunt:
         self.standing = self.standing[~self.broken[self.standing]]
         return ~breaks
 
+    @torch.no_grad()
+    def settle(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
+        """Offer pictures that are the attack's answer for images that stand, whatever their margins.
+
+        Args:
+            rows, x_adv, logits: as for `offer`.
+        """
+        stood = ~self.broken[rows]
+        self.margins[rows[stood]] = -torch.inf
+        self.offer(rows, x_adv, logits)
+
     def model_for(self, rows: Tensor) -> Model:
         """The model to ask about these rows."""
         return asked_about(self.model, rows)

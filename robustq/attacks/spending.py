@@ -9,20 +9,25 @@ An attack that goes on with some of its images says so by `asked_about`, which c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model
 from robustq.errors import UsageError
 
+Answer = TypeVar("Answer")
+Other = TypeVar("Other")
 
-class Counted:
+
+class Counted(Generic[Answer]):
     """A model that counts what it is asked; its answers and gradients are those of the model inside.
 
     A pass counts as a gradient step when autograd watches the images, which attacks let it do for nothing else.
 
     Args:
-        model: images -> logits.
+        model: images -> logits, or any other callable on images.
         images: N, how many images the attack is given.
 
     Attributes:
@@ -30,14 +35,14 @@ class Counted:
         gradient_steps: (N,) int64, forward passes with gradient.
     """
 
-    def __init__(self, model: Model, *, images: int) -> None:
+    def __init__(self, model: Callable[[Tensor], Answer], *, images: int) -> None:
         self.model = model
         self.queries = torch.zeros(images, dtype=torch.int64)
         self.gradient_steps = torch.zeros(images, dtype=torch.int64)
         self._rows = torch.arange(images)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) -> logits (n, K); n is N, or as many as `for_rows` named.
+    def __call__(self, x: Tensor) -> Answer:
+        """(n, C, H, W) -> the model's answer; n is N, or as many as `for_rows` named.
 
         Raises:
             UsageError: another number of images.
@@ -51,14 +56,19 @@ class Counted:
         spent[self._rows] += 1
         return self.model(x)
 
-    def for_rows(self, rows: Tensor) -> Counted:
+    def for_rows(self, rows: Tensor) -> Counted[Answer]:
         """The same counters, for some of the images: indices (n,) into those of this one, or a bool mask."""
-        part = Counted(self.model, images=0)
-        part.queries, part.gradient_steps = self.queries, self.gradient_steps
+        part = self.sharing(self.model)
         part._rows = self._rows[rows.cpu()]
         return part
 
+    def sharing(self, model: Callable[[Tensor], Other]) -> Counted[Other]:
+        """Another callable on the same counters, such as the same network's features."""
+        other = Counted(model, images=0)
+        other.queries, other.gradient_steps, other._rows = self.queries, self.gradient_steps, self._rows
+        return other
 
-def asked_about(model: Model, rows: Tensor) -> Model:
+
+def asked_about(model: Callable[[Tensor], Answer], rows: Tensor) -> Callable[[Tensor], Answer]:
     """The model to ask about these rows of the batch: counted as theirs where the model counts, else the model."""
     return model.for_rows(rows) if isinstance(model, Counted) else model

@@ -1,0 +1,128 @@
+"""Square Attack: random search with squares of +-epsilon, on logits alone (Andriushchenko et al. 2020, 1912.00049)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from robustq.attacks.ascent import Model
+from robustq.attacks.ball import check_epsilon, project
+from robustq.attacks.hunt import Criterion, Hunt
+from robustq.attacks.losses import margin
+from robustq.attacks.streams import Streams, streams_for
+from robustq.errors import UsageError
+
+_HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+"""Of 10,000 queries: where the share of the picture that a square covers is halved (section 4 of the paper)."""
+
+
+@torch.no_grad()
+def square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    queries: int = 5000,
+    p_init: float = 0.8,
+    stop_when_broken: bool = True,
+    criterion: Criterion | None = None,
+    generator: torch.Generator | Streams | None = None,
+) -> Tensor:
+    """Square Attack in the L-infinity ball; needs no gradient, so that the deployed file itself can be attacked.
+
+    It starts from vertical stripes of +-epsilon, one sign per column and channel. Each step sets a square at a random
+    place to x +- epsilon, one sign per channel, and keeps it if the margin rises. The squares' share of the picture
+    starts at p_init and is halved along the paper's schedule, stretched over the queries that there are.
+
+    Deviations from the authors' code: each image has its own squares, from its own random stream, and a square may also
+    touch the last row and column.
+
+    Args:
+        model: images -> logits.
+        x: (N, C, H, W) float32 in [0, 1].
+        y: (N,) int64 true labels.
+        epsilon: radius of the ball, 0 to 1.
+        queries: per image that stands, at least 1, stripes included; the clean image is asked about once more.
+        p_init: share of the picture that the first squares cover, above 0 and up to 1.
+        stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        generator: a CPU generator, or streams.
+
+    Returns:
+        (N, C, H, W), dtype of `x`, without gradient: a picture that breaks the image if one was met, of these or else
+        of all the one with the highest margin.
+
+    Raises:
+        UsageError: epsilon outside [0, 1], queries below 1, p_init outside (0, 1], or a model with fewer than two
+            classes.
+    """
+    check_epsilon(epsilon)
+    if queries < 1:
+        raise UsageError(f"queries is {queries}; give at least 1")
+    if not 0.0 < p_init <= 1.0:
+        raise UsageError(f"p_init is {p_init}; give a share of the picture above 0 and up to 1, like 0.8")
+    streams = streams_for(generator, x)
+    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    rows = hunt.standing
+    if not len(rows):
+        return hunt.x_adv
+    channels, height, width = x.shape[1:]
+    stripes = streams.child("stripes")[rows].signs((channels, 1, width)).to(x)
+    best = project(hunt.x[rows] + epsilon * stripes, hunt.x[rows], epsilon=epsilon)
+    logits = hunt.model_for(rows)(best)
+    highest = _margin(logits, y[rows])
+    goes_on = hunt.offer(rows, best, logits)
+    rows, best, highest = rows[goes_on], best[goes_on], highest[goes_on]
+    for query in range(1, queries):
+        if not len(rows):
+            break
+        side = _side(p_init, query=query, queries=queries, height=height, width=width)
+        patch, inside = _squares(streams.child("square", query)[rows], side, tuple(x.shape[1:]), x)
+        clean = hunt.x[rows]
+        x_adv = torch.where(inside, project(clean + epsilon * patch, clean, epsilon=epsilon), best)
+        logits = hunt.model_for(rows)(x_adv)
+        margins = _margin(logits, y[rows])
+        better = margins > highest
+        best = torch.where(better[:, None, None, None], x_adv, best)
+        highest = torch.maximum(highest, margins)
+        goes_on = hunt.offer(rows, x_adv, logits)
+        if not bool(goes_on.all()):
+            rows, best, highest = rows[goes_on], best[goes_on], highest[goes_on]
+    return hunt.x_adv
+
+
+def share(p_init: float, *, query: int, queries: int) -> float:
+    """The share of the picture that a square covers at a query, 0 .. queries - 1 (the stripes are query 0)."""
+    place = query * 10_000 // queries
+    return p_init * 0.5 ** sum(place > after for after in _HALVED_AFTER)
+
+
+def _side(p_init: float, *, query: int, queries: int, height: int, width: int) -> int:
+    wanted = round(math.sqrt(share(p_init, query=query, queries=queries) * height * width))
+    return min(max(wanted, 1), height, width)
+
+
+def _squares(streams: Streams, side: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """One square per image: its signs (n, C, 1, 1), and where it is (n, 1, H, W) bool."""
+    channels, height, width = shape
+    signs = streams.signs((channels, 1, 1)).to(like)
+    places = streams.child("place").bits((2,))
+    inside = None
+    for axis, size in enumerate((height, width)):
+        # 31 random bits scaled to 0 .. size - side.
+        first = ((places[:, axis] >> 33) & 0x7FFFFFFF) * (size - side + 1) >> 31
+        first = first.to(like.device)[:, None]
+        index = torch.arange(size, device=like.device)
+        within = (index >= first) & (index < first + side)
+        within = within[:, None, :, None] if axis == 0 else within[:, None, None, :]
+        inside = within if inside is None else inside & within
+    assert inside is not None
+    return signs, inside
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The margin; a NaN counts as the lowest, since nothing would ever be higher than it."""
+    return margin(logits, y).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
