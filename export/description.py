@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from robustq.errors import ModelFileError
+from robustq.export.lowering.folded_constants import folded_constants
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
@@ -38,13 +40,12 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     except Exception as error:  # protobuf and the checker share no base class
         reason = " ".join(str(error).split())[:120]
         raise ModelFileError(f"{path}: is not a whole ONNX file ({reason}); export it again") from error
+    counts = Counter(node.op_type for node in model.graph.node)
+    folded_constants(model)  # packed weights are unpacked by operations on constants
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    counts: dict[str, int] = {}
-    for node in graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
     return {
         "format": metadata.get("robustq.format"),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),

@@ -1,11 +1,10 @@
-"""Format name -> file: which exporter and which passes make it, and what a file says of itself."""
+"""Format name -> file: which exporter and which passes make it, and what it promises."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Literal
 
 import onnx
 from torch import nn
@@ -13,71 +12,124 @@ from torch import nn
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
 from robustq.export.lowering.folded_constants import folded_constants
+from robustq.export.lowering.implied_zero_points import implied_zero_points
+from robustq.export.lowering.integer_signs import integer_signs
 from robustq.export.lowering.own_parameters import own_parameters
+from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
 from robustq.export.lowering.quantized_moves import quantized_moves
+from robustq.export.lowering.short_names import short_names
+from robustq.export.lowering.uint8_pixels import uint8_pixels
 from robustq.export.lowering.unsigned_activations import unsigned_activations
+from robustq.export.metadata import describe
 from robustq.export.qonnx_file import clean_up
-from robustq.export.torch_export import export_qcdq, export_qonnx
+from robustq.export.signs_in_qcdq import signs_in_qcdq
+from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
 
+Pixels = Literal["float", "uint8"]
+BatchNorm = Literal["fold", "keep"]
 
-def _qonnx(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    return clean_up(export_qonnx(folded, spec))
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write a network down.
+
+    Args:
+        make: (folded network, what it is) -> the model. QONNX takes unfolded networks as well.
+        is_float: for 32-bit networks instead of quantized ones.
+        promises_integers: whether onnxruntime must run every convolution as integers.
+        runs: ways to run it that must agree with the network (:data:`robustq.export.parity.RUNS`); none where
+            onnxruntime cannot load it.
+        pixels: what the input may be.
+        batch_norm: what may become of BatchNorm.
+    """
+
+    make: Callable[[nn.Module, ModelSpec], onnx.ModelProto]
+    is_float: bool = False
+    promises_integers: bool = False
+    runs: tuple[str, ...] = ("optimised", "unoptimised", "exact")
+    pixels: tuple[Pixels, ...] = ("float", "uint8")
+    batch_norm: tuple[BatchNorm, ...] = ("fold",)
+
+
+def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    return clean_up(export_qonnx(network, spec))
 
 
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    return export_qcdq(folded, spec)
+    return export_qcdq(signs_in_qcdq(folded), spec)
 
 
 def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    model = export_qcdq(folded, spec)
+    model = _qcdq(folded, spec)
     folded_constants(model)
     padding_in_convolutions(model)
     unsigned_activations(model)
+    integer_signs(model)
     quantized_moves(model)  # before the biases: it shows what quantized tensor enters a layer behind a pooling
     accumulator_biases(model)
     own_parameters(model)
-    onnx.checker.check_model(model)
     return model
 
 
-FORMATS: dict[str, Callable[[nn.Module, ModelSpec], onnx.ModelProto]] = {
-    "qonnx": _qonnx,
-    "qcdq": _qcdq,
-    "integer": _integer,
+def _packed(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    model = _integer(folded, spec)
+    packed_weights(model)
+    implied_zero_points(model)
+    short_names(model)
+    return model
+
+
+FORMATS: dict[str, Format] = {
+    "qonnx": Format(_qonnx, runs=(), pixels=("float",), batch_norm=("fold", "keep")),
+    # onnxruntime refuses exact products for files whose nodes share zero points, as Brevitas' QCDQ does at 8 bits.
+    "qcdq": Format(_qcdq, runs=("optimised", "unoptimised")),
+    "integer": Format(_integer, promises_integers=True),
+    "packed": Format(_packed, promises_integers=True),
+    "float": Format(export_float, is_float=True, runs=("optimised", "unoptimised")),
 }
 """qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear. integer: the same
-arithmetic arranged so that onnxruntime runs every layer as integers, on x86 and on ARM.
+arithmetic arranged so that onnxruntime runs every layer as integers, on x86 and on ARM. packed: that, in the smallest
+file. float: plain ONNX of a 32-bit network.
 """
 
 
-def check_format(name: str, spec: ModelSpec) -> None:
-    """Refuse an unknown format, or one that cannot hold this network.
+def check_format(name: str, spec: ModelSpec, *, pixels: str = "float", batch_norm: str = "fold") -> None:
+    """Refuse an unknown format or option, or a format that cannot hold this network.
 
     Raises:
-        UsageError: unknown name.
-        ExportError: a float network in a format of quantized ones, or a network with 1-bit layers.
+        UsageError: unknown name, or an option that the format does not have.
+        ExportError: a float network in a format of quantized ones, or the other way round.
     """
     if name not in FORMATS:
         raise UsageError(f"unknown format '{name}'; known: {', '.join(FORMATS)}")
-    if spec.widths.is_float:
+    chosen = FORMATS[name]
+    for option, value, known in (("input", pixels, chosen.pixels), ("batch-norm", batch_norm, chosen.batch_norm)):
+        if value not in known:
+            raise UsageError(f"--{option} {value} is not known to {name}; choose {' or '.join(known)}")
+    if spec.widths.is_float and not chosen.is_float:
         raise ExportError(
-            f"a 32-bit (float) network cannot be written as {name}; quantize it first: robustq harden MODEL --bits 4"
+            f"a 32-bit (float) network cannot be written as {name}; write it as float, or quantize it first: "
+            "robustq harden MODEL --bits 4"
         )
-    if 1 in (spec.weight_bits, spec.act_bits, *dict(spec.layer_bits).values()):
-        raise ExportError(
-            f"{spec.label} has 1-bit layers, which this version cannot write as {name}; export 2 bits or more"
-        )
+    if chosen.is_float and not spec.widths.is_float:
+        raise ExportError(f"{spec.label} is quantized, and float holds 32-bit networks only; write it as qcdq")
 
 
-def build(name: str, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """The ONNX model of ``folded`` in format ``name``, with its spec in metadata_props."""
-    model = FORMATS[name](folded, spec)
-    del model.metadata_props[:]
-    # A shipped file tells the data's name, not where it lay on somebody's disk.
-    public = {**spec.to_dict(), "data": Path(spec.data).name}
-    about = {"robustq.version": version("robustq"), "robustq.format": name, "robustq.spec": json.dumps(public)}
-    for key, value in about.items():
-        model.metadata_props.add(key=key, value=value)
+def build(name: str, network: nn.Module, spec: ModelSpec, *, pixels: str = "float") -> onnx.ModelProto:
+    """The ONNX model of ``network`` in format ``name``, with what it is in metadata_props.
+
+    Args:
+        name: a key of :data:`FORMATS`.
+        network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
+        spec: what it is.
+        pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
+    """
+    model = FORMATS[name].make(network, spec)
+    if pixels == "uint8":
+        uint8_pixels(model)
+    if name != "qonnx":  # whose operators the checker does not know
+        onnx.checker.check_model(model)
+    describe(model, spec, format_name=name, pixels=pixels)
     return model

@@ -13,14 +13,16 @@ EXECUTOR_BATCH = 20
 
 
 def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants folded, nodes and tensors named, shapes inferred: what every QONNX consumer starts with.
+    """Constants folded, nodes and tensors named, shapes inferred, every tensor's datatype annotated: what every QONNX
+    consumer starts with.
 
     The batch axis stays symbolic.
     """
     from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.util.cleanup import cleanup_model
 
-    cleaned: onnx.ModelProto = cleanup_model(ModelWrapper(model)).model
+    cleaned: onnx.ModelProto = cleanup_model(ModelWrapper(model)).transform(InferDataTypes()).model
     return cleaned
 
 

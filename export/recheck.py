@@ -8,6 +8,7 @@ on the QCDQ file of the same network, which the record says.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.evaluation.evaluate import Evaluation, evaluate
-from robustq.evaluation.suites import RECHECK
-from robustq.export.formats import build
-from robustq.export.parity import Agreement, compare, logits_of, parity
+from robustq.evaluation.suites import RECHECK, NamedAttack
+from robustq.export.first_difference import first_difference
+from robustq.export.formats import FORMATS, build
+from robustq.export.parity import Agreement, bound_of, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.session import Layers, OnnxModel, optimised_layers
 from robustq.models.spec import ModelSpec
@@ -28,11 +30,11 @@ from robustq.models.spec import ModelSpec
 EXECUTOR_IMAGES = 100
 """How many images qonnx's executor is asked about; it takes seconds for them."""
 
-_RUNS = {
-    "integer": ("optimised", "unoptimised", "exact"),
-    # onnxruntime refuses exact products for files whose nodes share zero points, as Brevitas' QCDQ does at 8 bits.
-    "qcdq": ("optimised", "unoptimised"),
-}
+STAND_IN = "qcdq"
+"""What onnxruntime runs in a QONNX file's stead."""
+
+SEARCHED_IMAGES = 8
+"""How many images the search for the first differing layer looks at: it keeps every value within the network."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Proof:
         agreements: way of running -> agreement with the folded network.
         layers: of the optimised graph.
         must_be_integer: whether the format promises integer convolutions.
+        first_difference: where file and network part, in words; None where parity holds.
     """
 
     judged_file: str
     agreements: dict[str, Agreement]
     layers: Layers
     must_be_integer: bool
+    first_difference: str | None = None
 
     @property
     def shortfalls(self) -> list[str]:
@@ -57,26 +61,38 @@ class Proof:
         found = [
             f"{run}: {agreement.different_top1} of {agreement.images} images get another class"
             if not agreement.same_answers
-            else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean"
+            else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean, "
+            f"more than {agreement.bound:.0e}"
             for run, agreement in self.agreements.items()
             if not agreement.holds
         ]
+        if found and self.first_difference is not None:
+            found.append(self.first_difference)
         if self.must_be_integer and self.layers.float_convolutions:
             count, first = len(self.layers.float_convolutions), self.layers.float_convolutions[0]
             found.append(f"{count} convolutions left in float: {first}, ...")
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys ``parity``, ``integer_layers``, ``float_layers`` and ``judged_file``."""
+        """The keys ``parity``, ``first_difference``, ``integer_layers``, ``float_layers`` and ``judged_file``."""
         return {
             "parity": {run: agreement.to_dict() for run, agreement in self.agreements.items()},
+            "first_difference": self.first_difference,
             "integer_layers": list(self.layers.integer),
             "float_layers": list(self.layers.in_float),
             "judged_file": self.judged_file,
         }
 
 
-def prove(path: Path, format_name: str, folded: nn.Module, spec: ModelSpec, images: Tensor) -> Proof:
+def prove(
+    path: Path,
+    format_name: str,
+    folded: nn.Module,
+    spec: ModelSpec,
+    images: Tensor,
+    *,
+    unfolded: nn.Module | None = None,
+) -> Proof:
     """Parity and layers of the file at ``path``.
 
     Args:
@@ -85,17 +101,34 @@ def prove(path: Path, format_name: str, folded: nn.Module, spec: ModelSpec, imag
         folded: the reference, on the CPU.
         spec: what it is.
         images: uint8 (N, C, H, W), real test images.
+        unfolded: the reference of a QONNX file that kept BatchNorm.
     """
-    x = to_float(images)
-    if format_name != "qonnx":
-        agreements = parity(path, folded, x, runs=_RUNS[format_name])
-        return Proof(format_name, agreements, optimised_layers(path), format_name == "integer")
+    x, bound, chosen = to_float(images), bound_of(spec), FORMATS[format_name]
+    if chosen.runs:
+        agreements = parity(path, folded, x, runs=chosen.runs, bound=bound)
+        found = _where(path, folded, x, agreements)
+        return Proof(format_name, agreements, optimised_layers(path), chosen.promises_integers, found)
     few = x[:EXECUTOR_IMAGES]
-    executed = compare(logits_of(folded, few, label="parity: PyTorch"), execute(onnx.load(path), few))
+    expected = logits_of(folded if unfolded is None else unfolded, few, label="parity: PyTorch")
+    executed = compare(expected, execute(onnx.load(path), few), bound=bound)
     with tempfile.TemporaryDirectory() as folder:
         stand_in = _write_stand_in(Path(folder), folded, spec)
-        agreements = parity(stand_in, folded, x, runs=_RUNS["qcdq"])
-        return Proof("qcdq", {"qonnx_executor": executed, **agreements}, optimised_layers(stand_in), False)
+        agreements = parity(stand_in, folded, x, runs=FORMATS[STAND_IN].runs, bound=bound)
+        found = _where(stand_in, folded, x, agreements)
+        return Proof(STAND_IN, {"qonnx_executor": executed, **agreements}, optimised_layers(stand_in), False, found)
+
+
+def _where(path: Path, folded: nn.Module, x: Tensor, agreements: dict[str, Agreement]) -> str | None:
+    """In words, the first layer in which a file that fails parity differs."""
+    if all(agreement.holds for agreement in agreements.values()):
+        return None
+    apart = logits_of(OnnxModel(path, optimise=False), x, label="search") - logits_of(folded, x, label="search")
+    worst = apart.abs().amax(dim=1).nan_to_num(torch.inf).argsort(descending=True)[:SEARCHED_IMAGES]
+    difference = first_difference(path, folded, x[worst])
+    if difference is None:
+        return "as written the file gives every value of the network: onnxruntime's optimisations change it"
+    explained = ", each by one step where a value sat on a rounding tie" if difference.on_ties else ""
+    return f"first in {difference.layer}: {difference.values:,} of {difference.of:,} values differ{explained}"
 
 
 def attack_file(
@@ -106,6 +139,7 @@ def attack_file(
     images: Tensor,
     labels: Tensor,
     *,
+    attacks: Sequence[NamedAttack] = RECHECK,
     epsilon: float,
     device: torch.device,
     seed: int,
@@ -117,18 +151,19 @@ def attack_file(
         path, format_name, spec: the file.
         folded: its differentiable twin; moved to ``device``.
         images, labels: uint8 (N, C, H, W) and int64 (N,).
+        attacks: the re-check suite, or none to count clean accuracy alone.
         epsilon: radius in [0, 1].
         device: where the attacks run; onnxruntime runs on the CPU.
         seed: of the random starts.
     """
     with tempfile.TemporaryDirectory() as folder:
-        judged = _write_stand_in(Path(folder), folded, spec) if format_name == "qonnx" else path
+        judged = path if FORMATS[format_name].runs else _write_stand_in(Path(folder), folded, spec)
         return evaluate(
             OnnxModel(judged),
             folded.to(device),
             images,
             labels,
-            attacks=RECHECK,
+            attacks=attacks,
             epsilon=epsilon,
             device=device,
             seed=seed,
@@ -137,5 +172,5 @@ def attack_file(
 
 def _write_stand_in(folder: Path, folded: nn.Module, spec: ModelSpec) -> Path:
     path = folder / "stand-in.onnx"
-    onnx.save(build("qcdq", folded, spec), path)
+    onnx.save(build(STAND_IN, folded, spec), path)
     return path

@@ -1,4 +1,4 @@
-"""A file in onnxruntime: its answers, and which of its layers the optimised graph runs as integers."""
+"""A file in onnxruntime: its answers, the values within it, and which of its layers run as integers."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ NOT_LAYERS = frozenset(
         "Unsqueeze",
         "Identity",
         "Cast",
+        "Less",
+        "Where",
         "MaxPool",
         "NhwcMaxPool",
         "Concat",
@@ -72,7 +74,7 @@ class OnnxModel:
     """Images in, logits out, by onnxruntime on the CPU.
 
     Args:
-        path: an .onnx file with one float image input (N, C, H, W) and one logits output (N, K).
+        path: an .onnx file with one image input (N, C, H, W), float32 or uint8, and one logits output (N, K).
         optimise: run onnxruntime's graph optimisations (as a device does) or none.
         exact: ask for exact 8-bit products on CPUs whose AVX2 path saturates (``session.x64quantprecision``).
         threads: of one operator; 0 lets onnxruntime choose.
@@ -87,12 +89,25 @@ class OnnxModel:
         if exact:
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = _open(path, options)
-        self._input = self._session.get_inputs()[0].name
+        source = self._session.get_inputs()[0]
+        self._input = source.name
+        self.takes_uint8 = source.type == "tensor(uint8)"
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float32 in [0, 1] on any device -> (B, K) float32 logits on the CPU."""
-        (logits,) = self._session.run(None, {self._input: x.detach().cpu().contiguous().numpy()})
-        return torch.from_numpy(logits)
+        """(B, C, H, W) float32 in [0, 1] on any device -> (B, K) float32 logits on the CPU.
+
+        A file that takes uint8 pixels is fed 255 * x, rounded.
+        """
+        (logits,) = self.values(x, None)
+        return logits
+
+    def values(self, x: Tensor, names: list[str] | None) -> list[Tensor]:
+        """The graph outputs called ``names`` (all of them: None) for images ``x``, as :meth:`__call__` takes them."""
+        images = x.detach().cpu()
+        if self.takes_uint8:
+            images = (images * 255).round().to(torch.uint8)
+        found = self._session.run(names, {self._input: images.contiguous().numpy()})
+        return [torch.from_numpy(each) for each in found]
 
 
 def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:

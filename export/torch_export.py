@@ -33,11 +33,26 @@ def export_qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     return _export(export_onnx_qcdq, folded, spec)
 
 
-def export_qonnx(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """QONNX: every quantizer is one Quant node of the qonnx.custom_op.general domain (arXiv:2206.07527)."""
+def export_qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """QONNX: every quantizer is one Quant (or, at 1 bit, BipolarQuant) node of the qonnx.custom_op.general domain
+    (arXiv:2206.07527).
+
+    Args:
+        network: folded, or as it was trained, in eval mode: then BatchNormalization stays a node.
+        spec: what it is.
+    """
     from brevitas.export import export_qonnx as brevitas_export_qonnx
 
-    return _export(brevitas_export_qonnx, folded, spec)
+    return _export(brevitas_export_qonnx, network, spec)
+
+
+def export_float(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """Plain ONNX of a float network."""
+
+    def exporter(module: nn.Module, *, args: torch.Tensor, export_path: str, **options: Any) -> None:
+        torch.onnx.export(module, (args,), export_path, **options)
+
+    return _export(exporter, folded, spec)
 
 
 def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:

@@ -1,8 +1,8 @@
 """Sizes and amounts that depend on nothing become constants.
 
 Contract: a node of :data:`FOLDABLE` whose inputs are all constants becomes an initializer with the value it would
-compute; quantized weights, biases and their scales are none of these. Why: the exporter spells out a padding's amounts
-in seven nodes, behind which no pass can see that they are fixed.
+compute; DequantizeLinear is none of these, so quantized weights and biases stay integers. Why: the exporter spells out
+a padding's amounts in seven nodes, behind which no pass can see that they are fixed, and clips weights in range.
 """
 
 from __future__ import annotations
@@ -15,7 +15,21 @@ from onnx.reference import ReferenceEvaluator
 from robustq.export.lowering.graph import GraphIndex, drop_unused_initializers
 
 FOLDABLE = frozenset(
-    {"Cast", "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Reshape", "Slice", "Transpose", "Unsqueeze"}
+    {
+        "Add",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Expand",
+        "Gather",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Transpose",
+        "Unsqueeze",
+    }
 )
 
 

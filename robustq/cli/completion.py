@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 ARCHITECTURES = ("resnet8", "resnet20", "resnet20-a", "resnet18")
-FORMATS = ("qonnx", "qcdq", "integer")
+FORMATS = ("qonnx", "qcdq", "integer", "packed", "float")
+PIXELS = ("float", "uint8")
+BATCH_NORM = ("fold", "keep")
 SUITES = ("paper", "recheck")
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 DEVICES = ("cpu", "cuda", "cuda:0")

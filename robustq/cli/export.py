@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.completion import FORMATS, one_of
+from robustq.cli.completion import BATCH_NORM, FORMATS, PIXELS, one_of
 from robustq.cli.finish import finish, radius, shortfalls
 from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
@@ -21,10 +21,26 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime) or integer (onnxruntime, all layers as integers).",
+            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers as integers), packed "
+            "(that in the smallest file), float (32-bit networks).",
             autocompletion=one_of(FORMATS),
         ),
     ] = "integer",
+    pixels: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="float (pixel / 255) or uint8 (pixels as the camera gives them; not for qonnx).",
+            autocompletion=one_of(PIXELS),
+        ),
+    ] = "float",
+    batch_norm: Annotated[
+        str,
+        typer.Option(
+            help="fold (into weights and biases) or keep (BatchNormalization nodes, in qonnx only).",
+            autocompletion=one_of(BATCH_NORM),
+        ),
+    ] = "fold",
     epsilon: Epsilon = None,
     images: Images = 1000,
     recheck: Annotated[
@@ -59,6 +75,8 @@ def export(
         return export_model(
             model,
             format_name=format_name,
+            pixels=pixels,
+            batch_norm=batch_norm,
             epsilon=wanted_epsilon,
             images=images,
             recheck=recheck,

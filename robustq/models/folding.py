@@ -77,6 +77,7 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
             if isinstance(layer, PaddedShortcut):
                 if name in entering:  # a convolution with the weight 1, whose bias is 0 in whatever unit
                     target.bias_quant.tensor_quant.scaling_impl.scale.fill_(entering[name].scale)
+                    target.set_input_scale(entering[name].scale, largest_code=entering[name].largest)
                 continue
             if isinstance(layer, SignNorm):
                 affine, grid = _affine(layer), entering[name]
@@ -87,6 +88,7 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
                 _fold_float(layer, affine, target)
             else:
                 _fold_quantized(layer, affine, target, entering[name])
+                target.set_input_scale(entering[name].scale, largest_code=entering[name].largest)
     return folded.eval()
 
 
@@ -152,6 +154,11 @@ class Grid:
         """The grid of a quantizer; the two codes of one bit are -1 and +1."""
         lowest = -(2 ** (bits - 1)) if signed else 0
         return cls(scale, lowest, 1 if bits == 1 else lowest + 2**bits - 1)
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a code."""
+        return max(-self.lowest, self.highest)
 
 
 def _entering(folded: nn.Module, example: Tensor) -> dict[str, Grid]:

@@ -9,6 +9,7 @@ import brevitas.nn as qnn
 from torch import Tensor, nn
 
 from robustq.models.binary import BinaryActQuant, BinaryWeightQuant, FoldedBinaryWeightQuant
+from robustq.models.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.normalise import Normalisation, Normalise
 from robustq.models.quantizers import (
     ActQuant,
@@ -63,7 +64,8 @@ class Layers:
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
         if self.widths.is_float:
             return nn.Conv2d(*shape, bias=self.folded)
-        layer: nn.Module = qnn.QuantConv2d(
+        conv_type = ExactConv2d if self.folded else qnn.QuantConv2d
+        layer: nn.Module = conv_type(
             *shape,
             bias=self.folded,
             bias_quant=BiasQuant if self.folded else None,
@@ -103,7 +105,8 @@ class Layers:
         """The last layer, with bias; its float bias becomes int32 when folded."""
         if self.widths.is_float:
             return nn.Linear(in_features, out_features)
-        layer: nn.Module = qnn.QuantLinear(
+        linear_type = ExactLinear if self.folded else qnn.QuantLinear
+        layer: nn.Module = linear_type(
             in_features,
             out_features,
             bias=True,

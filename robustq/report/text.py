@@ -92,7 +92,8 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
         mean, largest = scientific(agreement["mean_difference"]), scientific(agreement["max_difference"])
         lines.append(
             f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded network "
-            f"(logits differ by {mean} of their range, at most {largest})"
+            f"(logits differ by {mean} of their range, at most {largest}"
+            + (f"; {agreement['images_apart']:,} images on rounding ties)" if agreement["images_apart"] else ")")
         )
     lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
     return lines

@@ -10,8 +10,10 @@ import onnx
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
+from robustq.evaluation.suites import RECHECK
 from robustq.export.bundle import MODEL, RECORD, open_bundle, write_record
 from robustq.export.formats import build, check_format
+from robustq.export.metadata import add_accuracy
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
 from robustq.hardening.run_folder import last_hardened
@@ -23,11 +25,17 @@ from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tel
 
 EXPORTS = Path("export-out")
 
+COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
+COUNTED = (*COUNTED_CLEAN, "robust_accuracy", "interval", "epsilon", "verdict", "flags")
+"""What a file says of the accuracy that was counted on it, without and with attacks."""
+
 
 def export_model(
     model: Path | str | None = None,
     *,
     format_name: str = "integer",
+    pixels: str = "float",
+    batch_norm: str = "fold",
     epsilon: float | None = None,
     images: int = 1000,
     recheck: bool = True,
@@ -43,6 +51,8 @@ def export_model(
     Args:
         model: a .pt that robustq wrote; None: the last hardened one.
         format_name: a key of :data:`robustq.export.formats.FORMATS`.
+        pixels: ``uint8`` for a file that takes pixels as they are, ``float`` for one that takes them divided by 255.
+        batch_norm: ``keep`` leaves BatchNormalization nodes in a QONNX file.
         epsilon: radius of the re-check; None: what the model was trained for, else 8/255.
         images: test images for parity and re-check (evenly spaced; 0: all).
         recheck: also count accuracy under attack.
@@ -66,7 +76,7 @@ def export_model(
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, own_model=own_model)
-    check_format(format_name, spec)
+    check_format(format_name, spec, pixels=pixels, batch_norm=batch_norm)
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
@@ -75,31 +85,36 @@ def export_model(
     with folder_when_whole(final) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}")
-        onnx.save(build(format_name, folded, spec), path)
+        kept = network.eval() if batch_norm == "keep" else None
+        onnx.save(build(format_name, kept or folded, spec, pixels=pixels), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
-        proof = prove(path, format_name, folded, spec, x)
+        proof = prove(path, format_name, folded, spec, x, unfolded=kept)
         record: dict[str, Any] = {
             "format": format_name,
             "label": spec.label,
+            "input": pixels,
+            "batch_norm": batch_norm,
             "data": loaded.name,
             "suite": "recheck",
             "judge": "onnxruntime",
             "seed": seed,
-            "size_bytes": path.stat().st_size,
             **proof.to_dict(),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),
         }
+        radius = _radius(epsilon, spec)
         if recheck:
-            radius = _radius(epsilon, spec)
             tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
-            record["recheck"] = attack_file(
-                path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed
-            ).to_dict()
-        else:
-            record["recheck"] = None
+        attacks = RECHECK if recheck else ()
+        found = attack_file(
+            path, format_name, folded, spec, x, y, attacks=attacks, epsilon=radius, device=place, seed=seed
+        ).to_dict()
+        record["recheck"] = found if recheck else None
+        keys = COUNTED if recheck else COUNTED_CLEAN
+        add_accuracy(path, {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {}))
+        record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
     files = [str((final / file).absolute()) for file in (path.name, MODEL, RECORD)]
     return {"bundle": str(final.absolute()), "files": files, **record}
@@ -133,7 +148,8 @@ def recheck_bundle(
     loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
-    proof = prove(opened.onnx, opened.format, folded, spec, x)
+    kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
+    proof = prove(opened.onnx, opened.format, folded, spec, x, unfolded=kept)
     radius = _radius(epsilon, spec)
     tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)

@@ -20,6 +20,9 @@ def signs(gain: Tensor, shift: Tensor, scale: float, lowest: int, highest: int) 
     layer = ChannelThresholds(len(gain))
     layer.set_affine(gain, shift, scale=scale, lowest=lowest, highest=highest)
     x = (codes.float() * torch.tensor(scale).float()).reshape(1, 1, 1, -1).expand(1, len(gain), 1, -1)
+    first, upper = layer.first_codes()
+    compared = torch.where(upper[:, None], codes.long() >= first[:, None], codes.long() < first[:, None])
+    assert torch.equal(compared, expected)  # the integer form of the same signs
     return expected, layer(x)[0, :, 0] >= 0
 
 
@@ -45,7 +48,25 @@ def test_directions(gain: float, shift: float, direction: float) -> None:
     layer = ChannelThresholds(1)
     pair = torch.tensor([gain], dtype=torch.float64), torch.tensor([shift], dtype=torch.float64)
     layer.set_affine(*pair, scale=0.1, lowest=0, highest=255)
-    assert layer.direction.item() == direction
+    assert layer.gain.item() == pytest.approx(gain if direction else 0.0)
+    first, upper = layer.first_codes()
     if direction:
         # Half-way between codes 5 and 6: no rounding of the value that is compared can reach it.
-        assert abs(layer.threshold.item()) == pytest.approx(0.55, abs=1e-6)
+        assert layer.threshold.item() / gain == pytest.approx(0.55, abs=1e-6)
+        assert (first.item(), upper.item()) == (6, gain > 0)
+    else:
+        assert (first.item(), upper.item()) == (torch.iinfo(torch.int64).min, gain * 0.0 + shift >= 0)
+
+
+def test_gradients_are_the_batch_norms() -> None:
+    """What a sign behind it cuts off stays what training cut off; a scaled threshold would switch gradients off."""
+    gain, shift = torch.tensor([0.5, -3.0], dtype=torch.float64), torch.tensor([0.2, -0.1], dtype=torch.float64)
+    layer = ChannelThresholds(2)
+    layer.set_affine(gain, shift, scale=0.01, lowest=-128, highest=127)
+    x = torch.tensor([0.31, -0.04]).reshape(1, 2, 1, 1).requires_grad_(True)
+    values = layer(x)
+    # A threshold lies half-way between two codes, so at most half a step of 0.01 away from where BatchNorm is 0.
+    torch.testing.assert_close(values.flatten().double(), gain * x.flatten() + shift, rtol=0, atol=3.0 * 0.0051)
+    values.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.flatten().double(), gain, rtol=1e-6, atol=0)

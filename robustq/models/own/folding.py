@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
+from robustq.models.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.layers import weight_quantizer
-from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.own.operations import NORMS
 from robustq.models.own.quantize import QuantReLU6
 from robustq.models.quantizers import ActQuant, BiasQuant

@@ -10,8 +10,8 @@ import torch
 from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 
+from robustq.models.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.folding import fold_layer
-from robustq.models.own.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.own.folding import fold_graph
 from robustq.models.own.network import quantized_graph
 from robustq.models.quantizers import Widths, learned_thresholds

@@ -52,7 +52,8 @@ class _CountsCodes:
             return ordinary
         dtype = self.accumulator_dtype
         weights, bias = self._codes()
-        codes = (x / self.input_scale).round().to(dtype)
+        values: Tensor = getattr(x, "value", x)  # of a Brevitas QuantTensor
+        codes = (values / self.input_scale).round().to(dtype)
         sums: Tensor = super().inner_forward_impl(codes, weights.to(dtype), bias.to(dtype))  # type: ignore[misc]
         unit = layer.bias_quant.tensor_quant.scaling_impl.scale
         outputs: Tensor = sums.float() * unit.reshape(-1, *[1] * (sums.dim() - 2))

@@ -1,0 +1,190 @@
+"""Where a file and the network it was made from part: the first layer whose values differ, and by how much.
+
+The file is run as it is written, without optimisations, with the values between its layers as further outputs. They are
+lined up with the network's by order: the exporter writes layers down in the order in which the network runs them, and
+no lowering pass changes it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from robustq.export.lowering.graph import GraphIndex
+from robustq.export.lowering.quantized_moves import MOVES
+from robustq.export.session import OnnxModel
+
+TIE = 1e-3
+"""How far from a rounding boundary, in steps, a value may be and still sit on it: float32 sums of thousands of values
+up to 255 steps are right to some 1e-4 of one."""
+
+SAME = 1e-4
+"""Largest difference of a float layer's values, as a share of their range, that is float rounding."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first layer whose values are not the network's.
+
+    Args:
+        layer: module name in the network, or ``logits``.
+        values: how many of its values differ.
+        of: how many there are.
+        on_ties: each differs by one step of its quantizer, and the network's value sat on the boundary of the two.
+    """
+
+    layer: str
+    values: int
+    of: int
+    on_ties: bool
+
+    def __str__(self) -> str:
+        return f"{self.values:,} of {self.of:,} values of {self.layer} differ"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the network in one forward: what it made, and for a quantizer of what and in which steps."""
+
+    name: str
+    output: Tensor
+    entering: Tensor | None
+    step: float | None
+
+
+@torch.no_grad()
+def first_difference(path: Path, network: nn.Module, x: Tensor) -> Difference | None:
+    """Compare layer by layer on ``x`` (N, C, H, W) float32 in [0, 1]; None where all values agree.
+
+    Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers.
+
+    Args:
+        path: an .onnx file that onnxruntime loads.
+        network: what it was made from, on the CPU, in eval mode.
+        x: images; everything is kept in memory, so a few.
+    """
+    layers, logits = _network_values(network, x)
+    values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers))
+    answers = values.pop()
+    if len(values) != len(layers):
+        count = f"{len(layers)} layers of the network and {len(values)} of the file do not line up"
+        return Difference(f"the file ({count})", 1, 1, on_ties=False)
+    for layer, found in zip(layers, values, strict=True):
+        different = _differing(layer, found)
+        if different.any():
+            return Difference(
+                layer.name, int(different.sum()), different.numel(), _all_on_ties(layer, found, different)
+            )
+    apart = (answers - logits).abs() > SAME * (logits.max() - logits.min())
+    return Difference("logits", int(apart.sum()), apart.numel(), on_ties=False) if apart.any() else None
+
+
+def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
+    quantizers = {name: module for name, module in network.named_modules() if _quantizes(module)}
+    chosen = quantizers or {
+        name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    layers: list[_Layer] = []
+    handles = [module.register_forward_hook(_recorder(name, layers)) for name, module in chosen.items()]
+    try:
+        logits: Tensor = network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers, logits
+
+
+def _quantizes(module: nn.Module) -> bool:
+    proxy: Any = getattr(module, "act_quant", None)
+    return proxy is not None and bool(proxy.is_quant_enabled)
+
+
+def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        entering = getattr(inputs[0], "value", inputs[0])
+        # Two codes of one bit have a sign between them, no boundary that a step away from them would be.
+        is_grid = _quantizes(module) and int(module.act_quant.bit_width()) > 1  # type: ignore[operator,union-attr]
+        step = float(module.act_quant.scale()) if is_grid else None  # type: ignore[operator,union-attr]
+        layers.append(_Layer(name, getattr(output, "value", output).clone(), entering.clone(), step))
+
+    return hook
+
+
+def _differing(layer: _Layer, found: Tensor) -> Tensor:
+    """Which values differ: (of the layer's shape) bool."""
+    if found.shape != layer.output.shape:
+        return torch.ones(layer.output.shape, dtype=torch.bool)
+    span = float(layer.output.max() - layer.output.min())
+    allowed = SAME * span if layer.step is None else layer.step / 2
+    return ~((found - layer.output).abs() <= allowed)  # NaN differs
+
+
+def _all_on_ties(layer: _Layer, found: Tensor, different: Tensor) -> bool:
+    if layer.step is None or layer.entering is None or found.shape != layer.output.shape:
+        return False
+    one_step = ((found - layer.output).abs() / layer.step)[different] < 1.5
+    position = (layer.entering / layer.step)[different]
+    on_boundary = (position - position.floor() - 0.5).abs() < TIE
+    return bool((one_step & on_boundary).all())
+
+
+def _file_values(path: Path, x: Tensor, *, quantized: bool) -> list[Tensor]:
+    """The values between the file's layers, in order, and its logits at the end."""
+    model = onnx.load(path)
+    names = quantized_values(model) if quantized else _float_values(model)
+    del model.graph.value_info[:]
+    known = {output.name for output in model.graph.output}
+    for name in names:
+        if name not in known:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    with tempfile.TemporaryDirectory() as folder:
+        wide = Path(folder) / "values.onnx"
+        onnx.save(model, wide)
+        return OnnxModel(wide, optimise=False).values(x, [*names, model.graph.output[0].name])
+
+
+def quantized_values(model: onnx.ModelProto) -> list[str]:
+    """Names of the tensors that activation quantizers make, each once, in order of execution."""
+    index = GraphIndex(model.graph)
+    seen: set[str] = set()
+    names = []
+    for node in model.graph.node:
+        if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in seen:
+            continue
+        seen.add(node.input[0])
+        quantizer = index.made_by.get(node.input[0])
+        origin = index.made_by.get(quantizer.input[0]) if quantizer is not None else None
+        if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer, origin):
+            continue
+        names.append(node.output[0])
+    return names
+
+
+def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:
+    """Whether the quantizer only puts moved codes onto their own grid again, as the pass quantized_moves adds it."""
+    if origin is None or origin.op_type not in MOVES:
+        return False
+    source = index.made_by.get(origin.input[0])
+    if source is None or source.op_type != "DequantizeLinear":
+        return False
+    scales = [index.constant(node.input[1]) for node in (source, quantizer)]
+    return scales[0] is not None and scales[1] is not None and bool((scales[0] == scales[1]).all())
+
+
+def _is_constant(index: GraphIndex, name: str) -> bool:
+    """Whether ``name`` depends on no input."""
+    if index.constant(name) is not None:
+        return True
+    maker = index.made_by.get(name)
+    return maker is not None and all(_is_constant(index, each) for each in maker.input if each)
+
+
+def _float_values(model: onnx.ModelProto) -> list[str]:
+    return [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]

@@ -1,0 +1,142 @@
+"""Signs of thresholds become comparisons of uint8 codes.
+
+Contract: DequantizeLinear - Mul - Sub - QuantizeLinear - Clip - DequantizeLinear, which makes -1 or +1 of every uint8
+code, channel by channel, and of no channel's codes more than one step, becomes Less(codes, first code of the upper
+side) - Where(0, 2) - DequantizeLinear with zero point 1. A channel that falls where others rise has its sign turned,
+and with it the weights that meet it; so all readers must be convolutions of one group with constant weights. The
+convolutions' sums are the same, exactly. Why: onnxruntime has no integer rule for what stands between the two
+quantizers, and of the ways to write -1 and +1 it makes only uint8 codes around a zero point of 1 a QLinearConv on x86
+and ARM; a padding of 0 stays a 0 there, which signs themselves do not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper
+
+from robustq.errors import ExportError
+from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers
+
+CODES = 256
+
+
+class _Chain(NamedTuple):
+    """The nodes from a tensor's DequantizeLinear to its signs' DequantizeLinear."""
+
+    values: onnx.NodeProto
+    product: onnx.NodeProto
+    difference: onnx.NodeProto
+    quantize: onnx.NodeProto
+    clip: onnx.NodeProto
+    signs: onnx.NodeProto
+
+
+def integer_signs(model: onnx.ModelProto) -> int:
+    """Lower every such chain; returns how many.
+
+    Raises:
+        ExportError: a chain's channel has no single step, or its signs meet something other than such a convolution.
+    """
+    graph = model.graph
+    lowered = 0
+    for node in list(graph.node):
+        index = GraphIndex(graph)
+        chain = _chain_from(index, node) if node.op_type == "Clip" else None
+        if chain is None:
+            continue
+        first, rises = _steps(index, chain)
+        for reader in index.used_by[chain.signs.output[0]]:
+            _turn_weights(index, reader, chain.signs.output[0], ~rises)
+        _compare(index, chain, first)
+        lowered += 1
+    if lowered:
+        drop_unused_initializers(graph)
+        del graph.value_info[:]
+    return lowered
+
+
+def _chain_from(index: GraphIndex, clip: onnx.NodeProto) -> _Chain | None:
+    made_by = index.made_by
+    quantize = made_by.get(clip.input[0])
+    difference = made_by.get(quantize.input[0]) if quantize is not None else None
+    product = made_by.get(difference.input[0]) if difference is not None else None
+    if quantize is None or difference is None or product is None:
+        return None
+    if (quantize.op_type, difference.op_type, product.op_type) != ("QuantizeLinear", "Sub", "Mul"):
+        return None
+    values = next((made_by[name] for name in product.input if name in made_by), None)
+    readers = index.used_by[clip.output[0]]
+    if values is None or values.op_type != "DequantizeLinear" or [one.op_type for one in readers] != [values.op_type]:
+        return None
+    return _Chain(values, product, difference, quantize, clip, readers[0])
+
+
+def _steps(index: GraphIndex, chain: _Chain) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """First code of the upper side (C,), 0 for a channel without a lower one, and whether its sign there is +1 (C,)."""
+
+    def constant(node: onnx.NodeProto, place: int) -> NDArray[Any]:
+        found = index.constant(node.input[place])
+        if found is None:
+            raise ExportError(f"{node.name}: input {place} is computed, not constant; cannot make its signs integers")
+        return found
+
+    scale, zero_point = constant(chain.values, 1), constant(chain.values, 2)
+    gain = constant(chain.product, [name in index.made_by for name in chain.product.input].index(False))
+    if zero_point.dtype != np.uint8:
+        raise ExportError(f"{chain.values.name}: its codes are not uint8; cannot make its signs integers")
+    codes = np.arange(CODES, dtype=np.int32)
+    values = ((codes - zero_point.astype(np.int32)).astype(np.float32) * scale).reshape(1, -1)
+    distances = gain.reshape(-1, 1) * values - constant(chain.difference, 1).reshape(-1, 1)  # float32, as the graph
+    sign_scale, sign_zero = constant(chain.quantize, 1), constant(chain.quantize, 2).astype(np.int32)
+    low, high = (constant(chain.clip, place).astype(np.int32) for place in (1, 2))
+    found = np.clip(np.rint(distances / sign_scale) + sign_zero, low, high) - constant(chain.signs, 2).astype(np.int32)
+    signs = found * constant(chain.signs, 1)
+    changes = (signs[:, 1:] != signs[:, :-1]).sum(axis=1)
+    if not (np.abs(signs) == 1).all() or (changes > 1).any():
+        raise ExportError(f"{chain.clip.name}: is not -1 and +1 on either side of one code; cannot make it an integer")
+    return np.where(changes == 1, (signs == signs[:, :1]).sum(axis=1), 0).astype(np.uint8), signs[:, -1] > 0
+
+
+def _turn_weights(index: GraphIndex, conv: onnx.NodeProto, signs: str, turned: NDArray[np.bool_]) -> None:
+    """Negate the weights of ``conv`` that meet a ``turned`` channel."""
+    group = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
+    weight = index.made_by.get(conv.input[1]) if len(conv.input) > 1 else None
+    if conv.op_type != "Conv" or group != 1 or signs in conv.input[1:] or weight is None:
+        raise ExportError(f"{conv.name} ({conv.op_type}) reads signs; only convolutions of one group can")
+    holder = weight
+    while holder.input[0] in index.made_by:
+        holder = index.made_by[holder.input[0]]
+    codes: NDArray[Any] | None = index.constant(holder.input[0])
+    if codes is None or codes.dtype != np.int8 or codes.min(initial=0) == -128:
+        raise ExportError(f"{conv.name}: its weights are not constant int8 codes from -127 on; cannot turn their signs")
+    sides = np.where(turned, -1, 1).astype(np.int8).reshape(1, -1, 1, 1)
+    holder.input[0] = add_initializer(index.graph, f"{conv.name}_codes", codes * sides)
+
+
+def _compare(index: GraphIndex, chain: _Chain, first: NDArray[np.uint8]) -> None:
+    """Put the comparison where the chain ended, and take out what nobody reads any more."""
+    graph, name = index.graph, chain.clip.name
+    below, codes = f"{name}_below", f"{name}_codes"
+    inputs: dict[str, NDArray[Any]] = {
+        "first": first.reshape(-1, 1, 1),
+        "minus": np.array(0, np.uint8),
+        "plus": np.array(2, np.uint8),
+        "one": np.array(1, np.uint8),
+        "unit": np.array(1, np.float32),
+    }
+    made = {what: add_initializer(graph, f"{name}_{what}", value) for what, value in inputs.items()}
+    place = list(graph.node).index(chain.clip)
+    compare = helper.make_node("Less", [chain.values.input[0], made["first"]], [below], name=f"{name}_less")
+    choose = helper.make_node("Where", [below, made["minus"], made["plus"]], [codes], name=f"{name}_where")
+    graph.node.insert(place, compare)
+    graph.node.insert(place + 1, choose)
+    del chain.signs.input[:]
+    chain.signs.input.extend([codes, made["unit"], made["one"]])
+    for node in (chain.clip, chain.quantize, chain.difference, chain.product):
+        graph.node.remove(node)
+    if not GraphIndex(graph).used_by[chain.values.output[0]]:
+        graph.node.remove(chain.values)

@@ -1,0 +1,80 @@
+"""Names that take little room.
+
+Contract: tensors but the graph's inputs and outputs are called by a number in base 36; layers are called by the module
+that they come from (``layer1.0.conv1`` instead of ``/layer1/layer1.0/conv1/Conv``), other nodes by nothing; texts and
+shapes that only a reader of the exporter would want go. Nothing is computed otherwise. Why: exporter's names are longer
+than a binary layer's biases, and each is written several times.
+"""
+
+from __future__ import annotations
+
+import onnx
+
+from robustq.export.lowering.graph import GraphIndex
+
+LAYERS = frozenset({"Add", "Conv", "Gemm", "GlobalAveragePool", "MatMul"})
+"""Operations whose node keeps a name."""
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def short_names(model: onnx.ModelProto) -> int:
+    """Rename in place; returns how many tensors got another name."""
+    graph = model.graph
+    kept = {value.name for value in [*graph.input, *graph.output]}
+    names: dict[str, str] = {}
+    for tensor in graph.initializer:
+        _rename(tensor.name, names, kept)
+    for node in graph.node:
+        for name in node.output:
+            _rename(name, names, kept)
+    taken: set[str] = set()
+    for node in graph.node:
+        node.name = _layer_name(node.name, taken) if node.op_type in LAYERS else ""
+        node.doc_string = ""
+        for names_of in (node.input, node.output):
+            for place, name in enumerate(names_of):
+                names_of[place] = names.get(name, name)
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        tensor.doc_string = ""
+    del graph.value_info[:]
+    graph.doc_string = model.doc_string = ""
+    assert len(GraphIndex(graph).made_by) == sum(len(node.output) for node in graph.node)  # no two of one name
+    return len(names)
+
+
+def module_name(node_name: str) -> str:
+    """``/layer1/layer1.0/conv1/Conv`` -> ``layer1.0.conv1``: the exporter writes each scope with its parent's name."""
+    path = ""
+    scopes = [scope for scope in node_name.split("/") if scope]
+    for scope in scopes[:-1]:
+        parent = path.rsplit(".", 1)[-1] if path else ""
+        last_is_container = bool(parent) and scope.startswith(f"{parent}.")
+        path = f"{path}{scope[len(parent) :]}" if last_is_container else f"{path}.{scope}".lstrip(".")
+    kind = scopes[-1] if scopes else ""
+    if kind.split("_")[0] in ("Conv", "Gemm"):
+        return path or kind
+    return f"{path}.{kind}".lstrip(".").lower()
+
+
+def _rename(name: str, names: dict[str, str], kept: set[str]) -> None:
+    if name and name not in kept and name not in names:
+        short = _number(len(names))
+        names[name] = f"_{short}" if short in kept else short
+
+
+def _layer_name(name: str, taken: set[str]) -> str:
+    base = module_name(name)
+    unique, number = base, 2
+    while unique in taken:
+        unique, number = f"{base}_{number}", number + 1
+    taken.add(unique)
+    return unique
+
+
+def _number(value: int) -> str:
+    digits = DIGITS[value % 36]
+    while value := value // 36:
+        digits = DIGITS[value % 36] + digits
+    return digits

@@ -1,0 +1,114 @@
+"""One bit in the terms of QCDQ, which knows whole numbers and clipping but no signs.
+
+Weights of one bit are 2-bit codes that never use the 0. A sign is a whole number clipped to [-1, 1], if the number is
+never 0: the thresholds in front of it lie half-way between two codes of the tensor they cut, so in half steps of that
+tensor every distance to them is an odd number. Both say exactly what the binary quantizers say.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType
+from brevitas.quant.base import NarrowIntQuant
+from brevitas.quant.solver.act import ActQuantSolver
+from torch import Tensor, nn
+
+from robustq.errors import ExportError
+from robustq.models.layers import weight_quantizer
+from robustq.models.quantizers import BiasQuant
+from robustq.models.thresholds import ChannelThresholds
+
+SIGN_BITS = 2
+"""Width of the codes -1, 0 and 1."""
+
+
+class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
+    """round(x) clipped to [-1, 1]: the sign of every x that is an odd number."""
+
+    bit_width = SIGN_BITS
+    scaling_impl_type = ScalingImplType.CONST
+    scaling_per_output_type = ScalingPerOutputType.TENSOR
+    restrict_scaling_type = RestrictValueType.FP
+    scaling_init = 1.0
+
+
+class _OddThresholds(nn.Module):
+    """The same signs as ``thresholds``, as distances that are odd numbers.
+
+    Args:
+        thresholds: of a folded binary block.
+    """
+
+    gain: Tensor
+    threshold: Tensor
+
+    def __init__(self, thresholds: ChannelThresholds) -> None:
+        super().__init__()
+        first, upper = thresholds.first_codes()
+        varies = thresholds.gain.flatten() != 0
+        direction = torch.where(varies, torch.where(upper, 1.0, -1.0), 0.0)
+        odd = torch.where(varies, direction * (2 * first - 1), torch.where(upper, -1.0, 1.0))
+        self.register_buffer("gain", (direction * 2 / thresholds.step).reshape(-1, 1, 1))
+        self.register_buffer("threshold", odd.float().reshape(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) values on the grid -> odd numbers of the same shape."""
+        value = getattr(x, "value", x)
+        distances: Tensor = self.gain * value - self.threshold
+        return distances
+
+
+def signs_in_qcdq(folded: nn.Module) -> nn.Module:
+    """The same network without binary quantizers; ``folded`` itself where it has none.
+
+    Raises:
+        ExportError: a sign is not that of thresholds, so that it could meet a 0.
+    """
+    if not any(_is_binary(module, "weight_quant") or _is_binary(module, "act_quant") for module in folded.modules()):
+        return folded
+    said = copy.deepcopy(folded)
+    for name, module in list(said.named_modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, ChannelThresholds):
+                module.add_module(child_name, _OddThresholds(child))
+            elif _is_binary(child, "act_quant"):
+                if not _follows_thresholds(module, child_name):
+                    raise ExportError(f"{name}.{child_name}: is the sign of no thresholds; QCDQ cannot say it")
+                module.add_module(child_name, qnn.QuantIdentity(act_quant=_ClippedSign, return_quant_tensor=True))
+            elif _is_binary(child, "weight_quant"):
+                module.add_module(child_name, _two_bit_twin(child))
+    return said.eval()
+
+
+def _is_binary(module: nn.Module, quantizer: str) -> bool:
+    proxy: Any = getattr(module, quantizer, None)
+    if proxy is None or not proxy.is_quant_enabled:
+        return False
+    return int(proxy.bit_width()) == 1
+
+
+def _follows_thresholds(block: nn.Module, name: str) -> bool:
+    """Whether the module before ``name`` in ``block``, which runs them in this order, makes odd numbers."""
+    names = [each for each, _ in block.named_children()]
+    return isinstance(block.get_submodule(names[names.index(name) - 1]), _OddThresholds | ChannelThresholds)
+
+
+@torch.no_grad()
+def _two_bit_twin(layer: Any) -> nn.Module:
+    options = {**weight_quantizer(SIGN_BITS, folded=True), "bias_quant": BiasQuant}
+    if isinstance(layer, nn.Linear):
+        twin: Any = qnn.QuantLinear(layer.in_features, layer.out_features, bias=True, **options)
+    else:
+        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        twin = qnn.QuantConv2d(*shape, layer.groups, **options)
+    twin.weight.copy_(layer.weight)
+    twin.bias.copy_(layer.bias)
+    for which in ("weight_quant", "bias_quant"):
+        own, given = (getattr(one, which).tensor_quant.scaling_impl.scale for one in (twin, layer))
+        own.copy_(given)
+    made: nn.Module = twin
+    return made
