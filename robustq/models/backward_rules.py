@@ -1,0 +1,216 @@
+"""Other gradients for the same quantized network, so that an attack does not hang on the one it was trained with.
+
+A quantizer has no useful derivative of its own, and the one that training puts in its place also hides: the clipped
+straight-through gradient is zero wherever an activation is clipped, which in a binarised network may be nearly
+everywhere. Answering a defence by a derivative of one's own is BPDA (Athalye et al. 2018, arXiv:1802.00420).
+
+    with backward_rule(model, "pass-through"):
+        x_adv = apgd(model, x, y, epsilon=8 / 255)
+
+Only the backward pass differs: every forward value is the very tensor that the quantizer computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
+from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robustq.errors import UsageError
+
+STRAIGHT_THROUGH = "straight-through"
+PASS_THROUGH = "pass-through"
+SMOOTH = "smooth"
+
+RULES: tuple[str, ...] = (STRAIGHT_THROUGH, PASS_THROUGH, SMOOTH)
+"""Every rule by its name.
+
+`straight-through`: as the network was trained: 1 inside the quantizer's range and 0 where it clips.
+`pass-through`: 1 everywhere, that is no clip mask. A ReLU in front of the quantizer keeps its own derivative.
+`smooth`: the derivative of a smooth staircase, `staircase_slope`; of a sign that of tanh.
+"""
+
+WAVE = 0.5
+"""How much steeper the smooth staircase is half-way between two codes than on average, and flatter at the codes."""
+
+EDGE = 1 / 16
+"""Width of the smooth staircase's ends, as a share of its codes, and at least half a code."""
+
+
+@contextmanager
+def backward_rule(model: nn.Module, rule: str) -> Iterator[None]:
+    """Differentiate the activation quantizers of a network by another rule, inside the `with`.
+
+    It covers all activation quantizers of Brevitas (ours, folded or not, and those in a user's own network), and under
+    the last two rules also plain calls of torch.round, floor, ceil, trunc and sign on tensors that autograd watches,
+    whose own derivative is zero. Comparisons and `detach` stay as they are. A float network stays as it is.
+
+    Not for training: learned scales get no gradient under the last two rules. Afterwards everything is as before.
+
+    Args:
+        model: the network; changed in nothing but its backward pass.
+        rule: one of `RULES`.
+
+    Raises:
+        UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
+            that is neither of integers nor of one bit.
+    """
+    if rule not in RULES:
+        raise UsageError(f"backward rule '{rule}' is unknown; known: {', '.join(RULES)}")
+    if rule == STRAIGHT_THROUGH:
+        yield
+        return
+    with ExitStack() as stack:
+        # A quantizer that several layers share gets one hook: each further one would multiply the slopes.
+        for quantizer, name in {quantizer: name for name, quantizer in activation_quantizers(model).items()}.items():
+            slope = _slope_of(name, quantizer, rule)
+            stack.enter_context(quantizer.register_forward_hook(partial(_reattach, slope=slope)))
+        stack.enter_context(_WatchedRounding(rule))
+        yield
+
+
+def under_rule(model: nn.Module, rule: str) -> Callable[[Tensor], Tensor]:
+    """The network as a callable whose gradient follows a rule; a call leaves the network itself as it was.
+
+    Args and errors are those of `backward_rule`.
+    """
+    if rule not in RULES:
+        raise UsageError(f"backward rule '{rule}' is unknown; known: {', '.join(RULES)}")
+
+    def ruled(x: Tensor) -> Tensor:
+        with backward_rule(model, rule):
+            logits: Tensor = model(x)
+        return logits
+
+    return ruled
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that quantize activations, by name; each maps a tensor to (value, scale, zero point, bit width).
+
+    Raises:
+        UsageError: quantizers compiled by TorchScript, whose hooks never run.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, ActQuantProxyFromInjectorBase) or not module.is_quant_enabled:
+            continue
+        fused = module.fused_activation_quant_proxy
+        if isinstance(fused, torch.jit.ScriptModule):
+            raise UsageError(
+                "the quantizers are compiled (BREVITAS_JIT=1), and their gradients fixed; unset BREVITAS_JIT"
+            )
+        found[f"{name}.fused_activation_quant_proxy.tensor_quant"] = fused.tensor_quant
+    return found
+
+
+def staircase_slope(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
+    """The derivative of a smooth staircase with one step per code, and smooth ends.
+
+    (1 - WAVE cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the first
+    factor is the derivative of the soft rounding u - WAVE sin(2 pi u) / (2 pi), largest where a small change flips the
+    code; the others let the gradient fade out where the quantizer clips, over t = max((highest - lowest) EDGE, 1/2)
+    codes. From 0 on, an unsigned quantizer has no lower end: the ReLU in front of it is that end.
+
+    Args:
+        codes: any shape, the activations in units of the scale, before rounding (zero point added).
+        lowest, highest: codes of the quantizer.
+
+    Returns:
+        The same shape, 0 to 1 + WAVE.
+    """
+    width = max((highest - lowest) * EDGE, 0.5)
+    slope = (1.0 - WAVE * torch.cos(2.0 * math.pi * codes)) * torch.sigmoid((highest + 0.5 - codes) / width)
+    return slope if lowest == 0 else slope * torch.sigmoid((codes - lowest + 0.5) / width)
+
+
+Slope = Callable[[Tensor, tuple[Any, ...]], Tensor | None]
+"""(entering activations, the quantizer's answer) -> derivative, of the activations' shape; None for 1."""
+
+
+def _slope_of(name: str, quantizer: nn.Module, rule: str) -> Slope:
+    if rule == PASS_THROUGH:
+        return _one
+    if isinstance(quantizer, BinaryQuant | ClampedBinaryQuant):
+        return _of_sign
+    integers = getattr(quantizer, "int_quant", None)
+    if integers is None or not hasattr(integers, "min_int"):
+        raise UsageError(f"{name} is a {type(quantizer).__name__}, which has no smooth form here; use '{PASS_THROUGH}'")
+    return partial(_of_staircase, integers=integers)
+
+
+def _one(x: Tensor, answer: tuple[Any, ...]) -> None:
+    """The derivative of the identity."""
+
+
+def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
+    """That of scale * tanh(x / scale)."""
+    return 1.0 - torch.tanh(x / answer[1]).square()
+
+
+def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
+    _, scale, zero_point, bit_width = answer
+    lowest, highest = float(integers.min_int(bit_width)), float(integers.max_int(bit_width))
+    return staircase_slope(x / scale + zero_point, lowest=lowest, highest=highest)
+
+
+def _reattach(module: nn.Module, inputs: tuple[Any, ...], answer: tuple[Any, ...], *, slope: Slope) -> tuple[Any, ...]:
+    """Forward hook of a quantizer: the same value, with another way back."""
+    (x,) = inputs
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return answer
+    with torch.no_grad():
+        factor = slope(x, answer)
+    return (_Reattached.apply(x, answer[0].detach(), factor), *answer[1:])
+
+
+class _Reattached(torch.autograd.Function):
+    """The second argument, with the gradient of the first one times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(factor)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return (grads[0] if factor is None else grads[0] * factor), None, None
+
+
+_ROUNDING = frozenset(
+    getattr(owner, name) for owner in (torch, Tensor) for name in ("round", "floor", "ceil", "trunc", "fix")
+)
+_SIGNS = frozenset((torch.sign, Tensor.sign, torch.sgn, Tensor.sgn))
+
+
+class _WatchedRounding(TorchFunctionMode):
+    """Gives plain rounding the derivative 1, and signs 1 or under the smooth rule that of tanh."""
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and put the other gradient behind its value."""
+        answer = func(*args, **(kwargs or {}))
+        if (func not in _ROUNDING and func not in _SIGNS) or not args or not isinstance(args[0], Tensor):
+            return answer
+        x = args[0]
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return answer
+        factor = None
+        if self.rule == SMOOTH and func in _SIGNS:
+            with torch.no_grad():
+                factor = 1.0 - torch.tanh(x).square()
+        return _Reattached.apply(x, answer.detach(), factor)
