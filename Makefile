@@ -31,10 +31,12 @@ lint: setup  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
 
-pins:  ## resolve pyproject.toml into requirements.txt (needs uv; UPGRADE=1 for newer versions)
+pins:  ## resolve pyproject.toml into the requirements files (needs uv; UPGRADE=1 for newer versions)
 	@[ -n "$(UV)" ] || { echo "make pins needs uv, which does not run on this machine: install uv first" >&2; exit 2; }
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make pins" --quiet $(if $(UPGRADE),--upgrade) -o requirements.txt
+	$(UV) pip compile --group reference --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate \
+		--no-emit-index-url --custom-compile-command "make pins" --quiet -o requirements-reference.txt
 
 clean:  ## remove caches, build output and .venv (runs/ and export-out/ stay)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -42,18 +44,20 @@ clean:  ## remove caches, build output and .venv (runs/ and export-out/ stay)
 
 # pip refuses hashes together with -e, so the pinned packages come first and robustq itself after them, with nothing left
 # to download: its build uses the setuptools that was just installed (--no-build-isolation).
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt requirements-reference.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "robustq needs Python 3.11 or newer; '$(PYTHON)' is older or does not run:" \
 			"$$("$(PYTHON)" --version 2>&1 | head -n 1). Name another one: make setup PYTHON=python3.12" >&2; exit 2; }
 ifneq ($(UV),)
 	@$(BIN)/python -c '' 2>/dev/null || $(UV) venv --python "$(PYTHON)" --clear $(VENV)
 	$(UV) pip install --python $(BIN)/python --require-hashes -r requirements.txt
+	$(UV) pip install --python $(BIN)/python --require-hashes --no-deps -r requirements-reference.txt
 	$(UV) pip install --python $(BIN)/python --no-deps --no-build-isolation -e .
 else
 	@$(BIN)/python -c '' 2>/dev/null || "$(PYTHON)" -m venv --clear $(VENV)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --require-hashes --no-deps -r requirements-reference.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 endif
 	@touch $@
