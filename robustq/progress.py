@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _shown = False
 _detailed = False
 _drawn = False
+_kept: str | None = None
 
 
 def show(enabled: bool, *, details: bool = False) -> None:
@@ -28,8 +29,19 @@ def show(enabled: bool, *, details: bool = False) -> None:
 
 def note(text: str) -> None:
     """One line for the person who watches; never part of a result."""
-    if _shown:
+    if _shown and (_kept is None or text.startswith(_kept)):
         print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def notes_of(start: str) -> Iterator[None]:
+    """Within the block only notes that begin with ``start`` are printed: a job inside a job has its say in a line."""
+    global _kept
+    before, _kept = _kept, start
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 def detail(text: str) -> None:

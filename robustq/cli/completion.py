@@ -11,7 +11,7 @@ ARCHITECTURES = ("resnet8", "resnet20", "resnet20-a", "resnet18")
 FORMATS = ("qonnx", "qcdq", "integer", "packed", "float")
 PIXELS = ("float", "uint8")
 BATCH_NORM = ("fold", "keep")
-SUITES = ("paper", "recheck")
+SUITES = ("paper", "recheck", "standard", "full")
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 DEVICES = ("cpu", "cuda", "cuda:0")
 

@@ -49,11 +49,8 @@ def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tu
 
 # no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The class of the highest logit per image, -1 where any logit is NaN.
-
-    A model that answers NaN has not classified the image, and argmax would report the NaN's index as a class. The
-    lowest of several equal classes wins. The model is called as it stands: put it into eval mode first.
+def answers(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
+    """The logits of every image; the model is called as it stands: put it into eval mode first.
 
     Args:
         model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
@@ -61,14 +58,14 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) ->
         batch_size: images per call, at least 1.
 
     Returns:
-        (N,) int64 on the CPU.
+        (N, K) on the CPU; (0, 0) for no images.
 
     Raises:
         UsageError: a batch size below 1, or a model that does not answer with one row of logits per image.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")
-    predictions = torch.empty(len(x), dtype=torch.int64)
+    parts = [torch.empty(0, 0)] if len(x) == 0 else []
     with bar("predict", len(x)) as progress:
         for first in range(0, len(x), batch_size):
             batch = x[first : first + batch_size]
@@ -78,11 +75,36 @@ def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) ->
                     f"the model answered {len(batch)} images with a tensor of shape {tuple(logits.shape)}; "
                     "logits must be (images, classes)"
                 )
-            classes = logits.argmax(dim=1)
-            classes[logits.isnan().any(dim=1)] = -1
-            predictions[first : first + batch_size] = classes
+            parts.append(logits)
             progress.advance(len(batch))
-    return predictions
+    return torch.cat(parts)
+
+
+def classes(logits: Tensor) -> Tensor:
+    """The class of the highest logit per image, -1 where any logit is NaN.
+
+    A model that answers NaN has not classified the image, and argmax would report the NaN's index as a class. The
+    lowest of several equal classes wins.
+
+    Args:
+        logits: (N, K).
+
+    Returns:
+        (N,) int64.
+    """
+    if len(logits) == 0:
+        return torch.empty(0, dtype=torch.int64)
+    found = logits.argmax(dim=1)
+    found[logits.isnan().any(dim=1)] = -1
+    return found
+
+
+def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
+    """The class of each image as in :func:`classes`: (N,) int64 on the CPU.
+
+    Args, errors: as for :func:`answers`.
+    """
+    return classes(answers(model, x, batch_size=batch_size))
 
 
 def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Counts accuracy under attack: one model finds the images, the judge answers for them.
+"""Counts accuracy under attack: differentiable models find the images, the judge answers for them.
 
 The judge is the thing whose robustness is claimed (for a deployed file: onnxruntime); the source is a differentiable
 model near it, often the same. Every adversarial image is rounded to a uint8 picture inside the ball before it is
@@ -7,87 +7,29 @@ counted, since a device can receive nothing else.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from robustq.attacks.ascent import Model
-from robustq.attacks.ball import round_to_uint8
+from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
 from robustq.data import to_float
-from robustq.errors import UsageError
-from robustq.evaluation.accuracy import correct, predict, wilson_interval
-from robustq.evaluation.suites import NamedAttack
-from robustq.progress import bar
-
-Judge = Callable[[Tensor], Tensor]
-
-NOT_JUDGED = "not judged"
-"""The verdict of a suite that does not hunt for gradient masking."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Counts over ``images`` images; every accuracy is a fraction.
-
-    Args:
-        images: how many were used.
-        epsilon: radius of the ball.
-        clean: (N,) bool, right without attack.
-        attacked: attack name -> (N,) bool, right under that attack.
-        twin_agreement: share of clean images that source and judge put into the same class.
-        seconds: wall time.
-    """
-
-    images: int
-    epsilon: float
-    clean: Tensor
-    attacked: dict[str, Tensor]
-    twin_agreement: float
-    seconds: float
-    flags: tuple[str, ...] = field(default=())
-    verdict: str = NOT_JUDGED
-
-    @property
-    def robust(self) -> Tensor:
-        """(N,) bool: right without attack and under every attack (the worst case per image)."""
-        worst = self.clean.clone()
-        for kept in self.attacked.values():
-            worst &= kept
-        return worst
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of images that are right without attack."""
-        return _share(self.clean)
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Share of images that no attack of the suite broke: an upper bound of the true robust accuracy."""
-        return _share(self.robust)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq attack --json``."""
-        return {
-            "images": self.images,
-            "epsilon": self.epsilon,
-            "clean_accuracy": self.clean_accuracy,
-            "clean_interval": list(wilson_interval(int(self.clean.sum()), self.images)),
-            "robust_accuracy": self.robust_accuracy,
-            "interval": list(wilson_interval(int(self.robust.sum()), self.images)),
-            "attacks": {name: _share(kept) for name, kept in self.attacked.items()},
-            "twin_agreement": self.twin_agreement,
-            "flags": list(self.flags),
-            "verdict": self.verdict,
-            "seconds": self.seconds,
-        }
+from robustq.errors import RobustqError, UsageError
+from robustq.evaluation.accuracy import answers, predict
+from robustq.evaluation.campaign import DIAGNOSIS, Campaign, Trial
+from robustq.evaluation.diagnosis import diagnose
+from robustq.evaluation.flags import Check
+from robustq.evaluation.named_attack import NamedAttack
+from robustq.evaluation.result import Evaluation
+from robustq.evaluation.suites import SUITES, Suite
+from robustq.evaluation.target import AS_TRAINED, Target, settled
 
 
 def evaluate(
-    judge: Judge,
+    judge: Model,
     source: Model,
     images: Tensor,
     labels: Tensor,
@@ -98,7 +40,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Evaluation:
-    """Attack ``source``, count on ``judge``.
+    """Attack ``source``, count on ``judge``: each attack over all images, nothing hunted for.
 
     Args:
         judge: float32 (B, C, H, W) on ``device`` -> logits (B, K).
@@ -106,46 +48,186 @@ def evaluate(
         images: uint8 (N, C, H, W).
         labels: int64 (N,).
         attacks: which, in order.
-        epsilon: radius in [0, 1].
-        device: where the source lives.
-        batch_size: images an attack works on at once.
-        seed: of all random starts; with the attack's place and the batch's it gives each batch its own stream.
+        epsilon, device, batch_size, seed: as for :func:`run_suite`.
 
     Raises:
-        UsageError: no images, or a radius above 0 and below one grey level.
+        UsageError: as for :func:`run_suite`.
     """
-    if len(images) == 0:
-        raise UsageError("no images to evaluate on; give --images of at least 1")
-    if 0.0 < epsilon < 1 / 255 - 1e-9:
-        raise UsageError(
-            f"epsilon {epsilon:g} is below one grey level, so that no uint8 picture differs; give 0, or 1/255 and up"
-        )
-    start = time.perf_counter()
-    x, y = to_float(images.to(device)), labels.to(device)
-    predicted = predict(judge, x, batch_size=batch_size)
-    agreement = (predicted == predict(source, x, batch_size=batch_size)).float().mean().item()
-    attacked: dict[str, Tensor] = {}
-    with bar("attack", len(attacks) * len(x)) as progress:
-        for place, attack in enumerate(attacks):
-            parts = []
-            for number, (x_part, y_part) in enumerate(
-                zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
-            ):
-                generator = torch.Generator().manual_seed((seed * 1009 + place) * 100_003 + number)
-                x_adv = attack.run(source, x_part, y_part, epsilon=epsilon, generator=generator)
-                x_adv = round_to_uint8(x_adv, x_part, epsilon=epsilon)
-                parts.append(correct(judge, x_adv, y_part, batch_size=batch_size))
-                progress.advance(len(y_part), attack.name)
-            attacked[attack.name] = torch.cat(parts)
-    return Evaluation(
-        images=len(x),
-        epsilon=epsilon,
-        clean=(predicted == labels) & (predicted >= 0),
-        attacked=attacked,
-        twin_agreement=agreement,
-        seconds=time.perf_counter() - start,
+    suite = Suite("own", tuple(attacks), drops_broken=False, hunts_masking=False)
+    target = Target(judge, {AS_TRAINED: source})
+    return run_suite(
+        target, images, labels, suite=suite, epsilon=epsilon, device=device, batch_size=batch_size, seed=seed
     )
 
 
-def _share(kept: Tensor) -> float:
-    return int(kept.sum()) / len(kept)
+def run_suite(
+    target: Target,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    suite: Suite | str = "standard",
+    epsilon: float,
+    device: torch.device,
+    batch_size: int = 256,
+    seed: int = 0,
+    known: Evaluation | None = None,
+) -> Evaluation:
+    """Attack a target, count on its judge, and look for gradient masking where the suite does.
+
+    Args:
+        target: judge, sources, and what else attacks may use; all models in eval mode, on ``device``.
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), 0 .. K-1.
+        suite: a suite or its name.
+        epsilon: radius in [0, 1].
+        device: where the sources live.
+        batch_size: images an attack works on at once.
+        seed: of all random numbers. Each image has its own stream, from the seed, its place and the attack's name, so
+            that results are the same at equal batch size and device; at another batch size kernels round otherwise.
+        known: what was found on the same judge and images in a smaller ball, whose pictures lie in this one too: what
+            broke there is broken here.
+
+    Raises:
+        UsageError: no images, another number of labels, labels that are no classes of the judge, a radius above 0 and
+            below one grey level, or a judge that cannot take the images.
+    """
+    if isinstance(suite, str):
+        suite = suite_called(suite)
+    _check(images, labels, epsilon=epsilon)
+    start = time.perf_counter()
+    # A network that draws random numbers of its own would make two evaluations differ, and move the caller's stream.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        x, y = to_float(images.to(device)), labels.to(device)
+        _probe(target.judge, x)
+        target, random = settled(target, x, batch_size=batch_size)
+        campaign = Campaign(target.judge, x, y, epsilon=epsilon, batch_size=batch_size, seed=seed)
+        if not 0 <= int(labels.min()) <= int(labels.max()) < campaign.classes:
+            raise UsageError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}, the model answers with "
+                f"{campaign.classes} classes; give the data it was trained on"
+            )
+        if known is not None:
+            campaign.start_from(known.x_adv, known.found_by, broken=known.clean & ~known.robust)
+        source_classes = predict(target.source, x, batch_size=batch_size)
+        different = int((source_classes != campaign.predicted).sum())
+        left_out, notes = _shortcomings(target, suite, campaign, epsilon=epsilon, random=random)
+        checks: list[Check] = []
+        if epsilon > 0.0 and campaign.classes > 1:
+            _attack(campaign, target, suite)
+            if suite.hunts_masking:
+                checks = diagnose(target, campaign, suite=suite, different=different, random=random)
+    attacked = {trial.name: trial.kept for trial in campaign.trials if trial.stage != DIAGNOSIS}
+    return Evaluation(
+        images=len(x),
+        epsilon=epsilon,
+        clean=campaign.clean,
+        robust=campaign.standing,
+        attacked=attacked,
+        twin_agreement=1.0 - different / len(x),
+        seconds=time.perf_counter() - start,
+        trials=campaign.trials,
+        checks=checks,
+        left_out=left_out,
+        notes=notes,
+        x_adv=(campaign.x_adv * 255.0).round().to("cpu", torch.uint8),
+        found_by=tuple(campaign.found_by),
+    )
+
+
+def suite_called(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in SUITES:
+        raise UsageError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def _attack(campaign: Campaign, target: Target, suite: Suite) -> None:
+    everything = torch.arange(len(campaign.x))
+    reference: Trial | None = None
+    for attack in suite.attacks:
+        if attack.asks == "surrogates":
+            for name, surrogate in target.surrogates.items():
+                places = campaign.standing_places
+                campaign.run(attack, target.judge, places, label=f"{attack.name}: {name}", surrogate=surrogate)
+        elif attack.asks == "features":
+            if target.features is not None:
+                campaign.run(attack, target.source, campaign.standing_places, features=target.features)
+        elif attack.asks == "judge":
+            campaign.run(attack, target.judge, campaign.standing_places)
+        else:
+            for number, (rule, model) in enumerate(target.sources.items()):
+                places = campaign.standing_places if suite.drops_broken else everything
+                if number == 0 and attack.after is not None and reference is not None:
+                    places = reference.kept_places
+                label = attack.name if number == 0 else f"{attack.name} ({rule})"
+                trial = campaign.run(attack, model, places, label=label)
+                reference = trial if reference is None else reference
+    if suite.transfers:
+        for name, surrogate in target.surrogates.items():
+            for attack in suite.attacks:
+                campaign.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
+
+
+def _shortcomings(
+    target: Target, suite: Suite, campaign: Campaign, *, epsilon: float, random: float
+) -> tuple[list[str], list[str]]:
+    """Why no verdict can be given, and what else is worth knowing."""
+    left_out, notes = [], []
+    if not suite.hunts_masking:
+        left_out.append("this suite does not hunt for gradient masking")
+    elif epsilon == 0.0:
+        left_out.append("there is nothing to attack at epsilon 0")
+    elif campaign.classes < 2:
+        left_out.append("there is nothing to attack in a model with one class")
+    elif target.control is None:
+        left_out.append("without a naturally trained control nobody knows what the attacks are worth")
+    if target.image_by_image:
+        notes.append("answers depend on the batch (dynamic quantization): judged image by image")
+    if random > 0.0:
+        notes.append("answers are random: judged in the mean of several")
+    if campaign.predicted.eq(-1).any():
+        notes.append(f"{int(campaign.predicted.eq(-1).sum())} clean images get NaN logits, which count as wrong")
+    if suite.hunts_masking and target.features is None:
+        notes.append("no feature layer is known: the feature-space stage was left out")
+    if suite.hunts_masking and not target.surrogates:
+        notes.append("no surrogates: the transfer stage was left out")
+    return left_out, notes
+
+
+def _probe(judge: Model, x: Tensor) -> None:
+    """Ask about one image, so that images of another shape than the model takes end in one line.
+
+    Raises:
+        UsageError: it cannot be asked.
+    """
+    try:
+        answers(judge, x[:1], batch_size=1)
+    except RobustqError:
+        raise
+    except Exception as error:  # torch, onnxruntime and a user's own code share no base below Exception
+        first = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"the model cannot take images of shape {tuple(x.shape[1:])} ({first}); give the data it was trained on"
+        ) from error
+
+
+def _check(images: Tensor, labels: Tensor, *, epsilon: float) -> None:
+    if len(images) == 0:
+        raise UsageError("no images to evaluate on; give --images of at least 1")
+    if len(images) != len(labels):
+        raise UsageError(f"{len(images)} images and {len(labels)} labels; give one label per image")
+    check_radius(epsilon)
+
+
+def check_radius(epsilon: float) -> None:
+    """Raise UsageError unless epsilon is 0, or a number up to 1 that lets a pixel change by a grey level."""
+    check_epsilon(epsilon)
+    if epsilon > 0.0 and math.floor(255 * epsilon + LEVEL_TOLERANCE) < 1:
+        raise UsageError(
+            f"epsilon {epsilon:g} is below one grey level, so that no uint8 picture differs; give 0, or 1/255 and up"
+        )

@@ -3,58 +3,125 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from types import MappingProxyType
 
-import torch
-from torch import Tensor
-
-from robustq.attacks import bim, fgsm, gaussian_noise, pgd, tpgd
-from robustq.attacks.ascent import Model
-from robustq.attacks.losses import margin
-
-
-class Attack(Protocol):
-    """An attack with its budget settled."""
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> adversarial images of the same shape."""
-
-
-@dataclass(frozen=True)
-class NamedAttack:
-    """An attack as a column of a table."""
-
-    name: str
-    run: Attack
-
+from robustq.attacks import (
+    apgd,
+    apgd_targeted,
+    bim,
+    fab_targeted,
+    feature_space,
+    fgsm,
+    gaussian_noise,
+    pgd,
+    pgd_plus_plus,
+    random_corners,
+    rays,
+    square,
+    tpgd,
+    transfer,
+    uniform_noise,
+)
+from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
+from robustq.evaluation.named_attack import NamedAttack
 
 PAPER_STEP = 4 / 255
 """Step of PGD, BIM and TPGD in the paper's tables, whatever the radius (arXiv:2210.08701, appendix)."""
 
+_PAPER_STEPS = {"step_size": PAPER_STEP, "steps": 20}
+
 PAPER: tuple[NamedAttack, ...] = (
-    NamedAttack("gn", lambda model, x, y, *, epsilon, generator: gaussian_noise(
-        model, x, y, epsilon=epsilon, generator=generator)),
-    NamedAttack("fgsm", lambda model, x, y, *, epsilon, generator: fgsm(model, x, y, epsilon=epsilon)),
-    NamedAttack("pgd20", lambda model, x, y, *, epsilon, generator: pgd(
-        model, x, y, epsilon=epsilon, step_size=PAPER_STEP, steps=20, generator=generator)),
-    NamedAttack("bim20", lambda model, x, y, *, epsilon, generator: bim(
-        model, x, y, epsilon=epsilon, step_size=PAPER_STEP, steps=20)),
-    NamedAttack("tpgd20", lambda model, x, y, *, epsilon, generator: tpgd(
-        model, x, y, epsilon=epsilon, step_size=PAPER_STEP, steps=20, generator=generator)),
-)  # fmt: skip
-"""The white-box columns of Tables I, II and V, with the paper's budgets."""
+    NamedAttack("gn", gaussian_noise),
+    NamedAttack("fgsm", fgsm, random=False),
+    NamedAttack("pgd20", pgd, _PAPER_STEPS),
+    NamedAttack("bim20", bim, _PAPER_STEPS, random=False),
+    NamedAttack("tpgd20", tpgd, _PAPER_STEPS),
+)
+"""The white-box columns of Tables I, II and V, with the paper's budgets; on surrogates they are the columns "(B)"."""
 
 RECHECK: tuple[NamedAttack, ...] = (
-    NamedAttack("fgsm", lambda model, x, y, *, epsilon, generator: fgsm(model, x, y, epsilon=epsilon)),
-    NamedAttack("pgd20", lambda model, x, y, *, epsilon, generator: pgd(
-        model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=20, keep_best=True, generator=generator)),
-    NamedAttack("margin_pgd40", lambda model, x, y, *, epsilon, generator: pgd(
-        model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=40, loss=margin,
-        keep_best=True, generator=generator)),
-)  # fmt: skip
+    NamedAttack("fgsm", fgsm, random=False),
+    NamedAttack("pgd20", pgd, {"steps": 20, "keep_best": True}),
+    NamedAttack("margin_pgd40", pgd, {"steps": 40, "loss": margin, "keep_best": True}),
+)
 """What a deployed file is re-checked with: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
 
 The last iterate of a sign attack with a fixed step overshoots, and leaves images that an earlier iterate broke.
 """
 
-SUITES: dict[str, tuple[NamedAttack, ...]] = {"paper": PAPER, "recheck": RECHECK}
+CROSS_ENTROPY = "apgd-ce"
+"""The attack that other losses are compared with."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks in their order, and how they are counted.
+
+    Args:
+        name: as ``--suite`` takes it.
+        attacks: cheap to dear.
+        drops_broken: later attacks meet only what the ones before left; else each is a column of its own, over all
+            images.
+        hunts_masking: the flags are looked for, and a verdict is given.
+        transfers: the white-box attacks are run on the surrogates too, as columns of their own.
+    """
+
+    name: str
+    attacks: tuple[NamedAttack, ...]
+    drops_broken: bool = True
+    hunts_masking: bool = True
+    transfers: bool = False
+
+
+def _white_box(*, steps: int) -> tuple[NamedAttack, ...]:
+    """APGD with three losses and PGD++; the last three on all that cross-entropy left, so that they compare with it."""
+    targeted = {"steps": steps, "loss": targeted_dlr, "target_classes": 9}
+    return (
+        NamedAttack(CROSS_ENTROPY, apgd, {"steps": steps, "loss": cross_entropy}, hunts=True),
+        NamedAttack("apgd-margin", apgd, {"steps": 50, "loss": margin}, hunts=True, after=CROSS_ENTROPY),
+        NamedAttack("apgd-t", apgd_targeted, targeted, hunts=True, after=CROSS_ENTROPY),
+        NamedAttack("pgd++", pgd_plus_plus, {"steps": 20}, hunts=True, after=CROSS_ENTROPY),
+    )
+
+
+NOISE = "uniform noise"
+"""The attack that a gradient must beat."""
+
+_NOISE = (
+    NamedAttack(NOISE, uniform_noise, stage="noise and corners", asks="judge"),
+    NamedAttack("corners", random_corners, {"corners": 20}, stage="noise and corners", asks="judge", hunts=True),
+)
+_INDIRECT = (
+    NamedAttack("features", feature_space, {"steps": 50}, stage="features", asks="features", hunts=True),
+    NamedAttack("transfer", transfer, {"steps": 50}, stage="transfer", asks="surrogates", hunts=True),
+)
+
+
+def _square(queries: int) -> NamedAttack:
+    return NamedAttack("square", square, {"queries": queries}, stage="square", asks="judge", hunts=True)
+
+
+STANDARD: tuple[NamedAttack, ...] = (*_NOISE, *_white_box(steps=50), *_INDIRECT, _square(1000))
+"""The five stages: noise and corners; white-box; the aligned features; transfer; Square."""
+
+FULL: tuple[NamedAttack, ...] = (
+    *_NOISE,
+    *_white_box(steps=100),
+    NamedAttack("fab-t", fab_targeted, {"steps": 100, "target_classes": 9}, hunts=True),
+    *_INDIRECT,
+    _square(5000),
+    NamedAttack("rays", rays, {"queries": 1000}, stage="hard label", asks="judge", random=False, hunts=True),
+)
+"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), 5,000 queries, and RayS, which
+sees the classes alone.
+"""
+
+SUITES: MappingProxyType[str, Suite] = MappingProxyType(
+    {
+        "paper": Suite("paper", PAPER, drops_broken=False, hunts_masking=False, transfers=True),
+        "recheck": Suite("recheck", RECHECK, drops_broken=False, hunts_masking=False),
+        "standard": Suite("standard", STANDARD),
+        "full": Suite("full", FULL),
+    }
+)
+"""Name -> suite (read-only)."""

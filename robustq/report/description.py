@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from robustq.recipe import format_epsilon
-from robustq.report.text import bounded, percent, size
+from robustq.report.numbers import bounded, percent, size
 
 
 def description_lines(found: dict[str, Any]) -> list[str]:
@@ -92,7 +92,7 @@ def _export(found: dict[str, Any]) -> list[str]:
             f"robust  at most {bounded(recheck['robust_accuracy'], recheck['interval'])} at "
             f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
         )
-        lines += [f"flag    {flag}" for flag in recheck["flags"]]
+        lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
     return lines + [f"FAILED  {fall}" for fall in found.get("shortfalls", [])]
 
 

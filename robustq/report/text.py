@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from robustq.recipe import format_epsilon
-
-
-def percent(share: float | None) -> str:
-    """``37.1%``; a dash where nothing was measured."""
-    return "-" if share is None else f"{share:.1%}"
-
-
-def bounded(share: float, interval: Sequence[float]) -> str:
-    """``37.1% [34.2, 40.1]``: a share and its 95% interval."""
-    return f"{share:.1%} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
-
-
-def scientific(value: float | None) -> str:
-    """``4e-08``; ``NaN`` where nothing could be computed."""
-    return "NaN" if value is None else f"{value:.0e}"
-
-
-def size(count: int) -> str:
-    """``187 kB``, ``12.3 MB``, ``1.1 GB``."""
-    if count >= 1_000_000_000:
-        return f"{count / 1e9:.1f} GB"
-    return f"{count / 1e6:.1f} MB" if count >= 10_000_000 else f"{count / 1000:,.0f} kB"
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``6 min``, ``3.5 hours``, ``2.1 days``."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} hours" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} days"
+from robustq.report.attack import attack_lines
+from robustq.report.numbers import bounded, percent, scientific, size
 
 
 def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
@@ -53,28 +23,6 @@ def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
         f"time    {time}",
         f"next    {advice}",
     ]
-
-
-def attack_lines(result: dict[str, Any]) -> list[str]:
-    """What attack says: each attack's accuracy, then the worst case and what it is worth."""
-    columns = " · ".join(f"{name} {percent(share)}" for name, share in result["attacks"].items())
-    verdict = f"verdict {result['verdict']}"
-    if result["verdict"] == "not judged":
-        verdict += ": this suite does not hunt for gradient masking, a stronger attack may leave less"
-    if result.get("suite") == "paper":
-        verdict += " · the paper's budgets; --suite recheck is stronger"
-    lines = [
-        f"clean {percent(result['clean_accuracy'])} · {columns}",
-        f"robust accuracy at most {bounded(result['robust_accuracy'], result['interval'])} "
-        f"at {format_epsilon(result['epsilon'])} ({result['images']:,} images, worst case per image)",
-        verdict,
-    ]
-    if result["twin_agreement"] < 0.999:
-        lines.append(
-            f"WARNING the model whose gradients were used agrees with the judge on {result['twin_agreement']:.1%} only"
-        )
-    lines += [f"  {flag}" for flag in result["flags"]]
-    return lines
 
 
 def proof_lines(result: dict[str, Any]) -> list[str]:

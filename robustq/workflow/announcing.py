@@ -19,8 +19,8 @@ from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
+from robustq.report.numbers import duration, size
 from robustq.report.recipe import toml_lines
-from robustq.report.text import duration, size
 from robustq.workflow.setting import DEFAULT_EPSILON
 
 

@@ -183,7 +183,7 @@ def test_long_jobs_show_progress(
 
     whole = progress.bar
     for module in (
-        "evaluation.evaluate",
+        "evaluation.campaign",
         "evaluation.accuracy",
         "export.parity",
         "export.qonnx_file",
@@ -195,13 +195,13 @@ def test_long_jobs_show_progress(
     monkeypatch.setattr(torchvision.datasets, "MNIST", Archive)
     monkeypatch.setenv("ROBUSTQ_DATA", str(tmp_path / "root"))
     arguments: dict[str, tuple[str | Path, ...]] = {
-        "attack": ("attack", digits_w4a4, *FEW),
+        "attack": ("attack", digits_w4a4, "--suite", "recheck", "--images", "5"),
         "export": ("export", digits_w4a4, "--images", "5", "--no-recheck", "--format", "qonnx"),
         "train": ("train", "--data", "digits", "--architecture", "resnet8", *FAST_TRAIN),
         "download": ("train", "--data", "mnist", "--architecture", "resnet8", *FAST_TRAIN[:2], "--device", "cpu"),
     }
     expected: dict[str, dict[str, float]] = {
-        "attack": {"attack": 25, "predict": 5},
+        "attack": {"attack: pgd20": 5, "predict": 5},
         "export": {"qonnx executor": 5, "parity: optimised": 5},
         "train": {"natural": 100, "test": 359},
         "download": {"download mnist": 3.0},
@@ -219,7 +219,7 @@ def test_long_jobs_show_progress(
     [
         pytest.param("robustq.workflow.exporting.prove", ("export", "--images", "5"), marks=pytest.mark.slow),
         ("robustq.workflow.exporting.write_record", ("export", "--images", "5", "--no-recheck")),
-        ("robustq.workflow.attacking.evaluate", ("attack", *FEW, "--out", "found.json")),
+        ("robustq.workflow.attacking.run_suite", ("attack", *FEW, "--out", "found.json")),
         ("robustq.outputs.os.fsync", ("attack", *FEW, "--out", "found.json")),
         ("robustq.workflow.training.quantize", ("harden", "--bits", "2", *FAST_TRAIN)),
     ],

@@ -71,6 +71,11 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--epsilon": ("0", "8/255", "1"),
     "--images": ("1",),
     "--suite": ("recheck",),
+    "--epsilons": ("0,8/255",),
+    "--surrogate": ("float.pt", "text.pt"),
+    "--control": ("float.pt", "folder"),
+    "--replay": ("text.pt", "folder"),
+    "--save-adversarial": ("folder", "text.pt/x"),
     "--require": ("0", "1"),
     "--format": ("qcdq", "integer"),
     "--out": ("folder", "text.pt/x"),
@@ -95,7 +100,21 @@ OPTIONS = {
         "--trust-pickle",
         "--resume",
     ),
-    "attack": ("--suite", "--epsilon", "--images", "--data", "--require", "--seed", "--device", "--skip-bad-images"),
+    "attack": (
+        "--suite",
+        "--epsilon",
+        "--epsilons",
+        "--images",
+        "--data",
+        "--require",
+        "--seed",
+        "--device",
+        "--skip-bad-images",
+        "--surrogate",
+        "--control",
+        "--replay",
+        "--save-adversarial",
+    ),
     "export": ("--format", "--epsilon", "--images", "--data", "--seed", "--device"),
     "recheck": ("--epsilon", "--images", "--data", "--seed", "--device", "--out"),
     "info": ("--json", "--quiet", "--verbos"),
@@ -107,7 +126,7 @@ ARGUMENTS = {"train": (), "recipes": ("odgq", "natural"), "nothing": ()}
 
 def command_line(draw: random.Random, folder: Path) -> list[str]:
     command = draw.choice(list(OPTIONS))
-    words = [command]
+    words = [command, *(("--suite", "recheck", "--no-surrogates") if command == "attack" else ())]
     usual: tuple[str, ...] = ARGUMENTS.get(command, ("w4a4.pt", "float.pt"))
     if draw.random() < 0.7:
         words += draw.choices(usual, k=min(len(usual), 1))

@@ -1,0 +1,270 @@
+"""The flags: what looks like gradient masking, from counts that an evaluation made (docs/flags.md).
+
+Each check is raised by numbers alone, and a raised one turns the verdict into "upper bound: masking suspected". A
+difference between two attacks counts only when it also exceeds the 95% interval of the paired images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from robustq.evaluation.accuracy import wilson_interval
+from robustq.evaluation.paired import Comparison
+
+HARNESS_KEPT = 0.005
+"""Share of the images that a network without any defence may keep in a ball that is large enough."""
+STEP_ORDER_POINTS, MORE_STEPS_POINTS = 0.5, 1.0
+ZERO_GRADIENT_SHARE = 0.01
+LOGIT_SCALE_POINTS = 2.0
+LOSS_POINTS = 6.0
+GRADIENT_FREE_SHARE = 0.01
+TRANSFER_POINTS = 2.0
+CONTROL_POINTS = 5.0
+TWIN_SHARE = 0.001
+
+MASKED = "upper bound: masking suspected"
+NOT_FOUND = "no masking found"
+NOT_JUDGED = "not judged"
+
+FLAG_NAMES = (
+    "harness",
+    "step order",
+    "large ball",
+    "noise",
+    "zero gradient",
+    "logit scale",
+    "loss",
+    "gradient-free",
+    "transfer",
+    "randomness",
+    "twin",
+)
+"""In the order of docs/flags.md."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look for masking.
+
+    Args:
+        name: one of :data:`FLAG_NAMES`.
+        raised: whether it is a flag.
+        text: what was found, in words.
+        evidence: the numbers.
+    """
+
+    name: str
+    raised: bool
+    text: str
+    evidence: dict[str, Any]
+
+    @property
+    def doc(self) -> str:
+        """Where the flag is explained."""
+        return f"docs/flags.md#{self.name.replace(' ', '-')}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"name": self.name, "raised": self.raised, "text": self.text, "evidence": self.evidence, "doc": self.doc}
+
+
+def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:
+    """The natural control keeps more than 0.5% of the images: then the attacks are not what they should be.
+
+    Args:
+        kept: images that the control still gets right.
+        images: that were used.
+        epsilon: the ball in which they were attacked, grown until the control fell or it could grow no more.
+        clean: images that the control gets right without attack.
+    """
+    return Check(
+        "harness",
+        kept > HARNESS_KEPT * images,
+        f"a network without defence keeps {kept / images:.1%} at {255 * epsilon:g}/255",
+        {"kept": kept, "images": images, "clean": clean, "epsilon": epsilon},
+    )
+
+
+def step_order(one_step: Comparison, more_steps: Comparison) -> Check:
+    """PGD leaves more than FGSM + 0.5 point, or 100 steps leave 1 point less than 50.
+
+    Args:
+        one_step: PGD against FGSM.
+        more_steps: 50 steps of APGD against 100.
+    """
+    found = []
+    if one_step.exceeds(STEP_ORDER_POINTS):
+        found.append(f"one step breaks {_points(one_step)} more than 20 steps do")
+    if more_steps.exceeds(MORE_STEPS_POINTS):
+        found.append(f"100 steps break {_points(more_steps)} more than 50 do")
+    return Check(
+        "step order",
+        bool(found),
+        "; ".join(found) or "more steps break no less, and 50 are enough",
+        {"pgd_minus_fgsm": one_step.to_dict(), "steps_50_minus_100": more_steps.to_dict()},
+    )
+
+
+def large_ball(*, kept: int, images: int, chance: float, against_small: Comparison, epsilon: float) -> Check:
+    """Accuracy above chance where no image can be recognised, or more left in the larger ball than in the smaller.
+
+    Args:
+        kept: right in the large ball.
+        images: that were used.
+        chance: what the best constant answer gets.
+        against_small: the large ball against the one that was asked about.
+        epsilon: radius of the large ball.
+    """
+    found = []
+    if wilson_interval(kept, images)[0] > chance:
+        found.append(f"{kept / images:.1%} left at epsilon {epsilon:g}, chance is {chance:.1%}")
+    if against_small.exceeds(0.0):
+        found.append(f"the larger ball leaves {_points(against_small)} more than the smaller one")
+    return Check(
+        "large ball",
+        bool(found),
+        "; ".join(found) or f"{kept / images:.1%} left at epsilon {epsilon:g}",
+        {
+            "kept": kept,
+            "images": images,
+            "chance": chance,
+            "epsilon": epsilon,
+            "large_minus_small": against_small.to_dict(),
+        },
+    )
+
+
+def noise(pgd_against_noise: Comparison, *, control: Comparison) -> Check:
+    """PGD leaves at least as much as noise, in a ball in which PGD takes more than 5 points from the natural control.
+
+    Args:
+        pgd_against_noise: uniform noise (first) against PGD (second) on the model.
+        control: no attack (first) against PGD (second) on the natural control.
+    """
+    return Check(
+        "noise",
+        pgd_against_noise.difference <= 0.0 and control.exceeds(CONTROL_POINTS),
+        f"PGD breaks {_points(pgd_against_noise)} more than uniform noise; "
+        f"of a network without defence it breaks {_points(control)}",
+        {"noise_minus_pgd": pgd_against_noise.to_dict(), "control_clean_minus_pgd": control.to_dict()},
+    )
+
+
+def zero_gradient(*, zero: int, images: int) -> Check:
+    """More than 1% of the images have an exactly zero gradient of cross-entropy, where no step goes anywhere.
+
+    Args:
+        zero: how many.
+        images: right without attack, that were looked at.
+    """
+    return Check(
+        "zero gradient",
+        zero > ZERO_GRADIENT_SHARE * images,
+        f"{zero / max(images, 1):.1%} of images have an exactly zero input gradient",
+        {"zero": zero, "images": images},
+    )
+
+
+def logit_scale(plain_against_rescaled: Comparison, *, left: tuple[float, float]) -> Check:
+    """Rescaling the logits, which changes no answer, breaks over 2 points more.
+
+    Args:
+        plain_against_rescaled: PGD on cross-entropy against the same PGD on cross-entropy of rescaled logits.
+        left: accuracies under both.
+    """
+    return Check(
+        "logit scale",
+        plain_against_rescaled.exceeds(LOGIT_SCALE_POINTS),
+        f"cross-entropy leaves {left[0]:.1%}, rescaled logits leave {left[1]:.1%}",
+        {"plain_minus_rescaled": plain_against_rescaled.to_dict(), "plain": left[0], "rescaled": left[1]},
+    )
+
+
+def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
+    """Another loss breaks over 6 points more than cross-entropy (3 to 4 are usual).
+
+    Args:
+        found: (name of the loss, cross-entropy against it, accuracies under both).
+    """
+    over = [entry for entry in found if entry[1].exceeds(LOSS_POINTS)] or list(found)
+    name, _, left = max(over, key=lambda entry: entry[1].difference)
+    return Check(
+        "loss",
+        any(comparison.exceeds(LOSS_POINTS) for _, comparison, _ in found),
+        f"cross-entropy leaves {left[0]:.1%}, {name} leaves {left[1]:.1%}",
+        {
+            name: {**comparison.to_dict(), "cross_entropy": left[0], "other": left[1]}
+            for name, comparison, left in found
+        },
+    )
+
+
+def gradient_free(*, broken: int, left: int, images: int) -> Check:
+    """Attacks without gradients break more than 1% of what white-box attacks left.
+
+    Args:
+        broken: by Square or random search, and by no white-box attack.
+        left: images that no white-box attack broke.
+        images: that were used.
+    """
+    return Check(
+        "gradient-free",
+        broken > GRADIENT_FREE_SHARE * left and Comparison(images, broken, 0).exceeds(0.0),
+        f"without gradients {broken} of the {left} images break that gradients left",
+        {"broken": broken, "left": left, "images": images},
+    )
+
+
+def transfer(found: Sequence[tuple[str, Comparison]]) -> Check:
+    """A surrogate's images break over 2 points that white-box did not.
+
+    Args:
+        found: (surrogate, white-box against white-box and its images).
+    """
+    name, most = max(found, key=lambda entry: entry[1].difference)
+    return Check(
+        "transfer",
+        any(comparison.exceeds(TRANSFER_POINTS) for _, comparison in found),
+        f"images of {name} break {_points(most)} that white-box attacks left",
+        {name: comparison.to_dict() for name, comparison in found},
+    )
+
+
+def randomness(*, share: float, draws: int) -> Check:
+    """Two calls give different answers: an attack meets another network at every step.
+
+    Args:
+        share: of the images that were looked at.
+        draws: answers in whose mean the model was attacked and judged for that reason.
+    """
+    return Check(
+        "randomness",
+        share > 0.0,
+        f"{share:.1%} of images get other logits when asked again"
+        + (f"; attacked and judged in the mean of {draws} answers" if share > 0.0 else ""),
+        {"share": share, "draws": draws if share > 0.0 else 1},
+    )
+
+
+def twin(*, different: int, images: int, random: bool) -> Check:
+    """The model that gives the gradients and the judge disagree on more than one image in a thousand.
+
+    One image may always sit on a tie: two make a flag.
+
+    Args:
+        different: clean images that they put into different classes.
+        images: that were used.
+        random: answers are random, so that a model differs from itself; that is a flag of its own.
+    """
+    return Check(
+        "twin",
+        not random and different > max(TWIN_SHARE * images, 1),
+        f"twin and judge agree on {images - different:,} of {images:,} images",
+        {"different": different, "images": images},
+    )
+
+
+def _points(comparison: Comparison) -> str:
+    return f"{100 * comparison.difference:.1f} points"

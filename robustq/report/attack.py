@@ -1,0 +1,102 @@
+"""What attack and recheck say: each attack, the worst case, and in words what the number is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from robustq.recipe import format_epsilon
+from robustq.report.numbers import bounded, duration, percent
+
+
+def attack_lines(result: dict[str, Any]) -> list[str]:
+    """Accuracy after each attack, then the worst case and what it is worth.
+
+    Args:
+        result: of attack, its replay, or the re-check of a file.
+    """
+    return [
+        *_columns(result),
+        _worst_case(result),
+        *_flags(result),
+        *_not_judged(result),
+        *(f"note    {note}" for note in result.get("notes", ())),
+        *_twin(result),
+        *_curve(result),
+        *_cost(result),
+    ]
+
+
+def _columns(result: dict[str, Any]) -> list[str]:
+    if result.get("suite") in ("standard", "full"):
+        shown = [(stage["attack"], stage["accuracy"]) for stage in result["stages"] if stage["stage"] != "diagnosis"]
+        if shown and shown[-1][1] != result["robust_accuracy"]:
+            shown.append(("the hunt for masking", result["robust_accuracy"]))
+    else:
+        shown = list(result["attacks"].items())
+    heads = [f"clean {percent(result['clean_accuracy'])}", *(f"{name} {percent(share)}" for name, share in shown)]
+    lines = [heads[0]]
+    for head in heads[1:]:
+        if len(lines[-1]) + len(head) + 3 > 116:
+            lines.append(f"  {head}")
+        else:
+            lines[-1] += f" · {head}"
+    return lines
+
+
+def _worst_case(result: dict[str, Any]) -> str:
+    verdict = result["verdict"]
+    at_most = "" if verdict == "no masking found" else "at most "
+    found = f"{bounded(result['robust_accuracy'], result['interval'])} at {format_epsilon(result['epsilon'])}"
+    return f"robust accuracy {at_most}{found} · {verdict} ({result['images']:,} images, worst case per image)"
+
+
+def _flags(result: dict[str, Any]) -> list[str]:
+    flags = result["flags"]
+    width = max((len(flag["name"]) for flag in flags), default=0)
+    lines = [f"  {flag['name'].ljust(width)}  {flag['text']}   ({flag['doc']})" for flag in flags]
+    easy = [stage["accuracy"] for stage in result.get("stages", ()) if stage["attack"] == "apgd-ce"]
+    if flags and easy and round(easy[0], 3) > round(result["robust_accuracy"], 3):
+        lines.append(f"Do not quote {percent(easy[0])}.")
+    return lines
+
+
+def _not_judged(result: dict[str, Any]) -> list[str]:
+    if result["verdict"] != "not judged":
+        return []
+    lines = [f"not judged: {reason}" for reason in result.get("not_judged_for", ())]
+    if result.get("suite") in ("paper", "recheck"):
+        lines[-1] += "; --suite standard does, and may leave less"
+    return lines
+
+
+def _twin(result: dict[str, Any]) -> list[str]:
+    if result["twin_agreement"] >= 0.999 or any(flag["name"] in ("twin", "randomness") for flag in result["flags"]):
+        return []
+    return [f"WARNING the model whose gradients were used agrees with the judge on {result['twin_agreement']:.1%} only"]
+
+
+def _curve(result: dict[str, Any]) -> list[str]:
+    points = [
+        f"{format_epsilon(point['epsilon'])} {percent(point['robust_accuracy'])}" for point in result.get("curve", ())
+    ]
+    return [f"curve   {' · '.join(points)}"] if points else []
+
+
+def _cost(result: dict[str, Any]) -> list[str]:
+    lines = []
+    if result.get("gradient_steps"):
+        lines.append(
+            f"spent   {result['gradient_steps']:,} gradient steps, {result['queries']:,} queries, "
+            f"{duration(result['seconds'])}"
+        )
+    if result.get("adversarial"):
+        lines.append(f"saved   {result['adversarial']}")
+        lines.append(f"next    robustq attack MODEL --replay {result['adversarial']}")
+    if result.get("suite") == "replay":
+        known = "" if result["ball_checked"] else "; not checked to lie in the ball: the clean images cannot be had"
+        found = result["found_on"]
+        lines.append(
+            f"replay  {result['same_as_recorded']:.1%} answered as {found.get('label')} did (robust accuracy "
+            f"{percent(found.get('robust_accuracy'))}){known}"
+        )
+    return lines
