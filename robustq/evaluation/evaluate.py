@@ -160,7 +160,9 @@ def _attack(campaign: Campaign, target: Target, suite: Suite) -> None:
         elif attack.asks == "judge":
             campaign.run(attack, target.judge, campaign.standing_places)
         else:
-            for number, (rule, model) in enumerate(target.sources.items()):
+            # A column of a table has one gradient, the one that training used.
+            rules = list(target.sources.items())[: None if suite.drops_broken else 1]
+            for number, (rule, model) in enumerate(rules):
                 places = campaign.standing_places if suite.drops_broken else everything
                 if number == 0 and attack.after is not None and reference is not None:
                     places = reference.kept_places

@@ -376,3 +376,44 @@ def test_suites_have_the_stages_that_they_promise() -> None:
     assert full["apgd-ce"]["steps"] == full["apgd-t"]["steps"] == full["fab-t"]["steps"] == 100
     assert full["apgd-t"]["target_classes"] == full["fab-t"]["target_classes"] == 9
     assert full["square"] == {"queries": 5000}
+
+
+# --- what an attack may use ------------------------------------------------------------------------------------------
+
+
+def test_every_backward_rule_is_attacked_and_a_column_has_one() -> None:
+    rules = {AS_TRAINED: trained("natural"), "other": trained("natural", 1)}
+    target = Target(trained("natural"), rules)
+    dropping = run(target, replace(small("standard"), hunts_masking=False))
+    for name in ("apgd-ce", "apgd-margin", "apgd-t", "pgd++"):
+        assert {name, f"{name} (other)"} <= dropping.attacked.keys()
+    assert {"corners", "square", "uniform noise"} <= dropping.attacked.keys()
+    columns = run(target, small("paper"))
+    assert list(columns.attacked) == ["gn", "fgsm", "pgd20", "bim20", "tpgd20"]
+
+
+def test_the_papers_second_columns_are_found_on_surrogates() -> None:
+    model = trained("natural")
+    alone = run(Target.of(model), "paper")
+    target = Target(model, {AS_TRAINED: model}, surrogates={"twin": model, "robust": trained("pgd")})
+    found = run(target, "paper")
+    assert list(found.attacked)[:5] == list(alone.attacked)
+    assert list(found.attacked)[5:] == [
+        f"{name} (B: {other})" for other in ("twin", "robust") for name in alone.attacked
+    ]
+    # Found on the very model that is judged, they are the white-box columns.
+    for name, kept in alone.attacked.items():
+        assert torch.equal(found.attacked[f"{name} (B: twin)"], kept)
+    assert float(found.attacked["pgd20 (B: robust)"].float().mean()) > float(alone.attacked["pgd20"].float().mean())
+
+
+def test_surrogates_and_features_are_asked_and_counted() -> None:
+    model, other = trained("pgd"), trained("natural", 1)
+    assert isinstance(model, Net)
+    target = Target(model, {AS_TRAINED: model}, features=model.features, surrogates={"other": other})
+    found = run(target, replace(small("standard"), hunts_masking=False))
+    trials = {trial.name: trial for trial in found.trials}
+    assert trials["features"].gradient_steps == 5 * len(trials["features"].places)
+    # APGD takes a gradient at its start and after each of its steps but the last.
+    assert trials["transfer: other"].gradient_steps == 5 * len(trials["transfer: other"].places)
+    assert trials["transfer: other"].queries >= len(trials["transfer: other"].places)
