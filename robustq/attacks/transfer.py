@@ -11,6 +11,7 @@ from robustq.attacks.apgd import apgd
 from robustq.attacks.ascent import Model, step_length
 from robustq.attacks.hunt import Criterion, Hunt
 from robustq.attacks.losses import Loss, cross_entropy
+from robustq.attacks.spending import asked_about
 from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
@@ -63,7 +64,7 @@ def transfer(
         if not len(rows):
             break
         found = apgd(
-            surrogate,
+            asked_about(surrogate, rows),
             hunt.x[rows],
             y[rows],
             epsilon=epsilon,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, uniform_noise
+from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, transfer, uniform_noise
 from robustq.attacks.spending import asked_about
 from robustq.errors import UsageError
 
@@ -50,6 +50,15 @@ def test_an_image_costs_nothing_once_it_is_broken() -> None:
     apgd(model, X, y, epsilon=8 / 255, steps=10)
     assert model.queries.tolist() == [2, 1, 2, 1, 2]
     assert model.gradient_steps.tolist() == [10, 0, 10, 0, 10]
+
+
+def test_what_surrogates_are_asked_is_counted_too() -> None:
+    y = torch.tensor([0, 1, 0, 2, 0])  # images 1 and 3 are wrong as they are
+    model, surrogate = Counted(sure, images=5), Counted(sure, images=5)
+    transfer(model, X, y, epsilon=8 / 255, surrogates=[surrogate], steps=10)
+    assert model.queries.tolist() == [2, 1, 2, 1, 2]
+    assert surrogate.queries.tolist() == [2, 0, 2, 0, 2]
+    assert surrogate.gradient_steps.tolist() == [10, 0, 10, 0, 10]
 
 
 def test_rows_of_rows() -> None:
