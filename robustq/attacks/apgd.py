@@ -122,7 +122,7 @@ def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int) -> list[Tenso
     Returns:
         A list of (N,) int64.
     """
-    others = clean_logits.to(torch.float64).nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
+    others = clean_logits.nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
     # Stable, so that equal logits are tried in the order of their classes on every device.
     order = others.sort(dim=1, descending=True, stable=True).indices
     # The label is last unless another logit is -inf as well.
@@ -225,14 +225,13 @@ def _step(climb: _Climb, *, epsilon: float, momentum: float) -> None:
 
 def _look(hunt: Hunt, objective: Objective, climb: _Climb, *, with_gradient: bool) -> _Climb:
     """Ask the model about the points reached, drop what broke, and remember the best points."""
-    model, rows = hunt.model_for(climb.rows), climb.rows
+    rows = climb.rows
     if with_gradient:
-        slope = input_gradient(model, climb.x_adv, lambda logits: objective(logits, rows))
+        slope = input_gradient(hunt.model_for(rows), climb.x_adv, lambda logits: objective(logits, rows))
         climb.gradient, losses, logits = slope.gradient, slope.losses, slope.logits
     else:
-        with torch.no_grad():
-            logits = model(climb.x_adv)
-            losses = objective(logits, rows)
+        logits = hunt.ask(rows, climb.x_adv)
+        losses = objective(logits, rows)
     losses = _comparable(losses)
     climb.increases = climb.increases + (losses > climb.losses)
     climb.losses = losses

@@ -56,5 +56,5 @@ def random_corners(
             break
         signs = streams.child("corner", corner)[rows].signs(tuple(x.shape[1:])).to(x)
         x_adv = project(hunt.x[rows] + epsilon * signs, hunt.x[rows], epsilon=epsilon)
-        hunt.offer(rows, x_adv, hunt.model_for(rows)(x_adv))
+        hunt.offer(rows, x_adv, hunt.ask(rows, x_adv))
     return hunt.x_adv

@@ -186,7 +186,7 @@ def _mean_of_projections(now: Tensor, x: Tensor, value: Tensor, plane: Tensor) -
 def _judge(walk: _Walk, rows: Tensor, now: Tensor, *, epsilon: float) -> tuple[Tensor, Tensor]:
     """Ask about the points, note what is misclassified, and step back from there; returns what the run goes on with."""
     hunt = walk.hunt
-    logits = hunt.model_for(rows)(now)
+    logits = hunt.ask(rows, now)
     wrong = misclassified(logits, hunt.y[rows])
     if not bool(wrong.any()):
         return rows, now
@@ -210,7 +210,7 @@ def _result(walk: _Walk, *, epsilon: float) -> Tensor:
     rows = hunt.standing[~hunt.broken[hunt.standing] & walk.distance[hunt.standing].isfinite()]
     if len(rows):
         x_adv = project(walk.nearest[rows], hunt.x[rows], epsilon=epsilon)
-        hunt.settle(rows, x_adv, hunt.model_for(rows)(x_adv))
+        hunt.settle(rows, x_adv, hunt.ask(rows, x_adv))
     return hunt.x_adv
 
 

@@ -92,8 +92,7 @@ def feature_space(
         rows, reference = rows[goes_on], reference[goes_on]
         x_adv = project(x_adv[goes_on] + step * slope.gradient[goes_on].sign(), hunt.x[rows], epsilon=epsilon)
     if len(rows):
-        with torch.no_grad():
-            hunt.offer(rows, x_adv, hunt.model_for(rows)(x_adv))
+        hunt.offer(rows, x_adv, hunt.ask(rows, x_adv))
     return hunt.x_adv
 
 

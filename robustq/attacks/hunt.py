@@ -52,7 +52,7 @@ class Hunt:
     ) -> None:
         self.model, self.x, self.y = model, x.detach(), y
         self.criterion, self.stop = criterion, stop
-        self.clean_logits: Tensor = model(self.x)
+        self.clean_logits = model(self.x).to(x.device)
         if self.clean_logits.ndim != 2 or len(self.clean_logits) != len(x) or self.clean_logits.shape[1] < 2:
             raise UsageError(
                 f"the model answered {len(x)} images with a tensor of shape {tuple(self.clean_logits.shape)}; attacks "
@@ -105,6 +105,14 @@ class Hunt:
     def model_for(self, rows: Tensor) -> Model:
         """The model to ask about these rows."""
         return asked_about(self.model, rows)
+
+    @torch.no_grad()
+    def ask(self, rows: Tensor, pictures: Tensor) -> Tensor:
+        """The model's answers (n, K) to pictures (n, C, H, W), without gradient and on the images' device.
+
+        A judge outside PyTorch answers on the CPU, wherever the images are.
+        """
+        return self.model_for(rows)(pictures).to(self.x.device)
 
     def _breaks(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
         wrong = misclassified(logits, self.y[rows])

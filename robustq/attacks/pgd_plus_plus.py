@@ -72,8 +72,7 @@ def pgd_plus_plus(
         x_adv = x_adv[goes_on] + step * slope.gradient[goes_on].sign()
         x_adv = project(x_adv, hunt.x[rows], epsilon=epsilon)
     if len(rows):
-        with torch.no_grad():
-            hunt.offer(rows, x_adv, hunt.model_for(rows)(x_adv))
+        hunt.offer(rows, x_adv, hunt.ask(rows, x_adv))
     return hunt.x_adv
 
 

@@ -68,7 +68,7 @@ def rays(
         rows = search.rows
         if len(rows):
             corner = project(hunt.x[rows] + epsilon * search.best.view_as(hunt.x[rows]), hunt.x[rows], epsilon=epsilon)
-            hunt.settle(rows, corner, hunt.model_for(rows)(corner))
+            hunt.settle(rows, corner, hunt.ask(rows, corner))
         return hunt.x_adv
 
 
@@ -116,7 +116,7 @@ def _ask(hunt: Hunt, search: _Search, *, epsilon: float) -> _Search:
     distance = torch.where(search.searching, (search.low + search.high) / 2, search.radius)
     # The ball of float32 epsilon itself is inside: the distance at the end of a search may be exactly epsilon.
     pictures = project(x + (distance[:, None] * search.tried).view_as(x), x, epsilon=_FARTHEST)
-    logits = hunt.model_for(rows)(pictures)
+    logits = hunt.ask(rows, pictures)
     wrong = misclassified(logits, hunt.y[rows])
     goes_on = torch.ones_like(wrong)
     hit = wrong & (distance <= epsilon)

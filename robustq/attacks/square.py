@@ -72,7 +72,7 @@ def square(
     channels, height, width = x.shape[1:]
     stripes = streams.child("stripes")[rows].signs((channels, 1, width)).to(x)
     best = project(hunt.x[rows] + epsilon * stripes, hunt.x[rows], epsilon=epsilon)
-    logits = hunt.model_for(rows)(best)
+    logits = hunt.ask(rows, best)
     highest = _margin(logits, y[rows])
     goes_on = hunt.offer(rows, best, logits)
     rows, best, highest = rows[goes_on], best[goes_on], highest[goes_on]
@@ -83,7 +83,7 @@ def square(
         patch, inside = _squares(streams.child("square", query)[rows], side, tuple(x.shape[1:]), x)
         clean = hunt.x[rows]
         x_adv = torch.where(inside, project(clean + epsilon * patch, clean, epsilon=epsilon), best)
-        logits = hunt.model_for(rows)(x_adv)
+        logits = hunt.ask(rows, x_adv)
         margins = _margin(logits, y[rows])
         better = margins > highest
         best = torch.where(better[:, None, None, None], x_adv, best)

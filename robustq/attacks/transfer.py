@@ -73,8 +73,7 @@ def transfer(
             criterion=_nothing_counts,
             generator=streams.child("transfer", number)[rows],
         )
-        with torch.no_grad():
-            hunt.offer(rows, found, hunt.model_for(rows)(found))
+        hunt.offer(rows, found, hunt.ask(rows, found))
     return hunt.x_adv
 
 

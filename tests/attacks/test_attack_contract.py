@@ -470,3 +470,16 @@ def test_impossible_apgd_settings_are_refused(case: str, named: str, images: tup
     attack, settings = CASES[case]
     with pytest.raises(UsageError, match=named):
         attack(batchwise, *images, epsilon=EPSILON, **{**settings, named: 0})
+
+
+@pytest.mark.parametrize("case", sorted(RANDOM - {"gaussian_noise", "uniform_noise"}))
+def test_other_batch_sizes_count_alike(case: str, trained: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    streams = Streams.of(0, range(len(x)), attack=case)
+    together = attack_with(case, trained, x, y, epsilon=EPSILON, generator=streams)
+    parts = [
+        attack_with(case, trained, x[rows], y[rows], epsilon=EPSILON, generator=streams[rows])
+        for rows in (slice(0, 7), slice(7, 40), slice(40, 150))
+    ]
+    # A matrix product of other size rounds otherwise: one image at most may fall on the other side.
+    assert abs(accuracy(trained, together, y) - accuracy(trained, torch.cat(parts), y)) * len(x) <= 1.0 + 1e-6
