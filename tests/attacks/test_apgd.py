@@ -170,6 +170,6 @@ def test_apgd_is_at_least_as_strong_as_pgd_on_digits(bits: int) -> None:
     # One image more may be luck of the start; three are not.
     assert entropy <= plain + 1
     assert untargeted <= plain + 1
-    assert targeted <= plain
+    assert targeted <= plain + 1
     assert left(x) >= 45
     assert plain <= 32
