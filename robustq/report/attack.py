@@ -47,7 +47,7 @@ def _worst_case(result: dict[str, Any]) -> str:
     verdict = result["verdict"]
     at_most = "" if verdict == "no masking found" else "at most "
     found = f"{bounded(result['robust_accuracy'], result['interval'])} at {format_epsilon(result['epsilon'])}"
-    return f"robust accuracy {at_most}{found} · {verdict} ({result['images']:,} images, worst case per image)"
+    return f"robust accuracy {at_most}{found} · {verdict} (worst case of {result['images']:,} images)"
 
 
 def _flags(result: dict[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from robustq.evaluation.named_attack import NamedAttack
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, Suite
 from robustq.evaluation.target import AS_TRAINED, DRAWS, Target
+from tests.evaluation.budgets import small
 from tests.evaluation.nets import Net, ResizedAndPadded, trained
 from tests.models.small_nets import digits
 
@@ -34,21 +35,6 @@ QUICK = Suite(
     ),
     hunts_masking=False,
 )
-
-
-# Every attack and every stage of the real ones, at a tenth of the price.
-BUDGETS = {"steps": 5, "queries": 30, "corners": 3, "target_classes": 2}
-
-
-def small(name: str) -> Suite:
-    suite = suite_called(name)
-    attacks = [
-        replace(
-            attack, settings={**attack.settings, **{key: BUDGETS[key] for key in BUDGETS if key in attack.settings}}
-        )
-        for attack in suite.attacks
-    ]
-    return replace(suite, attacks=tuple(attacks))
 
 
 def few(count: int = 60) -> tuple[Tensor, Tensor]:

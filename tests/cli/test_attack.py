@@ -1,0 +1,230 @@
+"""robustq attack: suites, curve, pictures and their replay, and what is said of a number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from robustq.report.attack import attack_lines
+from tests.cli.conftest import Run
+from tests.evaluation.budgets import small
+
+FLAG = {
+    "name": "logit scale",
+    "raised": True,
+    "text": "cross-entropy leaves 78.0%, rescaled logits leave 22.6%",
+    "evidence": {"plain": 0.78},
+    "doc": "docs/flags.md#logit-scale",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustq.evaluation.evaluate.SUITES", {name: small(name) for name in ("standard", "paper")})
+
+
+def found(**changed: Any) -> dict[str, Any]:
+    """A result as attack prints it, with made-up numbers."""
+    stages = [("white-box", "apgd-ce", 0.78), ("white-box", "pgd++", 0.226), ("diagnosis", "fgsm", 0.226)]
+    return {
+        "suite": "standard",
+        "images": 1000,
+        "epsilon": 8 / 255,
+        "clean_accuracy": 0.9,
+        "robust_accuracy": 0.226,
+        "interval": [0.2, 0.25],
+        "attacks": {"apgd-ce": 0.78},
+        "stages": [{"stage": stage, "attack": name, "accuracy": share} for stage, name, share in stages],
+        "gradient_steps": 12_345,
+        "queries": 678,
+        "twin_agreement": 1.0,
+        "flags": [FLAG],
+        "verdict": "upper bound: masking suspected",
+        "not_judged_for": [],
+        "notes": [],
+        "seconds": 61.0,
+        **changed,
+    }
+
+
+# --- what is said ----------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_travels_with_the_number() -> None:
+    lines = attack_lines(found())
+    assert lines[0] == "clean 90.0% · apgd-ce 78.0% · pgd++ 22.6%"
+    assert lines[1].startswith("robust accuracy at most 22.6% [20.0, 25.0] at 8/255 · upper bound: masking suspected")
+    assert lines[2].split() == [*["logit", "scale"], *FLAG["text"].split(), "(docs/flags.md#logit-scale)"]  # type: ignore[attr-defined]
+    assert lines[3] == "Do not quote 78.0%."
+    assert lines[-1] == "spent   12,345 gradient steps, 678 queries, 61 s"
+
+
+def test_a_clean_verdict_is_no_upper_bound_in_words() -> None:
+    told = "\n".join(attack_lines(found(flags=[], verdict="no masking found")))
+    assert "robust accuracy 22.6% [20.0, 25.0] at 8/255 · no masking found (worst case of 1,000 images" in told
+    assert "at most" not in told and "Do not quote" not in told
+
+
+def test_what_is_not_judged_says_why() -> None:
+    reasons = ["30 images are too few, 200 would do"]
+    lines = attack_lines(found(flags=[], verdict="not judged", not_judged_for=reasons))
+    assert "not judged: 30 images are too few, 200 would do" in lines
+    assert any(line.startswith("robust accuracy at most") for line in lines)
+
+
+def test_a_twin_that_disagrees_is_a_warning_where_no_flag_is() -> None:
+    assert any("WARNING" in line for line in attack_lines(found(suite="recheck", flags=[], twin_agreement=0.9)))
+    flag = {**FLAG, "name": "twin"}
+    assert not any("WARNING" in line for line in attack_lines(found(flags=[flag], twin_agreement=0.9)))
+
+
+def test_lines_stay_within_the_terminal() -> None:
+    stages = [{"stage": "transfer", "attack": f"transfer: a natural {i}", "accuracy": 0.3} for i in range(12)]
+    lines = attack_lines(found(stages=stages))
+    assert max(map(len, lines)) <= 120
+    assert sum(line.count("transfer: a natural") for line in lines) == 12
+
+
+# --- from the command line -------------------------------------------------------------------------------------------
+
+
+def test_standard_is_the_default_and_its_pictures_replay(run: Run, digits_w4a4: Path, digits_float: Path) -> None:
+    images = ("--images", "30", "--epsilon", "48/255")
+    told = run(
+        "attack", digits_w4a4, *images, "--control", digits_float, "--no-surrogates", "--json", "--out", "f.json"
+    )
+    assert told.code == 0, told.err
+    result = told.json
+    keys = "images clean_accuracy robust_accuracy interval attacks flags verdict seconds"
+    assert set(keys.split()) <= result.keys()
+    assert result == json.loads(Path("f.json").read_text())
+    assert result["suite"] == "standard" and result["control"] and result["surrogates"] == []
+    # 4-bit networks are attacked under every backward rule.
+    assert {"apgd-ce", "apgd-ce (pass-through)", "apgd-ce (smooth)", "features", "square"} <= {
+        stage["attack"] for stage in result["stages"]
+    }
+    assert not any(stage["attack"].startswith("transfer") for stage in result["stages"])
+    assert {check["name"] for check in result["checks"]} >= {"harness", "noise", "twin", "zero gradient"}
+    assert result["verdict"] in ("not judged", "upper bound: masking suspected")  # thirty images
+    assert result["adversarial"] == str(Path("f.npz").absolute())
+    assert result["queries"] == sum(stage["queries"] for stage in result["stages"])
+
+    again = run("attack", digits_w4a4, "--replay", "f.npz", "--json")
+    assert again.code == 0, again.err
+    assert again.json["robust_accuracy"] == result["robust_accuracy"]
+    assert again.json["clean_accuracy"] == result["clean_accuracy"]
+    assert again.json["same_as_recorded"] == 1.0
+    assert again.json["ball_checked"] is True
+    other = run("attack", digits_float, "--replay", "f.npz")
+    assert other.code == 0 and "answered as resnet8-w4a4 did" in other.out
+    missed = run("attack", digits_w4a4, "--replay", "f.npz", "--require", "0.99")
+    assert missed.code == 1 and "below the required" in missed.err
+
+
+def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4: Path) -> None:
+    told = run(
+        "attack", digits_w4a4, "--suite", "paper", "--no-surrogates", "--images", "40", "--epsilon", "16/255",
+        "--epsilons", "0,32/255,8/255", "--json",
+    )  # fmt: skip
+    assert told.code == 0, told.err
+    curve = told.json["curve"]
+    assert [round(255 * point["epsilon"]) for point in curve] == [0, 8, 16, 32]
+    shares = [point["robust_accuracy"] for point in curve]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == told.json["clean_accuracy"] and shares[2] == told.json["robust_accuracy"]
+    assert shares[3] < shares[1]
+
+
+def test_require_fails_on_a_flag(run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustq.workflow.attacking.attack_model", lambda *_, **__: found())
+    fallen = run("attack", digits_w4a4, "--require", "0.1")
+    assert fallen.code == 1
+    assert fallen.err.strip().endswith("flags raised: logit scale")
+    assert "Do not quote 78.0%." in fallen.out
+    assert run("attack", digits_w4a4).code == 0
+
+
+def test_a_deployed_file_is_replayed_in_onnxruntime(run: Run, digits_w4a4: Path) -> None:
+    assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle").code == 0
+    few = ("--suite", "paper", "--no-surrogates", "--images", "30")
+    told = run("attack", "bundle", *few, "--save-adversarial", "pictures.npz", "--json")
+    assert told.code == 0, told.err
+    again = run("attack", "bundle", "--replay", "pictures.npz", "--json").json
+    assert again["judge"] == "onnxruntime"
+    assert again["robust_accuracy"] == told.json["robust_accuracy"]
+
+
+@pytest.fixture
+def pictures(run: Run, digits_float: Path) -> Path:
+    few = ("--suite", "paper", "--no-surrogates", "--images", "20", "--epsilon", "16/255")
+    assert run("attack", digits_float, *few, "--save-adversarial", "p.npz", "-q").code == 0
+    return Path("p.npz").absolute()
+
+
+def changed(path: Path, **arrays: Any) -> str:
+    with np.load(path) as archive:
+        content = {**{name: archive[name] for name in archive.files}, **arrays}
+    np.savez_compressed("changed.npz", **content)
+    return "changed.npz"
+
+
+def test_a_replay_of_other_pictures_is_refused(run: Run, digits_float: Path, pictures: Path) -> None:
+    with np.load(pictures) as archive:
+        x_adv, labels, places = archive["x_adv"], archive["labels"], archive["places"]
+    cases = {
+        "pictures leave the ball": {"x_adv": x_adv ^ 128},
+        "sha256 differs": {"labels": (labels + 1) % 10},
+        "has test image 9999": {"places": places + 9999 - places.max()},
+        "the model takes (1, 8, 8)": {"x_adv": x_adv[..., :6]},
+        "labels the model does not know": {"labels": labels + 10},
+    }
+    for told, arrays in cases.items():
+        outcome = run("attack", digits_float, "--replay", changed(pictures, **arrays))
+        assert outcome.code == 2 and outcome.out == "", told
+        assert told in outcome.err and len(outcome.err.strip().splitlines()) == 1
+
+
+def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
+    run: Run, digits_float: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustq.errors import DataError
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise DataError("digits is not there")
+
+    whole = run("attack", digits_float, "--replay", pictures, "--json").json
+    monkeypatch.setattr("robustq.workflow.replaying.data_for", gone)
+    told = run("attack", digits_float, "--replay", pictures, "--json")
+    assert told.code == 0
+    assert told.json["ball_checked"] is False and told.json["clean_accuracy"] is None
+    assert told.json["attacks"] == whole["attacks"]
+    shown = run("attack", digits_float, "--replay", pictures)
+    assert "not checked to lie in the ball" in shown.out and "clean -" in shown.out
+    assert run("attack", digits_float, "--replay", pictures, "--data", "digits").code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--epsilons", "8/255,8"), "epsilon '8' is outside [0, 1]"),
+        (("--epsilons", "0.001"), "below one grey level"),
+        (("--epsilons", "many"), "epsilon 'many' is not a number"),
+        (("--replay", "none.npz"), "none.npz: no such file"),
+        (("--replay", "none.npz", "--epsilon", "8/255"), "so that --epsilon has no meaning"),
+        (("--surrogate", "none.pt"), "none.pt: no such file"),
+        (("--control", "none.pt"), "none.pt: no such file"),
+        (("--out", "found.npz"), "--out found.npz is a JSON file"),
+        (("--save-adversarial", "/dev/null/found.npz"), "cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_and_trains_nothing(
+    run: Run, digits_float: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    outcome = run("attack", digits_float, *arguments)
+    assert outcome.code == 2 and outcome.out == ""
+    assert told in outcome.err and len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert list(Path.cwd().iterdir()) == []
