@@ -23,6 +23,8 @@ _PROBES = 32
 _ROUNDING = 1e-3
 """Share of the logit range that one kernel's rounding never reaches and another scale of activations always does."""
 
+_MANY = 0.25
+
 
 @dataclass(frozen=True)
 class Target:
@@ -91,9 +93,14 @@ def answers_at_random(judge: Model, x: Tensor, *, batch_size: int) -> float:
 
 
 def depends_on_batch(judge: Model, x: Tensor) -> bool:
-    """Whether an image gets other logits alone than beside up to 31 others, beyond a thousandth of their range."""
+    """Whether images get other logits alone than beside up to 31 others, beyond a thousandth of their range.
+
+    Kernels may sum in another order for one image, and in a quantized network move a value that sits on a rounding tie:
+    that touches an image now and then, another scale of the activations nearly all.
+    """
     few = x[:_PROBES]
-    return _share_apart(answers(judge, few, batch_size=len(few) or 1), answers(judge, few, batch_size=1)) > 0.0
+    apart = _share_apart(answers(judge, few, batch_size=len(few) or 1), answers(judge, few, batch_size=1))
+    return apart > _MANY
 
 
 def settled(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
