@@ -35,7 +35,7 @@ RULES: tuple[str, ...] = (STRAIGHT_THROUGH, PASS_THROUGH, SMOOTH)
 
 `straight-through`: as the network was trained: 1 inside the quantizer's range and 0 where it clips.
 `pass-through`: 1 everywhere, that is no clip mask. A ReLU in front of the quantizer keeps its own derivative.
-`smooth`: the derivative of a smooth staircase, `staircase_slope`; of a sign that of tanh.
+`smooth`: the derivative of a smooth staircase, `staircase_slope`; of a sign that of tanh, `sign_slope`.
 """
 
 WAVE = 0.5
@@ -132,6 +132,24 @@ def staircase_slope(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
     return slope if lowest == 0 else slope * torch.sigmoid((codes - lowest + 0.5) / width)
 
 
+def sign_slope(x: Tensor) -> Tensor:
+    """The derivative of tanh(x / t), where t is the mean magnitude of the image's channel.
+
+    A sign does not see the scale of what enters it, and so neither may its slope: with a fixed width, a network whose
+    BatchNorm multiplies by 1,000 has the same answers and no gradient.
+
+    Args:
+        x: (N, C, ...), or (N, C) or fewer dimensions, where t is the mean of the image or of everything.
+
+    Returns:
+        The same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is.
+    """
+    own = tuple(range(2 if math.prod(x.shape[2:]) > 1 else 1, x.dim()))
+    width = x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean()
+    slope = (1.0 - torch.tanh(x / width).square()) / width
+    return torch.where(width > 0, slope, 0.0)
+
+
 Slope = Callable[[Tensor, tuple[Any, ...]], Tensor | None]
 """(entering activations, the quantizer's answer) -> derivative, of the activations' shape; None for 1."""
 
@@ -152,8 +170,9 @@ def _one(x: Tensor, answer: tuple[Any, ...]) -> None:
 
 
 def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
-    """That of scale * tanh(x / scale)."""
-    return 1.0 - torch.tanh(x / answer[1]).square()
+    """That of scale * tanh(x / t)."""
+    slope: Tensor = answer[1] * sign_slope(x)
+    return slope
 
 
 def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
@@ -212,5 +231,5 @@ class _WatchedRounding(TorchFunctionMode):
         factor = None
         if self.rule == SMOOTH and func in _SIGNS:
             with torch.no_grad():
-                factor = 1.0 - torch.tanh(x).square()
+                factor = sign_slope(x)
         return _Reattached.apply(x, answer.detach(), factor)
