@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from robustq.workflow.describing import describe_file
     from robustq.workflow.exporting import export_model, recheck_bundle
     from robustq.workflow.quickstart import quickstart
+    from robustq.workflow.replaying import replay_pictures
     from robustq.workflow.resuming import resume_run
     from robustq.workflow.training import harden_model, train_model
 
@@ -22,6 +23,7 @@ _HOMES = {
     "describe_file": "robustq.workflow.describing",
     "export_model": "robustq.workflow.exporting",
     "recheck_bundle": "robustq.workflow.exporting",
+    "replay_pictures": "robustq.workflow.replaying",
     "resume_run": "robustq.workflow.resuming",
     "quickstart": "robustq.workflow.quickstart",
 }
@@ -33,6 +35,7 @@ __all__ = [
     "harden_model",
     "quickstart",
     "recheck_bundle",
+    "replay_pictures",
     "resume_run",
     "train_model",
 ]

@@ -7,6 +7,9 @@ from typing import Any
 from robustq.recipe import format_epsilon
 from robustq.report.numbers import bounded, duration, percent
 
+NO_DEFENCE = 0.005
+"""Robust accuracy up to which a model has none: what a natural control may keep."""
+
 
 def attack_lines(result: dict[str, Any]) -> list[str]:
     """Accuracy after each attack, then the worst case and what it is worth.
@@ -18,6 +21,7 @@ def attack_lines(result: dict[str, Any]) -> list[str]:
         *_columns(result),
         _worst_case(result),
         *_flags(result),
+        *_undefended(result),
         *_not_judged(result),
         *(f"note    {note}" for note in result.get("notes", ())),
         *_twin(result),
@@ -60,12 +64,21 @@ def _flags(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _undefended(result: dict[str, Any]) -> list[str]:
+    """Said of what falls in whole, so that nobody takes a found weakness for a fault of the attack."""
+    right = round(result["images"] * (result["clean_accuracy"] or 0.0))
+    if result.get("suite") not in ("standard", "full") or not right or result["robust_accuracy"] > NO_DEFENCE:
+        return []
+    kept = round(result["images"] * result["robust_accuracy"])
+    return [f"This model has no defence: {right - kept:,} of the {right:,} images that it gets right break."]
+
+
 def _not_judged(result: dict[str, Any]) -> list[str]:
     if result["verdict"] != "not judged":
         return []
     lines = [f"not judged: {reason}" for reason in result.get("not_judged_for", ())]
     if result.get("suite") in ("paper", "recheck"):
-        lines[-1] += "; --suite standard does, and may leave less"
+        lines[-1] += "; robustq attack --suite standard does, and may leave less"
     return lines
 
 

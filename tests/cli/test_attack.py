@@ -76,6 +76,19 @@ def test_what_is_not_judged_says_why() -> None:
     assert any(line.startswith("robust accuracy at most") for line in lines)
 
 
+def test_a_model_that_falls_in_whole_is_told_so() -> None:
+    fallen = found(robust_accuracy=0.001, flags=[], verdict="no masking found")
+    assert "This model has no defence: 899 of the 900 images that it gets right break." in attack_lines(fallen)
+    assert "no defence" not in "".join(attack_lines(found()))
+    assert "no defence" not in "".join(attack_lines(found(robust_accuracy=0.0, clean_accuracy=0.0)))
+
+
+def test_a_suite_that_does_not_hunt_names_the_one_that_does() -> None:
+    reasons = ["this suite does not hunt for gradient masking"]
+    lines = attack_lines(found(suite="recheck", flags=[], verdict="not judged", not_judged_for=reasons))
+    assert f"not judged: {reasons[0]}; robustq attack --suite standard does, and may leave less" in lines
+
+
 def test_a_twin_that_disagrees_is_a_warning_where_no_flag_is() -> None:
     assert any("WARNING" in line for line in attack_lines(found(suite="recheck", flags=[], twin_agreement=0.9)))
     flag = {**FLAG, "name": "twin"}

@@ -1,0 +1,92 @@
+"""What attack opens: judges whose answers depend on the batch, backward rules, and features where there are any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+import robustq
+from robustq.data import load_dataset, to_float
+from robustq.evaluation.accuracy import correct, predict
+from robustq.evaluation.evaluate import run_suite
+from robustq.evaluation.target import AS_TRAINED, Target
+from robustq.export.session import OnnxModel
+from robustq.workflow.opening import is_dynamic, open_attackable
+from tests.evaluation.budgets import small
+
+CPU = torch.device("cpu")
+
+
+def dynamic_file(path: Path, weight: Tensor) -> Path:
+    """8 x 8 pixels -> 10 logits by one matrix; the activations' scale follows the brightest pixel of the batch."""
+    codes = (weight / weight.abs().max() * 127).round().to(torch.int8).numpy()
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("DynamicQuantizeLinear", ["flat"], ["q", "scale", "zero"]),
+        helper.make_node("MatMulInteger", ["q", "weight", "zero"], ["sum"]),
+        helper.make_node("Cast", ["sum"], ["float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["float", "scale"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "dynamic",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 10])],
+        [numpy_helper.from_array(np.ascontiguousarray(codes), "weight")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_dynamic_files_are_told_by_their_operations_and_judged_alone(tmp_path: Path, digits_w4a4: Path) -> None:
+    images, labels = load_dataset("digits").test.take(80)
+    x = to_float(images)
+    weight = torch.linalg.lstsq(x.flatten(1), torch.nn.functional.one_hot(labels, 10).float()).solution
+    path = dynamic_file(tmp_path / "dynamic.onnx", weight)
+    assert is_dynamic(path)
+    judge = OnnxModel(path)
+    # One picture of full range stretches the scale of all the others of its batch.
+    stretched = x.clone() * 0.1
+    stretched[0] = 1.0
+    assert not torch.equal(judge(stretched)[1:], torch.cat([judge(stretched[i : i + 1]) for i in range(1, 80)]))
+
+    def linear(x: Tensor) -> Tensor:
+        return torch.mm(x.flatten(1), weight)
+
+    dark = (stretched * 255).round().to(torch.uint8)
+    target = Target(judge, {AS_TRAINED: linear}, image_by_image=is_dynamic(path))
+    found = run_suite(target, dark, labels, suite=small("recheck"), epsilon=4 / 255, device=CPU)
+    assert torch.equal(found.clean, predict(judge, to_float(dark), batch_size=1) == labels)
+    assert torch.equal(found.clean & correct(judge, to_float(found.x_adv), labels, batch_size=1), found.robust)
+    assert "judged image by image" in " ".join(found.notes)
+
+
+def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> None:
+    for name in ("integer", "qcdq"):
+        out = tmp_path / name
+        robustq.export_model(digits_w4a4, format_name=name, images=5, recheck=False, out=out)
+        opened = open_attackable(out, device=CPU)
+        target = opened.target()
+        assert opened.deployed is not None and not is_dynamic(opened.deployed)
+        assert not target.image_by_image
+        assert list(target.sources) == [AS_TRAINED, "pass-through", "smooth"]
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
+    quantized: bool, digits_w4a4: Path, digits_float: Path
+) -> None:
+    target = open_attackable(digits_w4a4 if quantized else digits_float, device=CPU).target()
+    assert list(target.sources) == ([AS_TRAINED, "pass-through", "smooth"] if quantized else [AS_TRAINED])
+    x = to_float(load_dataset("digits").test.take(20)[0])
+    for model in target.sources.values():
+        assert torch.equal(model(x), target.judge(x))
+    assert target.features is not None
+    logits, features = target.features(x)
+    assert torch.equal(logits, target.judge(x)) and features.shape == (20, 64)
