@@ -20,7 +20,7 @@ from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, Suite
 from robustq.evaluation.target import AS_TRAINED, DRAWS, Target
 from tests.evaluation.budgets import small
-from tests.evaluation.nets import Net, ResizedAndPadded, trained
+from tests.evaluation.nets import Net, ResizedAndPadded, Scaled, trained
 from tests.models.small_nets import digits
 
 CPU = torch.device("cpu")
@@ -340,6 +340,29 @@ def test_without_a_control_nothing_is_judged() -> None:
     assert found.verdict == "not judged"
     assert not {"harness", "noise", "transfer"} & {check.name for check in found.checks}
     assert any("control" in reason for reason in found.not_judged_for)
+
+
+def raised(target: Target, **more: Any) -> dict[str, dict[str, Any]]:
+    """Evidence of each flag that a small hunt raises."""
+    return {check.name: check.evidence for check in run(target, small("standard"), **more).flags}
+
+
+def test_a_control_that_stands_is_the_fault_of_the_harness() -> None:
+    model = trained("pgd")
+    flags = raised(Target(model, {AS_TRAINED: model}, control=Constant([1.0] + [0.0] * 9)))
+    # It was attacked in ever larger balls, as far as they go.
+    assert flags["harness"]["epsilon"] == 0.5
+    assert flags["harness"]["kept"] == flags["harness"]["clean"] > 0
+    fallen = run(Target(model, {AS_TRAINED: model}, control=trained("natural", 1)), small("standard"))
+    (harness,) = (check for check in fallen.checks if check.name == "harness")
+    assert not harness.raised and harness.evidence["kept"] == 0
+    # At 32/255 it stands too well to tell: natural digits need twice that.
+    assert harness.evidence["epsilon"] == 2 * EPSILON
+
+
+def test_gradients_of_another_model_are_a_flag() -> None:
+    backwards = Scaled(trained("natural"), -1.0)
+    assert raised(Target(trained("natural"), {AS_TRAINED: backwards}))["twin"] == {"different": 60, "images": 60}
 
 
 def test_few_images_are_not_judged() -> None:
