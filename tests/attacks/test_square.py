@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks import ATTACKS, Streams, random_corners, square
-from robustq.attacks.square import share
+from robustq.attacks.square import schedule_of, share
 from robustq.errors import UsageError
 
 EPSILON = 8 / 255
@@ -35,16 +35,28 @@ def asked_by(attack: str, **settings: int | float) -> list[Tensor]:
     return [*seen, result]
 
 
-@pytest.mark.parametrize("queries", [1000, 5000, 10_000])
-def test_share_follows_the_paper(queries: int) -> None:
+@pytest.mark.parametrize("schedule", [1000, 5000, 10_000])
+def test_share_follows_the_paper(schedule: int) -> None:
     # Of 10,000 queries (section 4 and the authors' settings for L-infinity): where p has which value.
     table = {0: 1, 10: 1, 20: 2, 60: 4, 210: 8, 600: 16, 1100: 32, 2100: 64, 4100: 128, 6100: 256, 8100: 512, 9990: 512}
     for place, divisor in table.items():
-        assert share(0.8, query=place * queries // 10_000, queries=queries) == 0.8 / divisor
+        assert share(0.8, query=place * schedule // 10_000, schedule=schedule) == 0.8 / divisor
+
+
+def test_small_pictures_have_a_shorter_schedule() -> None:
+    assert schedule_of(3 * 32 * 32) == schedule_of(3 * 224 * 224) == 10_000
+    assert schedule_of(3 * 32 * 32 // 8) == 2500
+    assert 700 <= schedule_of(64) <= 800
+    assert schedule_of(1) >= 1
+    # Without another one it is what the attack uses.
+    assert torch.equal(
+        asked_by("square", queries=40)[-1], asked_by("square", queries=40, schedule=schedule_of(324))[-1]
+    )
+    assert not torch.equal(asked_by("square", queries=40)[-1], asked_by("square", queries=40, schedule=40)[-1])
 
 
 def test_stripes_then_one_square_at_a_time() -> None:
-    clean, stripes, *tried, result = asked_by("square", queries=300)
+    clean, stripes, *tried, result = asked_by("square", queries=300, schedule=300)
     assert torch.equal(clean, X)
     assert len(tried) == 299
     change = stripes - X
@@ -62,7 +74,7 @@ def test_stripes_then_one_square_at_a_time() -> None:
                 continue
             side = max(int(rows[-1] - rows[0]), int(columns[-1] - columns[0])) + 1
             sides.add(side)
-            assert side <= max(1, min(9, round((share(0.8, query=query, queries=300) * 108) ** 0.5)))
+            assert side <= max(1, min(9, round((share(0.8, query=query, schedule=300) * 108) ** 0.5)))
             patch = pictures[image, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             there = X[image, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             sign = (patch - there).sign().flatten(1)
@@ -80,7 +92,7 @@ def test_stripes_then_one_square_at_a_time() -> None:
 
 
 def test_squares_reach_every_place() -> None:
-    _, _, *tried, _ = asked_by("square", queries=700)
+    _, _, *tried, _ = asked_by("square", queries=700, schedule=700)
     change = torch.stack([(a != b).any(dim=1) for a, b in zip(tried[1:], tried, strict=False)])
     assert bool(change.any(dim=0)[:, 0].any()) and bool(change.any(dim=0).all())
 
@@ -110,7 +122,9 @@ def test_pixels_stay_in_the_unit_interval() -> None:
         attack(model, dark, torch.zeros(2, dtype=torch.int64), epsilon=0.3, generator=Streams.of(0, range(2)))
 
 
-@pytest.mark.parametrize("settings", [{"queries": 0}, {"p_init": 0.0}, {"p_init": 1.1}, {"p_init": float("nan")}])
+@pytest.mark.parametrize(
+    "settings", [{"queries": 0}, {"schedule": 0}, {"p_init": 0.0}, {"p_init": 1.1}, {"p_init": float("nan")}]
+)
 def test_impossible_square_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(settings))):
         square(sure, X, Y, epsilon=EPSILON, **settings)  # type: ignore[arg-type]
