@@ -32,7 +32,7 @@ def attack_lines(result: dict[str, Any]) -> list[str]:
 
 def _columns(result: dict[str, Any]) -> list[str]:
     if result.get("suite") in ("standard", "full"):
-        shown = [(stage["attack"], stage["accuracy"]) for stage in result["stages"] if stage["stage"] != "diagnosis"]
+        shown = _after_each(result["stages"])
         if shown and shown[-1][1] != result["robust_accuracy"]:
             shown.append(("the hunt for masking", result["robust_accuracy"]))
     else:
@@ -45,6 +45,15 @@ def _columns(result: dict[str, Any]) -> list[str]:
         else:
             lines[-1] += f" · {head}"
     return lines
+
+
+def _after_each(stages: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """What stands after each attack, its backward rules and surrogates taken together; the JSON has them apart."""
+    after: dict[str, float] = {}
+    for stage in stages:
+        if stage["stage"] != "diagnosis":
+            after[stage["attack"].split(" (")[0].split(": ")[0]] = stage["accuracy"]
+    return list(after.items())
 
 
 def _worst_case(result: dict[str, Any]) -> str:

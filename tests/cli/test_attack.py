@@ -96,10 +96,17 @@ def test_a_twin_that_disagrees_is_a_warning_where_no_flag_is() -> None:
 
 
 def test_lines_stay_within_the_terminal() -> None:
-    stages = [{"stage": "transfer", "attack": f"transfer: a natural {i}", "accuracy": 0.3} for i in range(12)]
+    stages = [{"stage": "own", "attack": f"an attack with a name of {i}", "accuracy": 0.3} for i in range(12)]
     lines = attack_lines(found(stages=stages))
     assert max(map(len, lines)) <= 120
-    assert sum(line.count("transfer: a natural") for line in lines) == 12
+    assert sum(line.count("an attack with a name of") for line in lines) == 12
+
+
+def test_rules_and_surrogates_are_one_column() -> None:
+    names = {"apgd-ce": 0.5, "apgd-ce (smooth)": 0.4, "transfer: its float twin": 0.35, "transfer: a natural net": 0.3}
+    stages = [{"stage": "white-box", "attack": name, "accuracy": share} for name, share in names.items()]
+    lines = attack_lines(found(stages=stages, robust_accuracy=0.29))
+    assert lines[0] == "clean 90.0% · apgd-ce 40.0% · transfer 30.0% · the hunt for masking 29.0%"
 
 
 # --- from the command line -------------------------------------------------------------------------------------------
