@@ -73,9 +73,9 @@ def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
     options = {"bias": layer.bias is not None, "bias_quant": BiasQuant if folded else None}
     options |= weight_quantizer(bits, folded=folded)
     if isinstance(layer, qnn.QuantLinear):
-        made: Any = qnn.QuantLinear(layer.in_features, layer.out_features, **options)
+        made: Any = type(layer)(layer.in_features, layer.out_features, **options)
     else:
-        made = qnn.QuantConv2d(
+        made = type(layer)(  # a folded one counts whole numbers
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,

@@ -10,20 +10,24 @@ import onnx
 from torch import Tensor, nn
 
 from robustq.data import to_float
-from robustq.export.formats import build
+from robustq.export.formats import FORMATS, build
 from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
 from tests.models.small_nets import digits, small_spec, trained
 
-WIDTHS = [8, 4, 2]
+WIDTHS = [8, 4, 2, 1]
 """What the fast tests go through; 3 bits, between two of them, wait for the slow ones."""
 
 SLOW_WIDTH = 3
 
+QUANTIZED = [name for name, one in FORMATS.items() if not one.is_float]
+RUNNABLE = [name for name in QUANTIZED if FORMATS[name].runs]
+INTEGER = [name for name in QUANTIZED if FORMATS[name].promises_integers]
+
 
 @dataclass(frozen=True)
 class Net:
-    """A quantized ResNet, its folded twin (shared: do not change it), and uint8 images (N, 1, 8, 8)."""
+    """A ResNet, its folded twin (shared: do not change it), and uint8 images (N, 1, 8, 8)."""
 
     spec: ModelSpec
     model: nn.Module

@@ -25,7 +25,7 @@ def test_differences_are_shares_of_the_references_range() -> None:
     reference = torch.tensor([[0.0, 1.0], [4.0, 2.0]])  # range 4
     answers = torch.tensor([[0.0, 1.0], [2.0, 3.0]])  # off by 2 and 1, and the second image changes class
     assert compare(reference, answers) == Agreement(
-        images=2, different_top1=1, max_difference=0.5, mean_difference=3 / 4 / 4
+        images=2, different_top1=1, max_difference=0.5, mean_difference=3 / 4 / 4, images_apart=1
     )
 
 
@@ -82,6 +82,8 @@ def test_what_json_gets() -> None:
         "different_top1": 2,
         "max_difference": 0.0,
         "mean_difference": 0.0,
+        "images_apart": 0,
+        "bound": 1e-3,
         "same_answers": False,
         "holds": False,
     }

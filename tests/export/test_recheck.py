@@ -14,13 +14,17 @@ from robustq.evaluation.accuracy import predict
 from robustq.export.parity import Agreement
 from robustq.export.recheck import EXECUTOR_IMAGES, Proof, attack_file, prove
 from robustq.export.session import Layers, OnnxModel
-from tests.export.exported import net, written
+from tests.export.exported import INTEGER, QUANTIZED, net, written
 
 RUNS = {
     "qonnx": ["qonnx_executor", "optimised", "unoptimised"],
     "qcdq": ["optimised", "unoptimised"],
     "integer": ["optimised", "unoptimised", "exact"],
+    "packed": ["optimised", "unoptimised", "exact"],
+    "float": ["optimised", "unoptimised"],
 }
+SLOW = {(3, name) for name in RUNS} | {(2, "qonnx"), (8, "qonnx"), (8, "packed"), (2, "packed")}
+PAIRS = [(32, "float"), *((bits, name) for bits in (8, 4, 3, 2, 1) for name in QUANTIZED)]
 
 
 def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
@@ -29,23 +33,20 @@ def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
     for run, agreement in proof.agreements.items():
         assert agreement.images == (min(images, EXECUTOR_IMAGES) if run == "qonnx_executor" else images)
         assert agreement.different_top1 <= 1
-        # Where a float32 sum falls on the other side of a rounding tie, single codes differ: now and then at 8 bits,
-        # hardly ever below. Nothing else may differ.
-        assert agreement.mean_difference < 1e-3
+        # Where a value sits on a rounding tie single codes differ: now and then at 8 bits, hardly ever below. Nothing
+        # else may differ.
+        assert agreement.mean_difference <= (1e-4 if bits <= 4 else 1e-3)
     assert proof.judged_file == ("qcdq" if name == "qonnx" else name)
-    assert proof.must_be_integer == (name == "integer")
-    if name == "integer":
+    assert proof.first_difference is None
+    assert proof.must_be_integer == (name in INTEGER)
+    if name in INTEGER:
         assert proof.layers.in_float == () and proof.layers.float_convolutions == ()
 
 
 @pytest.mark.parametrize(
     ("bits", "name"),
-    [
-        # qonnx's executor takes its time.
-        pytest.param(bits, name, marks=[pytest.mark.slow] if bits == 3 or (bits, name) == (2, "qonnx") else [])
-        for bits in (8, 4, 3, 2)
-        for name in RUNS
-    ],
+    # qonnx's executor takes its time.
+    [pytest.param(*pair, marks=[pytest.mark.slow] if pair in SLOW else []) for pair in PAIRS],
 )
 def test_every_file_agrees_with_the_folded_network(tmp_path: Path, bits: int, name: str) -> None:
     made = net(bits)
@@ -57,11 +58,13 @@ def test_every_file_agrees_with_the_folded_network(tmp_path: Path, bits: int, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_every_resnet20_file_agrees_with_the_folded_network(tmp_path: Path, bits: int, name: str) -> None:
-    made = net(bits, architecture="resnet20")
-    path = written(tmp_path, bits, name, architecture="resnet20")
+@pytest.mark.parametrize("architecture", ["resnet20", "resnet18"])
+@pytest.mark.parametrize(("bits", "name"), PAIRS)
+def test_every_larger_file_agrees_with_the_folded_network(
+    tmp_path: Path, bits: int, name: str, architecture: str
+) -> None:
+    made = net(bits, architecture=architecture)
+    path = written(tmp_path, bits, name, architecture=architecture)
     check_proof(prove(path, name, made.folded, made.spec, made.images), bits, name, len(made.images))
 
 
@@ -76,13 +79,14 @@ def negated(folded: nn.Module) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_another_networks_file_falls_short(tmp_path: Path, name: str) -> None:
     made = net(4)
     proof = prove(written(tmp_path, 4, name), name, negated(made.folded), made.spec, made.images[:30])
     # Of a QONNX file only qonnx's executor reads the file itself.
     wrong = ["qonnx_executor"] if name == "qonnx" else RUNS[name]
-    assert proof.shortfalls == [f"{run}: 30 of 30 images get another class" for run in wrong]
+    where = [] if name == "qonnx" else ["first in logits: 80 of 80 values differ"]
+    assert proof.shortfalls == [*(f"{run}: 30 of 30 images get another class" for run in wrong), *where]
 
 
 def agreement(different: int) -> Agreement:
@@ -104,6 +108,7 @@ def test_what_json_gets() -> None:
     proof = Proof("integer", {"exact": agreement(7)}, Layers(("a",), ("b",), ()), must_be_integer=True)
     assert json.loads(json.dumps(proof.to_dict())) == {
         "parity": {"exact": agreement(7).to_dict()},
+        "first_difference": None,
         "integer_layers": ["a"],
         "float_layers": ["b"],
         "judged_file": "integer",

@@ -1,0 +1,122 @@
+"""What a deployed file costs: bytes and latency of every width and format beside the float file, in one run.
+
+    python -m benchmarks.export [--architecture resnet20] [--image-size 32] [--classes 10] [--bits 8 4 3 2 1]
+                                [--formats integer packed] [--batches 1 64] [--rounds 15] [--seconds 0.2]
+
+The float file is onnxruntime's best: BatchNorm folded, all graph optimisations. Every session has one thread. A round
+runs each file once, for at least the given time, one after the other; printed are each file's median latency and the
+median over rounds of float / file within a round, so that a machine that slows down for a while spoils one round and
+not the result. The networks are untrained and calibrated on noise: times do not depend on what is in the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+import torch
+from torch import nn
+
+from robustq.export.formats import build
+from robustq.export.session import OnnxModel, optimised_layers
+from robustq.models.calibration import calibrate
+from robustq.models.folding import fold
+from robustq.models.spec import ModelSpec, build_model
+
+
+def main() -> None:
+    """Write the files, time them, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="resnet20")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2, 1])
+    parser.add_argument("--formats", nargs="+", default=["integer", "packed"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.2, help="least time of one file in one round")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = (options.classes, 3, options.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {
+            "float": _write(Path(folder), ModelSpec(options.architecture, 32, 32, *shape, "noise", None, None), "float")
+        }
+        for bits in options.bits:
+            for name in options.formats:
+                spec = ModelSpec(options.architecture, bits, bits, *shape, "noise", None, None)
+                files[f"w{bits}a{bits} {name}"] = _write(Path(folder), spec, name)
+        print(f"{options.architecture}, {options.image_size} x {options.image_size} pixels, {options.classes} classes")
+        print(f"onnxruntime {ort.__version__}, one thread, {_cpu()}; {options.rounds} rounds")
+        columns = " | ".join(f"batch {batch}: ms a batch, float / this" for batch in options.batches)
+        print(f"| file | bytes, float / this | layers in float | {columns} |")
+        print(f"|---|---|---|{'---|' * len(options.batches)}")
+        timed = [_time(files, batch, options) for batch in options.batches]
+        whole = files["float"].stat().st_size
+        for name, path in files.items():
+            in_float = "" if name == "float" else f"{len(optimised_layers(path).in_float)}"
+            cells = [f"{each[name][0]:.2f}, {each[name][1]:.2f}" for each in timed]
+            size = path.stat().st_size
+            print(f"| {name} | {size:,}, {whole / size:.2f} | {in_float} | {' | '.join(cells)} |")
+
+
+def _write(folder: Path, spec: ModelSpec, format_name: str) -> Path:
+    torch.manual_seed(0)
+    model = build_model(spec)
+    noise = torch.rand(8, spec.channels, spec.image_size, spec.image_size)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        model.train()(noise)  # statistics that fit, or activations would grow from layer to layer
+    calibrate(model.eval(), noise)
+    path = folder / f"{spec.label}-{format_name}.onnx"
+    onnx.save(build(format_name, fold(model, spec), spec), path)
+    return path
+
+
+def _time(files: dict[str, Path], batch: int, options: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """File -> (median ms a batch, median of float / file)."""
+    x = torch.rand(batch, 3, options.image_size, options.image_size)
+    sessions = {name: OnnxModel(path, threads=1) for name, path in files.items()}
+    for session in sessions.values():
+        session(x)
+    seconds: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(options.rounds):
+        for name, session in sessions.items():
+            seconds[name].append(_seconds_a_call(session, x, options.seconds))
+    plain = seconds["float"]
+    return {
+        name: (
+            1000 * statistics.median(values),
+            statistics.median(one / other for one, other in zip(plain, values, strict=True)),
+        )
+        for name, values in seconds.items()
+    }
+
+
+def _seconds_a_call(session: OnnxModel, x: torch.Tensor, least: float) -> float:
+    calls, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < least or calls < 3:
+        session(x)
+        calls += 1
+    return spent / calls
+
+
+def _cpu() -> str:
+    """The CPU's name, and whether it multiplies bytes (VNNI), which decides what integers gain."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return "unknown CPU"
+    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
+    return f"{name} {'with' if 'vnni' in text else 'without'} VNNI"
+
+
+if __name__ == "__main__":
+    main()

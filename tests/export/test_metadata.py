@@ -1,0 +1,26 @@
+"""What a file says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import onnx
+
+from robustq.export.metadata import add_accuracy
+from tests.export.exported import parsed, written
+
+
+def said(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def test_accuracy_is_added_and_nothing_else_changes(tmp_path: Path) -> None:
+    path = written(tmp_path, 4, "packed")
+    add_accuracy(path, {"images": 200, "clean_accuracy": 0.5})
+    add_accuracy(path, {"images": 200, "clean_accuracy": 0.75})
+    model = onnx.load(path)
+    about = said(model)
+    assert json.loads(about.pop("robustq.accuracy")) == {"images": 200, "clean_accuracy": 0.75}
+    assert about == said(parsed(4, "packed"))
+    assert model.graph.SerializeToString() == parsed(4, "packed").graph.SerializeToString()

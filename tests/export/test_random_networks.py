@@ -1,0 +1,140 @@
+"""Networks that nobody drew: widths, depths, strides, sizes and broken channels at random; their files agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from robustq.errors import ExportError
+from robustq.export.formats import FORMATS, build
+from robustq.export.parity import bound_of, parity
+from robustq.export.session import optimised_layers
+from robustq.models import spec as specs
+from robustq.models.calibration import calibrate
+from robustq.models.folding import fold
+from robustq.models.layers import Layers
+from robustq.models.quantizers import learned_thresholds
+from robustq.models.resnet import ResNet
+from robustq.models.spec import ModelSpec, build_model
+
+IMAGES = 100
+BITS = [8, 4, 3, 2, 1]
+
+Break = Callable[[nn.BatchNorm2d, int], None]
+
+SPECIAL: dict[str, Break] = {
+    "negative gamma": lambda norm, channel: norm.weight.__setitem__(channel, -0.8),
+    "zero gamma": lambda norm, channel: norm.weight.__setitem__(channel, 0.0),
+    "tiny gamma": lambda norm, channel: norm.weight.__setitem__(channel, 1e-9),
+    "vanishing gamma": lambda norm, channel: norm.weight.__setitem__(channel, -1e-20),
+    "zero variance": lambda norm, channel: norm.running_var.__setitem__(channel, 0.0),
+    "dead relu": lambda norm, channel: norm.bias.__setitem__(channel, -50.0),
+}
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]:
+    """What it is, its shape, its broken channels (channel number, kind), and a seed."""
+    stages = draw(st.integers(1, 3))
+    shape = {
+        "blocks": tuple(draw(st.integers(1, 2)) for _ in range(stages)),
+        "widths": tuple(draw(st.sampled_from([1, 3, 8, 12])) for _ in range(stages)),
+        "large_images": draw(st.booleans()),
+    }
+    widths = draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS))
+    classes = draw(st.integers(2, 7))
+    channels, side = draw(st.sampled_from([1, 3])), draw(st.sampled_from([7, 9, 12]))
+    spec = ModelSpec("random", *widths, classes, channels, side, "x", None, None)
+    special = draw(st.lists(st.tuples(st.integers(0, 11), st.sampled_from(sorted(SPECIAL))), max_size=5))
+    return spec, shape, special, draw(st.integers(0, 2**16))
+
+
+def network(spec: ModelSpec, special: list[tuple[int, str]], seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    model = build_model(spec)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None and module.running_var is not None
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0.0, 0.3, generator=generator)
+                module.running_mean.normal_(0.0, 0.3, generator=generator)
+                module.running_var.uniform_(0.2, 2.0, generator=generator)
+                for channel, kind in special:
+                    SPECIAL[kind](module, channel % len(module.weight))
+        calibrate(model, pictures(spec, seed)[:20])
+        for threshold in learned_thresholds(model).values():
+            # Off the simple fractions of one another that calibration finds: their ties are no fault of a file's.
+            threshold.log_threshold.add_(0.01 * torch.randn((), generator=generator))
+    return model
+
+
+def pictures(spec: ModelSpec, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    shape = (IMAGES, spec.channels, spec.image_size, spec.image_size)
+    return torch.randint(0, 256, shape, generator=generator).float() / 255
+
+
+def check(folder: Path, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int], name: str) -> None:
+    spec, shape, special, seed = drawn
+
+    def architecture(layers: Layers, channels: int, classes: int) -> nn.Module:
+        return ResNet(layers, channels=channels, classes=classes, **shape)
+
+    with mock.patch.dict(specs.ARCHITECTURES, {"random": architecture}):
+        model = network(spec, special, seed)
+        try:
+            folded = fold(model, spec)
+        except ExportError as error:
+            assert any(layer in str(error) for layer, _ in model.named_modules() if layer)  # the layer is named
+            return
+        path = folder / "net.onnx"
+        onnx.save(build(name, folded, spec), path)
+        agreements = parity(path, folded, pictures(spec, seed), runs=FORMATS[name].runs, bound=bound_of(spec))
+        for run, agreement in agreements.items():
+            assert agreement.holds, (run, agreement)
+        if FORMATS[name].promises_integers:
+            assert optimised_layers(path).float_convolutions == ()
+
+
+EXPLORE = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "phases": [Phase.explicit, Phase.generate],
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+
+
+@settings(max_examples=8, **EXPLORE)  # type: ignore[arg-type]
+@given(networks())
+def test_a_random_network_agrees_with_its_packed_file(
+    tmp_path: Path, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]
+) -> None:
+    check(tmp_path, drawn, "packed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qcdq", "integer", "packed"])
+@settings(max_examples=40, **EXPLORE)  # type: ignore[arg-type]
+@given(networks())
+def test_random_networks_agree_with_their_files(
+    tmp_path: Path, name: str, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]
+) -> None:
+    check(tmp_path, drawn, name)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_network_with_every_kind_of_broken_channel(tmp_path: Path, bits: int) -> None:
+    spec = ModelSpec("random", bits, bits, 5, 3, 9, "x", None, None)
+    check(tmp_path, (spec, {"blocks": (1, 1), "widths": (6, 8)}, list(enumerate(SPECIAL)), bits), "packed")
