@@ -45,11 +45,11 @@ def main() -> None:
     shape = (options.classes, 3, options.image_size)
     with tempfile.TemporaryDirectory() as folder:
         files = {
-            "float": _write(Path(folder), ModelSpec(options.architecture, 32, 32, *shape, "noise", None, None), "float")
+            "float": _write(Path(folder), ModelSpec(options.architecture, 32, 32, *shape, "noise", None, ()), "float")
         }
         for bits in options.bits:
             for name in options.formats:
-                spec = ModelSpec(options.architecture, bits, bits, *shape, "noise", None, None)
+                spec = ModelSpec(options.architecture, bits, bits, *shape, "noise", None, ())
                 files[f"w{bits}a{bits} {name}"] = _write(Path(folder), spec, name)
         print(f"{options.architecture}, {options.image_size} x {options.image_size} pixels, {options.classes} classes")
         print(f"onnxruntime {ort.__version__}, one thread, {_cpu()}; {options.rounds} rounds")

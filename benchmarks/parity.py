@@ -1,6 +1,7 @@
 """Do deployed files give PyTorch's answers? Every width in every format on real test images.
 
-    python -m benchmarks.parity FLOAT.pt [--data cifar10] [--bits 8 4 3 2 1] [--images 5000] [--train-images 2000]
+    python -m benchmarks.parity FLOAT.pt [--data cifar10] [--bits 8 4 3 2 1]
+                                [--formats qonnx qcdq integer packed] [--images 5000] [--train-images 2000]
 
 Each width is the float network quantized and trained naturally for one short epoch (on so few images that accuracy
 means little; parity does not ask for it), then written in every format and proved as ``robustq export`` does. One line
@@ -19,8 +20,6 @@ from robustq import progress
 from robustq.workflow.exporting import export_model
 from robustq.workflow.training import harden_model
 
-FORMATS = ("qonnx", "qcdq", "integer", "packed")
-
 
 def main() -> None:
     """Train, export and print."""
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data")
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2, 1])
+    parser.add_argument("--formats", nargs="+", default=["qonnx", "qcdq", "integer", "packed"])
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--train-images", type=int, default=2000)
     options = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
                 data=options.data,
                 out=Path(folder) / f"w{bits}",
             )
-            for name in FORMATS:
+            for name in options.formats:
                 _print(_export(Path(trained["checkpoint"]), name, Path(folder) / f"w{bits}-{name}", options))
 
 

@@ -31,13 +31,14 @@ def test_weights_and_activations_have_their_own_options(run: Run, digits_float: 
 
 
 @pytest.mark.slow
-def test_one_bit_trains_and_is_not_exported(run: Run, digits_float: Path) -> None:
+def test_one_bit_trains_and_is_exported(run: Run, digits_float: Path) -> None:
     made = result_of(run, "harden", str(digits_float), "--bits", "1", *SHORT)
     _, spec, _ = load_model(Path(made["checkpoint"]))
     assert spec.label == "resnet8-w1a1"
-    refused = run("export", made["checkpoint"], "--out", "bundle")
-    assert refused.code == 2 and "resnet8-w1a1 has 1-bit layers" in refused.err
-    assert not Path("bundle").exists()
+    exported = result_of(run, "export", made["checkpoint"], "--format", "packed", "--images", "60", "--out", "bundle")
+    assert exported["float_layers"] == [] and exported["shortfalls"] == []
+    assert all(agreement["different_top1"] == 0 for agreement in exported["parity"].values())
+    assert exported["size_bytes"] < 40_000  # 78,000 weights; as bytes they would not fit
 
 
 @pytest.mark.slow

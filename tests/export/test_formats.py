@@ -395,7 +395,7 @@ def test_a_packed_resnet20_is_small(bits: int, share: float) -> None:
 @pytest.mark.parametrize(("bits", "share"), [(4, 7.4), (1, 20.0)])
 def test_a_packed_resnet18_is_small(bits: int, share: float) -> None:
     spec = dataclasses.replace(
-        small_spec(bits, architecture="resnet18", channels=3, image_size=64), classes=1000, class_names=None
+        small_spec(bits, architecture="resnet18", channels=3, image_size=64), classes=1000, class_names=()
     )
     assert _float_bytes(spec) / _packed_bytes(spec) >= share
 

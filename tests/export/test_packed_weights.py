@@ -109,5 +109,5 @@ def test_the_most_significant_field_comes_first() -> None:
 
 def test_all_weights_alike_need_one_bit() -> None:
     fields = fields_of(np.full((4, 4), -7, np.int8))
-    assert (fields.bits, set(fields.values.flat)) == (1, {0})
+    assert fields.bits == 1 and not fields.values.any()
     assert fields_of(np.zeros((4, 4), np.int8)).bits == 1

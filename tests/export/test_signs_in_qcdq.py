@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import brevitas.nn as qnn
 import pytest
@@ -28,9 +29,8 @@ def test_the_same_logits_bit_for_bit(weight_bits: int, act_bits: int) -> None:
     widths = {int(proxy.bit_width()) for proxy in proxies if proxy is not None and proxy.is_quant_enabled}
     assert 1 not in widths and 2 in widths
     # And the given network keeps its quantizers.
-    assert any(
-        int(module.weight_quant.bit_width()) == 1 for module in folded.modules() if hasattr(module, "weight_quant")
-    )
+    layers: list[Any] = [module for module in folded.modules() if hasattr(module, "weight_quant")]
+    assert any(int(layer.weight_quant.bit_width()) == 1 for layer in layers)
 
 
 def test_a_network_without_signs_is_itself() -> None:
