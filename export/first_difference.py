@@ -1,8 +1,8 @@
 """Where a file and the network it was made from part: the first layer whose values differ, and by how much.
 
-The file is run as it is written, without optimisations, with the values between its layers as further outputs. They are
-lined up with the network's by order: the exporter writes layers down in the order in which the network runs them, and
-no lowering pass changes it.
+The file is run with the codes between its layers as further outputs, which onnxruntime's optimisations pass by. They
+are lined up with the network's by order: the exporter writes layers down in the order in which the network runs them,
+and no lowering pass changes it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def first_difference(path: Path, network: nn.Module, x: Tensor) -> Difference | None:
+def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: bool = False) -> Difference | None:
     """Compare layer by layer on ``x`` (N, C, H, W) float32 in [0, 1]; None where all values agree.
 
     Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers.
@@ -69,9 +69,10 @@ def first_difference(path: Path, network: nn.Module, x: Tensor) -> Difference | 
         path: an .onnx file that onnxruntime loads.
         network: what it was made from, on the CPU, in eval mode.
         x: images; everything is kept in memory, so a few.
+        optimise: run the file with onnxruntime's optimisations.
     """
     layers, logits = _network_values(network, x)
-    values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers))
+    values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers), optimise=optimise)
     answers = values.pop()
     if len(values) != len(layers):
         count = f"{len(layers)} layers of the network and {len(values)} of the file do not line up"
@@ -135,36 +136,53 @@ def _all_on_ties(layer: _Layer, found: Tensor, different: Tensor) -> bool:
     return bool((one_step & on_boundary).all())
 
 
-def _file_values(path: Path, x: Tensor, *, quantized: bool) -> list[Tensor]:
+def _file_values(path: Path, x: Tensor, *, quantized: bool, optimise: bool) -> list[Tensor]:
     """The values between the file's layers, in order, and its logits at the end."""
     model = onnx.load(path)
-    names = quantized_values(model) if quantized else _float_values(model)
+    grids = quantized_values(model) if quantized else {}
+    names = list(grids) if quantized else _float_values(model)
     del model.graph.value_info[:]
-    known = {output.name for output in model.graph.output}
-    for name in names:
-        if name not in known:
-            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    known = {value.name for value in [*model.graph.output, *model.graph.input]}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
+    sources = {value.name for value in model.graph.input}
+    wanted = [*(name for name in names if name not in sources), model.graph.output[0].name]
     with tempfile.TemporaryDirectory() as folder:
         wide = Path(folder) / "values.onnx"
         onnx.save(model, wide)
-        return OnnxModel(wide, optimise=False).values(x, [*names, model.graph.output[0].name])
+        found = dict(zip(wanted, OnnxModel(wide, optimise=optimise).values(x, wanted), strict=True))
+    found |= {name: (x * 255).round() for name in names if name in sources}  # pixels that enter as uint8
+    values = [grids[name].values(found[name]) if name in grids else found[name] for name in names]
+    return [*values, found[wanted[-1]]]
 
 
-def quantized_values(model: onnx.ModelProto) -> list[str]:
-    """Names of the tensors that activation quantizers make, each once, in order of execution."""
+@dataclass(frozen=True)
+class CodeGrid:
+    """What the codes of one tensor mean: scale * (code - zero_point)."""
+
+    scale: float
+    zero_point: int
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Codes of any integer type and shape -> float32 values."""
+        return (codes.float() - self.zero_point) * self.scale
+
+
+def quantized_values(model: onnx.ModelProto) -> dict[str, CodeGrid]:
+    """The tensors of codes that activation quantizers make, each once, in order of execution."""
     index = GraphIndex(model.graph)
-    seen: set[str] = set()
-    names = []
+    found: dict[str, CodeGrid] = {}
     for node in model.graph.node:
-        if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in seen:
+        if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in found:
             continue
-        seen.add(node.input[0])
         quantizer = index.made_by.get(node.input[0])
         origin = index.made_by.get(quantizer.input[0]) if quantizer is not None else None
         if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer, origin):
             continue
-        names.append(node.output[0])
-    return names
+        scale: Any = index.constant(node.input[1])
+        zero_point: Any = index.constant(node.input[2]) if len(node.input) > 2 else 0
+        if scale is not None and zero_point is not None and scale.size == 1:
+            found[node.input[0]] = CodeGrid(float(scale), int(zero_point))
+    return found
 
 
 def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:

@@ -43,6 +43,9 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
             f"(logits differ by {mean} of their range, at most {largest}"
             + (f"; {agreement['images_apart']:,} images on rounding ties)" if agreement["images_apart"] else ")")
         )
+    if result["on_ties"]:
+        runs = ", ".join(result["on_ties"])
+        lines.append(f"parity  {runs}: the images furthest apart were followed to values on rounding ties")
     lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
     return lines
 
