@@ -1,12 +1,17 @@
 # Everything runs from .venv, which `make setup` fills with the pinned packages. uv is used where it works, else pip.
 #   make setup PYTHON=python3.12    another interpreter
 #   make setup UV=                  pip even though uv is there
+#   make test WORKERS=8             tests in eight processes
 
 PYTHON ?= python3
 UV ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.robustq-installed
+# One thread a process: the networks are tiny, and threads of several processes would only wait for one another. A file's
+# tests stay together, since they share trained networks.
+WORKERS ?= 2
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -21,10 +26,10 @@ quickstart: setup  ## the whole job on the digits data: train, harden, export, r
 	$(BIN)/robustq quickstart
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(RUN_TESTS) -m "not slow and not gpu"
 
 test-slow: setup  ## the slow tests only
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(RUN_TESTS) -m "slow and not gpu"
 
 lint: setup  ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check

@@ -16,11 +16,12 @@ from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_accuracy
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
+from robustq.export.session import Layers
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
 from robustq.outputs import check_place, folder_when_whole, free_path
-from robustq.progress import note
+from robustq.progress import detail, note
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation, versions
 
 EXPORTS = Path("export-out")
@@ -90,6 +91,7 @@ def export_model(
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
+        _tell_layers(proof.layers)
         record: dict[str, Any] = {
             "format": format_name,
             "label": spec.label,
@@ -166,6 +168,13 @@ def recheck_bundle(
         "shortfalls": proof.shortfalls,
         **found.to_dict(),
     }
+
+
+def _tell_layers(layers: Layers) -> None:
+    """With --verbose, a table of what runs as integers and what in float."""
+    for kind, names in (("integer", layers.integer), ("float", layers.in_float)):
+        for name in names:
+            detail(f"layer   {kind:8s} {name}")
 
 
 def _radius(epsilon: float | None, spec: ModelSpec) -> float:
