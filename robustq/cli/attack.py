@@ -73,15 +73,15 @@ def attack(
     Example: robustq attack export-out/resnet20-w4a4-odgq-integer
     """
     from robustq.errors import UsageError
-    from robustq.inputs import check_attackable
+    from robustq.inputs import check_attackable, check_model_file
     from robustq.outputs import check_new
     from robustq.report.attack import attack_lines
 
     check_attackable(model)
     wanted_epsilon = radius(epsilon)
     wanted_epsilons = [one for one in (radius(text) for text in (epsilons or "").split(",") if text) if one is not None]
-    for path in surrogate or []:
-        check_attackable(path)
+    for path in [*(surrogate or []), *([] if control is None else [control])]:
+        check_model_file(path)
     pictures = save_adversarial
     if replay is not None:
         chosen = {"--epsilon": epsilon, "--epsilons": epsilons, "--surrogate": surrogate, "--control": control}

@@ -237,6 +237,8 @@ def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
         (("--replay", "none.npz", "--epsilon", "8/255"), "so that --epsilon has no meaning"),
         (("--surrogate", "none.pt"), "none.pt: no such file"),
         (("--control", "none.pt"), "none.pt: no such file"),
+        (("--surrogate", ".."), "..: is a folder; give the .pt file in it"),
+        (("--replay", ".."), "..: no such file"),
         (("--out", "found.npz"), "--out found.npz is a JSON file"),
         (("--save-adversarial", "/dev/null/found.npz"), "cannot be written"),
     ],
