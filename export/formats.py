@@ -66,8 +66,8 @@ def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     folded_constants(model)
     padding_in_convolutions(model)
     unsigned_activations(model)
+    quantized_moves(model)  # it shows what quantized tensor enters a layer or a sign behind a pooling
     integer_signs(model)
-    quantized_moves(model)  # before the biases: it shows what quantized tensor enters a layer behind a pooling
     accumulator_biases(model)
     own_parameters(model)
     return model

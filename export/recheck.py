@@ -116,7 +116,8 @@ def prove(
         return Proof(format_name, agreements, optimised_layers(path), chosen.promises_integers, found, on_ties)
     few = x[:EXECUTOR_IMAGES]
     expected = logits_of(folded if unfolded is None else unfolded, few, label="parity: PyTorch")
-    executed = compare(expected, execute(onnx.load(path), few), bound=bound)
+    # Of so few images one with a value on a rounding tie weighs much: the wider bound, at every width.
+    executed = compare(expected, execute(onnx.load(path), few))
     with tempfile.TemporaryDirectory() as folder:
         stand_in = _write_stand_in(Path(folder), folded, spec)
         agreements = parity(stand_in, folded, x, runs=FORMATS[STAND_IN].runs, bound=bound)

@@ -29,6 +29,9 @@ LARGEST_BIAS_CODE = 2**30
 CONSTANT_BIAS_CODE = 2**24
 """The bias code such a channel gets: the largest whole numbers that float32, too, counts exactly."""
 
+SMALL_BIAS_CODE = 2**20
+"""Below this float32 divides a bias by its scale without missing the code."""
+
 NO_BIAS_SCALE = 1e-30
 """Scale of a binary channel that is nothing at all: its signs cannot be 0, so their unit has to be."""
 
@@ -202,7 +205,8 @@ def bias_steps(largest_weight: int, entering: Grid) -> int:
 
 def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> None:
     quantized = layer.quant_weight()
-    codes = quantized.int().cpu().double()
+    # Not Brevitas' int(), which takes a binary layer of one sign for a fault.
+    codes = (quantized.value / quantized.scale).round().detach().cpu().double()
     shape = (-1, *[1] * (codes.dim() - 1))
     bits = int(quantized.bit_width)
     largest_weight = 1 if bits == 1 else 2 ** (bits - 1) - 1
@@ -224,7 +228,21 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> 
     target.bias_quant.tensor_quant.scaling_impl.scale.copy_(entering.scale * scale / steps)
     signs = torch.where(constant, 1.0, affine.gain.sign()).reshape(shape)
     target.weight.copy_((codes * signs).float() * stored_scale)
-    target.bias.copy_(affine.shift)
+    target.bias.copy_(_on_grid(affine.shift.float(), target.bias_quant.tensor_quant.scaling_impl.scale))
+
+
+def _on_grid(bias: Tensor, scale: Tensor) -> Tensor:
+    """Biases (C,) float32 that are whole multiples of ``scale`` also when float32 divides them by it.
+
+    A code of millions times its scale, divided by the scale, may come out half a step beside the code; exporters take
+    that for a bias that was never quantized. A neighbouring code, 1e-7 of the bias away, does not.
+    """
+    codes = (bias / scale).round()
+    for step in (1, -1, 2, -2, 3, -3, 4, -4, 5, -5, 6, -6, 7, -7, 8, -8):
+        moved = codes + step
+        stays = codes * scale / scale == codes
+        codes = torch.where(stays | (moved * scale / scale != moved), codes, moved)
+    return torch.where(codes.abs() < SMALL_BIAS_CODE, bias, codes * scale)
 
 
 def fold_layer(layer: Any, norm: _BatchNorm | None, target: Any, quantizer: Any) -> None:
