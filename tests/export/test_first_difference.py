@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from robustq.export.first_difference import Difference, first_difference, quantized_values
+from robustq.export.parity import APART, RUNS, compare
+from robustq.export.session import OnnxModel
 from tests.export.exported import QUANTIZED, RUNNABLE, net, parsed, written
 
 
@@ -71,3 +73,21 @@ def test_every_quantized_value_is_found_once(bits: int, count: int, name: str) -
     model: onnx.ModelProto = parsed(bits, name)
     names = quantized_values(model)
     assert len(names) == len(set(names)) == count
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_images_that_are_apart_have_a_value_on_a_tie(tmp_path: Path, bits: int, run: str) -> None:
+    """What parity counts as images on rounding ties, it may: each is followed to one."""
+    made, path, ways = net(bits), written(tmp_path, bits, "packed"), RUNS[run]
+    with torch.no_grad():
+        expected = made.folded(made.x)
+    difference = (OnnxModel(path, **ways)(made.x) - expected).abs().amax(dim=1) / (expected.max() - expected.min())
+    apart = (difference > APART).nonzero().flatten().tolist()
+    assert len(apart) == compare(expected, OnnxModel(path, **ways)(made.x)).images_apart
+    for place in apart[:10]:
+        found = first_difference(path, made.folded, made.x[place : place + 1], optimise=ways["optimise"])
+        assert found is not None and found.on_ties
+    same = (difference <= 1e-6).nonzero().flatten().tolist()
+    assert len(same) > len(made.x) / 2
+    assert first_difference(path, made.folded, made.x[same[:5]], optimise=ways["optimise"]) is None

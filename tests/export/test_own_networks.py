@@ -13,7 +13,7 @@ from robustq.data import to_float
 from robustq.export.formats import build
 from robustq.export.parity import Agreement, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
-from robustq.export.session import optimised_layers
+from robustq.export.session import OnnxModel, optimised_layers
 from robustq.models.spec import ModelSpec
 from tests.models.own.own_nets import CLASSES, NETS, SIDE, folded_of, pixels
 
@@ -87,6 +87,16 @@ def test_qonnx_files(name: str) -> None:
     few = X[:8]  # seconds each
     answers = execute(onnx.load_from_string(content(name, 4, "qonnx")), few)
     assert compare(logits_of(folded_of(name, 4), few, label="reference"), answers).max_difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["normalising", "inverted"])
+def test_files_that_take_uint8_pixels(tmp_path: Path, name: str) -> None:
+    """A normalisation in front keeps its place: pixels are divided first."""
+    path = tmp_path / "uint8.onnx"
+    onnx.save(build("packed", folded_of(name, 4), spec(4), pixels="uint8"), path)
+    model = OnnxModel(path)
+    assert model.takes_uint8
+    assert torch.equal(model(X[:20]), OnnxModel(written(tmp_path, name, 4, "integer"))(X[:20]))
 
 
 def test_the_file_says_what_built_it() -> None:

@@ -254,7 +254,7 @@ def test_a_folded_padded_shortcut_is_the_same_tensor() -> None:
     perturb_batch_norm(model, seed=0)
     calibrate(model, torch.rand(16, 1, 8, 8))
     folded = fold(model, spec)
-    x = folded.get_submodule("relu")(torch.rand(2, 16, 6, 6))
+    x = folded.get_submodule("layer1.2.relu2")(torch.rand(2, 16, 6, 6))  # whose codes it counts
     plain, convolved = (net.get_submodule("layer2.0.downsample.0") for net in (model, folded))
     assert isinstance(convolved, nn.Conv2d)
     with torch.no_grad():
