@@ -111,8 +111,8 @@ def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         entering = getattr(inputs[0], "value", inputs[0])
         # Two codes of one bit have a sign between them, no boundary that a step away from them would be.
-        is_grid = _quantizes(module) and int(module.act_quant.bit_width()) > 1  # type: ignore[operator,union-attr]
-        step = float(module.act_quant.scale()) if is_grid else None  # type: ignore[operator,union-attr]
+        proxy: Any = getattr(module, "act_quant", None)
+        step = float(proxy.scale()) if _quantizes(module) and int(proxy.bit_width()) > 1 else None
         layers.append(_Layer(name, getattr(output, "value", output).clone(), entering.clone(), step))
 
     return hook

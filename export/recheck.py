@@ -49,8 +49,8 @@ class Proof:
         layers: of the optimised graph.
         must_be_integer: whether the format promises integer convolutions.
         first_difference: where file and network part, in words; None where parity holds.
-        on_ties: ways of running whose logits differ by more than the bound, where each of the images furthest apart was
-            followed through the network to a value on a rounding tie: either code of it is right.
+        on_ties: ways of running whose logits differ by more than the bound, where most images agree and each of those
+            furthest apart was followed through the network to a value on a rounding tie: either code of it is right.
     """
 
     judged_file: str
@@ -140,7 +140,10 @@ def _where(
         # One by one: a tie in one image would hide a fault in another that lies in a later layer.
         found = [first_difference(path, folded, x[place : place + 1], optimise=ways["optimise"]) for place in worst]
         fault = next((each for each in found if each is not None and not each.on_ties), None)
-        if fault is None and any(each is not None for each in found):
+        # A tie hides a fault behind it in the same image. But ties come to some images and a fault to nearly all: only
+        # where most images agree do ties explain the rest.
+        few = 2 * agreements[run].images_apart <= agreements[run].images
+        if few and fault is None and any(each is not None for each in found):
             on_ties.append(run)
         words = words or (f"first in {fault}" if fault is not None else None)
         if all(each is None for each in found):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from robustq.evaluation.accuracy import predict
+from robustq.export.first_difference import Difference
 from robustq.export.parity import Agreement
 from robustq.export.recheck import EXECUTOR_IMAGES, Proof, attack_file, prove
 from robustq.export.session import Layers, OnnxModel
@@ -87,6 +89,23 @@ def test_another_networks_file_falls_short(tmp_path: Path, name: str) -> None:
     wrong = ["qonnx_executor"] if name == "qonnx" else RUNS[name]
     where = [] if name == "qonnx" else ["first in 10 of 10 values of logits differ"]
     assert proof.shortfalls == [*(f"{run}: 30 of 30 images get another class" for run in wrong), *where]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fault_in_every_image_falls_short_though_ties_stand_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    """Every logit is shifted alike, so that no answer changes; even if each image met a tie first."""
+    made = net(8)
+    twin: Any = copy.deepcopy(made.folded)
+    with torch.no_grad():
+        twin.fc.bias.add_(0.01 * made.folded(made.x).std() * 10)
+    if tied:
+        on_tie = Difference("relu", 1, 1, on_ties=True)
+        monkeypatch.setattr("robustq.export.recheck.first_difference", lambda *_, **__: on_tie)
+    proof = prove(written(tmp_path, 8, "packed"), "packed", twin, made.spec, made.images[:60])
+    assert all(each.same_answers for each in proof.agreements.values())
+    assert proof.on_ties == () and len([fall for fall in proof.shortfalls if "logits differ by" in fall]) == 3
 
 
 def agreement(different: int) -> Agreement:
