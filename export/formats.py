@@ -58,7 +58,10 @@ def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    return export_qcdq(signs_in_qcdq(folded), spec)
+    model = export_qcdq(signs_in_qcdq(folded), spec)
+    folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
+    own_parameters(model)
+    return model
 
 
 def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -83,11 +86,10 @@ def _packed(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 FORMATS: dict[str, Format] = {
     "qonnx": Format(_qonnx, runs=(), pixels=("float",), batch_norm=("fold", "keep")),
-    # onnxruntime refuses exact products for files whose nodes share zero points, as Brevitas' QCDQ does at 8 bits.
-    "qcdq": Format(_qcdq, runs=("optimised", "unoptimised")),
+    "qcdq": Format(_qcdq),
     "integer": Format(_integer, promises_integers=True),
     "packed": Format(_packed, promises_integers=True),
-    "float": Format(export_float, is_float=True, runs=("optimised", "unoptimised")),
+    "float": Format(export_float, is_float=True),
 }
 """qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear. integer: the same
 arithmetic arranged so that onnxruntime runs every layer as integers, on x86 and on ARM. packed: that, in the smallest

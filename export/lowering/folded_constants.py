@@ -2,7 +2,8 @@
 
 Contract: a node of :data:`FOLDABLE` whose inputs are all constants becomes an initializer with the value it would
 compute; DequantizeLinear is none of these, so quantized weights and biases stay integers. Why: the exporter spells out
-a padding's amounts in seven nodes, behind which no pass can see that they are fixed, and clips weights in range.
+a padding's amounts in seven nodes, behind which no pass can see that they are fixed, derives zero points from one
+another by Identity and Expand, and clips weights in range.
 """
 
 from __future__ import annotations
@@ -33,8 +34,17 @@ FOLDABLE = frozenset(
 )
 
 
-def folded_constants(model: onnx.ModelProto) -> int:
-    """Fold in order of execution, so that chains fold whole; returns how many nodes went."""
+def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset()) -> int:
+    """Fold in order of execution, so that chains fold whole.
+
+    Args:
+        model: changed in place.
+        but: operators of :data:`FOLDABLE` that stay.
+
+    Returns:
+        How many nodes went.
+    """
+    foldable = FOLDABLE - but
     graph = model.graph
     index = GraphIndex(graph)
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.name in index.used_by}
@@ -42,7 +52,7 @@ def folded_constants(model: onnx.ModelProto) -> int:
     folded = 0
     for node in list(graph.node):
         inputs = [name for name in node.input if name]
-        if node.op_type not in FOLDABLE or not all(name in known for name in inputs) or outputs & set(node.output):
+        if node.op_type not in foldable or not all(name in known for name in inputs) or outputs & set(node.output):
             continue
         values = _run(model, node, {name: known[name] for name in inputs})
         known |= values

@@ -19,11 +19,11 @@ from robustq.export.session import Layers, OnnxModel
 from tests.export.exported import INTEGER, QUANTIZED, net, written
 
 RUNS = {
-    "qonnx": ["qonnx_executor", "optimised", "unoptimised"],
-    "qcdq": ["optimised", "unoptimised"],
+    "qonnx": ["qonnx_executor", "optimised", "unoptimised", "exact"],
+    "qcdq": ["optimised", "unoptimised", "exact"],
     "integer": ["optimised", "unoptimised", "exact"],
     "packed": ["optimised", "unoptimised", "exact"],
-    "float": ["optimised", "unoptimised"],
+    "float": ["optimised", "unoptimised", "exact"],
 }
 SLOW = {(3, name) for name in RUNS} | {(2, "qonnx"), (8, "qonnx"), (8, "packed"), (2, "packed")}
 PAIRS = [(32, "float"), *((bits, name) for bits in (8, 4, 3, 2, 1) for name in QUANTIZED)]
