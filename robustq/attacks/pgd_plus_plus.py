@@ -6,15 +6,14 @@ gradient is lost in rounding; a factor on the logits brings it back and changes 
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model, input_gradient, step_length
-from robustq.attacks.ball import project, uniform_start
+from robustq.attacks.ascent import Model, step_length
+from robustq.attacks.ball import uniform_start
 from robustq.attacks.hunt import Criterion, Hunt
 from robustq.attacks.losses import Loss, rescaled_cross_entropy
+from robustq.attacks.sign_ascent import sign_ascent
 from robustq.attacks.streams import Streams, streams_for
 
 
@@ -61,20 +60,5 @@ def pgd_plus_plus(
     step = step_length(step_size, epsilon=epsilon, steps=steps)
     streams = streams_for(generator, x)
     hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
-    rows = hunt.standing
-    x_adv = uniform_start(hunt.x[rows], epsilon=epsilon, generator=streams.child("pgd++")[rows])
-    for _ in range(steps):
-        if not len(rows):
-            return hunt.x_adv
-        slope = input_gradient(hunt.model_for(rows), x_adv, partial(_on_labels, loss=loss, y=y[rows]))
-        goes_on = hunt.offer(rows, x_adv, slope.logits)
-        rows = rows[goes_on]
-        x_adv = x_adv[goes_on] + step * slope.gradient[goes_on].sign()
-        x_adv = project(x_adv, hunt.x[rows], epsilon=epsilon)
-    if len(rows):
-        hunt.offer(rows, x_adv, hunt.ask(rows, x_adv))
-    return hunt.x_adv
-
-
-def _on_labels(logits: Tensor, *, loss: Loss, y: Tensor) -> Tensor:
-    return loss(logits, y)
+    start = uniform_start(hunt.x[hunt.standing], epsilon=epsilon, generator=streams.child("pgd++")[hunt.standing])
+    return sign_ascent(hunt, start, lambda logits, rows: loss(logits, y[rows]), epsilon=epsilon, step=step, steps=steps)

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from robustq.attacks.ascent import Model, input_gradient, step_length
 from robustq.attacks.ball import LEVEL_TOLERANCE, project, uniform_start
+from robustq.attacks.hunt import Hunt
 from robustq.attacks.losses import cross_entropy, kl
-from robustq.attacks.streams import Streams
+from robustq.attacks.sign_ascent import sign_ascent
+from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 
@@ -25,6 +27,7 @@ def tpgd(
     steps: int = 20,
     start: float = 1 / 255,
     rho: float | None = None,
+    stop_when_broken: bool = False,
     generator: torch.Generator | Streams | None = None,
 ) -> Tensor:
     """TPGD: x_{t+1} = project(x_t + step_size * sign(grad_x KL(softmax h(x) || softmax h(x_t)))); returns x_steps.
@@ -47,6 +50,7 @@ def tpgd(
         steps: how many, at least 1 (the paper: 20).
         start: half the width of the random start, 1/255 to 1.
         rho: trade-off of Eq. 4a, positive; None for KL only.
+        stop_when_broken: as in `pgd`; which images break uses the labels.
         generator: a CPU generator, or streams, for the start.
 
     Returns:
@@ -61,15 +65,27 @@ def tpgd(
         raise UsageError(f"start is {start}; give 1/255 to 1: an 8-bit input quantizer rounds a smaller one away")
     if rho is not None and not rho > 0.0:
         raise UsageError(f"rho is {rho}; give a positive number, or None for KL alone")
+    if stop_when_broken:
+        hunt, streams = Hunt(model, x, y), streams_for(generator, x)
+        rows = hunt.standing
+        near = uniform_start(hunt.x[rows], epsilon=start, generator=streams[rows])
+        return sign_ascent(
+            hunt,
+            project(near, hunt.x[rows], epsilon=epsilon),
+            lambda logits, rows: _objective(logits, hunt.clean_logits[rows], y[rows], rho=rho),
+            epsilon=epsilon,
+            step=step,
+            steps=steps,
+        )
     with torch.no_grad():
         clean_logits = model(x)
-
-    def objective(logits: Tensor) -> Tensor:
-        boundary = kl(logits, clean_logits)
-        return boundary if rho is None else cross_entropy(logits, y) + boundary / rho
-
     x_adv = project(uniform_start(x, epsilon=start, generator=generator), x, epsilon=epsilon)
     for _ in range(steps):
-        slope = input_gradient(model, x_adv, objective)
+        slope = input_gradient(model, x_adv, lambda logits: _objective(logits, clean_logits, y, rho=rho))
         x_adv = project(x_adv + step * slope.gradient.sign(), x, epsilon=epsilon)
     return x_adv
+
+
+def _objective(logits: Tensor, clean_logits: Tensor, y: Tensor, *, rho: float | None) -> Tensor:
+    boundary = kl(logits, clean_logits)
+    return boundary if rho is None else cross_entropy(logits, y) + boundary / rho

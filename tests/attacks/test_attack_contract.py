@@ -21,7 +21,7 @@ SLACK = 1e-6
 # In the whole cube gradient attacks break nearly all images. Noise drowns the prototypes of some 45% of them. TPGD
 # leaves 45%: KL also grows when the model gets surer of the right class, and from some starts that is the way up; so do
 # features.
-LEFT_IN_THE_CUBE = dict.fromkeys(("gaussian_noise", "uniform_noise", "tpgd", "feature_space"), 0.7)
+LEFT_IN_THE_CUBE = dict.fromkeys(("gaussian_noise", "uniform_noise", "tpgd", "tpgd-stopping", "feature_space"), 0.7)
 
 Attack = Callable[..., Tensor]
 
@@ -31,6 +31,9 @@ CASES: dict[str, tuple[Attack, dict[str, Any]]] = {
     "pgd-margin": (ATTACKS["pgd"], {"loss": margin}),
     "pgd-keep-best": (ATTACKS["pgd"], {"keep_best": True}),
     "pgd-long-step": (ATTACKS["pgd"], {"step_size": 4 * EPSILON}),
+    "pgd-stopping": (ATTACKS["pgd"], {"stop_when_broken": True}),
+    "bim-stopping": (ATTACKS["bim"], {"stop_when_broken": True}),
+    "tpgd-stopping": (ATTACKS["tpgd"], {"stop_when_broken": True}),
     "tpgd-rho": (ATTACKS["tpgd"], {"rho": 0.5}),
     "pgd++-all-steps": (ATTACKS["pgd_plus_plus"], {"stop_when_broken": False}),
     "apgd": (ATTACKS["apgd"], {"steps": 20}),
@@ -49,7 +52,7 @@ CASES: dict[str, tuple[Attack, dict[str, Any]]] = {
     "feature-space-guided": (ATTACKS["feature_space"], {"steps": 20}),
     "transfer": (ATTACKS["transfer"], {"steps": 10}),
 }
-DETERMINISTIC = {"fgsm", "bim", "fab", "fab_targeted", "rays"}
+DETERMINISTIC = {"fgsm", "bim", "bim-stopping", "fab", "fab_targeted", "rays"}
 RANDOM = set(CASES) - DETERMINISTIC
 ITERATED = {name for name in CASES if name.startswith(("pgd", "bim", "tpgd", "feature"))}
 APGD = {name for name in CASES if name.startswith("apgd")}
@@ -61,6 +64,8 @@ HUNTING = {
     *("pgd_plus_plus", "pgd++-all-steps", "random_corners", "square", "rays", "transfer"),
     *("feature_space", "feature-space-guided"),
 }
+# These count the last iterate, and hunt when they are told to.
+STOPPING = {"pgd-stopping", "bim-stopping", "tpgd-stopping"}
 ASKS_GRADIENT = set(CASES) - GRADIENT_FREE
 
 each_case = pytest.mark.parametrize("case", CASES)
@@ -298,7 +303,7 @@ def test_nan_gradient_never_reaches_the_image(case: str, trained: nn.Module, ima
     assert torch.equal(x_adv, attack_with(case, partly_flat, x, y, epsilon=EPSILON))
     # No step is taken there: the pixel stays where the attack started, which is off x for a random start.
     pixel = x_adv[:, 0, 0, 0]
-    if case in HUNTING:
+    if case in (HUNTING | STOPPING) - {"bim-stopping"}:
         assert not torch.equal(pixel, x[:, 0, 0, 0])  # their starts are their own
     elif case in RANDOM:
         width = 1 / 255 if case.startswith("tpgd") else EPSILON
@@ -336,7 +341,7 @@ def test_streams_of_other_images_are_refused(case: str, images: tuple[Tensor, Te
         attack_with(case, batchwise, x[:4], y[:4], epsilon=EPSILON, generator=Streams.of(0, range(3)))
 
 
-@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
 def test_hunt_leaves_misclassified_images_alone(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     wrong = batchwise(x).argmax(dim=1) != y
@@ -347,7 +352,7 @@ def test_hunt_leaves_misclassified_images_alone(case: str, images: tuple[Tensor,
     assert bool(moved.any())
 
 
-@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
 def test_hunt_returns_every_image_that_it_broke(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     met = torch.zeros(len(x), dtype=torch.bool)
@@ -388,6 +393,30 @@ def test_stopping_at_success_changes_no_count_and_costs_less(case: str, images: 
     assert set(spent[0][~right].tolist()) == {1}
 
 
+@pytest.mark.parametrize("case", sorted(STOPPING))
+def test_what_stops_breaks_all_that_the_last_iterate_broke_and_costs_less(
+    case: str, images: tuple[Tensor, Tensor]
+) -> None:
+    x, y = images
+    streams = Streams.of(0, range(len(x)), attack=case) if case in RANDOM else None
+    more = {} if streams is None else {"generator": streams}
+    broken, spent = [], []
+    for stop in (True, False):
+        model: Any = Counted(batchwise, images=len(x))
+        x_adv = attack_with(case, model, x, y, epsilon=6 / 255, stop_when_broken=stop, **more)
+        broken.append(batchwise(x_adv).argmax(dim=1) != y)
+        spent.append(model.gradient_steps + model.queries)
+    right = batchwise(x).argmax(dim=1) == y
+    # Image for image the same way is gone, so that what the last iterate breaks has been met.
+    assert bool((broken[0] | ~broken[1])[right].all())
+    fell = broken[0] & right
+    assert 0 < int(fell.sum()) < int(right.sum())
+    # The clean image and the end are looked at without a gradient; a broken image has no end.
+    assert bool((spent[0][right & ~broken[0]] <= spent[1][right & ~broken[0]] + 2).all())
+    assert float(spent[0][fell].double().mean()) < 0.9 * float(spent[1][fell].double().mean())
+    assert set(spent[0][~right].tolist()) == {1}
+
+
 @pytest.mark.parametrize("case", sorted(HUNTING))
 def test_criterion_has_the_last_word(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
@@ -410,7 +439,7 @@ def test_criterion_has_the_last_word(case: str, images: tuple[Tensor, Tensor]) -
     assert left(x_adv) <= left(plain)
 
 
-@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
 def test_hunt_of_a_model_that_answers_nan_or_always_alike(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images[0][:6], images[1][:6]
 
@@ -429,7 +458,7 @@ def test_hunt_of_a_model_that_answers_nan_or_always_alike(case: str, images: tup
     assert (x_adv - x).abs().max() <= EPSILON + SLACK
 
 
-@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
 def test_hunt_counts_a_nan_met_on_the_way_as_broken(case: str, images: tuple[Tensor, Tensor]) -> None:
     x = images[0][:8]
 
@@ -443,7 +472,7 @@ def test_hunt_counts_a_nan_met_on_the_way_as_broken(case: str, images: tuple[Ten
     assert bool(nan_off_the_images(x_adv).isnan().any(dim=1).all())
 
 
-@pytest.mark.parametrize("case", sorted(HUNTING))
+@pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
 @pytest.mark.parametrize("classes", [1, 2, 3, 4])
 def test_hunt_with_few_classes(case: str, classes: int, images: tuple[Tensor, Tensor]) -> None:
     x, y = images[0], torch.zeros(len(images[0]), dtype=torch.int64)
