@@ -92,10 +92,13 @@ def _method_step(
     optimizer = build_optimizer(model, recipe)
 
     def step() -> None:
-        outcome = method.training_step(x, y, places)
-        optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        for _ in range(method.repeats):
+            x_adv = method.perturb(x, y, places)
+            outcome = method.loss(x, x_adv, y, places)
+            optimizer.zero_grad(set_to_none=True)
+            outcome.loss.backward()  # type: ignore[no-untyped-call]
+            method.after_backward(x_adv)
+            optimizer.step()
 
     return step
 

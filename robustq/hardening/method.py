@@ -1,4 +1,16 @@
-"""What the trainer asks of a training method: a loss for one batch, and a word on what a batch costs."""
+"""What the trainer asks of a training method: the images to train on, their loss, and a word on what a batch costs.
+
+The loss stands apart from the images, so that it can be computed more than once on the same ones: weight perturbation
+(AWP, arXiv:2004.05884) needs it at two places. For each batch the trainer calls, :attr:`Method.repeats` times over,
+
+    x_adv = method.perturb(x, y, places)
+    step = method.loss(x, x_adv, y, places)        (perhaps several times)
+    step.loss.backward()                           (of the loss that the optimiser then steps on)
+    method.after_backward(x_adv)
+
+The state of a run is only taken between two batches, never between the repeats of one: they take the time of a few
+natural steps, so a stop can wait for them, and neither the batch nor the count of its repeats has to be kept.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +18,32 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The task loss of a run: one object for every method, so that its options reach them all.
+
+    Args:
+        label_smoothing: s in [0, 1): the label's share becomes 1 - s + s/K of K classes, every other class's s/K
+            (Szegedy et al., arXiv:1512.00567, section 7).
+    """
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean over the batch: logits (B, K), labels (B,) int64 -> scalar with gradient."""
+        return functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+
+PLAIN_CROSS_ENTROPY = CrossEntropy()
+"""Without options."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The outcome of one forward computation.
+    """The outcome of one computation of the loss.
 
     Args:
         loss: scalar to minimise, with gradient.
@@ -28,22 +61,42 @@ class Method(Protocol):
 
     @property
     def passes(self) -> str:
-        """Cost of one batch, for people: ``3 forward + 2 backward passes``."""
+        """Cost of one batch, all its repeats together, for people: ``3 forward + 2 backward passes``."""
 
     @property
     def adversarial(self) -> bool:
         """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
 
+    @property
+    def repeats(self) -> int:
+        """How many steps of the optimiser are taken on each batch, at least 1."""
+
     def begin_epoch(self, epoch: int) -> None:
         """Told before the first batch of each epoch, counted from 0."""
 
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
-        """The loss of one batch; the trainer runs its backward pass and steps the optimiser.
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        """The images that the weights are trained on; may move the method's own state.
 
         Args:
             x: (B, C, H, W) float32 in [0, 1]; a short last batch has fewer images.
             y: (B,) int64 labels.
             places: (B,) int64 positions of the images in the training split.
+
+        Returns:
+            (B, C, H, W) in [0, 1], without gradient: ``x`` itself where nothing is perturbed; a leaf that requires
+            gradient where :meth:`after_backward` is to find it.
+        """
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        """The loss of the batch that :meth:`perturb` gave ``x_adv`` for, differentiable in the weights.
+
+        It leaves the method's state alone, so that it may be called again at other weights; in train mode the running
+        statistics of BatchNorm move with every call. Arguments as :meth:`perturb`.
+        """
+
+    def after_backward(self, x_adv: Tensor) -> None:
+        """Told once per repeat, when ``x_adv.grad`` holds the gradient of the loss that the optimiser steps on (where
+        :meth:`perturb` returned a leaf that requires it); before the optimiser's step.
         """
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -53,3 +106,22 @@ class Method(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`state_dict` gave; in mid-epoch no :meth:`begin_epoch` follows."""
+
+
+class Stateless:
+    """The parts of a :class:`Method` that most leave alone: one step a batch, nothing carried between batches."""
+
+    repeats = 1
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing changes between epochs."""
+
+    def after_backward(self, x_adv: Tensor) -> None:
+        """The gradient of the images is not needed."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """No state."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """No state."""

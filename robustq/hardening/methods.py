@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from robustq.data import SIDES, usual_augment
-from robustq.hardening.method import Method
+from robustq.hardening.method import CrossEntropy, Method
 from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
 from robustq.hardening.ptq import PtqSettings
@@ -63,8 +63,9 @@ def build_method(
         device: where training runs.
         seed: of the method's own random draws.
     """
+    cross_entropy = CrossEntropy()
     if recipe.method == "natural":
-        return Natural(model)
+        return Natural(model, cross_entropy=cross_entropy)
     return Odgq(
         model,
         check_settings(recipe.settings, OdgqSettings, table="odgq"),
@@ -74,4 +75,5 @@ def build_method(
         samples=samples,
         device=device,
         generator=torch.Generator().manual_seed(seed),
+        cross_entropy=cross_entropy,
     )

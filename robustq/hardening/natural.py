@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional
 
-from robustq.hardening.method import Step
+from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step
 
 
 @dataclass(frozen=True)
@@ -15,31 +14,27 @@ class NaturalSettings:
     """The ``[natural]`` table of a recipe: it has no keys."""
 
 
-class Natural:
+class Natural(Stateless):
     """Minimises the mean cross-entropy of clean images; the baseline of every table.
 
     Args:
         model: network in train mode, images in [0, 1] -> logits.
+        cross_entropy: the task loss.
     """
 
     passes = "1 forward + 1 backward pass"
     adversarial = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY) -> None:
         self.model = model
+        self.cross_entropy = cross_entropy
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes between epochs."""
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        """The clean images."""
+        return x
 
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
-        """See :meth:`robustq.hardening.method.Method.training_step`."""
-        logits = self.model(x)
-        loss = functional.cross_entropy(logits, y)
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        """See :meth:`robustq.hardening.method.Method.loss`."""
+        logits = self.model(x_adv)
+        loss = self.cross_entropy(logits, y)
         return Step(loss, {"cross_entropy": loss.detach()}, logits.detach())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """No state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """No state."""

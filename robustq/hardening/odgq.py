@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.hardening.method import Step
+from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
 from robustq.hardening.mmd import mmd
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe_faults import shown, unknown_value
@@ -110,9 +109,11 @@ class Odgq:
         samples: number of training images, for ``tied_to = "sample"``.
         device: where P lives.
         generator: CPU generator of the ``noise`` ablation.
+        cross_entropy: L_task, in line 6 as in line 10.
     """
 
     adversarial = True
+    repeats = 1
 
     def __init__(
         self,
@@ -125,8 +126,10 @@ class Odgq:
         samples: int,
         device: torch.device,
         generator: torch.Generator,
+        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
     ) -> None:
         self.model = model
+        self.cross_entropy = cross_entropy
         self.settings = settings
         self.epsilon = epsilon
         self.domain = 0
@@ -152,11 +155,6 @@ class Odgq:
         self.domain = epoch % int(self.settings.domains)
         self._first_batch_of_epoch = True
 
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
-        """Lines 4 to 10 for one batch; see :meth:`robustq.hardening.method.Method.training_step`."""
-        x_adv = self.perturb(x, y, places)
-        return self.aligned_loss(x, x_adv, y)
-
     def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         """Lines 4 to 9: the adversarial images of this batch (detached); updates P."""
         settings, epsilon = self.settings, self.epsilon
@@ -177,12 +175,12 @@ class Odgq:
             x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon)
         return self._clamped(x_adv).detach()
 
-    def aligned_loss(self, x: Tensor, x_adv: Tensor, y: Tensor) -> Step:
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
         """Line 10: cross-entropy on x_adv + lambda * MMD(features of x_adv, features of x)."""
         settings = self.settings
         if settings.mmd_weight == 0:
             logits = self.model(x_adv)
-            task = functional.cross_entropy(logits, y)
+            task = self.cross_entropy(logits, y)
             return Step(task, {"cross_entropy": task.detach()}, logits.detach())
         if settings.batch_norm == "joint":
             both_logits, both = self._tap(torch.cat([x_adv, x]))
@@ -192,7 +190,7 @@ class Odgq:
             # The clean branch first, so that the running statistics end on x_adv in train mode as well.
             natural = self._natural_features(x)
             logits, features = self._tap(x_adv)
-        task = functional.cross_entropy(logits, y)
+        task = self.cross_entropy(logits, y)
         bandwidth = settings.bandwidth
         gap = mmd(features, natural, estimator=settings.estimator, bandwidth=bandwidth)  # type: ignore[arg-type]
         return Step(
@@ -200,6 +198,9 @@ class Odgq:
             {"cross_entropy": task.detach(), "mmd": gap.detach()},
             logits.detach(),
         )
+
+    def after_backward(self, x_adv: Tensor) -> None:
+        """Line 8 has been carried out by :meth:`perturb`."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """P, (N_k, slots, C, H, W) float32; k; whether an epoch has just begun; the generator of ``noise``."""
@@ -235,7 +236,7 @@ class Odgq:
         context = mode.get(self.settings.batch_norm)
         x_g = x_g.detach().requires_grad_()
         with context(self.model) if context is not None else nullcontext():
-            loss = functional.cross_entropy(self.model(x_g), y)
+            loss = self.cross_entropy(self.model(x_g), y)
         (gradient,) = torch.autograd.grad(loss, x_g)
         return gradient
 

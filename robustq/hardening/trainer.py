@@ -217,7 +217,7 @@ class Training:
         )
 
     def take_step(self, batch: Batch) -> Tensor:
-        """Train on one batch and count it; the loss, detached."""
+        """Train on one batch, as often as the method repeats it, and count it; the mean loss, detached."""
         standing, recipe, batches = self.standing, self.recipe, self.batches_per_epoch
         # Warm-up begins one step in: a learning rate of exactly 0 would waste the first batch. Only warm-up does:
         # shifted to its end, the cosine would waste the last batch instead, and milestones would come a step early.
@@ -225,12 +225,19 @@ class Training:
         done = standing.epoch + (standing.step + warming) / batches
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, done)
-        outcome = self.method.training_step(batch.x, batch.y, batch.places)
+        losses = [self._take_one_step(batch) for _ in range(self.method.repeats)]
+        standing.step += 1
+        return torch.stack(losses).mean()
+
+    def _take_one_step(self, batch: Batch) -> Tensor:
+        x, y, places = batch.x, batch.y, batch.places
+        x_adv = self.method.perturb(x, y, places)
+        outcome = self.method.loss(x, x_adv, y, places)
         self.optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()  # type: ignore[no-untyped-call]
+        self.method.after_backward(x_adv)
         self.optimizer.step()
-        self.totals.add(outcome.loss, outcome.terms, outcome.logits, batch.y)
-        standing.step += 1
+        self.totals.add(outcome.loss, outcome.terms, outcome.logits, y)
         return outcome.loss.detach()
 
     def _end_epoch(self, keeper: Keeper) -> Watched:

@@ -15,7 +15,7 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import NotFiniteError
 from robustq.hardening import trainer
 from robustq.hardening.finite import FiniteWatch, watching_layers
-from robustq.hardening.method import Method, Step
+from robustq.hardening.method import Method, Stateless, Step
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.trainer import Training
@@ -71,7 +71,7 @@ class Split(TensorSplit):
             yield Batch(x, batch.y, batch.places)
 
 
-class Faulty:
+class Faulty(Stateless):
     """Cross-entropy, but the step whose images hold a white pixel goes wrong in the way of its `fault`."""
 
     passes = "1 forward + 1 backward pass"
@@ -80,14 +80,12 @@ class Faulty:
     def __init__(self, model: nn.Module, fault: str) -> None:
         self.model, self.fault = model, fault
 
-    def begin_epoch(self, epoch: int) -> None:
-        pass
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        return x / 0.0 if self.fault == "images" and bool((x == 1.0).any()) else x
 
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
         now = bool((x == 1.0).any())
-        if now and self.fault == "images":
-            x = x / 0.0
-        logits = self.model(x)
+        logits = self.model(x_adv)
         loss = functional.cross_entropy(logits, y)
         if now and self.fault == "loss":
             loss = loss * math.inf
@@ -95,12 +93,6 @@ class Faulty:
             # sqrt has an infinite slope at 0: the loss stays what it is, its gradient is NaN.
             loss = loss + sum((0.0 * parameter).square().sum().sqrt() for parameter in self.model.parameters())
         return Step(loss, {}, logits.detach())
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 class Calm:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustq.data import Augment, TensorSplit
 from robustq.hardening.forecast import what_fits
 from robustq.hardening.memory import is_out_of_memory, largest_that_fits, runs_out
-from robustq.hardening.method import Method, Step
+from robustq.hardening.method import Method, Stateless, Step
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.natural import Natural
 from robustq.hardening.trainer import Training
@@ -88,7 +88,7 @@ def test_the_largest_of_the_halves_that_fits(limit: int, expected: int | None) -
     assert largest_that_fits(starving_above(limit), too_large=16, least=2) == expected
 
 
-class Starving:
+class Starving(Stateless):
     """Natural training on a machine that holds so many images a batch."""
 
     passes = "1 forward + 1 backward pass"
@@ -97,18 +97,12 @@ class Starving:
     def __init__(self, model: nn.Module, limit: int) -> None:
         self._natural, self._work = Natural(model), starving_above(limit)
 
-    def begin_epoch(self, epoch: int) -> None:
-        pass
-
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         self._work(len(x))
-        return self._natural.training_step(x, y, places)
+        return self._natural.perturb(x, y, places)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        return self._natural.loss(x, x_adv, y, places)
 
 
 class StarvingMonitor:

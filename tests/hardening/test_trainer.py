@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.data import Augment, TensorSplit
-from robustq.hardening.method import Method, Step
+from robustq.hardening.method import Method, Stateless, Step
 from robustq.hardening.methods import build_method
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.natural import Natural
@@ -161,7 +161,7 @@ def test_natural_training_is_plain_sgd(bits: int, keys: dict[str, Any], rates: l
         assert row["lr"] == pytest.approx(rates[3 * epoch + 2], rel=1e-6)
 
 
-class Constant:
+class Constant(Stateless):
     """A method whose loss has a zero gradient everywhere, so that only weight decay moves anything."""
 
     passes = "1 forward + 1 backward pass"
@@ -175,18 +175,15 @@ class Constant:
     def begin_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
-    def training_step(self, x: Tensor, y: Tensor, places: Tensor) -> Step:
-        logits = self.model(x)
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        return x
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        logits = self.model(x_adv)
         value = self.losses[self.epochs[-1]] if self.losses else 1.0
         # Times the weights and not times the logits: every parameter then has a gradient, and it is 0.
         loss = 0.0 * torch.stack([parameter.sum() for parameter in self.model.parameters()]).sum() + value
         return Step(loss, {"constant": torch.tensor(2.0 * value)}, functional.one_hot(y, 10).to(logits))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pass
 
 
 def test_weight_decay_spares_the_learned_thresholds() -> None:
@@ -313,3 +310,51 @@ def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool
     # What is saved in on_epoch is what was watched, and the run ends on the last epoch's weights.
     assert all(torch.equal(saved, watched) for saved, watched in zip(at_call, monitor.weights, strict=True))
     assert torch.equal(model.get_parameter("fc.weight"), at_call[-1])
+
+
+class Repeating(Natural):
+    """Natural training that takes several steps on each batch, and looks at the images' gradient after each."""
+
+    repeats = 3
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.told: list[tuple[Tensor, Tensor]] = []
+        self._perturbed: list[Tensor] = []
+
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        self._perturbed.append(x.clone().requires_grad_())
+        return self._perturbed[-1]
+
+    def after_backward(self, x_adv: Tensor) -> None:
+        assert x_adv is self._perturbed[-1] and x_adv.grad is not None
+        self.told.append((self.model.get_parameter("fc.weight").detach().clone(), x_adv.grad))
+
+
+def test_a_method_that_repeats_takes_so_many_steps_on_each_batch() -> None:
+    model, twin = network(), network()
+    method = Repeating(model)
+    _, rows, _ = run(model, recipe(epochs=1), method=method)
+    settings = recipe()
+    optimizer = build_optimizer(twin, settings)
+    twin.train()
+    losses, seen = [], iter(method.told)
+    for step, (x, y) in enumerate(split().batches(BATCH, device=CPU, seed=7, epoch=0, augment=Augment())):
+        for group in optimizer.param_groups:
+            group["lr"] = cosine(step / 3)  # the schedule counts batches, not their repeats
+        for _ in range(3):
+            images = x.clone().requires_grad_()
+            loss = functional.cross_entropy(twin(images), y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            weight, gradient = next(seen)
+            # Told before the optimiser's step, with the gradient of this very loss.
+            assert torch.equal(weight, twin.get_parameter("fc.weight"))
+            assert images.grad is not None and torch.equal(gradient, images.grad)
+            optimizer.step()
+            losses.append(loss.item() * len(y))
+    assert next(seen, None) is None
+    state = twin.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    # Every repeat counts in the row: three times forty images, in float32.
+    assert rows[0]["loss"] == pytest.approx(sum(losses) / 120, rel=1e-5)

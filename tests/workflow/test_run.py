@@ -58,16 +58,16 @@ def starving(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Training steps run out of memory above so many images, from so manyth step on."""
 
     def starve(limit: int, *, after: int = 0) -> None:
-        training_step = Natural.training_step
+        loss = Natural.loss
         steps: list[int] = []
 
-        def step(self: Natural, x: Tensor, y: Tensor, places: Tensor) -> Step:
+        def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
             steps.append(len(x))
             if len(x) > limit and len(steps) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-            return training_step(self, x, y, places)
+            return loss(self, x, x_adv, y, places)
 
-        monkeypatch.setattr(Natural, "training_step", step)
+        monkeypatch.setattr(Natural, "loss", step)
 
     return starve
 
@@ -118,17 +118,17 @@ def test_a_disk_that_is_too_small_is_found_before_the_run(monkeypatch: pytest.Mo
 
 
 def test_nan_stops_the_run_and_keeps_the_good_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = Natural.training_step
+    loss = Natural.loss
     steps: list[int] = []
 
-    def step(self: Natural, x: Tensor, y: Tensor, places: Tensor) -> Step:
+    def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
         steps.append(1)
-        found = training_step(self, x, y, places)
+        found = loss(self, x, x_adv, y, places)
         # The second step of the second epoch; then the repetition of the first two.
         broken = len(steps) in (3 + 3 + 2, 3 + 3 + 3 + 2)
         return Step(found.loss * float("nan"), found.terms, found.logits) if broken else found
 
-    monkeypatch.setattr(Natural, "training_step", step)
+    monkeypatch.setattr(Natural, "loss", step)
     with pytest.raises(NotFiniteError, match=r"^run: the loss became nan in step 2 of epoch 2; .*what was saved"):
         train(out=Path("run"))
     with RunFolder.reopen(Path("run")) as folder:
