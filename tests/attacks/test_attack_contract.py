@@ -399,7 +399,7 @@ def test_what_stops_breaks_all_that_the_last_iterate_broke_and_costs_less(
 ) -> None:
     x, y = images
     streams = Streams.of(0, range(len(x)), attack=case) if case in RANDOM else None
-    more = {} if streams is None else {"generator": streams}
+    more: dict[str, Any] = {} if streams is None else {"generator": streams}
     broken, spent = [], []
     for stop in (True, False):
         model: Any = Counted(batchwise, images=len(x))
