@@ -2,25 +2,30 @@
 
 A recipe's name is its path below recipes/ without the ending: ``cifar10/resnet20-w4a4-odgq``. Keys that are absent are
 settled by the model, the data set or the command line. The table named like the method (``[odgq]``) holds the method's
-own keys, which the method checks itself (:mod:`robustq.hardening`).
+own keys, which the method checks itself (:mod:`robustq.hardening`). How files are found and extend one another is in
+:mod:`robustq.recipe_files`.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from robustq.errors import RecipeError, UsageError
+from robustq.recipe_claims import evidence_faults, paper_rows_faults
 from robustq.recipe_faults import TRAINING_KEYS, Vocabulary, find_faults
+from robustq.recipe_files import EXTENDS, read_values
+from robustq.recipe_files import recipe_names as recipe_names
 
 UNDEFENDED = frozenset({"natural", "ptq"})
 """Methods that know of no attack."""
+
+
+CLAIMS: Mapping[str, Callable[[object], list[str]]] = {"paper_rows": paper_rows_faults, "evidence": evidence_faults}
+"""Keys by which a recipe speaks of itself and on which no run depends -> what is wrong with a value of them."""
 
 
 def parse_epsilon(value: float | str) -> float:
@@ -75,6 +80,8 @@ class Recipe:
         calibration_images: training images that set the activation scales before the first step.
         monitor_images: held-out images on which clean and PGD-10 accuracy are watched each epoch.
         settings: the method's own table.
+        paper_rows: table of arXiv:2210.08701 -> the row that this recipe is, counted from 1.
+        evidence: the figures that a run of it gave, and how (:data:`robustq.recipe_claims.EVIDENCE`); empty until then.
     """
 
     name: str
@@ -100,37 +107,27 @@ class Recipe:
     calibration_images: int = 512
     monitor_images: int = 500
     settings: Mapping[str, Any] = field(default_factory=dict)
+    paper_rows: Mapping[str, int] = field(default_factory=dict)
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types with every value, as kept in a run's config.json."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        """Plain JSON types with every value that a run depends on, as kept in its config.json."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in CLAIMS}
         values |= {"milestones": list(self.milestones), "settings": dict(self.settings)}
         return {key: value for key, value in values.items() if self.method != "ptq" or key not in TRAINING_KEYS}
 
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with robustq, sorted."""
-    root = resources.files("robustq.recipes")
-    found: list[str] = []
-
-    def walk(folder: Any, prefix: str) -> None:
-        for entry in folder.iterdir():
-            if entry.is_dir():
-                walk(entry, f"{prefix}{entry.name}/")
-            elif entry.name.endswith(".toml"):
-                found.append(prefix + entry.name.removesuffix(".toml"))
-
-    walk(root, "")
-    return sorted(found)
+    def claims(self) -> dict[str, Any]:
+        """Plain JSON types: what the recipe says of itself and no run depends on."""
+        return {"paper_rows": dict(self.paper_rows), "evidence": dict(self.evidence)}
 
 
 def check_name(name: str) -> None:
     """Make sure that ``name`` is a recipe's name or a file of TOML, without a look at its keys.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: it is neither, or it extends something that is not there.
     """
-    _read(name)
+    read_values(name)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabulary | None = None) -> Recipe:
@@ -142,8 +139,10 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabul
         RecipeError: no such recipe (the nearest is named), broken TOML, an unknown key, a value of the wrong kind or
             range; all faults of one recipe are told at once.
     """
-    values = _read(name)
+    values = read_values(name)
     faults = [fault for fault in (_override(values, override) for override in overrides) if fault is not None]
+    claims = {key: values.pop(key) for key in CLAIMS if key in values}
+    faults += [fault for key, value in claims.items() for fault in CLAIMS[key](value)]
     faults += find_faults(values, vocabulary)
     if isinstance(values.get("epsilon"), int | float | str):
         try:
@@ -158,29 +157,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, vocabulary: Vocabul
         flat["epsilon"] = parse_epsilon(flat["epsilon"])
     flat["milestones"] = tuple(flat.get("milestones", ()))
     return replace(
-        Recipe(name=name, method="", epochs=0, batch_size=0, lr=0.0), **flat, settings=tables.get(flat["method"], {})
+        Recipe(name=name, method="", epochs=0, batch_size=0, lr=0.0),
+        **flat,
+        **claims,
+        settings=tables.get(flat["method"], {}),
     )
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if name.endswith(".toml"):
-        if not path.is_file():
-            raise RecipeError(f"{name}: no such recipe file; give a path to a .toml, or a name from 'robustq recipes'")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{name}: is not UTF-8 text, so not a recipe; give a .toml file") from error
-    else:
-        entry = resources.files("robustq.recipes").joinpath(*f"{name}.toml".split("/"))
-        if name not in recipe_names():
-            near = difflib.get_close_matches(name, recipe_names(), n=1, cutoff=0.0)[0]
-            raise RecipeError(f"unknown recipe '{name}' (nearest: {near}); 'robustq recipes' lists them all")
-        text = entry.read_text(encoding="utf-8")
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError, a number too long another one
-        raise RecipeError(f"{name}: not valid TOML ({' '.join(str(error).split())})") from error
 
 
 def _override(values: dict[str, Any], text: str) -> str | None:
@@ -188,6 +169,8 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         return f"--set '{text}' has no value; write --set key=value, e.g. --set epochs=10"
+    if key.strip().partition(".")[0] in (EXTENDS, *CLAIMS):
+        return f"--set '{text}': {key.strip()} stands in a recipe file only; change it there"
     try:
         parsed = tomllib.loads(f"value = {raw.strip()}")
         value = parsed["value"] if len(parsed) == 1 else raw.strip()

@@ -20,7 +20,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "robustq"
 
 # Lowest line first; rooms on one line may import each other. `recipes` holds data files; `api` is robustq/__init__.py.
 LINES: tuple[tuple[str, ...], ...] = (
-    ("errors", "progress", "inputs", "outputs", "data", "recipe", "recipe_faults", "recipes"),
+    (
+        "errors",
+        "progress",
+        "inputs",
+        "outputs",
+        "data",
+        "recipe",
+        "recipe_claims",
+        "recipe_faults",
+        "recipe_files",
+        "recipes",
+    ),
     ("models", "torch_file", "checkpoint"),
     ("attacks",),
     ("evaluation",),

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+import re
+import tomllib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import robustq
+from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
+from robustq.hardening.trainer import put_back
+from robustq.models.calibration import calibrate
+from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
+from robustq.recipe_claims import PAPER_TABLES, by_table
 from robustq.recipe_faults import check_settings
+from robustq.workflow.run import prepare
+
+RECIPES = Path(robustq.__file__).parent / "recipes"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +101,68 @@ def test_the_papers_recipes_hold_its_schedule() -> None:
             assert recipe.epsilon == 8 / 255
 
 
-SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28), "digits": (8, 8), None: (16, 16)}
+def test_table_3_is_the_papers_rows() -> None:
+    rows = []
+    for bits, weight in ((4, 3.0), (1, 0.003)):
+        base = {"weight_bits": bits, "act_bits": bits}
+        name = f"imagenet/resnet18-w{bits}a{bits}"
+        rows.append({"name": f"{name}-natural", "method": "natural", "epochs": 90, "milestones": (30, 60), **base})
+        for domains, end in ((1, "-nk1"), (2, "-nk2"), (4, ""), (6, "-nk6")):
+            settings = {"domains": domains, "mmd_weight": weight}
+            rows.append({"name": f"{name}-odgq{end}", "method": "odgq", "settings": settings, **base})
+            rows[-1] |= {"epochs": 45, "milestones": (15, 30)}
+    assert_rows(
+        "III",
+        {"data": "imagenet", "architecture": "resnet18", "epsilon": 2 / 255, "batch_size": 256, "lr": 0.1}
+        | {"schedule": "steps", "image_size": 224, "flip": True},
+        rows,
+    )
+
+
+def test_table_4_changes_one_thing_at_a_time() -> None:
+    base = load_recipe("cifar10/resnet20-w4a4-odgq")
+    changes: list[dict[str, Any]] = [
+        {},
+        {"global_perturbation": "none"},
+        {"mmd_weight": 0.0},
+        {"mmd_weight": 0.3},
+        {"global_perturbation": "noise"},
+    ]
+    common = {key: value for key, value in base.to_dict().items() if key not in ("name", "summary", "settings")}
+    assert_rows(
+        "IV",
+        {**common, "milestones": base.milestones},
+        [{"settings": {**base.settings, **change}} for change in changes],
+    )
+
+
+def test_table_5_changes_the_widths() -> None:
+    rows: list[dict[str, Any]] = []
+    for bits in (32, 8, 4, 3, 2, 1):
+        weight = 0.003 if bits == 1 else 3.0
+        widths = {"weight_bits": bits, "act_bits": bits}
+        rows.append({"method": "natural", "epochs": 300, "settings": {}, **widths})
+        rows.append({"method": "odgq", "epochs": 150, "settings": {"domains": 4, "mmd_weight": weight}, **widths})
+    assert_rows("V", {"data": "cifar10", "architecture": "resnet20", "epsilon": 8 / 255, "batch_size": 512}, rows)
+
+
+def assert_rows(table: str, common: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The recipes of a table hold these values, row by row, and there are no others."""
+    names = by_table([load_recipe(name) for name in recipe_names()])[table]
+    assert len(names) == len(rows) == PAPER_TABLES[table][1]
+    for place, (name, row) in enumerate(zip(names, rows, strict=True), start=1):
+        recipe = load_recipe(name)
+        assert recipe.paper_rows[table] == place, name
+        for key, value in (common | row).items():
+            assert getattr(recipe, key) == value, (name, key)
+
+
+def test_no_shipped_recipe_is_longer_than_twenty_lines() -> None:
+    for path in RECIPES.rglob("*.toml"):
+        assert len(path.read_text().splitlines()) <= 20, path
+
+
+SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28), "digits": (8, 8), "imagenet": (32, 32, 3), None: (16, 16)}
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +182,69 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path
 
 
 TRAINED = [name for name in recipe_names() if load_recipe(name).method != "ptq"]
+SLOW = re.compile("imagenet/.*-nk|mnist/(?!.*odgq$)")
+WHOLE = [name for name in TRAINED if "extends" not in tomllib.loads((RECIPES / f"{name}.toml").read_text())]
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_recipe_takes_two_steps(name: str, stand_ins: dict[str | None, Path], tmp_path: Path) -> None:
+def stand_in(data: str | None) -> Dataset:
+    """Seven random images in the data's shape, in three classes."""
+    *sides, channels = (*SHAPES[data], 1)[:3]
+    pixels = torch.randint(0, 256, (7, channels, *sides), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = TensorSplit(pixels, torch.arange(7) % 3)
+    return Dataset("stand-in", ("a", "b", "c"), channels, sides[0], split, split, split)
+
+
+@functools.cache
+def network(architecture: str, bits: int, act_bits: int, data: str | None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A calibrated network and its weights to put back: building Brevitas' layers takes longer than training them."""
+    images = stand_in(data)
+    torch.manual_seed(0)
+    model = build_model(spec_of(architecture, bits, act_bits, data))
+    calibrate(model, to_float(images.train.take(7)[0]), from_scratch=True)
+    return model, {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def spec_of(architecture: str, bits: int, act_bits: int, data: str | None, epsilon: float | None = None) -> ModelSpec:
+    images = stand_in(data)
+    shape = (images.classes, images.channels, images.image_size)
+    return ModelSpec(architecture, bits, act_bits, *shape, images.name, epsilon, images.class_names)
+
+
+@pytest.mark.parametrize(
+    "name",
+    # Slow: rows that differ from one beside them in a number or in the data alone.
+    [pytest.param(name, marks=pytest.mark.slow if SLOW.match(name) else ()) for name in TRAINED],
+)
+def test_every_recipe_takes_two_steps(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.summary
+    net = (recipe.architecture or "resnet8", recipe.weight_bits or 4, recipe.act_bits or 4, recipe.data)
+    (model, before), spec, data = network(*net), spec_of(*net, recipe.epsilon), stand_in(recipe.data)
+    put_back(model, before)
+    recipe = replace(recipe, batch_size=4, lr=0.001)  # two batches, the second one short
+    training = prepare(
+        model,
+        spec,
+        data,
+        recipe,
+        augment=usual_augment(data.name, data.image_size),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    losses = [training.take_step(batch) for batch in training.epoch_batches()]
+    assert len(losses) == training.standing.step == 2
+    assert torch.stack(losses).isfinite().all()
+    still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    # At 1 bit a layer may pass no gradient on (signs clip at 1); everywhere else all weights move.
+    assert spec.weight_bits == 1 or not [name for name in still if name.endswith("weight")]
+    assert not torch.equal(model.get_parameter("fc.weight"), before["fc.weight"])
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if not name.startswith("imagenet/")])
+def test_recipes_that_extend_no_other_train_from_file_to_file(
+    name: str, stand_ins: dict[str | None, Path], tmp_path: Path
+) -> None:
+    recipe = load_recipe(name)
     # 24 images less the 3 held out, in batches of 11: two steps, the second one short.
     result = robustq.train_model(
         name,

@@ -23,20 +23,23 @@ def recipes(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """List the recipes, or print one with every value resolved, as TOML that --recipe takes."""
+    """List the recipes by the paper's tables, or print one with every value resolved, as TOML that --recipe takes."""
+    from robustq.recipe_claims import by_table
 
     def job() -> dict[str, Any]:
         from robustq.recipe import load_recipe, recipe_names
 
         if name is None:
-            return {"recipes": [load_recipe(one).to_dict() for one in recipe_names()]}
+            known = [load_recipe(one) for one in recipe_names()]
+            return {"recipes": [{**one.to_dict(), **one.claims()} for one in known], "tables": by_table(known)}
         from robustq.hardening.methods import resolved_recipe
 
-        return {"recipes": [resolved_recipe(load_recipe(name))]}
+        found = load_recipe(name)
+        return {"recipes": [{**resolved_recipe(found), **found.claims()}]}
 
     def lines(result: dict[str, Any]) -> list[str]:
         from robustq.report.recipe import list_lines, toml_lines
 
-        return list_lines(result["recipes"]) if name is None else toml_lines(result["recipes"][0])
+        return list_lines(**result) if name is None else toml_lines(result["recipes"][0])
 
     finish(job, as_json, lines, out=out)
