@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from robustq.hardening.methods import build_method
-from robustq.hardening.trainer import build_optimizer
+from robustq.hardening.optimizer import build_optimizer
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe

@@ -79,6 +79,8 @@ class Recipe:
         train_images: use only so many training images (0: all).
         calibration_images: training images that set the activation scales before the first step.
         monitor_images: held-out images on which clean and PGD-10 accuracy are watched each epoch.
+        stop_on_collapse: end the run when robust accuracy collapses (:mod:`robustq.hardening.collapse`).
+        tensorboard: write the metrics as TensorBoard's event files too (:mod:`robustq.hardening.board`).
         settings: the method's own table.
         paper_rows: table of arXiv:2210.08701 -> the row that this recipe is, counted from 1.
         evidence: the figures that a run of it gave, and how (:data:`robustq.recipe_claims.EVIDENCE`); empty until then.
@@ -106,6 +108,8 @@ class Recipe:
     train_images: int = 0
     calibration_images: int = 512
     monitor_images: int = 500
+    stop_on_collapse: bool = True
+    tensorboard: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     paper_rows: Mapping[str, int] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)

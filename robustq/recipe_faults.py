@@ -22,6 +22,8 @@ TRAINING_KEYS = (
     "weight_decay",
     "crop_padding",
     "flip",
+    "stop_on_collapse",
+    "tensorboard",
 )
 """Keys without a meaning for ``ptq``, which does not train."""
 
@@ -49,6 +51,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "train_images": (int,),
     "calibration_images": (int,),
     "monitor_images": (int,),
+    "stop_on_collapse": (bool,),
+    "tensorboard": (bool,),
 }
 # Smallest and largest value. The upper ends lie far above any use and below what a computer chokes on.
 _RANGES: dict[str, tuple[float, float]] = {

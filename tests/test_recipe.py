@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import robustq
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening.trainer import put_back
+from robustq.hardening.weights import put_back
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.finish import finish, radius
+from robustq.cli.finish import finish, radius, shortfalls
 from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import (
     ActBits,
@@ -25,6 +25,7 @@ from robustq.cli.options import (
     Seed,
     Set,
     SkipBadImages,
+    TensorBoard,
     WeightBits,
 )
 from robustq.cli.resume import Resume, advice, check_alone, resumed
@@ -56,6 +57,7 @@ def harden(
     feature_layer: FeatureLayer = None,
     epsilon: Epsilon = None,
     overrides: Set = None,
+    tensorboard: TensorBoard = False,
     trust_pickle: Annotated[
         bool,
         typer.Option(
@@ -107,7 +109,7 @@ def harden(
             bits_per_layer=bits_per_layer,
             normalisation=normalisation,
             recipe=recipe,
-            overrides=tuple(overrides or ()),
+            overrides=(*(overrides or ()), *(["tensorboard=true"] if tensorboard else [])),
             data=data,
             architecture=architecture,
             own_model=own_model,
@@ -120,4 +122,4 @@ def harden(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)), shortfall=shortfalls)

@@ -58,6 +58,12 @@ Set = Annotated[
         autocompletion=setting,
     ),
 ]
+TensorBoard = Annotated[
+    bool,
+    typer.Option(
+        "--tensorboard", help="Write the metrics for TensorBoard too: tensorboard --logdir runs. Needs its package."
+    ),
+]
 RunOut = Annotated[Path | None, typer.Option(help="Run folder to make; must not exist. Default: runs/NAME.")]
 BundleOut = Annotated[
     Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.completion import ARCHITECTURES, one_of
-from robustq.cli.finish import finish
+from robustq.cli.finish import finish, shortfalls
 from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import (
     ActBits,
@@ -24,6 +24,7 @@ from robustq.cli.options import (
     Seed,
     Set,
     SkipBadImages,
+    TensorBoard,
     WeightBits,
 )
 from robustq.cli.resume import Resume, advice, check_alone, resumed
@@ -50,6 +51,7 @@ def train(
     bits_per_layer: BitsPerLayer = None,
     normalisation: Normalisation = None,
     overrides: Set = None,
+    tensorboard: TensorBoard = False,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
     device: Device = None,
@@ -78,7 +80,7 @@ def train(
 
         return train_model(
             recipe,
-            overrides=tuple(overrides or ()),
+            overrides=(*(overrides or ()), *(["tensorboard=true"] if tensorboard else [])),
             data=data,
             architecture=architecture,
             own_model=own_model,
@@ -94,4 +96,4 @@ def train(
             out=out,
         )
 
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)))
+    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)), shortfall=shortfalls)

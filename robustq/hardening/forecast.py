@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustq.hardening.memory import largest_that_fits, runs_out
+from robustq.hardening.metrics import process_peak
 from robustq.hardening.trainer import Training
 
 TIMED_STEPS = 2
@@ -139,7 +139,4 @@ def _wait(device: torch.device) -> None:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    import resource
-
-    # Kilobytes, but bytes on macOS: getrusage(2) of each.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process_peak()

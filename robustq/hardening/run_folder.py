@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, UsageError
+from robustq.hardening.board import Board
 from robustq.hardening.run_lock import RunLock, check_not_running
 from robustq.models.own.factory import runs_user_code
 from robustq.models.spec import ModelSpec
@@ -44,6 +45,7 @@ class RunFolder:
         self.path = path
         self.config = config
         self._lock = lock
+        self._board = Board(path) if config["recipe"].get("tensorboard") else None
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], state: dict[str, Any]) -> Self:
@@ -101,6 +103,8 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._board is not None:
+            self._board.close()
         self._lock.release()
 
     @property
@@ -162,6 +166,8 @@ class RunFolder:
         if not rows:
             return
         write_text_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
+        if self._board is not None:
+            self._board.follow(rows)
         if last or (last is None and standing["step"] == 0):
             self._save("last.pt", state["model"], rows[-1])
         if best:
@@ -208,12 +214,29 @@ def check_unfinished(path: Path) -> None:
         UsageError: the run has finished, or has no resume.pt.
     """
     if (path / RESULT).exists():
-        raise UsageError(f"{path} has finished, nothing is left to resume; its best weights are in {path / 'best.pt'}")
+        raise UsageError(
+            f"{path} has finished{_early_end(path)}, nothing is left to resume; its best weights are in "
+            f"{path / 'best.pt'}"
+        )
     if not (path / RESUME).is_file():
         raise UsageError(
             f"{path}: has no {RESUME}, without which a run cannot go on (an older robustq kept none); start it again "
             "with another --out"
         )
+
+
+def _early_end(path: Path) -> str:
+    """That the finished run in ``path`` ended before its last epoch, and why; empty where it did not."""
+    try:
+        collapsed = json.loads((path / RESULT).read_text(encoding="utf-8"))["collapsed"]
+        if collapsed is None:
+            return ""
+        return (
+            f" after {collapsed['epoch']} of {collapsed['planned']} epochs, since robust accuracy collapsed (to train "
+            "on regardless, start a new run with --set stop_on_collapse=false)"
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # another version's: it has finished all the same
+        return ""
 
 
 def resume_command(path: Path, config: dict[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustq.hardening.monitor import Watched
+from robustq.hardening.weights import taken_out
 
 
 @dataclass
@@ -33,6 +34,25 @@ class Standing:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+
+    def end_epoch(self, row: dict[str, Any], watched: Watched, model: nn.Module) -> bool:
+        """Write down what an epoch gave, and keep its weights where they are the best so far; of equals the later.
+
+        Args:
+            row: its metrics.
+            watched: its accuracies.
+            model: with the weights that were watched.
+
+        Returns:
+            Whether they are the best so far.
+        """
+        self.epoch, self.step = self.epoch + 1, 0
+        self.seconds, self.epoch_seconds = self.seconds + self.epoch_seconds, 0.0
+        self.rows.append(row)
+        is_best = self.best is None or watched.rank >= self.best.rank
+        if is_best:
+            self.best_epoch, self.best, self.best_weights = self.epoch, watched, taken_out(model)
+        return is_best
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, numbers and tensors."""

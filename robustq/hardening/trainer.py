@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from robustq.data import Augment, Batch, Split
 from robustq.errors import NotFiniteError, RunStoppedError
+from robustq.hardening.collapse import Collapse, find_collapse
 from robustq.hardening.finite import FiniteWatch, find_fault
+from robustq.hardening.inspection import BATCH
 from robustq.hardening.method import Method
+from robustq.hardening.metrics import epoch_row, forget_peak_memory
 from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.optimizer import build_optimizer
 from robustq.hardening.schedule import learning_rate
 from robustq.hardening.standing import Keeper, Standing
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.totals import Totals
-from robustq.models.quantizers import learned_thresholds
+from robustq.hardening.weights import put_back
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
@@ -36,45 +40,14 @@ SAVE_EVERY_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class Trained:
-    """Outcome of a run: the best epoch's watched accuracies and the mean time of an epoch's training part."""
+    """Outcome of a run: the best epoch's watched accuracies, the mean time of an epoch's training part, and why it
+    ended early, where it did.
+    """
 
     best_epoch: int
     best: Watched
     seconds_per_epoch: float
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD with momentum; weight decay on everything but learned activation thresholds.
-
-    The thresholds are logarithms: decay would pull every clipping range towards 1, whatever the activations are.
-    """
-    thresholds = [module.log_threshold for module in learned_thresholds(model).values()]
-    held = {id(parameter) for parameter in thresholds}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) not in held]
-    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}]
-    if thresholds:
-        groups.append({"params": thresholds, "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-
-
-@torch.no_grad()
-def put_back(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy ``weights`` into the very tensors of ``model``.
-
-    ``model.load_state_dict`` will not do for a network in training: Brevitas then makes its quantizers anew, learned
-    thresholds included (https://github.com/Xilinx/brevitas, ``REINIT_ON_STATE_DICT_LOAD``), and the optimiser would go
-    on with the old ones, which nothing uses any more.
-
-    Raises:
-        KeyError, ValueError: names or shapes differ.
-    """
-    own = model.state_dict()
-    if own.keys() != weights.keys():
-        raise KeyError(f"weights differ in {sorted(own.keys() ^ weights.keys())[0]}")
-    for name, value in own.items():
-        if value.shape != weights[name].shape:
-            raise ValueError(f"{name} has shape {tuple(weights[name].shape)}, not {tuple(value.shape)}")
-        value.copy_(weights[name])
+    collapse: Collapse | None = None
 
 
 class Training:
@@ -125,9 +98,17 @@ class Training:
         return math.ceil(len(self.split) / self.recipe.batch_size)
 
     @property
+    def collapse(self) -> Collapse | None:
+        """The collapse of robust accuracy that ends the run, or has ended it; a pure function of the epochs so far."""
+        if not self.recipe.stop_on_collapse:
+            return None
+        robust = [row["holdout_pgd10_accuracy"] for row in self.standing.rows]
+        return find_collapse(robust, images=self.monitor.images, planned=self.recipe.epochs)
+
+    @property
     def finished(self) -> bool:
-        """Whether all epochs have ended."""
-        return self.standing.epoch >= self.recipe.epochs
+        """Whether no epoch is left: all have ended, or robust accuracy has collapsed."""
+        return self.standing.epoch >= self.recipe.epochs or self.collapse is not None
 
     def state_dict(self) -> dict[str, Any]:
         """The state between two batches. Its tensors are the living ones: write or copy them before the next batch."""
@@ -155,7 +136,8 @@ class Training:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
 
     def run(self, keeper: Keeper, stop: StopRequest) -> Trained:
-        """Train to the last epoch; the network is left in eval mode with the last epoch's weights.
+        """Train to the last epoch, or until robust accuracy collapses; the network is left in eval mode with the
+        weights of the epoch that ended last.
 
         Args:
             keeper: gets the state after each epoch, when the run stops, and every ten minutes within long epochs; it
@@ -173,6 +155,7 @@ class Training:
         with bar(recipe.method, max(remaining, 0)) as progress:
             while not self.finished:
                 watch, saved_at = FiniteWatch(self.device), time.monotonic()
+                forget_peak_memory(self.device)
                 self._clock = time.perf_counter()
                 for batch in self.epoch_batches():
                     watch.add(batch.x, self.take_step(batch))
@@ -199,7 +182,7 @@ class Training:
                     raise RunStoppedError(f"stopped after epoch {standing.epoch} of {recipe.epochs}")
         self.model.eval()
         assert standing.best is not None  # a recipe has at least one epoch
-        return Trained(standing.best_epoch, standing.best, standing.seconds / recipe.epochs)
+        return Trained(standing.best_epoch, standing.best, standing.seconds / standing.epoch, self.collapse)
 
     def epoch_batches(self) -> Iterator[Batch]:
         """Begin or continue the epoch that :attr:`standing` stands in, and hand out the batches that it still lacks."""
@@ -242,28 +225,23 @@ class Training:
 
     def _end_epoch(self, keeper: Keeper) -> Watched:
         standing = self.standing
-        row = self.totals.means()
+        means = self.totals.means()
         self._count_seconds()
         seconds, start = standing.epoch_seconds, time.perf_counter()
         watched = self.monitor.watch(self.model)
-        standing.epoch, standing.step = standing.epoch + 1, 0
-        standing.seconds, standing.epoch_seconds = standing.seconds + seconds, 0.0
-        is_best = standing.best is None or watched.rank >= standing.best.rank
-        if is_best:
-            standing.best_epoch, standing.best = standing.epoch, watched
-            standing.best_weights = {
-                name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()
-            }
-        standing.rows.append(
-            {
-                "epoch": standing.epoch,
-                **row,
-                "holdout_clean_accuracy": watched.clean,
-                "holdout_pgd10_accuracy": watched.robust,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "seconds": seconds + time.perf_counter() - start,
-            }
+        inspection = self.monitor.inspect(self.model, batch_size=min(BATCH, self.recipe.batch_size))
+        row = epoch_row(
+            standing.epoch + 1,
+            means,
+            watched,
+            inspection,
+            lr=self.optimizer.param_groups[0]["lr"],
+            seconds=seconds + time.perf_counter() - start,
+            training_seconds=seconds,
+            images=len(self.split),
+            device=self.device,
         )
+        is_best = standing.end_epoch(row, watched, self.model)
         keeper.save(self.state_dict(), epoch_ended=True, is_best=is_best)
         return watched
 

@@ -15,7 +15,7 @@ def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
     if result["holdout_pgd10_accuracy"] is not None:
         held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
     clean = bounded(result["clean_accuracy"], result["clean_interval"])
-    trained = f"epoch {result['best_epoch']} of {result['epochs']}; " if result["epochs"] else ""
+    trained = f"epoch {result['best_epoch']} of {result['epochs_done']}; " if result["epochs"] else ""
     time = f"{result['seconds_per_epoch']:.2f} s an epoch" if result["epochs"] else f"{result['seconds']:.1f} s"
     return [
         f"clean   {clean} on {result['test_images']:,} test images",

@@ -139,6 +139,10 @@ def _short(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
 
 
+_BESIDE = ("name", "summary", "data", "tensorboard")
+"""Keys of a recipe that decide nothing of what is trained; the data are known by their content."""
+
+
 def _identity(config: dict[str, Any]) -> str:
     """What decides the outcome, but for rounding: not where files lie, nor the machine and its versions."""
     source = config["source"]
@@ -148,7 +152,7 @@ def _identity(config: dict[str, Any]) -> str:
             "data": config["data"]["digest"],
             **{key: config[key] for key in ("command", "augment", "seed")},
             "spec": {key: value for key, value in config["spec"].items() if key != "data"},
-            "recipe": {key: value for key, value in config["recipe"].items() if key not in ("name", "summary", "data")},
+            "recipe": {key: value for key, value in config["recipe"].items() if key not in _BESIDE},
         },
         sort_keys=True,
     )

@@ -96,6 +96,7 @@ def quantize_only(
             "clean_interval": list(wilson_interval(right, count)),
             "test_images": count,
             "epochs": 0,
+            "epochs_done": 0,
             "best_epoch": 0,
             "holdout_clean_accuracy": info["holdout_clean_accuracy"],
             "holdout_pgd10_accuracy": None,
@@ -104,6 +105,8 @@ def quantize_only(
             "size_bytes": (folder / "best.pt").stat().st_size,
             "epsilon": spec.epsilon,
             "seed": seed,
+            "collapsed": None,
+            "shortfalls": [],
             "bits": spec.weight_bits,
             "method": recipe.method,
         }

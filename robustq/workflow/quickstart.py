@@ -88,7 +88,7 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
         "epsilon": epsilon,
         "test_images": recheck["images"],
         "folder": str(folder.absolute()),
-        "shortfalls": [fall for export in exports.values() for fall in export["shortfalls"]] + recheck["shortfalls"],
+        "shortfalls": [fall for step in (hardened, *exports.values(), recheck) for fall in step["shortfalls"]],
         "seconds": time.perf_counter() - start,
     }
     write_text_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")

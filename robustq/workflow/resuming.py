@@ -10,6 +10,7 @@ import torch
 
 from robustq.data import Augment, Dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, UsageError
+from robustq.hardening.board import check_tensorboard
 from robustq.hardening.methods import resolved_settings
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.models.spec import ModelSpec, build_model
@@ -39,7 +40,7 @@ def resume_run(
         As :func:`robustq.workflow.training.train_model` or ``harden_model``, whichever began it.
 
     Raises:
-        UsageError: no such run, or it has finished.
+        UsageError: no such run, or it has finished; it writes for TensorBoard, which is not installed here.
         RunLockedError: it is still going.
         DataError: the data is gone, or is not the same any more.
         RobustqError: as the function that began it.
@@ -49,6 +50,8 @@ def resume_run(
     with folder:
         config = folder.config
         recipe, spec, augment = _settings(path, config)
+        if recipe.tensorboard:
+            check_tensorboard()
         place = pick_device(device or config["device"])
         for line in differences(config, place):
             note(f"note    {line}")

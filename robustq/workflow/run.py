@@ -11,13 +11,15 @@ from torch import nn
 from robustq.data import Augment, Dataset, to_float
 from robustq.errors import NotFiniteError, OutOfMemoryError, OutputError, OutputExistsError, RunStoppedError
 from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.hardening.board import check_tensorboard
 from robustq.hardening.forecast import what_fits
 from robustq.hardening.memory import runs_out
 from robustq.hardening.methods import build_method, resolved_settings
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.stop import StopRequest
-from robustq.hardening.trainer import Trained, Training, put_back
+from robustq.hardening.trainer import Trained, Training
+from robustq.hardening.weights import put_back
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.outputs import free_path, sha256
@@ -57,12 +59,15 @@ def run_recipe(
         What train and harden print, and result.json holds.
 
     Raises:
+        UsageError: TensorBoard is asked for and not installed.
         OutOfMemoryError: names the batch size that fits; nothing is written.
         OutputError: the disk is too full; what was saved before stands.
         NotFiniteError: NaN or Inf; what was saved before stands.
         RunStoppedError: by Ctrl-C or SIGTERM; says how to go on.
     """
     check_last_batch(model, spec, len(data.train), recipe)
+    if recipe.tensorboard:
+        check_tensorboard()
     if source is None:
         calibrate_on(model, data, recipe, device=device, from_scratch=True)
     augment = augmentation(recipe, data)
@@ -133,6 +138,8 @@ def prepare(
 def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Dataset) -> dict[str, Any]:
     """Train from where ``training`` stands, which ``folder`` holds already, to result.json; gives the folder back.
 
+    A run whose robust accuracy collapses ends there, with the best epoch's weights and a result that says so.
+
     Raises:
         OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
     """
@@ -196,6 +203,7 @@ def _result(
         "clean_interval": list(wilson_interval(right, count)),
         "test_images": count,
         "epochs": training.recipe.epochs,
+        "epochs_done": training.standing.epoch,
         "best_epoch": trained.best_epoch,
         "holdout_clean_accuracy": trained.best.clean,
         "holdout_pgd10_accuracy": trained.best.robust,
@@ -203,6 +211,8 @@ def _result(
         "size_bytes": checkpoint.stat().st_size,
         "epsilon": spec.epsilon,
         "seed": training.seed,
+        "collapsed": None if trained.collapse is None else trained.collapse.to_dict(),
+        "shortfalls": [] if trained.collapse is None else [f"{folder.path}: {trained.collapse}"],
     }
     if folder.config["command"] == "harden":
         result |= {"bits": spec.weight_bits, "method": training.recipe.method}

@@ -15,6 +15,7 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import RunStoppedError
 from robustq.hardening import trainer
 from robustq.hardening.methods import build_method
+from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.trainer import Training
@@ -98,7 +99,7 @@ def begun(method: str, bits: int, keys: dict[str, Any], *, init: int) -> tuple[T
 
 
 def same(first: Any, second: Any, at: str = "state") -> None:
-    """Equal bit for bit, all the way down; seconds are nobody's bits."""
+    """Equal bit for bit, all the way down; seconds and memory are nobody's bits."""
     assert type(first) is type(second), at
     if isinstance(first, Tensor):
         assert first.dtype == second.dtype, at
@@ -106,7 +107,7 @@ def same(first: Any, second: Any, at: str = "state") -> None:
     elif isinstance(first, dict):
         assert first.keys() == second.keys(), at
         for key in first:
-            if "seconds" not in str(key):
+            if key not in (*OF_THE_MACHINE, "epoch_seconds"):
                 same(first[key], second[key], f"{at}.{key}")
     elif isinstance(first, list | tuple):
         assert len(first) == len(second), at

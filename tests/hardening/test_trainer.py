@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.data import Augment, TensorSplit
+from robustq.hardening.inspection import Inspection
 from robustq.hardening.method import Method, Stateless, Step
 from robustq.hardening.methods import build_method
+from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.natural import Natural
+from robustq.hardening.optimizer import build_optimizer
 from robustq.hardening.stop import StopRequest
-from robustq.hardening.trainer import Trained, Training, build_optimizer
+from robustq.hardening.trainer import Trained, Training
 from robustq.models.calibration import calibrate
 from robustq.models.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
@@ -55,6 +58,8 @@ def recipe(**keys: Any) -> Recipe:
 class Scripted:
     """A monitor that has its answers ready."""
 
+    images = 500
+
     def __init__(self, *answers: Watched) -> None:
         self._answers = list(answers)
         self.weights: list[Tensor] = []
@@ -62,6 +67,9 @@ class Scripted:
     def watch(self, model: nn.Module) -> Watched:
         self.weights.append(model.get_parameter("fc.weight").detach().clone())
         return self._answers.pop(0) if self._answers else Watched(0.5, None)
+
+    def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
+        return Inspection(1.0, 2.0, 3.0, 0.25)
 
 
 def run(
@@ -229,7 +237,10 @@ def test_the_seed_settles_everything() -> None:
     other, _ = hardened(2)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
-    timeless = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows] for rows in (first_rows, again_rows)]
+    timeless = [
+        [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
+        for rows in (first_rows, again_rows)
+    ]
     assert timeless[0] == timeless[1]
 
 
@@ -251,8 +262,15 @@ KEYS = {
     "train_accuracy",
     "holdout_clean_accuracy",
     "holdout_pgd10_accuracy",
+    "feature_norm",
+    "logit_margin",
+    "input_gradient_norm",
+    "zero_gradients",
     "lr",
     "seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+    "peak_memory_of",
 }
 
 

@@ -26,6 +26,7 @@ import pytest
 import torch
 
 from robustq.checkpoint import load_model
+from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.outputs import PARTIAL
 
 EPOCHS = 24  # more than all kills together let pass
@@ -163,7 +164,8 @@ def epochs(folder: Path) -> int:
 def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        del row["seconds"]
+        for key in OF_THE_MACHINE:
+            del row[key]
     result = json.loads((run / "result.json").read_text())
     for key in ("checkpoint", "run", "seconds_per_epoch"):
         del result[key]

@@ -1,0 +1,96 @@
+"""When training counts as collapsed, and that the trainer then stops with the best weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from robustq.hardening.collapse import Collapse, find_collapse
+from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.stop import StopRequest
+from robustq.hardening.trainer import Training
+from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.test_resume import begun
+
+
+@pytest.mark.parametrize(
+    ("robust", "images", "collapsed"),
+    [
+        ([0.4, 0.02, 0.0], 500, True),
+        ([0.4, 0.02], 500, False),  # one bad epoch is not two
+        ([0.4, 0.02, 0.3], 500, False),  # it came back
+        ([0.4, 0.02, 0.3, 0.02, 0.01], 500, True),
+        ([0.4, 0.19, 0.19], 500, True),
+        ([0.4, 0.21, 0.21], 500, False),  # overfitting, but not below half
+        ([0.4, 0.19, 0.21], 500, False),
+        ([0.06, 0.02, 0.02], 100, False),  # a third, but as likely chance: Wilson [2.8, 12.5] and [0.6, 7.0]
+        ([0.06, 0.02, 0.02], 2000, True),
+        ([0.0, 0.0, 0.0], 500, False),  # never was robust
+        ([0.1, 0.2, 0.3, 0.4], 500, False),
+        ([0.4, 0.5, 0.5, 0.0, 0.0], 500, True),
+        ([None, None, None], 500, False),  # natural training
+        ([], 500, False),
+        ([0.0], 500, False),
+    ],
+)
+def test_a_collapse_is_a_fall_that_lasts_and_is_no_chance(
+    robust: list[float | None], images: int, collapsed: bool
+) -> None:
+    found = find_collapse(robust, images=images, planned=40)
+    assert (found is not None) == collapsed
+
+
+def test_the_message_says_what_happened_and_what_to_do() -> None:
+    found = find_collapse([0.4, 0.5, 0.5, 0.02, 0.01], images=500, planned=40)
+    assert found == Collapse(epoch=5, robust=0.01, best_epoch=3, best=0.5, planned=40)
+    told = str(found)
+    for part in ("PGD-10 1.0%", "epoch 5, 50.0% in epoch 3", "stopped after 5 of 40", "--set stop_on_collapse=false"):
+        assert part in told
+    assert "\n" not in told
+
+
+class Falling(Monitor):
+    """The accuracies of a run that falls in its third epoch."""
+
+    answers = (0.5, 0.6, 0.0, 0.0, 0.0, 0.0)
+    images = 500
+
+    def __init__(self, inner: Monitor) -> None:
+        self.__dict__.update(inner.__dict__)
+        self.seen = 0
+
+    def watch(self, model: nn.Module) -> Watched:
+        self.seen += 1
+        return Watched(0.9, self.answers[self.seen - 1])
+
+
+def falling(**keys: Any) -> Training:
+    training, _ = begun("odgq", 0, {"domains": 2}, init=0)
+    training.recipe = replace(training.recipe, epochs=6, **keys)
+    training.monitor = Falling(training.monitor)
+    return training
+
+
+def test_the_trainer_stops_and_best_is_the_epoch_before() -> None:
+    training, keeper = falling(), MemoryKeeper()
+    keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
+    trained = training.run(keeper, StopRequest())
+    assert trained.collapse == Collapse(4, 0.0, 2, 0.6, 6)
+    assert (trained.best_epoch, trained.best) == (2, Watched(0.9, 0.6))
+    assert training.standing.epoch == 4 and training.finished and not training.model.training
+    assert trained.seconds_per_epoch == training.standing.seconds / 4
+    # A process that dies before result.json goes on with nothing but that.
+    again = falling()
+    again.load_state_dict(keeper.load())
+    assert again.finished
+    assert again.run(keeper, StopRequest()) == trained
+    assert again.standing.epoch == 4
+
+
+def test_it_can_be_told_not_to() -> None:
+    training, keeper = falling(stop_on_collapse=False), MemoryKeeper()
+    trained = training.run(keeper, StopRequest())
+    assert (trained.collapse, trained.best_epoch, training.standing.epoch) == (None, 2, 6)
