@@ -10,7 +10,7 @@ from typing import Any
 
 from robustq.errors import RecipeError
 
-METHODS = ("natural", "odgq", "ptq")
+METHODS = ("natural", "odgq", "pgd", "free", "dq", "fgsm-rs", "n-fgsm", "fgsm-mep", "trades", "rslad", "ptq")
 TRAINING_KEYS = (
     "epochs",
     "batch_size",
@@ -126,6 +126,24 @@ def unknown_value(key: str, value: object, known: Sequence[Any]) -> str:
     near = difflib.get_close_matches(str(value)[:80], [str(one) for one in known], n=1, cutoff=0.5)
     nearest = f" (nearest: {near[0]})" if near else ""
     return f"{key} = {shown(value)} is unknown; known: {', '.join(map(str, known))}{nearest}"
+
+
+def number_faults(
+    key: str, value: float, *, low: float, high: float, whole: bool = False, above: bool = False
+) -> list[str]:
+    """What is wrong with a number of a method's table, in words: nothing, or one fault.
+
+    Args:
+        key, value: as in the recipe, the table's name included.
+        low, high: smallest and largest value.
+        whole: no fractions.
+        above: ``low`` itself is too small.
+    """
+    if (low < value if above else low <= value) and value <= high and not (whole and value != int(value)):
+        return []
+    kind = "a whole number" if whole else "a number"
+    span = f"over {low:g} and at most {high:.9g}" if above else f"from {low:g} to {high:.9g}"
+    return [f"{key} = {shown(value)} must be {kind} {span}"]
 
 
 def shown(value: object) -> str:

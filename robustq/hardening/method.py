@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -54,6 +55,13 @@ class Step:
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
+
+
+def task_step(model: nn.Module, x_adv: Tensor, y: Tensor, *, cross_entropy: CrossEntropy) -> Step:
+    """The plain loss of many methods: cross-entropy of the images that were made, and nothing else."""
+    logits = model(x_adv)
+    loss = cross_entropy(logits, y)
+    return Step(loss, {"cross_entropy": loss.detach()}, logits.detach())
 
 
 class Method(Protocol):
@@ -125,3 +133,22 @@ class Stateless:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """No state."""
+
+
+class Drawing(Stateless):
+    """As :class:`Stateless`, but for the random numbers that it draws.
+
+    Args:
+        generator: on the CPU, so that the draws do not depend on the device.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the generator stands."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put it back there."""
+        self.generator.set_state(state["generator"].cpu())

@@ -9,14 +9,36 @@ import torch
 from torch import nn
 
 from robustq.data import SIDES, usual_augment
+from robustq.errors import UsageError
+from robustq.hardening.dq import Dq, DqSettings
+from robustq.hardening.fgsm_mep import FgsmMep, FgsmMepSettings
+from robustq.hardening.fgsm_rs import FgsmRs, FgsmRsSettings
+from robustq.hardening.free import Free, FreeSettings
 from robustq.hardening.method import CrossEntropy, Method
+from robustq.hardening.n_fgsm import NFgsm, NFgsmSettings
 from robustq.hardening.natural import Natural, NaturalSettings
 from robustq.hardening.odgq import Odgq, OdgqSettings
+from robustq.hardening.pgd import Pgd, PgdSettings
 from robustq.hardening.ptq import PtqSettings
+from robustq.hardening.rslad import Rslad, RsladSettings
+from robustq.hardening.teacher import Teacher
+from robustq.hardening.trades import Trades, TradesSettings
 from robustq.recipe import Recipe
 from robustq.recipe_faults import check_settings
 
-SETTINGS: dict[str, type] = {"natural": NaturalSettings, "odgq": OdgqSettings, "ptq": PtqSettings}
+SETTINGS: dict[str, type] = {
+    "natural": NaturalSettings,
+    "odgq": OdgqSettings,
+    "pgd": PgdSettings,
+    "free": FreeSettings,
+    "dq": DqSettings,
+    "fgsm-rs": FgsmRsSettings,
+    "n-fgsm": NFgsmSettings,
+    "fgsm-mep": FgsmMepSettings,
+    "trades": TradesSettings,
+    "rslad": RsladSettings,
+    "ptq": PtqSettings,
+}
 """Method -> the dataclass of its own table in a recipe."""
 
 
@@ -51,6 +73,7 @@ def build_method(
     samples: int,
     device: torch.device,
     seed: int,
+    teacher: Teacher | None = None,
 ) -> Method:
     """The method that ``recipe`` names, bound to ``model``.
 
@@ -62,18 +85,64 @@ def build_method(
         samples: number of training images.
         device: where training runs.
         seed: of the method's own random draws.
+        teacher: of the method ``rslad``.
+
+    Raises:
+        RecipeError: a fault in the method's own table.
+        UsageError: ``rslad`` without a teacher, or a method that does not train.
     """
+    settings = check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method)
     cross_entropy = CrossEntropy()
-    if recipe.method == "natural":
-        return Natural(model, cross_entropy=cross_entropy)
-    return Odgq(
-        model,
-        check_settings(recipe.settings, OdgqSettings, table="odgq"),
-        epsilon=epsilon,
-        batch_size=recipe.batch_size,
-        image_shape=image_shape,
-        samples=samples,
-        device=device,
-        generator=torch.Generator().manual_seed(seed),
-        cross_entropy=cross_entropy,
-    )
+    generator = torch.Generator().manual_seed(seed)
+    match settings:
+        case NaturalSettings():
+            return Natural(model, cross_entropy=cross_entropy)
+        case DqSettings():
+            return Dq(model, settings, cross_entropy=cross_entropy)
+        case OdgqSettings():
+            return Odgq(
+                model,
+                settings,
+                epsilon=epsilon,
+                batch_size=recipe.batch_size,
+                image_shape=image_shape,
+                samples=samples,
+                device=device,
+                generator=generator,
+                cross_entropy=cross_entropy,
+            )
+        case FreeSettings():
+            return Free(
+                model,
+                settings,
+                epsilon=epsilon,
+                batch_size=recipe.batch_size,
+                image_shape=image_shape,
+                samples=samples,
+                device=device,
+                cross_entropy=cross_entropy,
+            )
+        case FgsmMepSettings():
+            return FgsmMep(
+                model,
+                settings,
+                epsilon=epsilon,
+                image_shape=image_shape,
+                samples=samples,
+                device=device,
+                generator=generator,
+                cross_entropy=cross_entropy,
+            )
+        case PgdSettings():
+            return Pgd(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
+        case FgsmRsSettings():
+            return FgsmRs(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
+        case NFgsmSettings():
+            return NFgsm(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
+        case TradesSettings():
+            return Trades(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
+        case RsladSettings():
+            if teacher is None:
+                raise UsageError("method 'rslad' learns from a teacher and got none; set rslad.teacher to a model file")
+            return Rslad(model, settings, teacher=teacher, epsilon=epsilon, generator=generator)
+    raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")

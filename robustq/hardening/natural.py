@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step
+from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step, task_step
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,4 @@ class Natural(Stateless):
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
         """See :meth:`robustq.hardening.method.Method.loss`."""
-        logits = self.model(x_adv)
-        loss = self.cross_entropy(logits, y)
-        return Step(loss, {"cross_entropy": loss.detach()}, logits.detach())
+        return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
+from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
 from robustq.hardening.mmd import mmd
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe_faults import shown, unknown_value
@@ -179,9 +179,7 @@ class Odgq:
         """Line 10: cross-entropy on x_adv + lambda * MMD(features of x_adv, features of x)."""
         settings = self.settings
         if settings.mmd_weight == 0:
-            logits = self.model(x_adv)
-            task = self.cross_entropy(logits, y)
-            return Step(task, {"cross_entropy": task.detach()}, logits.detach())
+            return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)
         if settings.batch_norm == "joint":
             both_logits, both = self._tap(torch.cat([x_adv, x]))
             logits, (features, natural) = both_logits[: len(x)], torch.split(both, len(x))

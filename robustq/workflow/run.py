@@ -27,6 +27,7 @@ from robustq.progress import bar
 from robustq.recipe import Recipe
 from robustq.workflow.announcing import announce, announce_safety, told_forecast
 from robustq.workflow.setting import DEFAULT_EPSILON, augmentation, check_last_batch, versions
+from robustq.workflow.teaching import open_teacher
 
 EVALUATION_BATCH = 500
 
@@ -103,11 +104,13 @@ def prepare(
 
     Raises:
         OutOfMemoryError: the method's own memory (the perturbation set of ODG-Q) or the data do not fit.
+        RobustqError: the teacher that the recipe names cannot be used.
     """
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     prepared: list[Training] = []
 
     def work() -> None:
+        teacher = open_teacher(recipe, data, augment=augment, device=device)
         method = build_method(
             recipe,
             model,
@@ -116,6 +119,7 @@ def prepare(
             samples=len(data.train),
             device=device,
             seed=seed,
+            teacher=teacher,
         )
         images, labels = data.holdout.take(recipe.monitor_images)
         monitor = Monitor(

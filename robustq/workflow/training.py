@@ -29,6 +29,7 @@ from robustq.workflow.setting import (
     read_recipe,
     with_normalisation,
 )
+from robustq.workflow.teaching import with_teacher
 from robustq.workflow.widths import WidthOptions
 
 
@@ -72,7 +73,7 @@ def train_model(
     Raises:
         RobustqError: bad input; nothing is written.
     """
-    settings = read_recipe(recipe, overrides)
+    settings = with_teacher(read_recipe(recipe, overrides))
     if settings.method == "ptq":
         raise UsageError(
             f"recipe {recipe} quantizes a trained network and trains none; use robustq harden MODEL --recipe {recipe}"
@@ -168,7 +169,7 @@ def harden_model(
     Raises:
         RobustqError: bad input; nothing is written.
     """
-    settings = read_recipe(recipe, overrides)
+    settings = with_teacher(read_recipe(recipe, overrides))
     if epsilon is not None:
         settings = replace(settings, epsilon=epsilon)
     place = pick_device(device)

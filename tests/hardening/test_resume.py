@@ -12,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import Augment, Batch, TensorSplit
-from robustq.errors import RunStoppedError
+from robustq.errors import ModelFileError, RunStoppedError
 from robustq.hardening import trainer
 from robustq.hardening.methods import build_method
 from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor
+from robustq.hardening.rslad import Rslad
 from robustq.hardening.stop import StopRequest
+from robustq.hardening.teacher import AskedTeacher, CachedTeacher, Teacher
 from robustq.hardening.trainer import Training
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
+from robustq.recipe_faults import METHODS
 from tests.hardening.memory_keeper import MemoryKeeper
 
 CPU = torch.device("cpu")
@@ -71,6 +74,17 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return pictures, torch.randint(0, 10, (count,), generator=generator)
 
 
+def teacher(split: Interrupting, keys: dict[str, Any], *, init: int = 100) -> Teacher:
+    """The same in every process, but for its cached answers, which each computes for itself."""
+    state = torch.get_rng_state()
+    torch.manual_seed(init)
+    network = WithDropout()
+    torch.set_rng_state(state)
+    if keys.get("teacher_sees") == "augmented":
+        return AskedTeacher(network)
+    return CachedTeacher(network, TensorSplit(split.images, split.labels), mirrored=True, device=CPU)
+
+
 def begun(method: str, bits: int, keys: dict[str, Any], *, init: int) -> tuple[Training, Interrupting]:
     """A training of its own, as a new process would build it; `init` decides what a restored state must overwrite."""
     torch.manual_seed(init)
@@ -89,7 +103,16 @@ def begun(method: str, bits: int, keys: dict[str, Any], *, init: int) -> tuple[T
         warmup_epochs=0.5,
         settings=keys,
     )
-    bound = build_method(recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3)
+    bound = build_method(
+        recipe,
+        model,
+        epsilon=EPSILON,
+        image_shape=(1, 8, 8),
+        samples=IMAGES,
+        device=CPU,
+        seed=3,
+        teacher=teacher(split, keys) if method == "rslad" else None,
+    )
     x, y = images(8, 6)
     monitor = Monitor(x / 255, y, epsilon=EPSILON if bound.adversarial else None, batch_size=100, seed=3)
     return (
@@ -136,6 +159,16 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "odgq-noise": ("odgq", 0, {"global_perturbation": "noise"}),
     "odgq-sample": ("odgq", 0, {"tied_to": "sample", "domains": 2}),
     "odgq-once-an-epoch": ("odgq", 0, {"update": "epoch", "domains": 2}),
+    "pgd": ("pgd", 0, {"steps": 2}),
+    "free": ("free", 0, {"repeats": 3}),
+    "dq": ("dq", 0, {"orthogonality_weight": 0.01}),
+    "fgsm-rs": ("fgsm-rs", 0, {}),
+    "n-fgsm": ("n-fgsm", 0, {}),
+    "fgsm-mep": ("fgsm-mep", 0, {}),
+    "fgsm-mep-anew": ("fgsm-mep", 0, {"reset_epochs": 1}),
+    "trades": ("trades", 0, {"steps": 2}),
+    "rslad": ("rslad", 0, {}),
+    "rslad-asked": ("rslad", 0, {"teacher_sees": "augmented"}),
 }
 
 # Batch 1: the first; 3: the last of its epoch, before it was judged; 4: the first of the second epoch.
@@ -173,6 +206,20 @@ def test_stopped_and_resumed_is_the_same_run(case: str) -> None:
     assert training.finished
     assert training.run(keeper, StopRequest()).best == trained.best
     same(keeper.load(), expected)
+
+
+def test_every_method_that_trains_is_resumed_here() -> None:
+    assert {method for method, *_ in CASES.values()} == set(METHODS) - {"ptq"}
+
+
+def test_another_teacher_is_refused() -> None:
+    training, split = begun("rslad", 0, {}, init=0)
+    state = training.state_dict()
+    assert isinstance(training.method, Rslad)
+    for other in (teacher(split, {}, init=101), teacher(split, {"teacher_sees": "augmented"})):
+        training.method.teacher = other
+        with pytest.raises(ModelFileError, match="is not the teacher any more that the run began with"):
+            training.load_state_dict(state)
 
 
 def test_the_comparison_sees_one_bit() -> None:

@@ -1,0 +1,84 @@
+"""N-FGSM: FGSM from an image that strong noise was added to (de Jorge et al. 2022, arXiv:2202.01181, Algorithm 1).
+
+eta = U(-2 epsilon, 2 epsilon); train on x + eta + epsilon sign(grad CE(x + eta)), which is not projected back into the
+ball: the noise augments, and the missing projection keeps single-step training from collapsing (section 3 there).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustq.attacks.ascent import input_gradient
+from robustq.attacks.losses import cross_entropy as per_image
+from robustq.errors import RecipeError
+from robustq.hardening.crafting import crafting, mode_faults
+from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.recipe_faults import number_faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFgsmSettings:
+    """The ``[n-fgsm]`` table of a recipe.
+
+    Args:
+        noise_scale: k, half the width of the noise as a multiple of epsilon (the paper: 2).
+        step_scale: the step as a multiple of epsilon (the paper: 1).
+        batch_norm: of the crafting pass (:data:`robustq.hardening.crafting.MODES`); ``train`` as in the paper's code.
+    """
+
+    noise_scale: float = 2.0
+    step_scale: float = 1.0
+    batch_norm: str = "train"
+
+    def __post_init__(self) -> None:
+        faults = number_faults("n-fgsm.noise_scale", self.noise_scale, low=0, high=1000)
+        faults += number_faults("n-fgsm.step_scale", self.step_scale, low=0, high=1000, above=True)
+        faults += mode_faults("n-fgsm.batch_norm", self.batch_norm)
+        if faults:
+            raise RecipeError("; ".join(faults))
+
+
+class NFgsm(Drawing):
+    """One crafting step from a noisy image, then one step of training; up to 3 epsilon from the clean image.
+
+    Args:
+        model: network in train mode, images in [0, 1] -> logits.
+        settings: the ``[n-fgsm]`` table.
+        epsilon: radius of the threat model, in [0, 1].
+        generator: CPU generator of the noise.
+        cross_entropy: the task loss; crafting ascends it without label smoothing.
+    """
+
+    passes = "2 forward + 2 backward passes"
+    adversarial = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: NFgsmSettings,
+        *,
+        epsilon: float,
+        generator: torch.Generator,
+        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
+    ) -> None:
+        super().__init__(generator)
+        self.model = model
+        self.settings = settings
+        self.epsilon = epsilon
+        self.cross_entropy = cross_entropy
+
+    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+        """The noisy image, one step further; both are clamped to [0, 1], as in the paper's code."""
+        drawn = torch.rand(x.shape, generator=self.generator).to(x)
+        noise = self.settings.noise_scale * self.epsilon * (2.0 * drawn - 1.0)
+        noisy = (x + noise).clamp(0.0, 1.0)
+        with crafting(self.model, self.settings.batch_norm):
+            gradient = input_gradient(self.model, noisy, lambda logits: per_image(logits, y)).gradient
+        return (noisy + self.settings.step_scale * self.epsilon * gradient.sign()).clamp(0.0, 1.0)
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        """Cross-entropy of x_adv."""
+        return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)

@@ -1,0 +1,561 @@
+"""Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its faults told.
+
+The comparison runs in float64, as that of ODG-Q does (tests/hardening/test_odgq.py says why).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.errors import RecipeError, UsageError
+from robustq.hardening.dq import orthogonality
+from robustq.hardening.fgsm_mep import FgsmMep
+from robustq.hardening.free import Free
+from robustq.hardening.method import CrossEntropy, Method
+from robustq.hardening.methods import SETTINGS, build_method, resolved_settings
+from robustq.hardening.teacher import AskedTeacher
+from robustq.recipe import Recipe
+from robustq.recipe_faults import METHODS
+from tests.hardening import methods_reference as reference
+from tests.hardening.test_odgq import EPSILON, SAMPLES, SHAPE, SLOTS, Twin, assert_close, images, running, twins
+
+CPU = torch.device("cpu")
+IMAGE = torch.zeros(SHAPE, dtype=torch.float64)
+LEVEL = 1 / 255
+SEED = 5
+
+
+def recipe(method: str, **keys: Any) -> Recipe:
+    return Recipe(name="test", method=method, epochs=1, batch_size=SLOTS, lr=0.05, settings=keys)
+
+
+def teacher_net() -> Twin:
+    return twins(seed=9)[0].eval()
+
+
+def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: float = EPSILON, **keys: Any) -> Any:
+    """The method on a float64 net: its memory in float64 too."""
+    teacher = AskedTeacher(teacher_net()) if method == "rslad" else None
+    made: Any = build_method(
+        recipe(method, **keys),
+        model,
+        epsilon=epsilon,
+        image_shape=SHAPE,
+        samples=SAMPLES,
+        device=CPU,
+        seed=SEED,
+        teacher=teacher,
+    )
+    if smoothing:
+        made.cross_entropy = CrossEntropy(smoothing)
+    for name in ("perturbation", "perturbations", "momenta"):
+        if hasattr(made, name):
+            setattr(made, name, getattr(made, name).double())
+    return made
+
+
+def train_both(
+    method: Any, model: nn.Module, plain: reference.Reference, net: Any, *, epochs: int = 4
+) -> list[reference.Made]:
+    """Train by both, comparing after every step of the optimiser; what the reference made."""
+    x, y = images(SAMPLES, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    sgd = reference.Sgd(net, eta=0.05)
+    trace = []
+    for epoch in range(epochs):
+        # Each epoch in another order, in batches of 6, 6 and 4: the last batch is short, and samples change slots.
+        order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch))
+        method.begin_epoch(epoch)
+        for places in torch.split(order, SLOTS):
+            expected = plain(epoch, (x[places], y[places], places))
+            for _ in range(method.repeats):
+                x_adv = method.perturb(x[places], y[places], places)
+                step = method.loss(x[places], x_adv, y[places], places)
+                optimizer.zero_grad()
+                step.loss.backward()
+                method.after_backward(x_adv)
+                want = next(expected)
+                # 1e-15: the two add epsilon to a pixel in another order, in float64.
+                torch.testing.assert_close(x_adv.detach(), want.x_adv.detach(), rtol=0, atol=1e-15)
+                assert step.loss.item() == pytest.approx(want.loss.item(), rel=1e-10)
+                assert {name: value.item() for name, value in step.terms.items()} == pytest.approx(want.terms, rel=1e-9)
+                gradients = sgd.step(want)
+                assert_close({name: value.grad for name, value in model.named_parameters()}, gradients)
+                assert_close(running(model), net.running)
+                optimizer.step()
+                assert_close(
+                    {name: value.data for name, value in model.named_parameters()},
+                    {name: value.detach() for name, value in net.parameters.items()},
+                )
+                trace.append(want)
+            assert next(expected, None) is None
+    return trace
+
+
+MODES = ["eval", "train", "separate"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "plain"),
+    [
+        ({}, {"steps": 7, "step": 2.5 * EPSILON / 7, "random_start": True, "mode": "eval"}),
+        (
+            {"steps": 5, "step_size": "4/255", "random_start": False, "batch_norm": "train"},
+            {"steps": 5, "step": 4 / 255, "random_start": False, "mode": "train"},
+        ),
+        (
+            {"steps": 2, "batch_norm": "separate"},
+            {"steps": 2, "step": EPSILON, "random_start": True, "mode": "separate"},
+        ),
+    ],
+)
+def test_pgd(keys: dict[str, Any], plain: dict[str, Any]) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.1)
+    x_advs = train_both(built("pgd", model, smoothing=0.1, **keys), model, reference.pgd(task, **plain), net, epochs=2)
+    assert all(made.x_adv.min() >= 0 and made.x_adv.max() <= 1 for made in x_advs)
+
+
+@pytest.mark.parametrize(
+    ("keys", "alpha", "mode"),
+    [({}, 1.25 * EPSILON, "train"), ({"step_scale": 0.5, "batch_norm": "eval"}, 0.5 * EPSILON, "eval")],
+)
+def test_fgsm_rs(keys: dict[str, Any], alpha: float, mode: str) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED)
+    train_both(built("fgsm-rs", model, **keys), model, reference.fgsm_rs(task, alpha=alpha, mode=mode), net)
+
+
+@pytest.mark.parametrize(
+    ("keys", "k", "alpha", "mode"),
+    [
+        ({}, 2.0, EPSILON, "train"),
+        ({"noise_scale": 1.0, "step_scale": 1.25, "batch_norm": "separate"}, 1.0, 1.25 * EPSILON, "separate"),
+    ],
+)
+def test_n_fgsm(keys: dict[str, Any], k: float, alpha: float, mode: str) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.2)
+    plain = reference.n_fgsm(task, k=k, alpha=alpha, mode=mode)
+    train_both(built("n-fgsm", model, smoothing=0.2, **keys), model, plain, net)
+
+
+def test_n_fgsm_is_not_projected() -> None:
+    x, y = images(SLOTS, seed=1, low=0.4, high=0.6)
+    x_adv = built("n-fgsm", twins()[0]).perturb(x, y, torch.arange(SLOTS))
+    # Noise of up to 2 epsilon and a step of epsilon: two thirds of 432 pixels are expected beyond the ball.
+    assert 0.5 < ((x_adv - x).abs() > EPSILON).double().mean() < 0.8
+    assert (x_adv - x).abs().max() <= 3 * EPSILON + 1e-12
+
+
+@pytest.mark.parametrize(("m", "step_scale"), [(1, 1.0), (4, 1.0), (3, 0.5)])
+def test_free(m: int, step_scale: float) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED)
+    method = built("free", model, repeats=m, step_scale=step_scale)
+    plain = reference.free(task, m=m, step=step_scale * EPSILON, slots=SLOTS, image=IMAGE)
+    trace = train_both(method, model, plain, net, epochs=2)
+    # The run must have met what the test is about: a perturbation that came from the batch before, and both clips.
+    assert method.perturbation.abs().max() == EPSILON
+    assert any(bool((made.x_adv == bound).any()) for made in trace for bound in (0.0, 1.0))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_dq(beta: float) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.1)
+    method = built("dq", model, smoothing=0.1, orthogonality_weight=beta)
+    trace = train_both(method, model, reference.dq(task, beta=beta), net, epochs=2)
+    # It lowers what it penalises, or it is not a penalty.
+    assert (trace[-1].terms["orthogonality"] < 0.5 * trace[0].terms["orthogonality"]) == (beta > 0)
+
+
+def test_orthonormal_layers_are_not_penalised() -> None:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(2, 4, 3), nn.Conv2d(2, 40, 3), nn.Linear(5, 9), nn.Conv2d(6, 6, 3, groups=3)]
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)  # type: ignore[arg-type]
+    grouped = layers.pop()
+    # float32: the Gram matrix of at most 18 rows is right to about 1e-6.
+    assert orthogonality(nn.Sequential(*layers)).item() == pytest.approx(0.0, abs=1e-10)
+    # Its three groups are matrices of two rows each, though the whole is one of six orthonormal rows.
+    assert orthogonality(grouped).item() == pytest.approx(0.0, abs=1e-10)
+    with torch.no_grad():
+        grouped.weight[2:4].copy_(grouped.weight[0:2])  # type: ignore[index, operator, union-attr]
+    assert orthogonality(grouped).item() == pytest.approx(0.0, abs=1e-10)
+
+
+@pytest.mark.parametrize("through_prior", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_fgsm_mep(mode: str, through_prior: bool) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.4)
+    method = built("fgsm-mep", model, smoothing=0.4, reset_epochs=3, prior_gradient=through_prior, batch_norm=mode)
+    plain = reference.fgsm_mep(
+        task,
+        alpha=EPSILON,
+        mu=0.3,
+        lambda_=10.0,
+        reset=3,
+        samples=SAMPLES,
+        image=IMAGE,
+        mode=mode,
+        through_prior=through_prior,
+    )
+    # The fourth epoch starts anew.
+    trace = train_both(method, model, plain, net, epochs=4)
+    assert all(bool((made.x_adv == bound).any()) for made in trace for bound in (0.0, 1.0))
+
+
+def test_fgsm_mep_other_settings() -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED)
+    method = built("fgsm-mep", model, step_scale=0.5, momentum=0.9, mse_weight=1.0)
+    plain = reference.fgsm_mep(
+        task,
+        alpha=0.5 * EPSILON,
+        mu=0.9,
+        lambda_=1.0,
+        reset=40,
+        samples=SAMPLES,
+        image=IMAGE,
+        mode="train",
+        through_prior=True,
+    )
+    train_both(method, model, plain, net, epochs=3)
+
+
+def test_fgsm_mep_draws_its_starts_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole: FgsmMep = built("fgsm-mep", twins()[0])
+    whole.begin_epoch(0)
+    assert set(whole.perturbations.unique().tolist()) == {-EPSILON, EPSILON}
+    assert 0.4 < (whole.perturbations > 0).double().mean() < 0.6
+    parts: FgsmMep = built("fgsm-mep", twins()[0])
+    monkeypatch.setattr("robustq.hardening.fgsm_mep._ROWS_AT_ONCE", 16)
+    parts.begin_epoch(0)
+    assert torch.equal(parts.perturbations, whole.perturbations)
+    for epoch in (1, 39):
+        before = whole.perturbations.clone()
+        whole.begin_epoch(epoch)
+        assert torch.equal(before, whole.perturbations)
+    whole.momenta += 1
+    whole.begin_epoch(40)
+    assert not torch.equal(before, whole.perturbations)
+    assert not whole.momenta.any()
+
+
+def test_fgsm_mep_without_any_gradient_stays_finite() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    method: FgsmMep = built("fgsm-mep", model)
+    method.begin_epoch(0)
+    x, y = images(SLOTS, seed=1)
+    x_adv = method.perturb(x, y, torch.arange(SLOTS))
+    assert x_adv.isfinite().all()
+    assert not method.momenta.any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "plain"),
+    [
+        ({}, {"beta": 6.0, "steps": 10, "step": 0.25 * EPSILON, "start": LEVEL, "mode": "eval"}),
+        (
+            {"steps": 1, "kl_weight": 1.0, "start_size": "4/255", "batch_norm": "train"},
+            {"beta": 1.0, "steps": 1, "step": EPSILON, "start": 4 * LEVEL, "mode": "train"},
+        ),
+        (
+            {"steps": 3, "step_size": 0.02, "start_size": 0.5, "batch_norm": "separate"},
+            {"beta": 6.0, "steps": 3, "step": 0.02, "start": 0.5, "mode": "separate"},
+        ),
+    ],
+)
+def test_trades(keys: dict[str, Any], plain: dict[str, Any]) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.1)
+    train_both(built("trades", model, smoothing=0.1, **keys), model, reference.trades(task, **plain), net, epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "plain"),
+    [
+        ({}, {"clean": 1 / 6, "steps": 1, "step": EPSILON, "start": LEVEL, "mode": "eval"}),
+        (
+            {"steps": 10, "clean_weight": 0, "start_size": "8/255", "batch_norm": "train"},
+            {"clean": 0, "steps": 10, "step": 0.25 * EPSILON, "start": 8 * LEVEL, "mode": "train"},
+        ),
+        (
+            {"steps": 2, "step_size": "3/255", "clean_weight": 0.5, "batch_norm": "separate"},
+            {"clean": 0.5, "steps": 2, "step": 3 * LEVEL, "start": LEVEL, "mode": "separate"},
+        ),
+    ],
+)
+def test_rslad(keys: dict[str, Any], plain: dict[str, Any]) -> None:
+    model, net = twins()
+    teacher = twins(seed=9)[1]
+
+    def answer(x: Tensor) -> Tensor:
+        return teacher.forward(x, train=False, move=False)[0].detach()
+
+    task = reference.Task(net, EPSILON, SEED)
+    train_both(built("rslad", model, **keys), model, reference.rslad(task, teacher=answer, **plain), net, epochs=2)
+
+
+class Counted:
+    """Passes through a network: forward ones at its first convolution, backward ones at that convolution's output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forward = self.backward = 0
+        model.get_submodule("conv1").register_forward_hook(self._seen)
+
+    def _seen(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.forward += 1
+        if output.requires_grad:
+            output.register_hook(self._back)
+
+    def _back(self, _: Tensor) -> None:
+        self.backward += 1
+
+
+COSTS: list[tuple[str, dict[str, Any], int, int, int]] = [
+    ("natural", {}, 1, 1, 0),
+    ("odgq", {}, 3, 2, 0),
+    ("odgq", {"mmd_weight": 0}, 2, 2, 0),
+    ("odgq", {"natural_gradient": True}, 3, 3, 0),
+    ("dq", {}, 1, 1, 0),
+    ("pgd", {"steps": 7}, 8, 8, 0),
+    ("pgd", {"steps": 1, "random_start": False}, 2, 2, 0),
+    ("fgsm-rs", {}, 2, 2, 0),
+    ("n-fgsm", {}, 2, 2, 0),
+    ("free", {"repeats": 1}, 1, 1, 0),
+    ("free", {"repeats": 6}, 6, 6, 0),
+    ("fgsm-mep", {}, 2, 3, 0),
+    ("fgsm-mep", {"batch_norm": "eval"}, 3, 3, 0),
+    ("fgsm-mep", {"prior_gradient": False, "batch_norm": "eval"}, 2, 2, 0),
+    ("fgsm-mep", {"mse_weight": 0}, 2, 2, 0),
+    ("trades", {"steps": 10}, 13, 12, 0),
+    ("trades", {"steps": 1}, 4, 3, 0),
+    ("rslad", {}, 3, 3, 1),
+    ("rslad", {"clean_weight": 0, "steps": 2}, 3, 3, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "forward", "backward", "of_teacher"), COSTS)
+def test_passes_are_what_a_batch_costs(
+    name: str, keys: dict[str, Any], forward: int, backward: int, of_teacher: int
+) -> None:
+    model, _ = twins()
+    teacher = teacher_net()
+    taught = Counted(teacher)
+    method: Any = built(name, model, **keys)
+    if name == "odgq":
+        method.perturbations = method.perturbations.double()
+    if name == "rslad":
+        method.teacher = AskedTeacher(teacher)
+    method.begin_epoch(0)
+    counted = Counted(model)
+    x, y = images(SLOTS, seed=1)
+    for _ in range(method.repeats):
+        x_adv = method.perturb(x, y, torch.arange(SLOTS))
+        method.loss(x, x_adv, y, torch.arange(SLOTS)).loss.backward()
+        method.after_backward(x_adv)
+    assert (counted.forward, counted.backward, taught.forward) == (forward, backward, of_teacher)
+    teachers = " + 1 teacher's forward" if of_teacher else ""
+    plural = "es" if backward > 1 else ""
+    assert method.passes == f"{forward} forward{teachers} + {backward} backward pass{plural}"
+
+
+# What each carries from batch to batch, beside random numbers.
+ALL = ["natural", "odgq", "pgd", "fgsm-rs", "n-fgsm", "free", "dq", "fgsm-mep", "trades", "rslad"]
+
+
+def test_every_method_that_trains_is_here() -> None:
+    assert sorted(SETTINGS) == sorted(METHODS) == sorted([*ALL, "ptq"])
+    assert {name: built(name, twins()[0]).adversarial for name in ALL} == {
+        name: name not in ("natural", "dq") for name in ALL
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_crafting_leaves_weights_and_modes_alone(name: str) -> None:
+    model, _ = twins()
+    method = built(name, model, **({"batch_norm": "eval"} if name in ("fgsm-rs", "n-fgsm", "fgsm-mep") else {}))
+    method.begin_epoch(0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, y = images(SLOTS, seed=1)
+    kept = x.clone()
+    x_adv = method.perturb(x, y, torch.arange(SLOTS))
+    assert torch.equal(x, kept)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    assert x_adv.requires_grad == isinstance(method, Free)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
+    # As weight perturbation does: the second loss is that of a method which never was at the first weights.
+    def second_loss(*, twice: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model, _ = twins()
+        method = built(name, model, **({"batch_norm": "separate"} if name == "fgsm-mep" else {}))
+        method.begin_epoch(0)
+        x, y = images(SLOTS, seed=1)
+        places = torch.arange(SLOTS)
+        x_adv = method.perturb(x, y, places)
+        if twice:
+            loss = method.loss(x, x_adv, y, places).loss
+            torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        elif name == "fgsm-mep":
+            method._prior = None  # its first call would reuse the answer at the old weights
+        state = {key: value.clone() for key, value in method.state_dict().items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.01)
+        loss = method.loss(x, x_adv, y, places).loss
+        loss.backward()
+        assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
+        return loss.detach(), {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
+
+    once, again = second_loss(twice=False), second_loss(twice=True)
+    assert torch.equal(once[0], again[0])
+    assert once[1].keys() == again[1].keys()
+    assert all(torch.equal(value, again[1][key]) for key, value in once[1].items())
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("natural", "odgq", "dq", "free")])
+def test_the_seed_settles_the_draws(name: str) -> None:
+    x, y = images(SLOTS, seed=1)
+
+    def perturbed(ambient: int) -> Tensor:
+        torch.manual_seed(ambient)
+        method = built(name, twins()[0])
+        method.begin_epoch(0)
+        made: Tensor = method.perturb(x, y, torch.arange(SLOTS))
+        return made
+
+    first = perturbed(1)
+    assert torch.equal(first, perturbed(2))
+
+
+def test_label_smoothing_is_that_of_torch() -> None:
+    logits, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    plain = reference.Task(twins()[1], EPSILON, 0, smoothing=0.3)
+    assert CrossEntropy(0.3)(logits, y).item() == pytest.approx(plain.cross_entropy(logits, y).item(), rel=1e-5)
+
+
+BAD: list[tuple[str, str, Any]] = [
+    ("pgd", "steps", 0),
+    ("pgd", "steps", 2.5),
+    ("pgd", "steps", "seven"),
+    ("pgd", "step_size", "quick"),
+    ("pgd", "step_size", 0),
+    ("pgd", "step_size", 4),
+    ("pgd", "step_size", True),
+    ("pgd", "random_start", 1),
+    ("pgd", "batch_norm", "joint"),
+    ("pgd", "stpes", 3),
+    ("fgsm-rs", "step_scale", 0),
+    ("fgsm-rs", "step_scale", float("nan")),
+    ("fgsm-rs", "batch_norm", 1),
+    ("n-fgsm", "noise_scale", -1),
+    ("n-fgsm", "step_scale", 0),
+    ("n-fgsm", "batch_norm", ""),
+    ("free", "repeats", 0),
+    ("free", "repeats", 1.5),
+    ("free", "step_scale", float("inf")),
+    ("dq", "orthogonality_weight", -1e-3),
+    ("fgsm-mep", "step_scale", 0),
+    ("fgsm-mep", "momentum", 1.5),
+    ("fgsm-mep", "mse_weight", -1),
+    ("fgsm-mep", "reset_epochs", 0),
+    ("fgsm-mep", "prior_gradient", "no"),
+    ("fgsm-mep", "batch_norm", "joint"),
+    ("trades", "kl_weight", float("nan")),
+    ("trades", "steps", 1001),
+    ("trades", "step_size", "1/0"),
+    ("trades", "start_size", "1/510"),
+    ("trades", "start_size", "auto"),
+    ("trades", "batch_norm", "x"),
+    ("rslad", "teacher", 3),
+    ("rslad", "teacher_sees", "both"),
+    ("rslad", "steps", 0),
+    ("rslad", "step_size", -0.1),
+    ("rslad", "start_size", 0),
+    ("rslad", "clean_weight", 1.01),
+    ("rslad", "batch_norm", "x"),
+]
+
+
+@pytest.mark.parametrize(("method", "key", "value"), BAD)
+def test_bad_settings(method: str, key: str, value: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"{method}\.{key}\b"):
+        resolved_settings(recipe(method, **{key: value}))
+
+
+def test_all_bad_settings_are_told_at_once() -> None:
+    with pytest.raises(
+        RecipeError,
+        match=r"trades\.kl_weight = -1 must be a number from 0 to 100000; trades\.steps = 0 must be a whole number "
+        r"from 1 to 1000; trades\.step_size = 'far' is not 'auto' or a number from 0 to 1, such as 2/255; "
+        r"trades\.start_size = 0\.001 must be at least 1/255; trades\.batch_norm = 'evil' is unknown; known: eval, "
+        r"train, separate \(nearest: eval\)$",
+    ):
+        resolved_settings(recipe("trades", kl_weight=-1, steps=0, step_size="far", start_size=0.001, batch_norm="evil"))
+
+
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("pgd", {"step_size": 1}),
+    ("pgd", {"step_size": 1 / 255}),
+    ("trades", {"start_size": "1/255", "kl_weight": 0}),
+    ("trades", {"start_size": 0.003921568}),
+    ("rslad", {"clean_weight": 1}),
+    ("fgsm-mep", {"momentum": 0}),
+    ("n-fgsm", {"noise_scale": 0}),
+]
+
+
+@pytest.mark.parametrize(("method", "keys"), GOOD)
+def test_settings_at_the_ends_of_their_ranges(method: str, keys: dict[str, Any]) -> None:
+    assert resolved_settings(recipe(method, **keys)).items() >= keys.items()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_largest_ball_is_a_ball(name: str) -> None:
+    # Scales of epsilon over 1 would leave [0, 1] altogether.
+    method = built(name, twins()[0], epsilon=1.0)
+    method.begin_epoch(0)
+    x, y = images(SLOTS, seed=1)
+    x_adv = method.perturb(x, y, torch.arange(SLOTS))
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+def test_what_does_not_train_is_not_built() -> None:
+    with pytest.raises(UsageError, match="'ptq' does not train"):
+        built("ptq", twins()[0])
+    with pytest.raises(UsageError, match=r"got none; set rslad\.teacher"):
+        build_method(
+            recipe("rslad"), twins()[0], epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=0, teacher=None
+        )
+
+
+def test_build_method_hands_the_settings_on() -> None:
+    makers: dict[str, Callable[[Any], Any]] = {
+        "pgd": lambda made: made.settings.steps,
+        "free": lambda made: made.repeats,
+        "dq": lambda made: made.settings.orthogonality_weight,
+    }
+    keys = {"pgd": {"steps": 5}, "free": {"repeats": 6}, "dq": {"orthogonality_weight": 0.25}}
+    for name, read in makers.items():
+        method: Method = built(name, twins()[0], **keys[name])
+        assert [read(method)] == list(keys[name].values())
+    slots: Free = built("free", twins()[0])
+    assert slots.perturbation.shape == (SLOTS, *SHAPE)
+    samples: FgsmMep = built("fgsm-mep", twins()[0])
+    assert samples.perturbations.shape == samples.momenta.shape == (SAMPLES, *SHAPE)
