@@ -186,7 +186,7 @@ def test_orthonormal_layers_are_not_penalised() -> None:
     # Its three groups are matrices of two rows each, though the whole is one of six orthonormal rows.
     assert orthogonality(grouped).item() == pytest.approx(0.0, abs=1e-10)
     with torch.no_grad():
-        grouped.weight[2:4].copy_(grouped.weight[0:2])  # type: ignore[index, operator, union-attr]
+        grouped.weight[2:4].copy_(grouped.weight[0:2])  # type: ignore[index]
     assert orthogonality(grouped).item() == pytest.approx(0.0, abs=1e-10)
 
 
@@ -233,7 +233,7 @@ def test_fgsm_mep_other_settings() -> None:
 def test_fgsm_mep_draws_its_starts_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     whole: FgsmMep = built("fgsm-mep", twins()[0])
     whole.begin_epoch(0)
-    assert set(whole.perturbations.unique().tolist()) == {-EPSILON, EPSILON}
+    assert set(whole.perturbations.unique().tolist()) == {-EPSILON, EPSILON}  # type: ignore[no-untyped-call]
     assert 0.4 < (whole.perturbations > 0).double().mean() < 0.6
     parts: FgsmMep = built("fgsm-mep", twins()[0])
     monkeypatch.setattr("robustq.hardening.fgsm_mep._ROWS_AT_ONCE", 16)
@@ -317,7 +317,7 @@ class Counted:
     def _seen(self, _: nn.Module, __: Any, output: Tensor) -> None:
         self.forward += 1
         if output.requires_grad:
-            output.register_hook(self._back)
+            output.register_hook(self._back)  # type: ignore[no-untyped-call]
 
     def _back(self, _: Tensor) -> None:
         self.backward += 1
@@ -385,7 +385,8 @@ def test_every_method_that_trains_is_here() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_crafting_leaves_weights_and_modes_alone(name: str) -> None:
     model, _ = twins()
-    method = built(name, model, **({"batch_norm": "eval"} if name in ("fgsm-rs", "n-fgsm", "fgsm-mep") else {}))
+    keys: dict[str, Any] = {"batch_norm": "eval"} if name in ("fgsm-rs", "n-fgsm", "fgsm-mep") else {}
+    method = built(name, model, **keys)
     method.begin_epoch(0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     x, y = images(SLOTS, seed=1)
@@ -404,7 +405,8 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
     # As weight perturbation does: the second loss is that of a method which never was at the first weights.
     def second_loss(*, twice: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model, _ = twins()
-        method = built(name, model, **({"batch_norm": "separate"} if name == "fgsm-mep" else {}))
+        keys: dict[str, Any] = {"batch_norm": "separate"} if name == "fgsm-mep" else {}
+        method = built(name, model, **keys)
         method.begin_epoch(0)
         x, y = images(SLOTS, seed=1)
         places = torch.arange(SLOTS)
@@ -551,7 +553,11 @@ def test_build_method_hands_the_settings_on() -> None:
         "free": lambda made: made.repeats,
         "dq": lambda made: made.settings.orthogonality_weight,
     }
-    keys = {"pgd": {"steps": 5}, "free": {"repeats": 6}, "dq": {"orthogonality_weight": 0.25}}
+    keys: dict[str, dict[str, Any]] = {
+        "pgd": {"steps": 5},
+        "free": {"repeats": 6},
+        "dq": {"orthogonality_weight": 0.25},
+    }
     for name, read in makers.items():
         method: Method = built(name, twins()[0], **keys[name])
         assert [read(method)] == list(keys[name].values())
