@@ -14,7 +14,7 @@ from robustq.export.lowering.accumulator_biases import accumulator_biases
 from robustq.export.lowering.folded_constants import folded_constants
 from robustq.export.lowering.implied_zero_points import implied_zero_points
 from robustq.export.lowering.integer_signs import integer_signs
-from robustq.export.lowering.own_parameters import own_parameters
+from robustq.export.lowering.own_constants import own_constants
 from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
 from robustq.export.lowering.quantized_moves import quantized_moves
@@ -60,7 +60,7 @@ def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(signs_in_qcdq(folded), spec)
     folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
-    own_parameters(model)
+    own_constants(model)
     return model
 
 
@@ -72,7 +72,7 @@ def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     quantized_moves(model)  # it shows what quantized tensor enters a layer or a sign behind a pooling
     integer_signs(model)
     accumulator_biases(model)
-    own_parameters(model)
+    own_constants(model)
     return model
 
 

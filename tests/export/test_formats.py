@@ -20,7 +20,7 @@ import robustq
 from robustq.errors import ExportError, ModelFileError, UsageError
 from robustq.export.formats import build, check_format
 from robustq.export.lowering.integer_signs import integer_signs
-from robustq.export.lowering.own_parameters import own_parameters
+from robustq.export.lowering.own_constants import own_constants
 from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.qonnx_file import execute
@@ -337,7 +337,7 @@ def test_exact_products_need_parameters_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as caught:
         load(shared)
     assert reason in str(caught.value.__cause__)
-    assert own_parameters(shared) > 0
+    assert own_constants(shared) > 0
     load(shared)
     # The other two passes do not do it.
     lowered = export_qcdq(made.folded, made.spec)
@@ -367,8 +367,8 @@ def test_each_pass_keeps_every_answer(bits: int) -> None:
         assert lower(model) == count
         assert answered(model) == before
         assert lower(model) == 0
-    own_parameters(model)
-    assert own_parameters(model) == 0 and answered(model) == before
+    own_constants(model)
+    assert own_constants(model) == 0 and answered(model) == before
 
 
 # --- ResNet-20 and ResNet-18 -----------------------------------------------------------------------------------------

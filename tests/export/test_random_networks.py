@@ -140,6 +140,13 @@ def test_random_networks_agree_with_their_files(
     check(tmp_path, drawn, name)
 
 
+@pytest.mark.parametrize("name", ["qcdq", "integer", "packed"])
+def test_layers_of_one_weight_that_are_equal_keep_weights_of_their_own(tmp_path: Path, name: str) -> None:
+    # Hypothesis found it: onnxruntime refused a file in which two shortcuts shared their only weight.
+    spec = ModelSpec("random", 8, 8, 2, 1, 7, "x", None, ())
+    check(tmp_path, (spec, {"blocks": (1, 1, 1), "widths": (1, 1, 1), "large_images": False}, [], 0), name)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_a_network_with_every_kind_of_broken_channel(tmp_path: Path, bits: int) -> None:
     spec = ModelSpec("random", bits, bits, 5, 3, 9, "x", None, ())
