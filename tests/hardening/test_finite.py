@@ -15,6 +15,7 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import NotFiniteError
 from robustq.hardening import trainer
 from robustq.hardening.finite import FiniteWatch, watching_layers
+from robustq.hardening.inspection import Inspection
 from robustq.hardening.method import Method, Stateless, Step
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.stop import StopRequest
@@ -100,6 +101,9 @@ class Calm:
 
     def watch(self, model: nn.Module) -> Watched:
         return Watched(0.5, None)
+
+    def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
+        return Inspection(feature_norm=None, logit_margin=0.0, input_gradient_norm=0.0, zero_gradients=0.0)
 
 
 def run(model: nn.Module, split: Split, *, fault: str = "", epochs: int = 3) -> tuple[str, MemoryKeeper]:
