@@ -74,6 +74,12 @@ class Recipe:
         schedule: ``cosine`` (to 0) or ``steps`` (divided by 10 at each of ``milestones``, in epochs).
         warmup_epochs: epochs of linear warm-up, may be a fraction.
         momentum, weight_decay: of SGD; learned activation thresholds are not decayed.
+        label_smoothing: of the task loss of every method (:class:`robustq.hardening.method.CrossEntropy`).
+        clip_gradient: longest L2 norm of the gradient of all weights together; a longer one is scaled down. 0: never.
+        ema_decay: of an average of the weights that is judged and kept in their place
+            (:mod:`robustq.hardening.average`); 0: the weights themselves.
+        awp_gamma: size of the weight perturbation (:mod:`robustq.hardening.awp`); 0: none.
+        awp_warmup_epochs: epochs before it begins.
         crop_padding, flip: augmentation; None: by the data set.
         image_size: side in pixels to which folders of images are resized (0: they all have one square size already).
         train_images: use only so many training images (0: all).
@@ -102,6 +108,11 @@ class Recipe:
     warmup_epochs: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    clip_gradient: float = 0.0
+    ema_decay: float = 0.0
+    awp_gamma: float = 0.0
+    awp_warmup_epochs: int = 0
     crop_padding: int | None = None
     flip: bool | None = None
     image_size: int = 0

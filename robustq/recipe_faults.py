@@ -20,6 +20,11 @@ TRAINING_KEYS = (
     "warmup_epochs",
     "momentum",
     "weight_decay",
+    "label_smoothing",
+    "clip_gradient",
+    "ema_decay",
+    "awp_gamma",
+    "awp_warmup_epochs",
     "crop_padding",
     "flip",
     "stop_on_collapse",
@@ -45,6 +50,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "warmup_epochs": (int, float),
     "momentum": (int, float),
     "weight_decay": (int, float),
+    "label_smoothing": (int, float),
+    "clip_gradient": (int, float),
+    "ema_decay": (int, float),
+    "awp_gamma": (int, float),
+    "awp_warmup_epochs": (int,),
     "crop_padding": (int,),
     "flip": (bool,),
     "image_size": (int,),
@@ -62,6 +72,11 @@ _RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, 100_000),
     "momentum": (0, 0.9999),
     "weight_decay": (0, 10),
+    "label_smoothing": (0, 0.9999),
+    "clip_gradient": (0, 1e6),
+    "ema_decay": (0, 0.9999),
+    "awp_gamma": (0, 1),
+    "awp_warmup_epochs": (0, 100_000),
     "crop_padding": (0, 4096),
     "image_size": (0, 4096),
     "train_images": (0, 1e9),
@@ -193,6 +208,8 @@ def find_faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[s
             for key in flat
             if key in TRAINING_KEYS
         ]
+    if method == "rslad" and flat.get("label_smoothing"):
+        faults.append("label_smoothing has no meaning for method 'rslad', which reads no labels; leave it out")
     for key in ("method",) if method == "ptq" else ("method", "epochs", "batch_size", "lr"):
         if key not in flat:
             faults.append(f"{key} is missing")

@@ -112,7 +112,7 @@ def test_tables_1_and_2_are_the_papers_rows(table: str, data: str) -> None:
         } | {"settings": keys}
 
     long, short = (300, (100, 200)), (150, (50, 100))
-    ours = {"mmd_weight": 3.0}
+    ours: dict[str, Any] = {"mmd_weight": 3.0}
     assert_rows(
         table,
         {"data": data, "architecture": "resnet20", "weight_bits": 4, "act_bits": 4, "epsilon": 8 / 255}

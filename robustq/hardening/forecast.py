@@ -57,6 +57,8 @@ def forecast(training: Training) -> Forecast:
         training.load_state_dict(before)
     weights = _bytes(before["model"])
     state = 2 * weights + _bytes(before["method"]) + sum(p.numel() * p.element_size() for p in _parameters(training))
+    if training.descent.average is not None:
+        state += _bytes(before["average"]["averages"]) + weights  # the averages, and the weights that were judged
     return Forecast(
         seconds=steps_left * seconds_a_step + epochs_left * seconds_to_watch,
         memory_bytes=memory,

@@ -92,7 +92,7 @@ def build_method(
         UsageError: ``rslad`` without a teacher, or a method that does not train.
     """
     settings = check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method)
-    cross_entropy = CrossEntropy()
+    cross_entropy = CrossEntropy(recipe.label_smoothing)
     generator = torch.Generator().manual_seed(seed)
     match settings:
         case NaturalSettings():

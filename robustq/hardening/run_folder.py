@@ -169,7 +169,7 @@ class RunFolder:
         if self._board is not None:
             self._board.follow(rows)
         if last or (last is None and standing["step"] == 0):
-            self._save("last.pt", state["model"], rows[-1])
+            self._save("last.pt", state.get("judged") or state["model"], rows[-1])
         if best:
             self._save("best.pt", standing["best_weights"], rows[standing["best_epoch"] - 1])
 

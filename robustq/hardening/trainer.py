@@ -7,8 +7,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,18 +18,19 @@ from torch import Tensor, nn
 
 from robustq.data import Augment, Batch, Split
 from robustq.errors import NotFiniteError, RunStoppedError
+from robustq.hardening.average import IMAGES
 from robustq.hardening.collapse import Collapse, find_collapse
+from robustq.hardening.descent import Descent
 from robustq.hardening.finite import FiniteWatch, find_fault
 from robustq.hardening.inspection import BATCH
 from robustq.hardening.method import Method
 from robustq.hardening.metrics import epoch_row, forget_peak_memory
 from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.optimizer import build_optimizer
 from robustq.hardening.schedule import learning_rate
 from robustq.hardening.standing import Keeper, Standing
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.totals import Totals
-from robustq.hardening.weights import put_back
+from robustq.hardening.weights import put_back, taken_out
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
@@ -87,7 +90,8 @@ class Training:
         self.augment = augment
         self.seed = seed
         self.device = device
-        self.optimizer = build_optimizer(model, recipe)
+        self.descent = Descent(model, method, recipe)
+        self._judged: dict[str, Tensor] | None = None
         self.standing = Standing()
         self.totals = Totals(device)
         self._clock = 0.0
@@ -111,13 +115,19 @@ class Training:
         return self.standing.epoch >= self.recipe.epochs or self.collapse is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state between two batches. Its tensors are the living ones: write or copy them before the next batch."""
+        """The state between two batches. Its tensors are the living ones: write or copy them before the next batch.
+
+        ``judged``: the weights that an epoch's accuracies are of where they are not ``model``'s; None after the next
+        batch.
+        """
         return {
             "standing": self.standing.to_dict(),
             "totals": self.totals.state_dict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.descent.optimizer.state_dict(),
             "method": self.method.state_dict(),
+            "average": None if self.descent.average is None else self.descent.average.state_dict(),
+            "judged": self._judged,
             # Nothing of ours draws from torch's own generators while it trains, but a network with dropout does.
             "random": torch.get_rng_state(),
             "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -128,8 +138,11 @@ class Training:
         self.standing = Standing.from_dict(state["standing"])
         self.totals.load_state_dict(state["totals"])
         put_back(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.descent.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
+        if self.descent.average is not None:
+            self.descent.average.load_state_dict(state["average"])
+        self._judged = state.get("judged")  # a run of an older version has neither
         torch.set_rng_state(state["random"].cpu())
         # A run that goes on on another kind of device has no state for its generator, which only dropout would use.
         if self.device.type == "cuda" and state["device_random"] is not None:
@@ -187,16 +200,16 @@ class Training:
     def epoch_batches(self) -> Iterator[Batch]:
         """Begin or continue the epoch that :attr:`standing` stands in, and hand out the batches that it still lacks."""
         self.model.train()
+        self._judged = None
         if self.standing.step == 0:
             self.method.begin_epoch(self.standing.epoch)
             self.totals = Totals(self.device)
+        return self._batches(skip=self.standing.step)
+
+    def _batches(self, *, skip: int) -> Iterator[Batch]:
+        epoch, seed = self.standing.epoch, self.seed
         return self.split.batches(
-            self.recipe.batch_size,
-            device=self.device,
-            seed=self.seed,
-            epoch=self.standing.epoch,
-            augment=self.augment,
-            skip=self.standing.step,
+            self.recipe.batch_size, device=self.device, seed=seed, epoch=epoch, augment=self.augment, skip=skip
         )
 
     def take_step(self, batch: Batch) -> Tensor:
@@ -206,42 +219,44 @@ class Training:
         # shifted to its end, the cosine would waste the last batch instead, and milestones would come a step early.
         warming = standing.epoch + standing.step / batches < recipe.warmup_epochs
         done = standing.epoch + (standing.step + warming) / batches
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, done)
-        losses = [self._take_one_step(batch) for _ in range(self.method.repeats)]
+        self.descent.lr = learning_rate(recipe, done)
+        losses = []
+        for _ in range(self.method.repeats):
+            outcome = self.descent.step(batch, epoch=standing.epoch)
+            self.totals.add(outcome.loss, outcome.terms, outcome.logits, batch.y)
+            losses.append(outcome.loss.detach())
         standing.step += 1
         return torch.stack(losses).mean()
 
-    def _take_one_step(self, batch: Batch) -> Tensor:
-        x, y, places = batch.x, batch.y, batch.places
-        x_adv = self.method.perturb(x, y, places)
-        outcome = self.method.loss(x, x_adv, y, places)
-        self.optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
-        self.method.after_backward(x_adv)
-        self.optimizer.step()
-        self.totals.add(outcome.loss, outcome.terms, outcome.logits, y)
-        return outcome.loss.detach()
+    def _weights_to_judge(self) -> AbstractContextManager[None]:
+        if self.descent.average is None:
+            return nullcontext()
+        # Batches of the epoch that has just ended: the same ones whichever process comes to this place.
+        whole = max(len(self.split) // self.recipe.batch_size, 1)
+        count = min(math.ceil(IMAGES / self.recipe.batch_size), whole)
+        return self.descent.average.in_place_of(self.model, islice(self._batches(skip=0), count))
 
     def _end_epoch(self, keeper: Keeper) -> Watched:
         standing = self.standing
         means = self.totals.means()
         self._count_seconds()
         seconds, start = standing.epoch_seconds, time.perf_counter()
-        watched = self.monitor.watch(self.model)
-        inspection = self.monitor.inspect(self.model, batch_size=min(BATCH, self.recipe.batch_size))
-        row = epoch_row(
-            standing.epoch + 1,
-            means,
-            watched,
-            inspection,
-            lr=self.optimizer.param_groups[0]["lr"],
-            seconds=seconds + time.perf_counter() - start,
-            training_seconds=seconds,
-            images=len(self.split),
-            device=self.device,
-        )
-        is_best = standing.end_epoch(row, watched, self.model)
+        with self._weights_to_judge():
+            watched = self.monitor.watch(self.model)
+            inspection = self.monitor.inspect(self.model, batch_size=min(BATCH, self.recipe.batch_size))
+            row = epoch_row(
+                standing.epoch + 1,
+                means,
+                watched,
+                inspection,
+                lr=self.descent.lr,
+                seconds=seconds + time.perf_counter() - start,
+                training_seconds=seconds,
+                images=len(self.split),
+                device=self.device,
+            )
+            is_best = standing.end_epoch(row, watched, self.model)
+            self._judged = None if self.descent.average is None else taken_out(self.model)
         keeper.save(self.state_dict(), epoch_ended=True, is_best=is_best)
         return watched
 
