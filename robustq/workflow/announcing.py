@@ -73,11 +73,12 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
     epochs = f"{recipe.epochs} epochs"
     if training.standing.epoch or training.standing.step:
         epochs = f"the last {recipe.epochs - training.standing.epoch} of {epochs}"
+    awp = " (AWP: one more of each)" if recipe.awp_gamma else ""
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
         f"{size(found.disk_bytes)} disk: "
         f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
-        f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch"
+        f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
     )
     free = shutil.disk_usage(
         next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())

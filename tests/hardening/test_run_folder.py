@@ -78,6 +78,19 @@ def test_a_run_from_its_first_file_to_its_last(tmp_path: Path) -> None:
     assert names(path) == {"config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json"}
 
 
+def test_the_last_weights_are_those_that_were_judged(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    averaged = {**state(2, best=1), "judged": weights(7)}
+    with made(path) as folder:
+        folder.save(averaged, epoch_ended=True, is_best=True)
+        assert (held(path / "last.pt"), held(path / "best.pt")) == (7, 1)
+        (path / "last.pt").unlink()  # as if killed before it was written
+    with RunFolder.reopen(path) as folder:
+        assert held(path / "last.pt") == 7
+        folder.save({**state(3, best=1), "judged": None}, epoch_ended=True, is_best=False)
+        assert held(path / "last.pt") == 3
+
+
 def test_a_folder_that_exists_is_never_taken(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
