@@ -27,6 +27,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
+from robustq.models.fused_quant import FusedIntQuant
 
 FLOAT_BITS = 32
 BITS = (32, 8, 4, 3, 2, 1)
@@ -124,16 +125,17 @@ class FoldedWeightQuant(NarrowIntQuant, WeightQuantSolver):  # type: ignore[misc
 
 
 class _LearnedActScaling(ExtendedInjector):  # type: ignore[misc]
+    tensor_quant = FusedIntQuant
     scaling_impl = LearnedThreshold
     scaling_per_output_type = ScalingPerOutputType.TENSOR
     restrict_scaling_type = RestrictValueType.FP
 
 
-class ActQuant(UintQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[misc]
+class ActQuant(_LearnedActScaling, UintQuant, ActQuantSolver):  # type: ignore[misc]
     """Unsigned activations after a ReLU, one learned scale per tensor."""
 
 
-class BranchQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[misc]
+class BranchQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore[misc]
     """Signed 8-bit input of a residual sum, one learned scale per tensor.
 
     Signed with zero point 0 here, where rounding x / scale is exact at ties; the exporter shifts the codes by 128 to
@@ -143,7 +145,7 @@ class BranchQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore
     bit_width = 8
 
 
-class NormalisedQuant(IntQuant, _LearnedActScaling, ActQuantSolver):  # type: ignore[misc]
+class NormalisedQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore[misc]
     """Signed 8-bit input of a network with a normalisation in front of it, one learned scale per tensor.
 
     Normalised pixels of several channels lie on as many grids, so no one scale can keep them all exactly; it is set and
