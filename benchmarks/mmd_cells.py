@@ -142,8 +142,13 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, A
     for name, attack in attacks.items():
         x_adv = torch.cat(
             [
-                attack(model, x[rows], y[rows], epsilon=EPSILON, **({"generator": attack.keywords["generator"][rows]}
-                       if isinstance(attack, partial) else {}))
+                attack(
+                    model,
+                    x[rows],
+                    y[rows],
+                    epsilon=EPSILON,
+                    **({"generator": attack.keywords["generator"][rows]} if isinstance(attack, partial) else {}),
+                )
                 for rows in torch.arange(len(x)).split(250)
             ]
         )

@@ -34,21 +34,25 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
-        g = grads[0].contiguous()
         # Half a step beyond the last codes, where rounding leaves the range.
-        g_x = _inside(g, x, (low - 0.5) * scale, (high + 0.5) * scale)
+        inside = _inside_on_cpu if x.device.type == "cpu" else _inside
+        g_x = inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
-            g_scale = (_dot(g, y) - _dot(g_x, x)) / scale
+            g_scale = (_dot(grads[0], y) - _dot(g_x, x)) / scale
         return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None
 
 
 def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``g`` where x lies between two scalars, 0 elsewhere."""
-    if x.device.type == "cpu":
-        return torch.ops.aten.hardtanh_backward(g, x, low.item(), high.item())  # type: ignore[no-any-return]
-    return torch.where((x > low) & (x < high), g, torch.zeros((), device=g.device, dtype=g.dtype))
+    """``g`` where x lies between two scalars or is NaN, 0 elsewhere; it does not wait for the device."""
+    return torch.where((x <= low) | (x >= high), torch.zeros((), device=g.device, dtype=g.dtype), g)
+
+
+def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same in one pass over memory: it is how a hard tanh is differentiated."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, low.item(), high.item())
+    return result
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

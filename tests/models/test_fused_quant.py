@@ -1,0 +1,136 @@
+"""The fused quantizer against stock Brevitas: values bit for bit, gradients but for rounding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import brevitas.nn as qnn
+import pytest
+import torch
+from brevitas.core.quant import RescalingIntQuant
+from torch import Tensor, nn
+
+from robustq.models.fused_quant import FusedIntQuant, _inside, _inside_on_cpu
+from robustq.models.quantizers import ActQuant, BranchQuant, learned_thresholds
+
+
+class StockActQuant(ActQuant):
+    tensor_quant = RescalingIntQuant
+
+
+class StockBranchQuant(BranchQuant):
+    tensor_quant = RescalingIntQuant
+
+
+def relu(quantizer: Any, bits: int) -> nn.Module:
+    layer: nn.Module = qnn.QuantReLU(act_quant=quantizer, bit_width=bits, return_quant_tensor=False)
+    return layer
+
+
+def branch(quantizer: Any, bits: int) -> nn.Module:
+    layer: nn.Module = qnn.QuantIdentity(act_quant=quantizer, bit_width=bits, return_quant_tensor=False)
+    return layer
+
+
+PAIRS = {
+    **{f"relu{bits}": (relu(ActQuant, bits), relu(StockActQuant, bits)) for bits in (8, 4, 3, 2)},
+    "branch8": (branch(BranchQuant, 8), branch(StockBranchQuant, 8)),
+}
+each_pair = pytest.mark.parametrize("name", PAIRS)
+
+
+def pair(name: str, threshold: float) -> tuple[nn.Module, nn.Module]:
+    for layer in PAIRS[name]:
+        layer.zero_grad()
+        for learned in learned_thresholds(layer).values():
+            learned.set_threshold(threshold)
+    return PAIRS[name]
+
+
+def values(threshold: float) -> Tensor:
+    """(4, 2, 50, 50): far outside of the range, inside, on ties of simple fractions, and the special ones."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator) * threshold
+    x[:2000] = torch.arange(-1000, 1000) * threshold / 255 / 2
+    x[2000:2006] = torch.tensor([0.0, -0.0, 1e-40, -1e30, 1e30, threshold])
+    return x.reshape(4, 2, 50, 50)
+
+
+@each_pair
+@pytest.mark.parametrize("threshold", [1e-6, 0.37, 1.0, 93.0])
+def test_values_are_those_of_stock_brevitas(name: str, threshold: float) -> None:
+    fused, stock = pair(name, threshold)
+    kinds = [[m for m in layer.modules() if isinstance(m, RescalingIntQuant)] for layer in (fused, stock)]
+    assert [type(kind) for (kind,) in kinds] == [FusedIntQuant, RescalingIntQuant]
+    x = values(threshold)
+    assert torch.equal(fused(x), stock(x))
+    assert torch.equal(fused(x.to(memory_format=torch.channels_last)), stock(x))
+    assert torch.equal(fused(x[:, :, ::2, 1:]), stock(x[:, :, ::2, 1:]))
+
+
+@each_pair
+@pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_goes_the_same_way(name: str, special: float) -> None:
+    fused, stock = pair(name, 1.0)
+    x = torch.full((1, 1, 2, 2), special)
+    torch.testing.assert_close(fused(x), stock(x), rtol=0, atol=0, equal_nan=True)
+
+
+@each_pair
+@pytest.mark.parametrize("threshold", [0.37, 1.0, 93.0])
+def test_gradients_are_those_of_stock_brevitas(name: str, threshold: float) -> None:
+    upstream = torch.randn(4, 2, 50, 50, generator=torch.Generator().manual_seed(1))
+    found = []
+    for layer in pair(name, threshold):
+        x = values(threshold).requires_grad_()
+        (layer(x) * upstream).sum().backward()
+        (learned,) = learned_thresholds(layer).values()
+        assert x.grad is not None and learned.log_threshold.grad is not None
+        found.append((x.grad, learned.log_threshold.grad))
+    (of_x, of_threshold), (stock_of_x, stock_of_threshold) = found
+    # Stock multiplies by the scale and divides by it: one float32 rounding each. Zero stays zero.
+    torch.testing.assert_close(of_x, stock_of_x, rtol=2.0**-22, atol=0)
+    assert int((stock_of_x == 0).sum()) > 1000
+    # Float32 sums of 20,000 terms of either sign, which leave about a hundredth of what was added up.
+    assert of_threshold.item() == pytest.approx(stock_of_threshold.item(), rel=1e-3)
+
+
+@each_pair
+def test_gradients_of_a_strided_upstream(name: str) -> None:
+    fused, stock = pair(name, 1.0)
+    found = []
+    for layer in (fused, stock):
+        x = values(1.0).to(memory_format=torch.channels_last).requires_grad_()
+        layer(x).mean(dim=(2, 3)).sum().backward()  # its gradient is one number, expanded
+        (learned,) = learned_thresholds(layer).values()
+        assert x.grad is not None and learned.log_threshold.grad is not None
+        found.append((x.grad, learned.log_threshold.grad.item()))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=2.0**-22, atol=0)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3)
+
+
+def test_only_what_asks_gets_a_gradient() -> None:
+    fused, _ = pair("relu4", 1.0)
+    (learned,) = learned_thresholds(fused).values()
+    fused(values(1.0)).sum().backward()
+    assert learned.log_threshold.grad is not None
+    with torch.no_grad():
+        assert not fused(values(1.0)).requires_grad
+
+
+def test_both_ways_to_cut_a_gradient_off_agree() -> None:
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1.499, 1.5, 3.0, math.nan])
+    g = torch.arange(1.0, 9.0)
+    low, high = torch.tensor(-1.0), torch.tensor(1.5)
+    expected = torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0, 8.0])
+    assert torch.equal(_inside(g, x, low, high), expected)
+    assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    fused, _ = pair("branch8", 1.0)
+    x = values(1.0).requires_grad_()
+    (gradient,) = torch.autograd.grad((fused(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
