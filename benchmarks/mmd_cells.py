@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,17 @@ from robustq.attacks.losses import margin
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct
-from robustq.hardening.vitals import vitals
+from robustq.hardening.inspection import inspect_network
 from robustq.workflow.training import train_model
 
 EPSILON = 8 / 255
 STEP = 2 / 255
+BATCH = 250
+
+_RANDOM: dict[str, Callable[..., Tensor]] = {
+    "pgd20": partial(pgd, steps=20, step_size=STEP),
+    "margin_pgd40": partial(pgd, steps=40, step_size=STEP, loss=margin),
+}
 
 _PROTOTYPE = (
     *("odgq.mmd_weight=3", "odgq.estimator=root", "odgq.bandwidth=mean", "odgq.natural_gradient=true"),
@@ -133,26 +141,32 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, A
         seed: of the random starts.
     """
     streams = Streams.of(seed, range(len(x)))
-    attacks = {
-        "fgsm": fgsm,
-        "pgd20": partial(pgd, steps=20, step_size=STEP, generator=streams),
-        "margin_pgd40": partial(pgd, steps=40, step_size=STEP, loss=margin, generator=streams.child("margin")),
-    }
-    right = {"clean": correct(model, x, y, batch_size=250)}
-    for name, attack in attacks.items():
-        x_adv = torch.cat(
-            [
-                attack(
-                    model,
-                    x[rows],
-                    y[rows],
-                    epsilon=EPSILON,
-                    **({"generator": attack.keywords["generator"][rows]} if isinstance(attack, partial) else {}),
-                )
-                for rows in torch.arange(len(x)).split(250)
-            ]
-        )
-        right[name] = correct(model, x_adv, y, batch_size=250)
+    right = {"clean": correct(model, x, y, batch_size=BATCH)}
+    for name, attack in {"fgsm": fgsm, **_RANDOM}.items():
+        found = []
+        for rows in torch.split(torch.arange(len(x)), BATCH):
+            more = {"generator": streams.child(name)[rows]} if name in _RANDOM else {}
+            found.append(attack(model, x[rows], y[rows], epsilon=EPSILON, **more))
+        right[name] = correct(model, torch.cat(found), y, batch_size=BATCH)
     worst = torch.stack(list(right.values())).all(dim=0)
     accuracies = {name: float(kept.float().mean()) for name, kept in right.items()}
-    return {**accuracies, "worst": float(worst.float().mean()), **vitals(model, x, y)}
+    return {**accuracies, "worst": float(worst.float().mean()), **asdict(inspect_network(model, x, y))}
+
+
+_COLUMNS = {
+    **{"clean": "clean", "fgsm": "FGSM", "pgd20": "PGD-20", "margin_pgd40": "margin-PGD-40", "worst": "worst case"},
+    **{"feature_norm": "feature norm", "logit_margin": "logit margin", "input_gradient_norm": "gradient norm"},
+    "zero_gradients": "zero gradients",
+}
+_SHARES = {"clean", "fgsm", "pgd20", "margin_pgd40", "worst", "zero_gradients"}
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    print(f"| cell | {' | '.join(_COLUMNS.values())} | s an epoch |\n|---|{'---|' * (len(_COLUMNS) + 1)}")
+    for row in rows:
+        values = [f"{100 * row[key]:.1f}" if key in _SHARES else f"{row[key]:.3g}" for key in _COLUMNS]
+        print(f"| {row['cell']} | {' | '.join(values)} | {row['seconds_per_epoch']:.0f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ class _Quantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range

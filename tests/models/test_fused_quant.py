@@ -133,4 +133,4 @@ def test_a_second_derivative_is_refused() -> None:
     x = values(1.0).requires_grad_()
     (gradient,) = torch.autograd.grad((fused(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+        torch.autograd.backward(gradient.sum())
