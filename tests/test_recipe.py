@@ -225,7 +225,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path
 
 
 TRAINED = [name for name in recipe_names() if load_recipe(name).method != "ptq"]
-SLOW = re.compile("imagenet/.*-nk|mnist/(?!.*odgq$)")
+SLOW = re.compile("imagenet/.*-nk|mnist/(?!.*odgq$)|cifar10/.*(-nk|mmd0|bim5|pgd7|free6)")
 WHOLE = [name for name in TRAINED if "extends" not in tomllib.loads((RECIPES / f"{name}.toml").read_text())]
 
 
