@@ -5,6 +5,8 @@ ever finds it again; more epochs then only cost time. A drop counts as a collaps
 
 - is below half of the best so far: training that overfits slowly, or an epoch at a high learning rate, loses points,
   not half; and
+- the best was more than any constant answer reaches, beyond chance: a network in its first epochs may give one class to
+  all images, which no attack changes, and looks less robust as soon as it learns; and
 - lies below it beyond chance: the upper end of its 95% Wilson interval is under the lower end of the best one's, so
   that a few held-out images cannot stop a run; and
 - does so in :data:`EPOCHS` epochs running: a single bad one, from which training recovers by itself, shows up wherever
@@ -54,12 +56,13 @@ class Collapse:
         )
 
 
-def find_collapse(robust: Sequence[float | None], *, images: int, planned: int) -> Collapse | None:
+def find_collapse(robust: Sequence[float | None], *, images: int, chance: float, planned: int) -> Collapse | None:
     """Whether the last epoch of ``robust`` makes a collapse certain.
 
     Args:
         robust: PGD-10 accuracy after each epoch so far, in [0, 1]; None where it is not watched.
         images: that it was counted on.
+        chance: share of the most frequent class among them, in [0, 1].
         planned: epochs of the recipe.
     """
     counted = [accuracy for accuracy in robust if accuracy is not None]
@@ -67,13 +70,15 @@ def find_collapse(robust: Sequence[float | None], *, images: int, planned: int) 
         return None
     before, recent = counted[:-EPOCHS], counted[-EPOCHS:]
     best = max(before)
-    if not all(_is_down(accuracy, best, images) for accuracy in recent):
+    if _interval(best, images)[0] <= chance or not all(_is_down(accuracy, best, images) for accuracy in recent):
         return None
     best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as best.pt's
     return Collapse(len(counted), recent[-1], best_epoch, best, planned)
 
 
 def _is_down(accuracy: float, best: float, images: int) -> bool:
-    low, _ = wilson_interval(round(best * images), images)
-    _, high = wilson_interval(round(accuracy * images), images)
-    return accuracy < best / 2 and high < low
+    return accuracy < best / 2 and _interval(accuracy, images)[1] < _interval(best, images)[0]
+
+
+def _interval(accuracy: float, images: int) -> tuple[float, float]:
+    return wilson_interval(round(accuracy * images), images)

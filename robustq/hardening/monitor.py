@@ -56,6 +56,11 @@ class Monitor:
         """How many held-out images are counted."""
         return len(self._x)
 
+    @property
+    def chance(self) -> float:
+        """Accuracy in [0, 1] of the constant answer that is right most often."""
+        return int(self._y.bincount().max()) / len(self._y)
+
     def watch(self, model: nn.Module) -> Watched:
         """Accuracies of ``model`` in eval mode; its mode is put back."""
         with _evaluating(model):

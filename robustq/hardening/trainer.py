@@ -107,7 +107,8 @@ class Training:
         if not self.recipe.stop_on_collapse:
             return None
         robust = [row["holdout_pgd10_accuracy"] for row in self.standing.rows]
-        return find_collapse(robust, images=self.monitor.images, planned=self.recipe.epochs)
+        monitor, planned = self.monitor, self.recipe.epochs
+        return find_collapse(robust, images=monitor.images, chance=monitor.chance, planned=planned)
 
     @property
     def finished(self) -> bool:

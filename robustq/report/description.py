@@ -103,8 +103,9 @@ def _run(found: dict[str, Any]) -> list[str]:
     if result is None:
         return [*lines, "state   not finished: the folder has no result.json"]
     lines.append(f"clean   {percent(result.get('clean_accuracy'))} on {result.get('test_images')} test images")
+    epochs = result.get("epochs_done", result.get("epochs"))
     lines.append(
         f"held    clean {percent(result.get('holdout_clean_accuracy'))}, PGD-10 "
-        f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {result.get('epochs')})"
+        f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {epochs})"
     )
-    return lines
+    return lines + [f"FAILED  {fall}" for fall in result.get("shortfalls", [])]

@@ -45,6 +45,7 @@ def test_a_collapse_ends_the_run_with_exit_1_and_the_best_weights(run: Run, digi
     assert json.loads(Path("run/result.json").read_text()) == found
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
     assert run("info", found["checkpoint"], "--json").json["info"]["epoch"] == 1
+    assert "FAILED  run: robust accuracy collapsed" in run("info", "run").out
     resumed = run("harden", "--resume", "run")
     assert resumed.code == 2
     last = resumed.err.strip().splitlines()[-1]

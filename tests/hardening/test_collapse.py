@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from robustq.hardening.collapse import Collapse, find_collapse
@@ -28,6 +29,9 @@ from tests.hardening.test_resume import begun
         ([0.4, 0.19, 0.21], 500, False),
         ([0.06, 0.02, 0.02], 100, False),  # a third, but as likely chance: Wilson [2.8, 12.5] and [0.6, 7.0]
         ([0.06, 0.02, 0.02], 2000, True),
+        ([0.02, 0.001, 0.001], 2000, False),  # one class for all images, of 50 classes; then it learns
+        ([0.026, 0.001, 0.001], 2000, False),  # not surely more: Wilson from 1.99%
+        ([0.027, 0.001, 0.001], 2000, True),  # from 2.08%
         ([0.0, 0.0, 0.0], 500, False),  # never was robust
         ([0.1, 0.2, 0.3, 0.4], 500, False),
         ([0.4, 0.5, 0.5, 0.0, 0.0], 500, True),
@@ -39,12 +43,12 @@ from tests.hardening.test_resume import begun
 def test_a_collapse_is_a_fall_that_lasts_and_is_no_chance(
     robust: list[float | None], images: int, collapsed: bool
 ) -> None:
-    found = find_collapse(robust, images=images, planned=40)
+    found = find_collapse(robust, images=images, chance=0.02, planned=40)
     assert (found is not None) == collapsed
 
 
 def test_the_message_says_what_happened_and_what_to_do() -> None:
-    found = find_collapse([0.4, 0.5, 0.5, 0.02, 0.01], images=500, planned=40)
+    found = find_collapse([0.4, 0.5, 0.5, 0.02, 0.01], images=500, chance=0.1, planned=40)
     assert found == Collapse(epoch=5, robust=0.01, best_epoch=3, best=0.5, planned=40)
     told = str(found)
     for part in ("PGD-10 1.0%", "epoch 5, 50.0% in epoch 3", "stopped after 5 of 40", "--set stop_on_collapse=false"):
@@ -57,6 +61,7 @@ class Falling(Monitor):
 
     answers = (0.5, 0.6, 0.0, 0.0, 0.0, 0.0)
     images = 500
+    chance = 0.1
 
     def __init__(self, inner: Monitor) -> None:
         self.__dict__.update(inner.__dict__)
@@ -65,6 +70,12 @@ class Falling(Monitor):
     def watch(self, model: nn.Module) -> Watched:
         self.seen += 1
         return Watched(0.9, self.answers[self.seen - 1])
+
+
+def test_chance_is_the_most_frequent_class() -> None:
+    labels = torch.tensor([3, 1, 3, 0, 3, 1])
+    monitor = Monitor(torch.zeros(6, 1, 2, 2), labels, epsilon=None, batch_size=6, seed=0)
+    assert (monitor.chance, monitor.images) == (0.5, 6)
 
 
 def falling(**keys: Any) -> Training:

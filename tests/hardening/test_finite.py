@@ -97,6 +97,7 @@ class Faulty(Stateless):
 
 
 class Calm:
+    chance = 0.1
     images = 8
 
     def watch(self, model: nn.Module) -> Watched:

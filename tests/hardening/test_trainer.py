@@ -59,6 +59,7 @@ class Scripted:
     """A monitor that has its answers ready."""
 
     images = 500
+    chance = 0.1
 
     def __init__(self, *answers: Watched) -> None:
         self._answers = list(answers)
