@@ -21,7 +21,7 @@ from robustq.hardening.method import Drawing, Step
 from robustq.hardening.teacher import Teacher
 from robustq.recipe_faults import number_faults, shown, unknown_value
 
-TEACHER_SEES = ("original", "augmented")
+TEACHER_SEES = ("augmented", "original")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,10 @@ class RsladSettings:
 
     Args:
         teacher: path of the robust teacher, a model file that robustq wrote.
-        teacher_sees: ``original``: each training image as it is in the data set, once, before the first batch (see
-            :class:`robustq.hardening.teacher.CachedTeacher`); ``augmented``: what the student sees, batch by batch, as
-            in the paper.
+        teacher_sees: ``augmented``: what the student sees, batch by batch, as in the paper; where nothing is augmented
+            that is always the same, so its answers are cached. ``original``: each training image as it is in the data
+            set, once, before the first batch, for all its crops: for teachers that are dear to ask. What that deviates
+            by is told in :class:`robustq.hardening.teacher.CachedTeacher`.
         steps: crafting steps (the paper: 10).
         step_size: ``auto`` (see :func:`robustq.hardening.crafting.step_length`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start; at least 1/255, for the reason given in
@@ -42,7 +43,7 @@ class RsladSettings:
     """
 
     teacher: str = ""
-    teacher_sees: str = "original"
+    teacher_sees: str = "augmented"
     steps: int = 1
     step_size: str | float = AUTO
     start_size: str | float = "1/255"

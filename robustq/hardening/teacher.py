@@ -54,10 +54,11 @@ class AskedTeacher:
 class CachedTeacher:
     """Has looked once at each training image as it is in the data set, and answers so for every crop of it.
 
-    Deviation from arXiv:2108.07969, whose teacher sees the crop: an answer that is exact for the crop could hardly be
-    used twice (162 crops and mirrorings of a CIFAR image), and would be as dear as asking. A label does not change from
-    crop to crop either. Where training mirrors images, the soft label is the mean of the probabilities of the image and
-    its mirror image, so that it does not depend on which of the two the student sees.
+    Where training augments, this deviates from arXiv:2108.07969, whose teacher sees the crop. Answers that are exact
+    for every crop would not be worth keeping: a CIFAR image has 162 crops and mirrorings, more than a run has epochs,
+    so that few would be used twice. The deviation is not small (docs/methods.md has figures), hence no default. Where
+    training mirrors images, the soft label is the mean of the probabilities of the image and its mirror image, so that
+    it does not depend on which of the two the student sees.
 
     The answers are a pure function of teacher, data and device, so a resumed run computes them again. Memory: 4 bytes
     for each class of each training image (CIFAR-10: 1.8 MB, ImageNet: 5.1 GB), on the device.

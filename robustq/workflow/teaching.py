@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from robustq.checkpoint import load_model
-from robustq.data import Augment, Dataset
+from robustq.data import NO_AUGMENT, Augment, Dataset
 from robustq.errors import DataError, ModelFileError, UsageError
 from robustq.hardening.methods import resolved_settings
 from robustq.hardening.teacher import AskedTeacher, CachedTeacher, Teacher
@@ -64,7 +64,7 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     radius = "trained without a defence" if spec.epsilon is None else f"epsilon {format_epsilon(spec.epsilon)}"
     note(f"teacher {spec.label} ({radius}), {path}")
     network = network.to(device)
-    if settings["teacher_sees"] == "augmented":
+    if settings["teacher_sees"] == "augmented" and augment != NO_AUGMENT:
         return AskedTeacher(network)
     return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
 

@@ -30,8 +30,10 @@ LEVEL = 1 / 255
 SEED = 5
 
 
-def recipe(method: str, **keys: Any) -> Recipe:
-    return Recipe(name="test", method=method, epochs=1, batch_size=SLOTS, lr=0.05, settings=keys)
+def recipe(method: str, *, smoothing: float = 0.0, **keys: Any) -> Recipe:
+    return Recipe(
+        name="test", method=method, epochs=1, batch_size=SLOTS, lr=0.05, label_smoothing=smoothing, settings=keys
+    )
 
 
 def teacher_net() -> Twin:
@@ -42,7 +44,7 @@ def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: flo
     """The method on a float64 net: its memory in float64 too."""
     teacher = AskedTeacher(teacher_net()) if method == "rslad" else None
     made: Any = build_method(
-        recipe(method, **keys),
+        recipe(method, smoothing=smoothing, **keys),
         model,
         epsilon=epsilon,
         image_shape=SHAPE,
@@ -51,8 +53,6 @@ def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: flo
         seed=SEED,
         teacher=teacher,
     )
-    if smoothing:
-        made.cross_entropy = CrossEntropy(smoothing)
     for name in ("perturbation", "perturbations", "momenta"):
         if hasattr(made, name):
             setattr(made, name, getattr(made, name).double())

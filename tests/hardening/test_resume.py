@@ -80,9 +80,9 @@ def teacher(split: Interrupting, keys: dict[str, Any], *, init: int = 100) -> Te
     torch.manual_seed(init)
     network = WithDropout()
     torch.set_rng_state(state)
-    if keys.get("teacher_sees") == "augmented":
-        return AskedTeacher(network)
-    return CachedTeacher(network, TensorSplit(split.images, split.labels), mirrored=True, device=CPU)
+    if keys.get("teacher_sees") == "original":
+        return CachedTeacher(network, TensorSplit(split.images, split.labels), mirrored=True, device=CPU)
+    return AskedTeacher(network)
 
 
 def begun(method: str, bits: int, keys: dict[str, Any], *, init: int) -> tuple[Training, Interrupting]:
@@ -168,7 +168,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fgsm-mep-anew": ("fgsm-mep", 0, {"reset_epochs": 1}),
     "trades": ("trades", 0, {"steps": 2}),
     "rslad": ("rslad", 0, {}),
-    "rslad-asked": ("rslad", 0, {"teacher_sees": "augmented"}),
+    "rslad-cached": ("rslad", 0, {"teacher_sees": "original"}),
 }
 
 # Batch 1: the first; 3: the last of its epoch, before it was judged; 4: the first of the second epoch.
@@ -216,7 +216,7 @@ def test_another_teacher_is_refused() -> None:
     training, split = begun("rslad", 0, {}, init=0)
     state = training.state_dict()
     assert isinstance(training.method, Rslad)
-    for other in (teacher(split, {}, init=101), teacher(split, {"teacher_sees": "augmented"})):
+    for other in (teacher(split, {}, init=101), teacher(split, {"teacher_sees": "original"})):
         training.method.teacher = other
         with pytest.raises(ModelFileError, match="is not the teacher any more that the run began with"):
             training.load_state_dict(state)
