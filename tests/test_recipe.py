@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import robustq
+from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening.weights import put_back
@@ -258,13 +259,16 @@ def spec_of(architecture: str, bits: int, act_bits: int, data: str | None, epsil
     # Slow: rows that differ from one beside them in a number or in the data alone.
     [pytest.param(name, marks=pytest.mark.slow if SLOW.match(name) else ()) for name in TRAINED],
 )
-def test_every_recipe_takes_two_steps(name: str) -> None:
+def test_every_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     assert recipe.summary
     net = (recipe.architecture or "resnet8", recipe.weight_bits or 4, recipe.act_bits or 4, recipe.data)
     (model, before), spec, data = network(*net), spec_of(*net, recipe.epsilon), stand_in(recipe.data)
     put_back(model, before)
     recipe = replace(recipe, batch_size=4, lr=0.001)  # two batches, the second one short
+    if recipe.method == "rslad":
+        save_model(tmp_path / "teacher.pt", model, spec)
+        recipe = replace(recipe, settings={**recipe.settings, "teacher": str(tmp_path / "teacher.pt")})
     training = prepare(
         model,
         spec,
