@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from robustq.hardening import forecast as forecasting
+from robustq.hardening.descent import Descent
 from robustq.hardening.forecast import copied, forecast
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.hardening.stop import StopRequest
@@ -63,8 +65,11 @@ def test_a_run_with_two_epochs_left_and_one_with_none() -> None:
     assert 0 <= forecast(training).seconds < 60
 
 
-def test_the_disk_is_what_the_files_take(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}])
+def test_the_disk_is_what_the_files_take(options: dict[str, Any], tmp_path: Path) -> None:
     training, _ = begun("odgq", 4, {"domains": 3}, init=0)
+    training.recipe = replace(training.recipe, **options)
+    training.descent = Descent(training.model, training.method, training.recipe)
     told = forecast(training)
     spec = ModelSpec("resnet8", 4, 4, 10, 1, 8, "digits", 0.1, tuple("0123456789"))
     config = {
