@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from robustq.hardening.methods import build_method
+from robustq.hardening.methods.registry import build_method
 from robustq.hardening.optimizer import build_optimizer
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model

@@ -32,7 +32,7 @@ def recipes(
         if name is None:
             known = [load_recipe(one) for one in recipe_names()]
             return {"recipes": [{**one.to_dict(), **one.claims()} for one in known], "tables": by_table(known)}
-        from robustq.hardening.methods import resolved_recipe
+        from robustq.hardening.methods.registry import resolved_recipe
 
         found = load_recipe(name)
         return {"recipes": [{**resolved_recipe(found), **found.claims()}]}

@@ -1,1 +1,1 @@
-"""Training methods: the one trainer loop, and one file per method beside it."""
+"""Training: the one loop and what it keeps, watches and writes; the methods are in :mod:`robustq.hardening.methods`."""

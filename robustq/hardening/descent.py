@@ -11,7 +11,7 @@ from torch import nn
 from robustq.data import Batch
 from robustq.hardening.average import Average
 from robustq.hardening.awp import worst_weights
-from robustq.hardening.method import Method, Step
+from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.optimizer import build_optimizer
 from robustq.recipe import Recipe
 

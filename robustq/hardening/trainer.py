@@ -23,7 +23,7 @@ from robustq.hardening.collapse import Collapse, find_collapse
 from robustq.hardening.descent import Descent
 from robustq.hardening.finite import FiniteWatch, find_fault
 from robustq.hardening.inspection import BATCH
-from robustq.hardening.method import Method
+from robustq.hardening.methods.method import Method
 from robustq.hardening.metrics import epoch_row, forget_peak_memory
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.schedule import learning_rate

@@ -15,8 +15,8 @@ from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.memory import runs_out
-from robustq.hardening.methods import resolved_settings
-from robustq.hardening.ptq import PtqSettings, correct_biases
+from robustq.hardening.methods.ptq import PtqSettings, correct_biases
+from robustq.hardening.methods.registry import resolved_settings
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec
 from robustq.outputs import folder_when_whole, free_path, sha256, write_text_atomically

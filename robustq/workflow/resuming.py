@@ -11,7 +11,7 @@ import torch
 from robustq.data import Augment, Dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, UsageError
 from robustq.hardening.board import check_tensorboard
-from robustq.hardening.methods import resolved_settings
+from robustq.hardening.methods.registry import resolved_settings
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.models.spec import ModelSpec, build_model
 from robustq.outputs import sha256

@@ -14,7 +14,7 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.board import check_tensorboard
 from robustq.hardening.forecast import what_fits
 from robustq.hardening.memory import runs_out
-from robustq.hardening.methods import build_method, resolved_settings
+from robustq.hardening.methods.registry import build_method, resolved_settings
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.stop import StopRequest

@@ -14,7 +14,7 @@ from torch import nn
 from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
 from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, usual_augment
 from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
-from robustq.hardening.methods import SETTINGS
+from robustq.hardening.methods.registry import SETTINGS
 from robustq.models.batch_norm import needs_two_images
 from robustq.models.normalise import Normalisation, parse_normalisation
 from robustq.models.quantizers import BITS, FLOAT_BITS

@@ -10,8 +10,8 @@ import torch
 from robustq.checkpoint import load_model
 from robustq.data import NO_AUGMENT, Augment, Dataset
 from robustq.errors import DataError, ModelFileError, UsageError
-from robustq.hardening.methods import resolved_settings
-from robustq.hardening.teacher import AskedTeacher, CachedTeacher, Teacher
+from robustq.hardening.methods.registry import resolved_settings
+from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher, Teacher
 from robustq.inputs import check_model_file
 from robustq.progress import note
 from robustq.recipe import Recipe, format_epsilon

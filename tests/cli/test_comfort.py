@@ -22,7 +22,7 @@ import robustq
 from robustq import progress
 from robustq.checkpoint import load_model
 from robustq.errors import RobustqWarning
-from robustq.hardening.methods import resolved_recipe
+from robustq.hardening.methods.registry import resolved_recipe
 from robustq.outputs import sha256
 from robustq.recipe import load_recipe, recipe_names
 from tests.cli.conftest import Run

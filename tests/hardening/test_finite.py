@@ -16,7 +16,7 @@ from robustq.errors import NotFiniteError
 from robustq.hardening import trainer
 from robustq.hardening.finite import FiniteWatch, watching_layers
 from robustq.hardening.inspection import Inspection
-from robustq.hardening.method import Method, Stateless, Step
+from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.monitor import Monitor, Watched
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.trainer import Training

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import ModelFileError, RunStoppedError
 from robustq.hardening import trainer
-from robustq.hardening.methods import build_method
+from robustq.hardening.methods.registry import build_method
+from robustq.hardening.methods.rslad import Rslad
+from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher, Teacher
 from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor
-from robustq.hardening.rslad import Rslad
 from robustq.hardening.stop import StopRequest
-from robustq.hardening.teacher import AskedTeacher, CachedTeacher, Teacher
 from robustq.hardening.trainer import Training
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model

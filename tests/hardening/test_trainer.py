@@ -14,11 +14,11 @@ from torch.nn import functional
 
 from robustq.data import Augment, TensorSplit
 from robustq.hardening.inspection import Inspection
-from robustq.hardening.method import Method, Stateless, Step
-from robustq.hardening.methods import build_method
+from robustq.hardening.methods.method import Method, Stateless, Step
+from robustq.hardening.methods.natural import Natural
+from robustq.hardening.methods.registry import build_method
 from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.natural import Natural
 from robustq.hardening.optimizer import build_optimizer
 from robustq.hardening.stop import StopRequest
 from robustq.hardening.trainer import Trained, Training

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import robustq
 from robustq.errors import NotFiniteError, OutOfMemoryError, OutputError, RunStoppedError
-from robustq.hardening.method import Step
-from robustq.hardening.natural import Natural
+from robustq.hardening.methods.method import Step
+from robustq.hardening.methods.natural import Natural
 from robustq.hardening.run_folder import RUNS, RunFolder
 from robustq.outputs import free_path
 from robustq.workflow import announcing, run

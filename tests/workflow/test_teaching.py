@@ -18,7 +18,7 @@ from robustq import progress
 from robustq.checkpoint import load_model, save_model
 from robustq.data import Augment, Batch, load_dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, RunStoppedError, UsageError
-from robustq.hardening.teacher import AskedTeacher, CachedTeacher
+from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe

@@ -12,7 +12,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.hardening.mmd import _squared_distances, mmd
+from robustq.hardening.methods.mmd import _squared_distances, mmd
 
 ESTIMATORS = ["root", "squared"]
 BANDWIDTHS: list[Any] = ["median", "mean", "mixture", 2.5]

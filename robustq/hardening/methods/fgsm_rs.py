@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
-from robustq.hardening.crafting import crafting, mode_faults
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.crafting import crafting, mode_faults
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -24,7 +24,7 @@ class FgsmRsSettings:
 
     Args:
         step_scale: the step as a multiple of epsilon; 1.25 is the paper's 10/255 at 8/255 (its section 4).
-        batch_norm: of the crafting pass (:data:`robustq.hardening.crafting.MODES`); ``train`` as in the paper's code.
+        batch_norm: of the crafting pass (:data:`.crafting.MODES`); ``train`` as in the paper's code.
     """
 
     step_scale: float = 1.25

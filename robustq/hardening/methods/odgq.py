@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
-from robustq.hardening.mmd import mmd
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
+from robustq.hardening.methods.mmd import mmd
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe_faults import shown, unknown_value
 
@@ -54,7 +54,7 @@ class OdgqSettings:
             clipped to epsilon, add up to as much as 2 epsilon, as lines 5 and 9 write (the appendix assumes the ball).
         clamp: keep x_g and x_adv in [0, 1]. Outside, the input quantizer has no gradient and black pixels would freeze.
         features: what line 10 aligns, see :class:`robustq.hardening.features.FeatureTap`.
-        estimator, bandwidth: of the MMD, see :func:`robustq.hardening.mmd.mmd`; bandwidth may be a number (sigma^2).
+        estimator, bandwidth: of the MMD, see :func:`.mmd.mmd`; bandwidth may be a number (sigma^2).
         natural_gradient: let the MMD's gradient flow through the clean branch too (2.67 instead of 2.0 natural steps).
         batch_norm: ``eval``: running statistics in line 6, the batch's in line 10, where only x_adv moves the running
             ones; ``train``: plain train mode throughout, every forward moves them; ``joint``: as eval, with x_0 and

@@ -10,19 +10,19 @@ from torch import nn
 
 from robustq.data import SIDES, usual_augment
 from robustq.errors import UsageError
-from robustq.hardening.dq import Dq, DqSettings
-from robustq.hardening.fgsm_mep import FgsmMep, FgsmMepSettings
-from robustq.hardening.fgsm_rs import FgsmRs, FgsmRsSettings
-from robustq.hardening.free import Free, FreeSettings
-from robustq.hardening.method import CrossEntropy, Method
-from robustq.hardening.n_fgsm import NFgsm, NFgsmSettings
-from robustq.hardening.natural import Natural, NaturalSettings
-from robustq.hardening.odgq import Odgq, OdgqSettings
-from robustq.hardening.pgd import Pgd, PgdSettings
-from robustq.hardening.ptq import PtqSettings
-from robustq.hardening.rslad import Rslad, RsladSettings
-from robustq.hardening.teacher import Teacher
-from robustq.hardening.trades import Trades, TradesSettings
+from robustq.hardening.methods.dq import Dq, DqSettings
+from robustq.hardening.methods.fgsm_mep import FgsmMep, FgsmMepSettings
+from robustq.hardening.methods.fgsm_rs import FgsmRs, FgsmRsSettings
+from robustq.hardening.methods.free import Free, FreeSettings
+from robustq.hardening.methods.method import CrossEntropy, Method
+from robustq.hardening.methods.n_fgsm import NFgsm, NFgsmSettings
+from robustq.hardening.methods.natural import Natural, NaturalSettings
+from robustq.hardening.methods.odgq import Odgq, OdgqSettings
+from robustq.hardening.methods.pgd import Pgd, PgdSettings
+from robustq.hardening.methods.ptq import PtqSettings
+from robustq.hardening.methods.rslad import Rslad, RsladSettings
+from robustq.hardening.methods.teacher import Teacher
+from robustq.hardening.methods.trades import Trades, TradesSettings
 from robustq.recipe import Recipe
 from robustq.recipe_faults import check_settings
 

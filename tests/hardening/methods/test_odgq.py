@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.method import Step
-from robustq.hardening.methods import build_method, resolved_settings
-from robustq.hardening.mmd import mmd
-from robustq.hardening.odgq import Odgq, OdgqSettings
+from robustq.hardening.methods.method import Step
+from robustq.hardening.methods.mmd import mmd
+from robustq.hardening.methods.odgq import Odgq, OdgqSettings
+from robustq.hardening.methods.registry import build_method, resolved_settings
 from robustq.models.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
-from tests.hardening import odgq_reference as reference
+from tests.hardening.methods import odgq_reference as reference
 
 EPSILON = 0.1
 SLOTS = 6

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
-from robustq.hardening.crafting import AUTO, crafting, length_faults, mode_faults, step_length
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.crafting import AUTO, crafting, length_faults, mode_faults, step_length
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -25,10 +25,10 @@ class PgdSettings:
 
     Args:
         steps: K; 7 in arXiv:1706.06083 for CIFAR-10.
-        step_size: ``auto`` (see :func:`robustq.hardening.crafting.step_length`), or a length such as ``"4/255"``. The
+        step_size: ``auto`` (see :func:`.crafting.step_length`), or a length such as ``"4/255"``. The
             ODG-Q paper does not give the step of its training attack; the one of its tables' attacks is 4/255.
         random_start: from a uniform point of the ball (PGD) or from the image itself (BIM).
-        batch_norm: of the crafting passes, see :data:`robustq.hardening.crafting.MODES`.
+        batch_norm: of the crafting passes, see :data:`.crafting.MODES`.
     """
 
     steps: int = 7

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step, task_step
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step, task_step
 
 
 @dataclass(frozen=True)
@@ -34,5 +34,5 @@ class Natural(Stateless):
         return x
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
-        """See :meth:`robustq.hardening.method.Method.loss`."""
+        """See :meth:`robustq.hardening.methods.method.Method.loss`."""
         return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)

@@ -16,9 +16,9 @@ from robustq.attacks.ascent import input_gradient
 from robustq.attacks.ball import project, uniform_start
 from robustq.attacks.losses import kl
 from robustq.errors import ModelFileError, RecipeError
-from robustq.hardening.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
-from robustq.hardening.method import Drawing, Step
-from robustq.hardening.teacher import Teacher
+from robustq.hardening.methods.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
+from robustq.hardening.methods.method import Drawing, Step
+from robustq.hardening.methods.teacher import Teacher
 from robustq.recipe_faults import number_faults, shown, unknown_value
 
 TEACHER_SEES = ("augmented", "original")
@@ -33,13 +33,13 @@ class RsladSettings:
         teacher_sees: ``augmented``: what the student sees, batch by batch, as in the paper; where nothing is augmented
             that is always the same, so its answers are cached. ``original``: each training image as it is in the data
             set, once, before the first batch, for all its crops: for teachers that are dear to ask. What that deviates
-            by is told in :class:`robustq.hardening.teacher.CachedTeacher`.
+            by is told in :class:`.teacher.CachedTeacher`.
         steps: crafting steps (the paper: 10).
-        step_size: ``auto`` (see :func:`robustq.hardening.crafting.step_length`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :func:`.crafting.step_length`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start; at least 1/255, for the reason given in
-            :class:`robustq.hardening.trades.TradesSettings`.
+            :class:`.trades.TradesSettings`.
         clean_weight: share of the clean images in the loss (the paper: 1/6); 0 leaves their pass out.
-        batch_norm: of the crafting passes (:data:`robustq.hardening.crafting.MODES`); ``eval`` as in the paper's code.
+        batch_norm: of the crafting passes (:data:`.crafting.MODES`); ``eval`` as in the paper's code.
     """
 
     teacher: str = ""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
 from robustq.errors import RecipeError
-from robustq.hardening.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step
+from robustq.hardening.methods.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step
 from robustq.recipe_faults import number_faults
 
 
@@ -26,11 +26,11 @@ class TradesSettings:
     Args:
         kl_weight: beta, the paper's 1/lambda (6 in its strongest runs).
         steps: crafting steps (the paper: 10; 1 is the cheap variant).
-        step_size: ``auto`` (see :func:`robustq.hardening.crafting.step_length`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :func:`.crafting.step_length`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start, at least 1/255. Deviation from the paper's start of
             0.001 N(0, 1): at x itself the divergence has no gradient, and an 8-bit input quantizer rounds 95% of that
             noise back to x.
-        batch_norm: of the crafting passes (:data:`robustq.hardening.crafting.MODES`); ``eval`` as in the paper's code.
+        batch_norm: of the crafting passes (:data:`.crafting.MODES`); ``eval`` as in the paper's code.
     """
 
     kl_weight: float = 6.0

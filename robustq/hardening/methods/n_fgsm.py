@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from robustq.attacks.ascent import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
 from robustq.errors import RecipeError
-from robustq.hardening.crafting import crafting, mode_faults
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.crafting import crafting, mode_faults
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -26,7 +26,7 @@ class NFgsmSettings:
     Args:
         noise_scale: k, half the width of the noise as a multiple of epsilon (the paper: 2).
         step_scale: the step as a multiple of epsilon (the paper: 1).
-        batch_norm: of the crafting pass (:data:`robustq.hardening.crafting.MODES`); ``train`` as in the paper's code.
+        batch_norm: of the crafting pass (:data:`.crafting.MODES`); ``train`` as in the paper's code.
     """
 
     noise_scale: float = 2.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import RecipeError
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step
 from robustq.recipe_faults import number_faults
 
 

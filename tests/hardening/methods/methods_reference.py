@@ -1,6 +1,6 @@
 """The training methods beside ODG-Q, line by line from their papers, slow and on purpose without any of robustq's code.
 
-As :mod:`tests.hardening.odgq_reference`, whose net and task loss they share: float64, loops over images and classes,
+As :mod:`.odgq_reference`, whose net and task loss they share: float64, loops over images and classes,
 BatchNorm in sums and SGD spelled out. Each method is a generator: it is sent batches and yields, for every step of the
 optimiser, the images it trained on and the loss, before which it has made them. Random numbers are drawn as the methods
 say: by torch.rand in float32 from a CPU generator, in the order of the batches.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tests.hardening.odgq_reference import ReferenceNet, task_loss
+from tests.hardening.methods.odgq_reference import ReferenceNet, task_loss
 
 Batch = tuple[Tensor, Tensor, Tensor]
 """x, y, places."""

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening.dq import orthogonality
-from robustq.hardening.fgsm_mep import FgsmMep
-from robustq.hardening.free import Free
-from robustq.hardening.method import CrossEntropy, Method
-from robustq.hardening.methods import SETTINGS, build_method, resolved_settings
-from robustq.hardening.teacher import AskedTeacher
+from robustq.hardening.methods.dq import orthogonality
+from robustq.hardening.methods.fgsm_mep import FgsmMep
+from robustq.hardening.methods.free import Free
+from robustq.hardening.methods.method import CrossEntropy, Method
+from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
+from robustq.hardening.methods.teacher import AskedTeacher
 from robustq.recipe import Recipe
 from robustq.recipe_faults import METHODS
-from tests.hardening import methods_reference as reference
-from tests.hardening.test_odgq import EPSILON, SAMPLES, SHAPE, SLOTS, Twin, assert_close, images, running, twins
+from tests.hardening.methods import methods_reference as reference
+from tests.hardening.methods.test_odgq import EPSILON, SAMPLES, SHAPE, SLOTS, Twin, assert_close, images, running, twins
 
 CPU = torch.device("cpu")
 IMAGE = torch.zeros(SHAPE, dtype=torch.float64)
@@ -236,7 +236,7 @@ def test_fgsm_mep_draws_its_starts_in_parts_as_at_once(monkeypatch: pytest.Monke
     assert set(whole.perturbations.unique().tolist()) == {-EPSILON, EPSILON}  # type: ignore[no-untyped-call]
     assert 0.4 < (whole.perturbations > 0).double().mean() < 0.6
     parts: FgsmMep = built("fgsm-mep", twins()[0])
-    monkeypatch.setattr("robustq.hardening.fgsm_mep._ROWS_AT_ONCE", 16)
+    monkeypatch.setattr("robustq.hardening.methods.fgsm_mep._ROWS_AT_ONCE", 16)
     parts.begin_epoch(0)
     assert torch.equal(parts.perturbations, whole.perturbations)
     for epoch in (1, 39):

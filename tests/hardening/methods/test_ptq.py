@@ -17,7 +17,7 @@ import robustq
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening.ptq import correct_biases, norms_behind
+from robustq.hardening.methods.ptq import correct_biases, norms_behind
 from robustq.models.calibration import calibrate
 from robustq.models.folding import fold
 from robustq.models.resnet import ResNet

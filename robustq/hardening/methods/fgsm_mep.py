@@ -8,7 +8,7 @@ Every training image keeps a perturbation delta and a momentum m of its gradient
 4. loss = CE(x_adv) + lambda mean (f(x_adv) - f(x_0))^2           the mean is over the batch and the logits
 
 Every 40 epochs delta starts anew from random corners of the ball, and m from 0. The paper smooths the labels; its share
-of 0.6 for the label, of ten classes, is a smoothing of 0.4444 (see :class:`robustq.hardening.method.CrossEntropy`).
+of 0.6 for the label, of ten classes, is a smoothing of 0.4444 (see :class:`.method.CrossEntropy`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.crafting import crafting, mode_faults
-from robustq.hardening.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
+from robustq.hardening.methods.crafting import crafting, mode_faults
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
 from robustq.recipe_faults import number_faults
 
 _ROWS_AT_ONCE = 1024
@@ -38,7 +38,7 @@ class FgsmMepSettings:
         mse_weight: lambda; 0 leaves the term out.
         reset_epochs: epochs after which the perturbations start anew.
         prior_gradient: let lambda's gradient flow through f(x_0) too, as the paper does: one backward pass more.
-        batch_norm: of the pass through x_0, see :data:`robustq.hardening.crafting.MODES`.
+        batch_norm: of the pass through x_0, see :data:`.crafting.MODES`.
     """
 
     step_scale: float = 1.0

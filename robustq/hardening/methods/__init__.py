@@ -1,0 +1,1 @@
+"""Training methods: one file each, chosen by name in :mod:`robustq.hardening.methods.registry`."""
