@@ -1,6 +1,6 @@
 """Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its faults told.
 
-The comparison runs in float64, as that of ODG-Q does (tests/hardening/test_odgq.py says why).
+The comparison runs in float64, as that of ODG-Q does (`test_odgq.py` says why).
 """
 
 from __future__ import annotations
