@@ -6,7 +6,8 @@
 scratch, one-cycle learning rate (linear up over 30%, cosine down) to 0.1, square root of MMD^2 with the mean bandwidth,
 gradient through the clean branch, BatchNorm in train mode throughout, epsilon_l = epsilon, no clamp. Every other cell
 differs from `lambda-3` in what its name says. A row is appended to ``--out`` as soon as it is known, and cells that
-stand there are not trained again, so that hours can be spent in pieces.
+stand there are not trained again, so that hours can be spent in pieces. ``--measure MODEL.pt ...`` trains nothing and
+counts networks that were trained otherwise.
 
 Counted on test images, at 8/255: clean, FGSM, PGD-20 with steps of 2/255 (last iterate), margin-PGD-40 (last iterate;
 and the worst case over all attacks), and what masking shows in: norm of the pooled features, logit margin, norm of the
@@ -83,9 +84,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=14, help="natural training: ten of fourteen")
     parser.add_argument("--test-images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; rows that stand there are kept")
+    parser.add_argument("--out", type=Path, default=Path("cells.jsonl"), help="JSON lines; rows that stand there stay")
+    parser.add_argument("--measure", type=Path, nargs="+", metavar="MODEL", help="networks that stand already")
     options = parser.parse_args()
     progress.show(True)
+    if options.measure:
+        _print([{"cell": str(path), **_measured(path, options), "seconds_per_epoch": 0.0} for path in options.measure])
+        return
     rows = _read(options.out)
     for cell in options.cells:
         if cell not in rows:
@@ -124,11 +129,15 @@ def _row(cell: str, options: argparse.Namespace) -> dict[str, Any]:
             out=Path(folder) / "run",
         )
         # The last epoch, not the best one: the figures that this is held against are those of the last.
-        network, _, _ = load_model(Path(folder) / "run" / "last.pt")
+        found = _measured(Path(folder) / "run" / "last.pt", options)
+    return {**found, "epochs_trained": epochs, "seconds_per_epoch": trained["seconds_per_epoch"]}
+
+
+def _measured(path: Path, options: argparse.Namespace) -> dict[str, Any]:
+    network, _, _ = load_model(path)
     images, labels = load_dataset(options.data).test.take(options.test_images)
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    found = measure(network.eval().to(device), to_float(images.to(device)), labels.to(device), seed=options.seed)
-    return {**found, "epochs_trained": epochs, "seconds_per_epoch": trained["seconds_per_epoch"]}
+    return measure(network.eval().to(device), to_float(images.to(device)), labels.to(device), seed=options.seed)
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, Any]:

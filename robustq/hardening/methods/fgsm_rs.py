@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
 from robustq.hardening.methods.crafting import crafting, mode_faults
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -37,7 +36,7 @@ class FgsmRsSettings:
             raise RecipeError("; ".join(faults))
 
 
-class FgsmRs(Drawing):
+class FgsmRs(AdversarialTraining[FgsmRsSettings]):
     """One crafting step from a random point of the ball, then one step of training.
 
     Deviation from the paper's Algorithm 3: x + delta_0 is clamped to [0, 1] as well (its code does so too).
@@ -51,22 +50,6 @@ class FgsmRs(Drawing):
     """
 
     passes = "2 forward + 2 backward passes"
-    adversarial = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: FgsmRsSettings,
-        *,
-        epsilon: float,
-        generator: torch.Generator,
-        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.epsilon = epsilon
-        self.cross_entropy = cross_entropy
 
     def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         """One projected step from a uniform point: PGD-1 with a long step."""

@@ -15,7 +15,7 @@ natural steps, so a stop can wait for them, and neither the batch nor the count 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -152,3 +152,35 @@ class Drawing(Stateless):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put it back there."""
         self.generator.set_state(state["generator"].cpu())
+
+
+Settings = TypeVar("Settings")
+
+
+class AdversarialTraining(Drawing, Generic[Settings]):
+    """A method that crafts images inside the ball and draws random numbers for that.
+
+    Args:
+        model: network in train mode, images in [0, 1] -> logits.
+        settings: the method's own table of a recipe.
+        epsilon: radius of the threat model, in [0, 1].
+        generator: CPU generator of what the method draws.
+        cross_entropy: the task loss; crafting ascends it without label smoothing.
+    """
+
+    adversarial = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        *,
+        epsilon: float,
+        generator: torch.Generator,
+        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
+    ) -> None:
+        super().__init__(generator)
+        self.model = model
+        self.settings = settings
+        self.epsilon = epsilon
+        self.cross_entropy = cross_entropy

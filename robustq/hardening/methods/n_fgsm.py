@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustq.attacks.ascent import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
 from robustq.errors import RecipeError
 from robustq.hardening.methods.crafting import crafting, mode_faults
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -41,7 +41,7 @@ class NFgsmSettings:
             raise RecipeError("; ".join(faults))
 
 
-class NFgsm(Drawing):
+class NFgsm(AdversarialTraining[NFgsmSettings]):
     """One crafting step from a noisy image, then one step of training; up to 3 epsilon from the clean image.
 
     Args:
@@ -53,22 +53,6 @@ class NFgsm(Drawing):
     """
 
     passes = "2 forward + 2 backward passes"
-    adversarial = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: NFgsmSettings,
-        *,
-        epsilon: float,
-        generator: torch.Generator,
-        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.epsilon = epsilon
-        self.cross_entropy = cross_entropy
 
     def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         """The noisy image, one step further; both are clamped to [0, 1], as in the paper's code."""

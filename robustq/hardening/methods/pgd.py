@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
 from robustq.hardening.methods.crafting import AUTO, crafting, length_faults, mode_faults, step_length
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step, task_step
+from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
 from robustq.recipe_faults import number_faults
 
 
@@ -44,7 +43,7 @@ class PgdSettings:
             raise RecipeError("; ".join(faults))
 
 
-class Pgd(Drawing):
+class Pgd(AdversarialTraining[PgdSettings]):
     """K crafting steps, then one step of training on what they made.
 
     The attack ascends plain cross-entropy, whatever label smoothing the weights are trained with.
@@ -56,23 +55,6 @@ class Pgd(Drawing):
         generator: CPU generator of the random starts.
         cross_entropy: the task loss.
     """
-
-    adversarial = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: PgdSettings,
-        *,
-        epsilon: float,
-        generator: torch.Generator,
-        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.epsilon = epsilon
-        self.cross_entropy = cross_entropy
 
     @property
     def passes(self) -> str:

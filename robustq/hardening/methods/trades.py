@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
 from robustq.errors import RecipeError
 from robustq.hardening.methods.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Drawing, Step
+from robustq.hardening.methods.method import AdversarialTraining, Step
 from robustq.recipe_faults import number_faults
 
 
@@ -49,7 +48,7 @@ class TradesSettings:
             raise RecipeError("; ".join(faults))
 
 
-class Trades(Drawing):
+class Trades(AdversarialTraining[TradesSettings]):
     """Crafting steps that know no label, then one step of training on clean and adversarial images.
 
     Args:
@@ -59,23 +58,6 @@ class Trades(Drawing):
         generator: CPU generator of the random starts.
         cross_entropy: the task loss of the clean images.
     """
-
-    adversarial = True
-
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: TradesSettings,
-        *,
-        epsilon: float,
-        generator: torch.Generator,
-        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.epsilon = epsilon
-        self.cross_entropy = cross_entropy
 
     @property
     def passes(self) -> str:
