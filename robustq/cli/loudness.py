@@ -6,7 +6,6 @@ Both options stand on the program and on every command, so that they are taken w
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -66,8 +65,6 @@ Verbose = Annotated[
 @contextmanager
 def applied() -> Iterator[None]:
     """While the block runs: progress and warnings as asked for."""
-    # OpenMP threads that wait by spinning make a step ten times slower as soon as something else uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     loggers = [logging.getLogger(name) for name in LIBRARY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -15,6 +15,7 @@ from robustq.cli.harden import harden
 from robustq.cli.info import info
 from robustq.cli.interrupts import Interrupts
 from robustq.cli.loudness import Quiet, Verbose, is_verbose, start
+from robustq.cli.process import prepare
 from robustq.cli.quickstart import quickstart
 from robustq.cli.recipes import recipes
 from robustq.cli.train import train
@@ -71,6 +72,7 @@ def main() -> NoReturn:
     Exit 1: a check fell short. 2: bad input or usage. 70 (EX_SOFTWARE of sysexits.h): an error that robustq did not
     foresee, with its traceback. 130: stopped by Ctrl-C.
     """
+    prepare()
     start()
     interrupts = Interrupts()
     try:
