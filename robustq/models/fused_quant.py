@@ -35,8 +35,7 @@ class _Quantize(torch.autograd.Function):
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
         # Half a step beyond the last codes, where rounding leaves the range.
-        inside = _inside_on_cpu if x.device.type == "cpu" else _inside
-        g_x = inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
+        g_x = gradient_inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
@@ -44,18 +43,27 @@ class _Quantize(torch.autograd.Function):
         return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None
 
 
-def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``g`` where x lies between two scalars or is NaN, 0 elsewhere; it does not wait for the device."""
+def gradient_inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
+    inside = _inside_on_cpu if x.device.type == "cpu" else _inside
+    return inside(g, x, low, high)
+
+
+def _inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """It does not wait for the device."""
     return torch.where((x <= low) | (x >= high), torch.zeros((), device=g.device, dtype=g.dtype), g)
 
 
-def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """The same in one pass over memory: it is how a hard tanh is differentiated."""
-    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, low.item(), high.item())
+    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
     return result
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        # In the order in which it lies in memory, a reshape copies nothing.
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import brevitas.nn as qnn
 import pytest
 import torch
+from brevitas.core.quant import ClampedBinaryQuant
 from torch import Tensor, nn
 
 from robustq.checkpoint import load_weights
 from robustq.data import to_float
 from robustq.errors import ModelFileError
-from robustq.models.binary import BinaryActQuant, BinaryWeightQuant
+from robustq.models.binary import BinaryActQuant, BinaryWeightQuant, FusedSign
 from robustq.models.calibration import calibrate
 from robustq.models.spec import build_model
 from robustq.models.thresholds import SignNorm
@@ -80,6 +81,28 @@ def test_activations_are_signs_with_a_gradient_inside_one() -> None:
     assert torch.equal(y, sign(x.detach()))
     assert x.grad is not None
     assert torch.equal(x.grad, torch.where(x.detach().abs() <= 1, upstream, 0.0))
+
+
+class StockBinaryActQuant(BinaryActQuant):
+    tensor_quant = ClampedBinaryQuant
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_fused_sign_is_brevitas_own(layout: torch.memory_format) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x.view(-1)[:9] = torch.tensor([1.0, -1.0, 1.0000001, -1.0000001, 0.0, -0.0, 1e-40, torch.inf, -torch.inf])
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found = []
+    for quantizer, kind in ((BinaryActQuant, FusedSign), (StockBinaryActQuant, ClampedBinaryQuant)):
+        layer = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=True)
+        leaf = x.clone().contiguous(memory_format=layout).requires_grad_()
+        assert type(layer.act_quant.fused_activation_quant_proxy.tensor_quant) is kind
+        answer = layer(leaf)
+        (answer.value * upstream).sum().backward()
+        assert leaf.grad is not None
+        found.append((answer.value, leaf.grad, answer.scale, answer.zero_point, answer.bit_width))
+    for fused, stock in zip(*found, strict=True):
+        torch.testing.assert_close(fused, stock, rtol=0, atol=0)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------

