@@ -4,15 +4,14 @@ the options that a recipe may set for each of these.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.data import Batch
 from robustq.hardening.average import Average
 from robustq.hardening.awp import worst_weights
 from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.optimizer import build_optimizer
+from robustq.models.shared_weights import SharedWeights
 from robustq.recipe import Recipe
 
 
@@ -31,6 +30,7 @@ class Descent:
         self.method = method
         self.recipe = recipe
         self.optimizer = build_optimizer(model, recipe)
+        self._weights = SharedWeights(model)
         self.average = Average(model, decay=recipe.ema_decay) if recipe.ema_decay else None
 
     @property
@@ -51,19 +51,30 @@ class Descent:
             epoch: epochs that have ended.
         """
         x, y, places = batch.x, batch.y, batch.places
-        method, recipe = self.method, self.recipe
-        x_adv = method.perturb(x, y, places)
-        worst: AbstractContextManager[None] = nullcontext()
+        recipe = self.recipe
         if recipe.awp_gamma and epoch >= recipe.awp_warmup_epochs:
-            worst = worst_weights(self.model, lambda: method.loss(x, x_adv, y, places).loss, gamma=recipe.awp_gamma)
-        with worst:
-            outcome = method.loss(x, x_adv, y, places)
-            self.optimizer.zero_grad(set_to_none=True)
-            outcome.loss.backward()  # type: ignore[no-untyped-call]
-            method.after_backward(x_adv)
+            with self._weights.quantized_once():
+                x_adv = self.method.perturb(x, y, places)
+
+            def loss() -> Tensor:
+                return self.method.loss(x, x_adv, y, places).loss
+
+            with worst_weights(self.model, loss, gamma=recipe.awp_gamma):
+                outcome = self._gradient(batch, x_adv)
+        else:
+            with self._weights.quantized_once():
+                x_adv = self.method.perturb(x, y, places)
+                outcome = self._gradient(batch, x_adv)
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
+        return outcome
+
+    def _gradient(self, batch: Batch, x_adv: Tensor) -> Step:
+        outcome = self.method.loss(batch.x, x_adv, batch.y, batch.places)
+        self.optimizer.zero_grad(set_to_none=True)
+        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        self.method.after_backward(x_adv)
         return outcome

@@ -82,7 +82,8 @@ class Training:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.model = model
+        # Channels beside each other in memory are what the fastest convolutions of CPUs and GPUs work on.
+        self.model = model.to(memory_format=torch.channels_last)
         self.method = method
         self.split = split
         self.monitor = monitor

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -41,7 +43,8 @@ def network(bits: int = 32) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(spec(bits))
     calibrate(model, split().images.float() / 255, from_scratch=True)
-    return model
+    # As training lays it out: sums in another order differ in their last bits.
+    return model.to(memory_format=torch.channels_last)
 
 
 def split(seed: int = 5) -> TensorSplit:
@@ -377,3 +380,34 @@ def test_a_method_that_repeats_takes_so_many_steps_on_each_batch() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     # Every repeat counts in the row: three times forty images, in float32.
     assert rows[0]["loss"] == pytest.approx(sum(losses) / 120, rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [32, 4, 1])
+def test_images_go_through_the_network_with_channels_beside_each_other(bits: int) -> None:
+    gray = split()
+    images = gray.images.expand(-1, 3, -1, -1)  # of one channel, a tensor has no such order
+    torch.manual_seed(0)
+    model = build_model(replace(spec(bits), channels=3))
+    calibrate(model, images.float() / 255, from_scratch=True)
+    training = Training(
+        model,
+        Natural(model),
+        TensorSplit(images, gray.labels),
+        cast(Monitor, Scripted()),
+        recipe(epochs=1),
+        augment=Augment(),
+        seed=7,
+        device=CPU,
+    )
+    seen, apart = [], []
+
+    def look(_: nn.Module, __: tuple[Any, ...], output: Any, *, name: str) -> None:
+        seen.append(name)
+        if not getattr(output, "value", output).is_contiguous(memory_format=torch.channels_last):
+            apart.append(name)
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) or name.endswith(("branch", "branch1", "sign1", "relu1")):
+            module.register_forward_hook(partial(look, name=name))
+    training.take_step(next(training.epoch_batches()))
+    assert len(seen) > 20 and not apart

@@ -1,4 +1,5 @@
-"""How a method makes its adversarial images: the BatchNorm mode it makes them in, and the lengths it is given.
+"""How a method makes its adversarial images: what a crafting pass computes, the BatchNorm mode it runs in, and the
+lengths it is given.
 
 The words for the mode are those of ODG-Q's key ``batch_norm``. Published code differs: TRADES and RSLAD craft in eval
 mode, the single-step methods in train mode, where the crafting pass moves the running statistics too; which is better
@@ -7,7 +8,8 @@ is a matter of tenths (Pang et al., arXiv:2010.00467, section 3.4, finds eval mo
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
 
@@ -24,11 +26,38 @@ AUTO = "auto"
 """A step of min(1, 2.5 / steps) epsilon."""
 
 
-def crafting(model: nn.Module, mode: str) -> AbstractContextManager[None]:
+@contextmanager
+def crafting(model: nn.Module, mode: str) -> Iterator[None]:
+    """Within it ``model`` normalises as ``mode`` says, and nothing but its input gets a gradient.
+
+    Args:
+        model: in train mode, which is what the mode ``train`` means.
+        mode: one of :data:`MODES`.
+    """
+    with normalised(model, mode), only_input_gradients(model):
+        yield
+
+
+def normalised(model: nn.Module, mode: str) -> AbstractContextManager[None]:
     """Within it ``model`` normalises as ``mode`` (one of :data:`MODES`) says; ``train`` expects it in train mode."""
     if mode == "eval":
         return running_statistics(model)
     return batch_statistics(model) if mode == "separate" else nullcontext()
+
+
+@contextmanager
+def only_input_gradients(model: nn.Module) -> Iterator[None]:
+    """Within it no weight asks for a gradient: a pass for the input's costs no sum over activations and keeps none of
+    them for the weights' sake.
+    """
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
 
 
 def mode_faults(key: str, mode: str) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import crafting, mode_faults
+from robustq.hardening.methods.crafting import crafting, mode_faults, normalised
 from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
 from robustq.recipe_faults import number_faults
 
@@ -122,7 +122,8 @@ class FgsmMep:
         settings, epsilon = self.settings, self.epsilon
         delta = self.perturbations[places]
         start = (x + delta).clamp(0.0, 1.0).requires_grad_()
-        with crafting(self.model, settings.batch_norm):
+        mode = normalised if self._keeps_graph else crafting
+        with mode(self.model, settings.batch_norm):
             prior = self.model(start)
             (gradient,) = torch.autograd.grad(self.cross_entropy(prior, y), start, retain_graph=self._keeps_graph)
         # A batch without any gradient has no direction either: 0 and not NaN.
@@ -186,6 +187,6 @@ class FgsmMep:
             if self._through_prior:
                 self._prior = None  # its graph serves one backward pass
             return kept
-        with crafting(self.model, self.settings.batch_norm):
+        with normalised(self.model, self.settings.batch_norm):
             logits: Tensor = self.model(self._start)
         return logits

@@ -8,7 +8,6 @@ and two backward per batch: the perturbation (line 6), the clean features (line 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
+from robustq.hardening.methods.crafting import crafting, normalised
 from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
 from robustq.hardening.methods.mmd import mmd
-from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe_faults import shown, unknown_value
 
 MOST_DOMAINS = 256
@@ -230,17 +229,15 @@ class Odgq:
 
     def _input_gradient(self, x_g: Tensor, y: Tensor) -> Tensor:
         """Line 6, of the mean loss (its sign is all that line 7 uses)."""
-        mode = {"eval": running_statistics, "joint": running_statistics, "separate": batch_statistics}
-        context = mode.get(self.settings.batch_norm)
+        mode = "eval" if self.settings.batch_norm == "joint" else self.settings.batch_norm
         x_g = x_g.detach().requires_grad_()
-        with context(self.model) if context is not None else nullcontext():
+        with crafting(self.model, mode):
             loss = self.cross_entropy(self.model(x_g), y)
-        (gradient,) = torch.autograd.grad(loss, x_g)
+            (gradient,) = torch.autograd.grad(loss, x_g)
         return gradient
 
     def _natural_features(self, x: Tensor) -> Tensor:
-        plain_train_mode = self.settings.batch_norm == "train"
-        with nullcontext() if plain_train_mode else batch_statistics(self.model):
+        with normalised(self.model, "train" if self.settings.batch_norm == "train" else "separate"):
             if self.settings.natural_gradient:
                 return self._tap(x)[1]
             with torch.no_grad():

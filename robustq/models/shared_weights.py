@@ -1,0 +1,52 @@
+"""Weights quantized once for all passes of a training step: between two steps of the optimiser they do not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
+from torch import nn
+
+
+class SharedWeights:
+    """The quantized weights of one network.
+
+    Args:
+        model: any network; layers that are not Brevitas' stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers: list[Any] = [
+            module
+            for module in model.modules()
+            if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
+        ]
+
+    @contextmanager
+    def quantized_once(self) -> Iterator[None]:
+        """Within it every layer answers with the weights as they are quantized now.
+
+        All passes share one graph from the weights to what they became, so that only one backward pass may go through
+        it; a pass in which the weights ask for no gradient gets them without it.
+        """
+        with torch.enable_grad():
+            for layer in self._layers:
+                layer.quant_weight = _Answer(layer)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.quant_weight  # what the instance had hidden: the method of its class
+
+
+class _Answer:
+    def __init__(self, layer: Any) -> None:
+        self._weight = layer.weight
+        self._quantized = layer.quant_weight()
+        self._plain = self._quantized.detach()
+
+    def __call__(self, quant_input: Any = None) -> Any:
+        return self._quantized if self._weight.requires_grad and torch.is_grad_enabled() else self._plain
