@@ -75,6 +75,8 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
         deployed, checkpoint = bundle.onnx, bundle.model
     network, spec, _ = load_model(checkpoint, own_model=own_model)
     source = (fold(network, spec) if deployed is not None else network).eval().to(device)
+    # As in training: convolutions' fastest layout; attacks want gradients of images, not of weights.
+    source = source.to(memory_format=torch.channels_last).requires_grad_(False)
     return Opened(path, network, source, OnnxModel(deployed) if deployed else source, deployed, spec, checkpoint)
 
 
