@@ -1,49 +1,86 @@
-"""What a training step costs: plain float torch, 4-bit natural and 4-bit ODG-Q, interleaved in one run.
+"""What a training step costs: plain torch, and this package's trainer at several widths, interleaved in one run.
 
-    python -m benchmarks.training [--architecture resnet20] [--bits 4] [--batch 128] [--rounds 5] [--steps 3]
+    python -m benchmarks.training [--architecture resnet20] [--bits 4] [--batch 128] [--rounds 5] [--steps 3] [--memory]
 
 Every round times the same number of steps of each kind, one kind after the other, on the same random images (times do
 not depend on what is in them). Printed: the median step of each kind, and the ratios, each the median over rounds of
 the ratio within one round, so that a machine that slows down for a while spoils one round and not the result.
+
+`plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
+`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. The process has asked
+for what the program asks for (`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step
+without that.
+
+``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
+the most memory that the process (on a GPU: torch's tensors) ever took.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
-import torch
-from torch.nn import functional
+from robustq.cli.process import prepare
 
-from robustq.hardening.methods.registry import build_method
-from robustq.hardening.optimizer import build_optimizer
-from robustq.models.calibration import calibrate
-from robustq.models.spec import ModelSpec, build_model
-from robustq.recipe import load_recipe
+prepare()  # before torch is loaded, as in the program
+
+import torch  # noqa: E402
+from torch.nn import functional  # noqa: E402
+
+from robustq.data import Batch  # noqa: E402
+from robustq.hardening.descent import Descent  # noqa: E402
+from robustq.hardening.methods.registry import build_method  # noqa: E402
+from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E402
+from robustq.models.calibration import calibrate  # noqa: E402
+from robustq.models.spec import ModelSpec, build_model  # noqa: E402
+from robustq.recipe import load_recipe  # noqa: E402
+
+Step = Callable[[], object]
+
+KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq")
+
+RATIOS = (
+    ("float", "plain"),
+    ("natural", "plain"),
+    ("natural", "float"),
+    ("odgq", "natural"),
+    ("odgq", "plain"),
+    ("binary", "plain"),
+    ("binary-odgq", "binary"),
+)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="resnet20")
-    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--bits", type=int, default=4, help="of natural and odgq")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    print(
+        f"{options.architecture}, {options.bits} bits, batch {options.batch}, {options.size} pixels, {options.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}",
+        flush=True,
+    )
+    if options.memory:
+        _print_memory(options)
+    else:
+        _print_times(options)
+
+
+def _print_times(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    torch.manual_seed(0)
-    x = torch.randint(0, 256, (options.batch, 3, 32, 32), device=device).float() / 255.0
-    y = torch.randint(0, 10, (options.batch,), device=device)
-    places = torch.arange(options.batch, device=device)
-    kinds = {
-        "float": _float_step(options.architecture, x, y),
-        "natural": _method_step("natural", options.architecture, options.bits, x, y, places),
-        "odgq": _method_step("odgq", options.architecture, options.bits, x, y, places),
-    }
+    kinds = {kind: _step_of(kind, options, device) for kind in options.kinds}
     for step in kinds.values():
         step()  # allocations and kernel choices of the first step are nobody's cost
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -55,20 +92,51 @@ def main() -> None:
                 step()
             _wait(device)
             seconds[kind].append((time.perf_counter() - start) / options.steps)
-    print(
-        f"{options.architecture}, {options.bits} bits, batch {options.batch}, {device}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"{options.rounds} rounds of {options.steps} steps"
-    )
     for kind, values in seconds.items():
-        print(f"{kind:8s} {statistics.median(values) * 1000:8.1f} ms a step (median of {len(values)} rounds)")
-    for above, below in (("natural", "float"), ("odgq", "natural"), ("odgq", "float")):
-        ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-        print(f"{above} / {below} = {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+        median = statistics.median(values)
+        rate = options.batch / median
+        print(f"{kind:12s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
+    for above, below in RATIOS:
+        if above in seconds and below in seconds:
+            ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+            print(f"{above} / {below} = {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def _float_step(architecture: str, x: torch.Tensor, y: torch.Tensor) -> Callable[[], None]:
-    model = build_model(_spec(architecture, 32)).to(x.device).train()
+def _print_memory(options: argparse.Namespace) -> None:
+    if len(options.kinds) == 1:
+        device = torch.device(options.device)
+        step = _step_of(options.kinds[0], options, device)
+        forget_peak_memory(device)
+        before = peak_memory(device)["peak_memory_bytes"]
+        for _ in range(options.steps):
+            step()
+        print(f"{options.kinds[0]:12s}{(peak_memory(device)['peak_memory_bytes'] - before) / 2**20:8.0f} MiB")
+        return
+    found = {}
+    for kind in options.kinds:
+        command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--kinds", kind]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        print(answer, flush=True)
+        found[kind] = float(answer.split()[1])
+    for above, below in RATIOS:
+        if above in found and below in found:
+            print(f"{above} / {below} = {found[above] / found[below]:.2f}")
+
+
+def _step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Step:
+    torch.manual_seed(0)
+    shape = (options.batch, 3, options.size, options.size)
+    x = torch.randint(0, 256, shape, device=device).float() / 255.0
+    y = torch.randint(0, 10, (options.batch,), device=device)
+    if kind == "plain":
+        return _plain_step(_spec(options.architecture, 32, options.size), x, y)
+    bits = {"float": 32, "binary": 1, "binary-odgq": 1}.get(kind, options.bits)
+    method = "odgq" if kind.endswith("odgq") else "natural"
+    return _trainer_step(method, _spec(options.architecture, bits, options.size), x, y)
+
+
+def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
+    model = build_model(spec).to(x.device).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     def step() -> None:
@@ -79,32 +147,21 @@ def _float_step(architecture: str, x: torch.Tensor, y: torch.Tensor) -> Callable
     return step
 
 
-def _method_step(
-    name: str, architecture: str, bits: int, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor
-) -> Callable[[], None]:
+def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
     recipe = load_recipe(name, (f"batch_size={len(x)}", "lr=0.01"))
-    model = build_model(_spec(architecture, bits)).to(x.device)
+    model = build_model(spec).to(x.device)
     calibrate(model, x, from_scratch=True)
-    model.train()
+    model = model.to(memory_format=torch.channels_last).train()
     method = build_method(
-        recipe, model, epsilon=8 / 255, image_shape=(3, 32, 32), samples=len(x), device=x.device, seed=0
+        recipe, model, epsilon=8 / 255, image_shape=(3, x.shape[2], x.shape[3]), samples=len(x), device=x.device, seed=0
     )
-    optimizer = build_optimizer(model, recipe)
-
-    def step() -> None:
-        for _ in range(method.repeats):
-            x_adv = method.perturb(x, y, places)
-            outcome = method.loss(x, x_adv, y, places)
-            optimizer.zero_grad(set_to_none=True)
-            outcome.loss.backward()  # type: ignore[no-untyped-call]
-            method.after_backward(x_adv)
-            optimizer.step()
-
-    return step
+    descent = Descent(model, method, recipe)
+    batch = Batch(x, y, torch.arange(len(x), device=x.device))
+    return lambda: [descent.step(batch, epoch=0) for _ in range(method.repeats)]
 
 
-def _spec(architecture: str, bits: int) -> ModelSpec:
-    return ModelSpec(architecture, bits, bits, 10, 3, 32, "cifar10", None, ())
+def _spec(architecture: str, bits: int, size: int) -> ModelSpec:
+    return ModelSpec(architecture, bits, bits, 10, 3, size, "cifar10", None, ())
 
 
 def _wait(device: torch.device) -> None:
