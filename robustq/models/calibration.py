@@ -61,7 +61,7 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     as Brevitas counts them. Values that are all zero give 1.0.
     """
     flat = values.detach().flatten().float()
-    flat = flat[:: max(flat.numel() // SAMPLES, 1)]
+    flat = flat[:: max(flat.numel() // SAMPLES, 1)].contiguous()  # else each pass fetches a cache line for one value
     largest = flat.abs().max().item()
     if largest == 0.0:
         return 1.0
