@@ -80,17 +80,17 @@ def main() -> None:
 
 def _print_times(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    kinds = {kind: _step_of(kind, options, device) for kind in options.kinds}
+    kinds = {kind: step_of(kind, options, device) for kind in options.kinds}
     for step in kinds.values():
         step()  # allocations and kernel choices of the first step are nobody's cost
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind, step in kinds.items():
-            _wait(device)
+            wait(device)
             start = time.perf_counter()
             for _ in range(options.steps):
                 step()
-            _wait(device)
+            wait(device)
             seconds[kind].append((time.perf_counter() - start) / options.steps)
     for kind, values in seconds.items():
         median = statistics.median(values)
@@ -105,7 +105,7 @@ def _print_times(options: argparse.Namespace) -> None:
 def _print_memory(options: argparse.Namespace) -> None:
     if len(options.kinds) == 1:
         device = torch.device(options.device)
-        step = _step_of(options.kinds[0], options, device)
+        step = step_of(options.kinds[0], options, device)
         forget_peak_memory(device)
         before = peak_memory(device)["peak_memory_bytes"]
         for _ in range(options.steps):
@@ -123,16 +123,17 @@ def _print_memory(options: argparse.Namespace) -> None:
             print(f"{above} / {below} = {found[above] / found[below]:.2f}")
 
 
-def _step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Step:
+def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Step:
+    """One training step of a kind, on random images: a call takes it."""
     torch.manual_seed(0)
     shape = (options.batch, 3, options.size, options.size)
     x = torch.randint(0, 256, shape, device=device).float() / 255.0
     y = torch.randint(0, 10, (options.batch,), device=device)
     if kind == "plain":
-        return _plain_step(_spec(options.architecture, 32, options.size), x, y)
+        return _plain_step(model_spec(options.architecture, 32, options.size), x, y)
     bits = {"float": 32, "binary": 1, "binary-odgq": 1}.get(kind, options.bits)
     method = "odgq" if kind.endswith("odgq") else "natural"
-    return _trainer_step(method, _spec(options.architecture, bits, options.size), x, y)
+    return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y)
 
 
 def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -160,11 +161,13 @@ def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) 
     return lambda: [descent.step(batch, epoch=0) for _ in range(method.repeats)]
 
 
-def _spec(architecture: str, bits: int, size: int) -> ModelSpec:
+def model_spec(architecture: str, bits: int, size: int) -> ModelSpec:
+    """A network for ten classes of RGB images."""
     return ModelSpec(architecture, bits, bits, 10, 3, size, "cifar10", None, ())
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,0 +1,124 @@
+"""How far a training step is from what the machine could do: operations and bytes against its measured rates.
+
+    python -m benchmarks.roofline [--architecture resnet20] [--bits 4] [--batch 128] [--device cpu]
+
+Counted on one forward pass: a convolution's or linear layer's multiplications and additions (2 N C_out H W C_in k^2),
+and the bytes of every layer's input and output tensors, each layer reading the one and writing the other once. The
+backward pass does the operations twice (for inputs and for weights) and moves each tensor and its gradient: three times
+the bytes. An optimiser's step and the weights themselves are left out: in these networks they are a hundredth.
+
+Measured in the same run: the rate of a large matrix product and of a copy, and the step. `arithmetic` and `memory` are
+the shortest times that either rate allows; a kernel that does not overlap them needs their sum. Layers that a compiler
+would fuse count each for itself: these are the times of eager kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from robustq.cli.process import prepare
+
+prepare()  # before torch is loaded, as in the program
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks.training import model_spec, step_of, wait  # noqa: E402
+from robustq.models.spec import build_model  # noqa: E402
+
+BACKWARD_OPERATIONS = 2
+BACKWARD_BYTES = 3
+_KINDS = {"natural": (1, 1), "odgq": (3, 2)}
+"""Forward and backward passes of a step; line 6's backward pass is for the input alone and does half the operations."""
+
+
+def main() -> None:
+    """Count, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default="resnet20")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    operations, traffic = count_forward(options.architecture, options.bits, options.size)
+    flops, bandwidth = _product_rate(device), _copy_rate(device)
+    print(
+        f"{options.architecture}, {options.bits} bits, batch {options.batch}, {options.device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"a matrix product reaches {flops / 1e9:,.0f} GFLOP/s, a copy {bandwidth / 1e9:,.1f} GB/s")
+    moved = sum(traffic.values())
+    shares = ", ".join(f"{name} {value / moved:.0%}" for name, value in traffic.most_common(4))
+    print(f"one image forward: {operations / 1e6:,.1f} MFLOP, {moved / 1e6:,.2f} MB ({shares})")
+    for kind, (forward, backward) in _KINDS.items():
+        work = operations * (forward + BACKWARD_OPERATIONS * backward - (backward - 1)) * options.batch
+        data = moved * (forward + BACKWARD_BYTES * backward) * options.batch
+        seconds = _median_seconds(step_of(kind, options, device), device, options.steps)
+        arithmetic, memory = work / flops, data / bandwidth
+        print(
+            f"{kind:8s} {seconds * 1000:7.1f} ms a step: arithmetic {arithmetic * 1000:6.1f} ms, memory "
+            f"{memory * 1000:6.1f} ms, {seconds / max(arithmetic, memory):.1f} times the larger, "
+            f"{seconds / (arithmetic + memory):.1f} times their sum"
+        )
+
+
+def count_forward(architecture: str, bits: int, size: int) -> tuple[float, Counter[str]]:
+    """Operations of one image, and bytes by kind of layer."""
+    model = build_model(model_spec(architecture, bits, size)).eval()
+    operations = [0.0]
+    traffic: Counter[str] = Counter()
+
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        x, y = (getattr(value, "value", value) for value in (inputs[0], output))
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            operations[0] += 2.0 * y.numel() * module.weight[0].numel()
+        traffic[type(module).__name__] += 4 * (x.numel() + y.numel())
+
+    handles = [
+        module.register_forward_hook(look)
+        for module in model.modules()
+        # A Brevitas layer is one layer, whatever it is made of.
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.ReLU | nn.AdaptiveAvgPool2d)
+        or hasattr(module, "act_quant")
+    ]
+    with torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return operations[0], traffic
+
+
+def _product_rate(device: torch.device) -> float:
+    side = 2048 if device.type == "cpu" else 8192
+    a, b = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
+    return 2.0 * side**3 / _median_seconds(lambda: a @ b, device, 5)
+
+
+def _copy_rate(device: torch.device) -> float:
+    a = torch.rand(64 * 1024 * 1024, device=device)
+    b = torch.empty_like(a)
+    return 2.0 * 4 * a.numel() / _median_seconds(lambda: b.copy_(a), device, 5)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device, times: int) -> float:
+    work()
+    found = []
+    for _ in range(times):
+        wait(device)
+        start = time.perf_counter()
+        work()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    main()
