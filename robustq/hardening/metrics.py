@@ -12,7 +12,7 @@ import torch
 from robustq.hardening.inspection import Inspection
 from robustq.hardening.monitor import Watched
 
-OF_THE_MACHINE = ("seconds", "images_per_second", "peak_memory_bytes")
+OF_THE_MACHINE = ("seconds", "images_per_second", "loading_share", "peak_memory_bytes")
 """Keys whose values belong to the machine and the moment; all others are the same whenever the run is."""
 
 
@@ -25,6 +25,7 @@ def epoch_row(
     lr: float,
     seconds: float,
     training_seconds: float,
+    loading_seconds: float,
     images: int,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def epoch_row(
         lr: learning rate of the last step.
         seconds: of the epoch, watching included.
         training_seconds: of its training steps, in all processes that took part.
+        loading_seconds: of these, how long the next batch was waited for.
         images: training images.
         device: where.
     """
@@ -49,6 +51,7 @@ def epoch_row(
         "lr": lr,
         "seconds": seconds,
         "images_per_second": images / max(training_seconds, 1e-9),
+        "loading_share": loading_seconds / max(training_seconds, 1e-9),
         **peak_memory(device),
     }
 

@@ -24,6 +24,7 @@ class Standing:
         best_weights: its state dict, on the CPU.
         seconds: training time of all ended epochs.
         epoch_seconds: of the batches since.
+        loading_seconds: of these, how long the next batch was waited for.
     """
 
     epoch: int = 0
@@ -34,6 +35,7 @@ class Standing:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     epoch_seconds: float = 0.0
+    loading_seconds: float = 0.0
 
     def end_epoch(self, row: dict[str, Any], watched: Watched, model: nn.Module) -> bool:
         """Write down what an epoch gave, and keep its weights where they are the best so far; of equals the later.
@@ -47,7 +49,8 @@ class Standing:
             Whether they are the best so far.
         """
         self.epoch, self.step = self.epoch + 1, 0
-        self.seconds, self.epoch_seconds = self.seconds + self.epoch_seconds, 0.0
+        self.seconds += self.epoch_seconds
+        self.epoch_seconds = self.loading_seconds = 0.0
         self.rows.append(row)
         is_best = self.best is None or watched.rank >= self.best.rank
         if is_best:

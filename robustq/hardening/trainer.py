@@ -172,7 +172,7 @@ class Training:
                 watch, saved_at = FiniteWatch(self.device), time.monotonic()
                 forget_peak_memory(self.device)
                 self._clock = time.perf_counter()
-                for batch in self.epoch_batches():
+                for batch in self._timed(self.epoch_batches()):
                     watch.add(batch.x, self.take_step(batch))
                     progress.advance(len(batch.y), partial(self._status, standing.epoch + 1, told))
                     stopping = stop.requested  # read once: a signal may come between any two lines
@@ -207,6 +207,16 @@ class Training:
             self.method.begin_epoch(self.standing.epoch)
             self.totals = Totals(self.device)
         return self._batches(skip=self.standing.step)
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; :attr:`standing` counts how long they were waited for."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.standing.loading_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def _batches(self, *, skip: int) -> Iterator[Batch]:
         epoch, seed = self.standing.epoch, self.seed
@@ -254,6 +264,7 @@ class Training:
                 lr=self.descent.lr,
                 seconds=seconds + time.perf_counter() - start,
                 training_seconds=seconds,
+                loading_seconds=standing.loading_seconds,
                 images=len(self.split),
                 device=self.device,
             )

@@ -17,14 +17,15 @@ CPU = torch.device("cpu")
 
 
 def row(**keys: Any) -> dict[str, Any]:
-    common: dict[str, Any] = {"lr": 0.1, "seconds": 5.0, "training_seconds": 4.0, "images": 1000, "device": CPU}
+    seconds = {"seconds": 5.0, "training_seconds": 4.0, "loading_seconds": 1.0}
+    common: dict[str, Any] = {"lr": 0.1, **seconds, "images": 1000, "device": CPU}
     means = {"loss": 1.5, "cross_entropy": 1.0, "train_accuracy": 0.5}
     return epoch_row(3, means, Watched(0.8, 0.4), Inspection(None, 2.0, 0.25, 0.5), **{**common, **keys})
 
 
 def test_images_are_counted_per_second_of_training_not_of_watching() -> None:
     found = row()
-    assert (found["images_per_second"], found["seconds"]) == (250.0, 5.0)
+    assert (found["images_per_second"], found["seconds"], found["loading_share"]) == (250.0, 5.0, 0.25)
     assert row(training_seconds=0.0)["images_per_second"] > 0  # an epoch of which only the end is left
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.data import Augment, TensorSplit
+from robustq.data import Augment, Batch, TensorSplit
 from robustq.hardening.inspection import Inspection
 from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.methods.natural import Natural
@@ -273,6 +273,7 @@ KEYS = {
     "lr",
     "seconds",
     "images_per_second",
+    "loading_share",
     "peak_memory_bytes",
     "peak_memory_of",
 }
@@ -411,3 +412,35 @@ def test_images_go_through_the_network_with_channels_beside_each_other(bits: int
             module.register_forward_hook(partial(look, name=name))
     training.take_step(next(training.epoch_batches()))
     assert len(seen) > 20 and not apart
+
+
+def test_the_share_of_time_that_batches_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("robustq.hardening.trainer.time.perf_counter", lambda: now[0])
+
+    class Slow(TensorSplit):
+        def batches(self, *arguments: Any, **keys: Any) -> Iterator[Batch]:
+            for batch in super().batches(*arguments, **keys):
+                now[0] += 3.0
+                yield batch
+
+    class Working(Natural):
+        def loss(self, *arguments: Tensor) -> Step:
+            now[0] += 1.0
+            return super().loss(*arguments)
+
+    whole, model, keeper = split(), network(), MemoryKeeper()
+    training = Training(
+        model,
+        Working(model),
+        Slow(whole.images, whole.labels),
+        cast(Monitor, Scripted()),
+        recipe(),
+        augment=Augment(),
+        seed=7,
+        device=CPU,
+    )
+    keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
+    training.run(keeper, StopRequest())
+    assert [row["loading_share"] for row in training.standing.rows] == [0.75] * len(training.standing.rows)
+    assert len(training.standing.rows) > 1
