@@ -68,6 +68,7 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quarter-local-lambda-0": ("odgq", (*_PROTOTYPE, "odgq.local_scale=0.25", "odgq.mmd_weight=0")),
     "half-local": ("odgq", (*_PROTOTYPE, "odgq.local_scale=0.5")),
     "defaults": ("odgq", ()),
+    "defaults-with-gradient": ("odgq", ("odgq.natural_gradient=true",)),
     "defaults-lambda-0": ("odgq", ("odgq.mmd_weight=0",)),
 }
 """Name -> recipe and what is laid over it."""

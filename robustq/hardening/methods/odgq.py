@@ -31,6 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "estimator": ("root", "squared"),
     "bandwidth": ("median", "mean", "mixture"),
     "batch_norm": ("eval", "train", "joint", "separate"),
+    "stored_as": ("float32", "float16"),
 }
 
 
@@ -59,6 +60,7 @@ class OdgqSettings:
             ones; ``train``: plain train mode throughout, every forward moves them; ``joint``: as eval, with x_0 and
             x_adv normalised together in one batch; ``separate``: line 6 with its own batch's statistics, only x_adv
             moves the running ones.
+        stored_as: type of the numbers in P; ``float16`` halves its memory and rounds its sums to three digits.
     """
 
     domains: int = 4
@@ -75,6 +77,7 @@ class OdgqSettings:
     bandwidth: str | float = "median"
     natural_gradient: bool = False
     batch_norm: str = "eval"
+    stored_as: str = "float32"
 
     def __post_init__(self) -> None:
         faults = [
@@ -139,7 +142,9 @@ class Odgq:
         stored = settings.global_perturbation == "set"
         # Line 1. The ablations keep no set at all.
         self.perturbations = torch.zeros(
-            (int(settings.domains), slots, *image_shape) if stored else (0,), device=device
+            (int(settings.domains), slots, *image_shape) if stored else (0,),
+            dtype=torch.float16 if settings.stored_as == "float16" else torch.float32,
+            device=device,
         )
 
     @property
@@ -165,9 +170,8 @@ class Odgq:
         if settings.global_perturbation == "set" and due:
             # Line 8; the range is read with its end included, else N_k = 1 would never update anything.
             updated = self.perturbations[self.domain :, slots] + p_l
-            self.perturbations[self.domain :, slots] = (
-                updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
-            )
+            updated = updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
+            self.perturbations[self.domain :, slots] = updated.to(self.perturbations.dtype)
         self._first_batch_of_epoch = False
         x_adv = x_g + p_l.clamp(-epsilon, epsilon)
         if settings.project_total:
@@ -200,7 +204,7 @@ class Odgq:
         """Line 8 has been carried out by :meth:`perturb`."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """P, (N_k, slots, C, H, W) float32; k; whether an epoch has just begun; the generator of ``noise``."""
+        """P, (N_k, slots, C, H, W) as it is stored; k; whether an epoch has just begun; the generator of ``noise``."""
         return {
             "perturbations": self.perturbations,
             "domain": torch.tensor(self.domain),
@@ -218,7 +222,7 @@ class Odgq:
     def _global_part(self, x: Tensor, slots: Tensor) -> Tensor:
         kind = self.settings.global_perturbation
         if kind == "set":
-            return self.perturbations[self.domain, slots]
+            return self.perturbations[self.domain, slots].to(x.dtype)
         if kind == "noise":
             drawn = torch.rand(x.shape, generator=self._generator).to(x.device)
             return (drawn * 4.0 - 2.0) * self.epsilon

@@ -331,6 +331,21 @@ def test_clip_stored(clip_stored: bool) -> None:
     assert bool((method.perturbations.abs() > EPSILON).any()) is not clip_stored
 
 
+def test_stored_as_float16() -> None:
+    model, _ = twins()
+    method = odgq(model, stored_as="float16", domains=2, dtype=torch.float16)
+    expected = torch.zeros(SLOTS, *SHAPE, dtype=torch.float16)
+    for batch in range(6):
+        x, y, places = grey(seed=batch)
+        with Watch(model) as seen:
+            x_adv = method.perturb(x, y, places)
+        x_g = (x + expected.double().clamp(-EPSILON, EPSILON)).clamp(0.0, 1.0)
+        assert torch.equal(seen.inputs[0], x_g) and x_adv.dtype == torch.float64
+        expected = (expected + EPSILON * first_sign(model, seen.inputs[0], y)).half()
+        assert torch.equal(method.perturbations[0], expected)
+    assert (method.perturbations[0].double() / EPSILON).round().abs().max() > 1
+
+
 def test_project_total() -> None:
     x, y, places = grey()
     results = []
@@ -611,7 +626,11 @@ def test_build_method_hands_everything_on() -> None:
     x, y, places = grey()
     slots = build_method(recipe(), model, epsilon=EPSILON, image_shape=SHAPE, samples=99, device=CPU, seed=5)
     assert isinstance(slots, Odgq) and isinstance(noise, Odgq)
-    assert slots.perturbations.shape == (4, SLOTS, *SHAPE)
+    assert slots.perturbations.shape == (4, SLOTS, *SHAPE) and slots.perturbations.dtype == torch.float32
+    half = build_method(
+        recipe(stored_as="float16"), model, epsilon=EPSILON, image_shape=SHAPE, samples=99, device=CPU, seed=5
+    )
+    assert half.state_dict()["perturbations"].dtype == torch.float16
     assert torch.equal(
         noise.perturb(x, y, places), odgq(model, seed=5, global_perturbation="noise").perturb(x, y, places)
     )
