@@ -41,7 +41,7 @@ def load_dataset(
         root: where downloads are kept and `imagenet` is looked for; None for $ROBUSTQ_DATA, else ~/.cache/robustq.
         train_images: train on so many images only, class shares kept; the hold-out stays as it is; 0 for all.
         image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
-        workers: processes that decode image files; None for one per CPU, 8 at most; 0 for none.
+        workers: processes that decode image files; None for one per CPU; 0 for none.
         skip_bad_images: leave out image files that cannot be read, with a warning that names them, instead of refusing
             the folder.
 

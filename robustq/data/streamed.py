@@ -24,9 +24,8 @@ TAKE_BATCH = 64  # images that a worker decodes at a time for `take`; changes no
 
 
 def default_workers() -> int:
-    """One process per CPU that this process may use, 8 at most."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, 8)
+    """One process per CPU that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class StreamedSplit:
@@ -46,7 +45,7 @@ class StreamedSplit:
         labels: integers (N,), one per file.
         image_size: side of the square images handed out, in pixels.
         channels: 1 (grey) or 3 (RGB); files are converted.
-        workers: processes; None for one per CPU, 8 at most; 0 decodes in this process.
+        workers: processes; None for one per CPU; 0 decodes in this process.
         shorter_side: see above; None for 8/7 of `image_size` (256 for 224, as is usual on ImageNet).
 
     Raises:
