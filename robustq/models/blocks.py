@@ -50,8 +50,9 @@ class BinaryBlock(nn.Module):
 
     Each convolution has a shortcut of its own (Bi-Real Net, arXiv:1808.00278): a sign keeps one bit of a value, the
     8-bit residual stream beside it keeps the rest. As there, no ReLU cuts the stream's negative half off, and
-    projection shortcuts are not binary: they are 8 bit. ``norm1`` and ``norm2`` are not in the float network;
-    calibration sets their statistics.
+    projection shortcuts are not binary: they are 8 bit. Unlike there, a ReLU stands behind each convolution's
+    BatchNorm, before the sum: without it nothing but signs bends what the network computes (docs/results/widths.md).
+    ``norm1`` and ``norm2`` are not in the float network; calibration sets their statistics.
     """
 
     def __init__(
@@ -62,21 +63,21 @@ class BinaryBlock(nn.Module):
         self.sign1 = layers.sign()
         self.conv1 = layers.conv(in_channels, out_channels, kernel_size=3, stride=stride)
         self.bn1 = layers.batch_norm(out_channels)
-        self.branch1 = layers.branch()
+        self.relu1 = layers.relu()
         self.downsample = _downsample(layers, in_channels, out_channels, stride=stride, kind=shortcut)
         self.sum1 = layers.branch()
         self.norm2 = layers.sign_norm(out_channels)
         self.sign2 = layers.sign()
         self.conv2 = layers.conv(out_channels, out_channels, kernel_size=3)
         self.bn2 = layers.batch_norm(out_channels)
-        self.branch2 = layers.branch()
+        self.relu2 = layers.relu()
         self.sum2 = layers.branch()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.sum1(plain(self.branch1(self.bn1(self.conv1(self.sign1(self.norm1(x)))))) + plain(shortcut))
-        out = self.branch2(self.bn2(self.conv2(self.sign2(self.norm2(x)))))
+        x = self.sum1(plain(self.relu1(self.bn1(self.conv1(self.sign1(self.norm1(x)))))) + plain(shortcut))
+        out = self.relu2(self.bn2(self.conv2(self.sign2(self.norm2(x)))))
         summed: Tensor = self.sum2(plain(out) + plain(x))
         return summed
 

@@ -32,7 +32,7 @@ def test_the_damaged_layer_is_named(tmp_path: Path, bits: int, layer: str) -> No
         other.get_submodule(layer).weight.neg_()
     found = first_difference(written(tmp_path, bits, "float" if bits == 32 else "packed"), other, made.x[:8])
     # A convolution is seen at the quantizer behind it; the last layer has none.
-    behind = {"conv1": "relu", "layer2.0.conv2": "layer2.0.branch" + ("2" if bits == 1 else ""), "fc": "logits"}
+    behind = {"conv1": "relu", "layer2.0.conv2": "layer2.0.relu2" if bits == 1 else "layer2.0.branch", "fc": "logits"}
     assert found is not None and found.layer == (layer if bits == 32 else behind[layer])
     assert 0 < found.values <= found.of and not found.on_ties
     assert str(found) == f"{found.values:,} of {found.of:,} values of {found.layer} differ"

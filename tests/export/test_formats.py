@@ -362,7 +362,7 @@ def test_each_pass_keeps_every_answer(bits: int) -> None:
         return bytes(logits.tobytes())
 
     before = answered(model)
-    counts = (21, 1, 6) if bits == 1 else (5, 1, 0)
+    counts = (15, 1, 6) if bits == 1 else (5, 1, 0)
     for lower, count in zip((unsigned_activations, quantized_moves, integer_signs), counts, strict=True):
         assert lower(model) == count
         assert answered(model) == before
