@@ -73,7 +73,7 @@ class Recipe:
         lr: peak learning rate.
         schedule: ``cosine`` (to 0) or ``steps`` (divided by 10 at each of ``milestones``, in epochs).
         warmup_epochs: epochs of linear warm-up, may be a fraction.
-        momentum, weight_decay: of SGD; learned activation thresholds and binary weights are not decayed.
+        momentum, weight_decay: of SGD; learned activation thresholds are not decayed.
         label_smoothing: of the task loss of every method (:class:`robustq.hardening.methods.method.CrossEntropy`).
         clip_gradient: longest L2 norm of the gradient of all weights together; a longer one is scaled down. 0: never.
         ema_decay: of an average of the weights that is judged and kept in their place

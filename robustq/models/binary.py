@@ -141,13 +141,3 @@ class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]
     scaling_init = 1.0
     min_val = -1.0
     max_val = 1.0
-
-
-def binary_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The float weights behind the signs that ``model`` is trained with."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "weight_quant")]
-    return [
-        layer.weight
-        for layer in layers
-        if isinstance(getattr(layer.weight_quant, "tensor_quant", None), StraightThroughBinaryQuant)
-    ]
