@@ -69,6 +69,7 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "half-local": ("odgq", (*_PROTOTYPE, "odgq.local_scale=0.5")),
     "defaults": ("odgq", ()),
     "defaults-with-gradient": ("odgq", ("odgq.natural_gradient=true",)),
+    "defaults-train-norm": ("odgq", ("odgq.batch_norm=train",)),
     "defaults-lambda-0": ("odgq", ("odgq.mmd_weight=0",)),
 }
 """Name -> recipe and what is laid over it."""
