@@ -95,7 +95,7 @@ def test_the_papers_recipes_hold_its_schedule() -> None:
         odgq, natural = (load_recipe(f"{data}/resnet20-w4a4-{method}") for method in ("odgq", "natural"))
         assert (odgq.epochs, odgq.milestones) == (150, (50, 100))
         assert (natural.epochs, natural.milestones) == (300, (100, 200))
-        assert odgq.settings == {"domains": 4, "mmd_weight": 3.0}
+        assert odgq.settings == {"domains": 4, "mmd_weight": 3.0, "natural_gradient": True}
         for recipe in (odgq, natural):
             assert (recipe.batch_size, recipe.lr, recipe.data) == (512, 0.1, data)
             assert (recipe.architecture, recipe.weight_bits, recipe.act_bits) == ("resnet20", 4, 4)
@@ -113,7 +113,7 @@ def test_tables_1_and_2_are_the_papers_rows(table: str, data: str) -> None:
         } | {"settings": keys}
 
     long, short = (300, (100, 200)), (150, (50, 100))
-    ours: dict[str, Any] = {"mmd_weight": 3.0}
+    ours: dict[str, Any] = {"mmd_weight": 3.0, "natural_gradient": True}
     assert_rows(
         table,
         {"data": data, "architecture": "resnet20", "weight_bits": 4, "act_bits": 4, "epsilon": 8 / 255}
@@ -175,7 +175,8 @@ def test_table_5_changes_the_widths() -> None:
         weight = 0.003 if bits == 1 else 3.0
         widths = {"weight_bits": bits, "act_bits": bits}
         rows.append({"method": "natural", "epochs": 300, "settings": {}, **widths})
-        rows.append({"method": "odgq", "epochs": 150, "settings": {"domains": 4, "mmd_weight": weight}, **widths})
+        settings = {"domains": 4, "mmd_weight": weight, "natural_gradient": True}
+        rows.append({"method": "odgq", "epochs": 150, "settings": settings, **widths})
     assert_rows("V", {"data": "cifar10", "architecture": "resnet20", "epsilon": 8 / 255, "batch_size": 512}, rows)
 
 
