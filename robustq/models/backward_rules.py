@@ -33,16 +33,23 @@ SMOOTH = "smooth"
 RULES: tuple[str, ...] = (STRAIGHT_THROUGH, PASS_THROUGH, SMOOTH)
 """Every rule by its name.
 
-`straight-through`: as the network was trained: 1 inside the quantizer's range and 0 where it clips.
+`straight-through`: as the network was trained: 1 inside the quantizer's range and 0 where it clips; of a sign within 1
+    the slope 2 - 2 |x|, and 0 beyond (`robustq.models.binary.FusedSign`).
 `pass-through`: 1 everywhere, that is no clip mask. A ReLU in front of the quantizer keeps its own derivative.
 `smooth`: the derivative of a smooth staircase, `staircase_slope`; of a sign that of tanh, `sign_slope`.
 """
 
 WAVE = 0.5
-"""How much steeper the smooth staircase is half-way between two codes than on average, and flatter at the codes."""
+"""How much steeper the smooth staircase of up to 4 codes is half-way between two codes than on average, and flatter at
+the codes; with more codes it falls like 1 / codes. A perturbation moves a finely quantized activation by many codes,
+and there the ripple is nothing but noise in the gradient (docs/results/attacks.md)."""
 
 EDGE = 1 / 16
 """Width of the smooth staircase's ends, as a share of its codes, and at least half a code."""
+
+SIGN_WIDTH = 0.5
+"""Width of the smooth sign, as a share of the mean magnitude of what enters it: the best of several on networks with
+shortcuts and without (docs/results/attacks.md)."""
 
 
 @contextmanager
@@ -115,37 +122,39 @@ def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 def staircase_slope(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
     """The derivative of a smooth staircase with one step per code, and smooth ends.
 
-    (1 - WAVE cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the first
-    factor is the derivative of the soft rounding u - WAVE sin(2 pi u) / (2 pi), largest where a small change flips the
-    code; the others let the gradient fade out where the quantizer clips, over t = max((highest - lowest) EDGE, 1/2)
-    codes. From 0 on, an unsigned quantizer has no lower end: the ReLU in front of it is that end.
+    (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the first
+    factor is the derivative of the soft rounding u - w sin(2 pi u) / (2 pi), largest where a small change flips the
+    code, with w = `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond; the others let the gradient fade out where the
+    quantizer clips, over t = max((highest - lowest) EDGE, 1/2) codes. From 0 on, an unsigned quantizer has no lower
+    end: the ReLU in front of it is that end.
 
     Args:
         codes: any shape, the activations in units of the scale, before rounding (zero point added).
         lowest, highest: codes of the quantizer.
 
     Returns:
-        The same shape, 0 to 1 + WAVE.
+        The same shape, 0 to 1 + w.
     """
+    wave = WAVE * min(1.0, 4.0 / (highest - lowest + 1.0))
     width = max((highest - lowest) * EDGE, 0.5)
-    slope = (1.0 - WAVE * torch.cos(2.0 * math.pi * codes)) * torch.sigmoid((highest + 0.5 - codes) / width)
+    slope = (1.0 - wave * torch.cos(2.0 * math.pi * codes)) * torch.sigmoid((highest + 0.5 - codes) / width)
     return slope if lowest == 0 else slope * torch.sigmoid((codes - lowest + 0.5) / width)
 
 
 def sign_slope(x: Tensor) -> Tensor:
-    """The derivative of tanh(x / t), where t is the mean magnitude of the image's channel.
+    """The derivative of tanh(x / t), where t is `SIGN_WIDTH` times the mean magnitude of the image's channel.
 
     A sign does not see the scale of what enters it, and so neither may its slope: with a fixed width, a network whose
     BatchNorm multiplies by 1,000 has the same answers and no gradient.
 
     Args:
-        x: (N, C, ...), or (N, C) or fewer dimensions, where t is the mean of the image or of everything.
+        x: (N, C, ...), or (N, C) or fewer dimensions, where it is the mean of the image or of everything.
 
     Returns:
         The same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is.
     """
     own = tuple(range(2 if math.prod(x.shape[2:]) > 1 else 1, x.dim()))
-    width = x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean()
+    width = SIGN_WIDTH * (x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean())
     slope = (1.0 - torch.tanh(x / width).square()) / width
     return torch.where(width > 0, slope, 0.0)
 

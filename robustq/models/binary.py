@@ -1,8 +1,8 @@
 """Quantizers of one bit, after XNOR-Net (arXiv:1603.05279).
 
-Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x) with the
-straight-through gradient cut off beyond 1; sign(0) is +1. The paper's activation scale K, a mean over the input of
-every position, is left out: no integer kernel can run it, and its successors dropped it (arXiv:1808.00278).
+Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x); sign(0) is +1.
+The paper's activation scale K, a mean over the input of every position, is left out: no integer kernel can run it, and
+its successors dropped it (arXiv:1808.00278). From there comes the gradient of an activation's sign as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from robustq.models.fused_quant import gradient_inside
 from robustq.models.quantizers import FixedScaling
 
 
@@ -90,12 +89,12 @@ class FoldedBinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
 
 
 class _Sign(torch.autograd.Function):
-    """unit * sign(x), +1 at 0; the gradient is unit times the one that comes in where x is within the bounds."""
+    """unit * sign(x), +1 at 0; the gradient is the one that comes in times (2 - 2 |x| / unit), and 0 beyond unit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unit: float, bound: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, unit: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.unit, ctx.bound = unit, bound
+        ctx.unit = unit
         # A comparison that writes floats: torch.where between two numbers takes ten times as long on a CPU.
         y = torch.empty_like(x)
         torch.ge(x, 0, out=y)
@@ -103,14 +102,18 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        g_x = gradient_inside(grads[0], x, -ctx.bound, ctx.bound)
-        return g_x if ctx.unit == 1.0 else g_x * ctx.unit, None, None
+        slope = x.abs().mul_(-2.0 / ctx.unit).add_(2.0).clamp_(min=0.0)
+        return slope.mul_(grads[0]), None
 
 
 class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
-    """Brevitas' sign for activations in few passes over memory: the same values and gradients, with another forward.
+    """Brevitas' sign for activations in few passes over memory, differentiated as a polynomial that resembles it.
+
+    The values are those of stock Brevitas. Its gradient, 1 within the range and 0 beyond, is that of a clip; ours is
+    that of the function which Bi-Real Net puts in a sign's place, 2 x + x^2 up to 0 and 2 x - x^2 from there on
+    (arXiv:1808.00278, section 3.3): 2 - 2 |x| up to 1 and 0 beyond, for signs of +-1 (docs/results/widths.md).
 
     Args:
         scaling_impl: gives the scale, which is constant.
@@ -120,16 +123,14 @@ class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
     def __init__(self, scaling_impl: nn.Module, scaling_init: float) -> None:
         super().__init__(scaling_impl)
         self.unit = scaling_init
-        # The range holds both its ends.
-        self.bound = torch.nextafter(torch.tensor(scaling_init), torch.tensor(torch.inf)).item()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> +-scale of the same shape, the scale, zero point and bit width."""
-        return _Sign.apply(x, self.unit, self.bound), self.scaling_impl(x), self.zero_point(), self.bit_width()
+        return _Sign.apply(x, self.unit), self.scaling_impl(x), self.zero_point(), self.bit_width()
 
 
 class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]
-    """sign(x), +1 at 0, with the straight-through gradient where |x| <= 1 and none beyond."""
+    """sign(x), +1 at 0, with the gradient of ``FusedSign``."""
 
     tensor_quant = FusedSign
     bit_width = 1

@@ -35,7 +35,7 @@ class _Quantize(torch.autograd.Function):
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
         # Half a step beyond the last codes, where rounding leaves the range.
-        g_x = gradient_inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
+        g_x = _gradient_inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
@@ -43,7 +43,7 @@ class _Quantize(torch.autograd.Function):
         return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None
 
 
-def gradient_inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def _gradient_inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
     inside = _inside_on_cpu if x.device.type == "cpu" else _inside
     return inside(g, x, low, high)

@@ -17,9 +17,7 @@ from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.models.backward_rules import (
-    EDGE,
     RULES,
-    WAVE,
     activation_quantizers,
     backward_rule,
     sign_slope,
@@ -127,7 +125,7 @@ def test_signed_quantizer_has_two_ends() -> None:
         u = 128 * x
         t = 255 / 16
         ends = 1 / (1 + math.exp(-(127.5 - u) / t)) / (1 + math.exp(-(u + 128.5) / t))
-        assert found == pytest.approx((1 - 0.5 * math.cos(2 * math.pi * u)) * ends, abs=1e-3)  # cos of 800 in float32
+        assert found == pytest.approx((1 - math.cos(2 * math.pi * u) / 128) * ends, abs=1e-4)  # cos of 800 in float32
 
 
 def test_staircase_integrates_to_its_steps() -> None:
@@ -137,17 +135,25 @@ def test_staircase_integrates_to_its_steps() -> None:
     for first in range(7):
         part = slope[first * 1000 : (first + 1) * 1000 + 1]
         assert float(torch.trapezoid(part, dx=0.001)) == pytest.approx(1.0, abs=2e-3)
-    # exp(-490 / 62) of the ends is left.
-    assert float(slope.max()) == pytest.approx(1 + WAVE, rel=1e-3)
-    assert float(slope.min()) == pytest.approx(1 - WAVE, rel=1e-3)
-    assert EDGE == 1 / 16
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "wave", "width"),
+    [(0, 3, 0.5, 0.5), (-2, 1, 0.5, 0.5), (0, 7, 0.25, 0.5), (-8, 7, 0.125, 15 / 16), (0, 255, 1 / 128, 255 / 16)],
+)
+def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wave: float, width: float) -> None:
+    u = torch.linspace(lowest - 1, highest + 1, 997, dtype=torch.float64)
+    upper = 1 / (1 + torch.exp(-(highest + 0.5 - u) / width))
+    lower = 1 / (1 + torch.exp(-(u - lowest + 0.5) / width)) if lowest else 1.0
+    expected = (1 - wave * torch.cos(2 * math.pi * u)) * upper * lower
+    torch.testing.assert_close(staircase_slope(u, lowest=lowest, highest=highest), expected)
 
 
 def test_sign_passes_through_or_fades_like_tanh() -> None:
     layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    torch.testing.assert_close(layer_slopes(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
     assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
-    width = X.abs().mean()
+    width = X.abs().mean() / 2
     torch.testing.assert_close(layer_slopes(layer, X, "smooth"), (1 - (X / width).tanh() ** 2) / width)
 
 
@@ -161,12 +167,12 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
     for image in range(2):
         for channel in range(3):
             part = x[image, channel]
-            t = part.abs().mean()
+            t = part.abs().mean() / 2
             expected = (1 - (part / t).tanh() ** 2) / t if t > 0 else torch.zeros_like(part)
             torch.testing.assert_close(slope[image, channel], expected)
     # A feature is a place of its own: the image is what it is compared with, as it is for (N, C, 1, 1).
     flat = x[:, :, 0, 0]
-    t = flat.abs().mean(dim=1, keepdim=True)
+    t = flat.abs().mean(dim=1, keepdim=True) / 2
     torch.testing.assert_close(sign_slope(flat), (1 - (flat / t).tanh() ** 2) / t)
     assert torch.equal(sign_slope(flat[:, :, None, None]).flatten(1), sign_slope(flat))
 
