@@ -18,34 +18,35 @@ from torch.autograd.function import once_differentiable
 class _Quantize(torch.autograd.Function):
     """clamp(round(x / s), low, high) * s, differentiated straight through: with q the code and g the gradient that
     comes in, g where round(x / s) is in range and 0 elsewhere for x; the sum of g (q - x / s) in range and of g q
-    outside for s (arXiv:1902.08153, section 2.1, but that the range ends half a step further out).
+    outside for s (arXiv:1902.08153, section 2.1, but that the range ends half a step further out). Rectified, with low
+    = 0, it is the same of relu(x): nothing comes back up to x = 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
         y = x / scale
         y.round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, y, scale)
-        ctx.range = (low, high)
+        # Half a step beyond the last codes, where rounding leaves the range.
+        ctx.inside = (0.0 if rectified else low - 0.5, high + 0.5)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, y, scale = ctx.saved_tensors
-        low, high = ctx.range
-        # Half a step beyond the last codes, where rounding leaves the range.
-        g_x = _gradient_inside(grads[0], x, (low - 0.5) * scale, (high + 0.5) * scale)
+        low, high = ctx.inside
+        g_x = _gradient_inside(grads[0], x, low * scale, high * scale)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
             g_scale = (_dot(grads[0], y) - _dot(g_x, x)) / scale
-        return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None
+        return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None, None
 
 
 def _gradient_inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
-    inside = _inside_on_cpu if x.device.type == "cpu" else _inside
+    inside = _inside_on_cpu if x.device.type == "cpu" and not torch.compiler.is_compiling() else _inside
     return inside(g, x, low, high)
 
 
@@ -91,7 +92,14 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
+        return self._quantized(x, rectified=False)
+
+    def rectified(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of relu(x), for codes from 0 on, without that tensor."""
+        return self._quantized(x, rectified=True)
+
+    def _quantized(self, x: Tensor, *, rectified: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.msb_clamp_bit_width_impl()
         scale = self.scaling_impl(x, self.int_scaling_impl(bit_width))
         zero_point = self.zero_point_impl(x, scale, bit_width)
-        return _Quantize.apply(x, scale, *self.codes), scale, zero_point, bit_width
+        return _Quantize.apply(x, scale, *self.codes, rectified), scale, zero_point, bit_width

@@ -21,6 +21,7 @@ from robustq.models.quantizers import (
     WeightQuant,
     Widths,
 )
+from robustq.models.rectifier import QuantReLU
 from robustq.models.thresholds import ChannelThresholds, SignNorm
 
 OUTER_BITS = 8
@@ -90,7 +91,7 @@ class Layers:
         if self.widths.is_float:
             return nn.ReLU()
         bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
-        layer: nn.Module = qnn.QuantReLU(act_quant=ActQuant, bit_width=bits, return_quant_tensor=self.folded)
+        layer: nn.Module = QuantReLU(bit_width=bits, return_quant_tensor=self.folded)
         return layer
 
     def branch(self) -> nn.Module:

@@ -85,7 +85,7 @@ def test_activations_are_signs_with_the_gradient_of_the_polynomial() -> None:
     (y * upstream).sum().backward()
     assert torch.equal(y, sign(x.detach()))
     exact = x.detach().double().requires_grad_()
-    (soft_sign(exact) * upstream).sum().backward()
+    (soft_sign(exact) * upstream).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and exact.grad is not None
     torch.testing.assert_close(x.grad, exact.grad.float(), rtol=0, atol=2e-6)  # float32 of 2 - 2 |x|, times up to 11
     assert x.grad.count_nonzero() == 5
@@ -98,7 +98,7 @@ def test_the_scale_stretches_the_sign_and_its_gradient() -> None:
     y.sum().backward()
     assert y.tolist() == [-0.25, -0.25, -0.25, 0.25, 0.25, 0.25, 0.25]
     exact = x.detach().double().requires_grad_()
-    (0.25 * soft_sign(exact / 0.25)).sum().backward()
+    (0.25 * soft_sign(exact / 0.25)).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and exact.grad is not None
     torch.testing.assert_close(x.grad, exact.grad.float(), rtol=0, atol=1e-6)
 

@@ -12,7 +12,9 @@ from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
 
 from robustq.models.fused_quant import FusedIntQuant, _inside, _inside_on_cpu
+from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quantizers import ActQuant, BranchQuant, learned_thresholds
+from robustq.models.rectifier import QuantReLU
 
 
 class StockActQuant(ActQuant):
@@ -33,7 +35,8 @@ def branch(quantizer: Any, bits: int) -> nn.Module:
     return layer
 
 
-PAIRS = {
+PAIRS: dict[str, tuple[nn.Module, nn.Module]] = {
+    **{f"joined{bits}": (QuantReLU(bit_width=bits), relu(StockActQuant, bits)) for bits in (8, 4, 3, 2)},
     **{f"relu{bits}": (relu(ActQuant, bits), relu(StockActQuant, bits)) for bits in (8, 4, 3, 2)},
     "branch8": (branch(BranchQuant, 8), branch(StockBranchQuant, 8)),
 }
@@ -134,3 +137,43 @@ def test_a_second_derivative_is_refused() -> None:
     (gradient,) = torch.autograd.grad((fused(x) ** 2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         torch.autograd.backward(gradient.sum())
+
+
+def test_a_relu_and_its_quantizer_run_as_one_unless_someone_looks() -> None:
+    layer = QuantReLU(bit_width=4)
+    joined = layer.act_quant.fused_activation_quant_proxy
+    calls: list[str] = []
+    alone = layer(values(1.0))
+    for part in ("activation_impl", "tensor_quant"):
+        handle = getattr(joined, part).register_forward_hook(lambda *_, part=part: calls.append(part))
+        assert torch.equal(layer(values(1.0)), alone)
+        handle.remove()
+    assert calls == ["activation_impl", "tensor_quant"]
+    joined.activation_impl.forward = None  # it is not even called
+    assert torch.equal(layer(values(1.0)), alone)
+
+
+def test_another_width_is_joined_as_well() -> None:
+    model = nn.Sequential(QuantReLU(bit_width=4))
+    set_layer_bits(model, {"0": 2})
+    fused = model[0].act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
+    fused.activation_impl.forward = None  # type: ignore[union-attr]
+    assert len(model(values(1.0)).unique()) == 4
+
+
+@pytest.mark.parametrize("name", ["joined4", "branch8"])
+def test_autograd_and_compilers_see_one_graph(name: str) -> None:
+    """It compiles whole, and gives the same values and gradients."""
+    layer, _ = pair(name, 1.0)
+    upstream = torch.randn(4, 2, 50, 50, generator=torch.Generator().manual_seed(1))
+    found = []
+    for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        layer.zero_grad()
+        x = values(1.0).requires_grad_()
+        y = function(x)
+        (y * upstream).sum().backward()
+        (learned,) = learned_thresholds(layer).values()
+        assert x.grad is not None and learned.log_threshold.grad is not None
+        found.append((y.detach(), x.grad, learned.log_threshold.grad))
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)

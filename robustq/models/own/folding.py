@@ -21,7 +21,8 @@ from robustq.models.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.layers import weight_quantizer
 from robustq.models.own.operations import NORMS
 from robustq.models.own.quantize import QuantReLU6
-from robustq.models.quantizers import ActQuant, BiasQuant
+from robustq.models.quantizers import BiasQuant
+from robustq.models.rectifier import QuantReLU
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 
@@ -117,7 +118,7 @@ def _input_quantizer(folded: GraphModule, node: Node) -> nn.Module:
 def _plain_rectifier(folded: GraphModule, node: Node, layer: Any) -> None:
     """ReLU in place of a rectifier that clips: its quantizer clips at or below the same bound."""
     scaling = layer.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
-    plain = qnn.QuantReLU(act_quant=ActQuant, bit_width=scaling.bit_width)
+    plain = QuantReLU(bit_width=scaling.bit_width)
     own = plain.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
     own.log_threshold.copy_(scaling.limited(scaling.log_threshold))
     set_module(folded, plain.eval(), str(node.target))

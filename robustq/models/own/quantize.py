@@ -38,6 +38,7 @@ from robustq.models.own.wiring import (
     unsigned_values,
 )
 from robustq.models.quantizers import ActQuant, BranchQuant, NormalisedQuant, PixelQuant, Widths
+from robustq.models.rectifier import QuantReLU
 
 INPUT_QUANTIZER = "input_quant"
 
@@ -148,11 +149,7 @@ def _quantize_rectifier(plan: _Plan, node: Node) -> None:
     rectifier = plan.graph.get_submodule(str(node.target))
     bits = _act_bits(plan, node)
     bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(rectifier), getattr(rectifier, "max_val", None))
-    quantized = (
-        qnn.QuantReLU(act_quant=ActQuant, bit_width=bits)
-        if bound is None
-        else QuantReLU6(bit_width=bits, bound=float(bound))
-    )
+    quantized = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
     set_module(plan.graph, quantized, str(node.target))
 
 

@@ -1,0 +1,64 @@
+"""A ReLU and its quantizer as one function: the codes begin at 0, so that clipping to them is the ReLU already.
+
+Two layers that are run one after the other write what lies between them to memory, and autograd does so again on the
+way back; in a small network that is a tenth of a training step (docs/results/training-cost.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brevitas.nn as qnn
+from torch import Tensor, nn
+
+from robustq.models.fused_quant import FusedIntQuant
+from robustq.models.quantizers import ActQuant
+
+
+class _Rectified(nn.Module):
+    """What stands in the place of Brevitas' FusedActivationQuantProxy, with its names.
+
+    Args:
+        activation_impl: the ReLU; exporters and calibration find it here.
+        tensor_quant: the quantizer behind it, of codes from 0 on.
+    """
+
+    def __init__(self, activation_impl: nn.ReLU, tensor_quant: FusedIntQuant) -> None:
+        super().__init__()
+        self.activation_impl = activation_impl
+        self.tensor_quant = tensor_quant
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
+        answer: tuple[Tensor, Tensor, Tensor, Tensor]
+        if _is_watched(self.activation_impl) or _is_watched(self.tensor_quant):
+            # A backward rule wants to stand between the two.
+            answer = self.tensor_quant(self.activation_impl(x))
+        else:
+            answer = self.tensor_quant.rectified(x)
+        return answer
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
+    """Brevitas' QuantReLU over ``ActQuant``: the same values and gradients, one function.
+
+    Args:
+        bit_width: of the codes.
+        return_quant_tensor: whether the answer carries its scale.
+    """
+
+    def __init__(self, *, bit_width: int, return_quant_tensor: bool = False) -> None:
+        super().__init__(act_quant=ActQuant, bit_width=bit_width, return_quant_tensor=return_quant_tensor)
+        self.join()
+
+    def join(self) -> None:
+        """Run the ReLU and the quantizer behind it as one function; again where Brevitas made the quantizer anew."""
+        proxy: Any = self.act_quant
+        separate = proxy.fused_activation_quant_proxy
+        proxy.fused_activation_quant_proxy = _Rectified(separate.activation_impl, separate.tensor_quant)
