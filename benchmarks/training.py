@@ -7,7 +7,8 @@ not depend on what is in them). Printed: the median step of each kind, and the r
 the ratio within one round, so that a machine that slows down for a while spoils one round and not the result.
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
-`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. The process has asked
+`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
+with `precision = "bfloat16"`. The process has asked
 for what the program asks for (`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step
 without that.
 
@@ -38,10 +39,11 @@ from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E
 from robustq.models.calibration import calibrate  # noqa: E402
 from robustq.models.spec import ModelSpec, build_model  # noqa: E402
 from robustq.recipe import load_recipe  # noqa: E402
+from robustq.recipe_faults import BFLOAT16, FLOAT32  # noqa: E402
 
 Step = Callable[[], object]
 
-KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq")
+KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq", "bf16", "bf16-odgq", "bf16-binary")
 
 RATIOS = (
     ("float", "plain"),
@@ -51,6 +53,11 @@ RATIOS = (
     ("odgq", "plain"),
     ("binary", "plain"),
     ("binary-odgq", "binary"),
+    ("bf16", "plain"),
+    ("bf16", "natural"),
+    ("bf16-odgq", "odgq"),
+    ("bf16-odgq", "plain"),
+    ("bf16-binary", "plain"),
 )
 
 
@@ -131,9 +138,10 @@ def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Ste
     y = torch.randint(0, 10, (options.batch,), device=device)
     if kind == "plain":
         return _plain_step(model_spec(options.architecture, 32, options.size), x, y)
-    bits = {"float": 32, "binary": 1, "binary-odgq": 1}.get(kind, options.bits)
+    bits = 32 if kind == "float" else 1 if "binary" in kind else options.bits
     method = "odgq" if kind.endswith("odgq") else "natural"
-    return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y)
+    precision = BFLOAT16 if kind.startswith("bf16") else FLOAT32
+    return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y, precision=precision)
 
 
 def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -148,8 +156,8 @@ def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
     return step
 
 
-def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
-    recipe = load_recipe(name, (f"batch_size={len(x)}", "lr=0.01"))
+def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, *, precision: str) -> Step:
+    recipe = load_recipe(name, (f"batch_size={len(x)}", "lr=0.01", f"precision={precision}"))
     model = build_model(spec).to(x.device)
     calibrate(model, x, from_scratch=True)
     model = model.to(memory_format=torch.channels_last).train()

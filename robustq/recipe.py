@@ -16,7 +16,7 @@ from typing import Any
 
 from robustq.errors import RecipeError, UsageError
 from robustq.recipe_claims import evidence_faults, paper_rows_faults
-from robustq.recipe_faults import TRAINING_KEYS, Vocabulary, find_faults
+from robustq.recipe_faults import FLOAT32, TRAINING_KEYS, Vocabulary, find_faults
 from robustq.recipe_files import EXTENDS, read_values
 from robustq.recipe_files import recipe_names as recipe_names
 
@@ -80,6 +80,7 @@ class Recipe:
             (:mod:`robustq.hardening.average`); 0: the weights themselves.
         awp_gamma: size of the weight perturbation (:mod:`robustq.hardening.awp`); 0: none.
         awp_warmup_epochs: epochs before it begins.
+        precision: what training steps compute in, ``float32`` or ``bfloat16`` (:mod:`robustq.hardening.precision`).
         crop_padding, flip: augmentation; None: by the data set.
         image_size: side in pixels to which folders of images are resized (0: they all have one square size already).
         train_images: use only so many training images (0: all).
@@ -113,6 +114,7 @@ class Recipe:
     ema_decay: float = 0.0
     awp_gamma: float = 0.0
     awp_warmup_epochs: int = 0
+    precision: str = FLOAT32
     crop_padding: int | None = None
     flip: bool | None = None
     image_size: int = 0

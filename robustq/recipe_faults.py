@@ -25,6 +25,7 @@ TRAINING_KEYS = (
     "ema_decay",
     "awp_gamma",
     "awp_warmup_epochs",
+    "precision",
     "crop_padding",
     "flip",
     "stop_on_collapse",
@@ -33,6 +34,10 @@ TRAINING_KEYS = (
 """Keys without a meaning for ``ptq``, which does not train."""
 
 SCHEDULES = ("cosine", "steps")
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+PRECISIONS = (FLOAT32, BFLOAT16)
+"""What a training step may compute in (:mod:`robustq.hardening.precision`)."""
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "summary": (str,),
@@ -55,6 +60,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "ema_decay": (int, float),
     "awp_gamma": (int, float),
     "awp_warmup_epochs": (int,),
+    "precision": (str,),
     "crop_padding": (int,),
     "flip": (bool,),
     "image_size": (int,),
@@ -217,6 +223,8 @@ def find_faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[s
         faults.append(unknown_value("method", method, METHODS))
     if isinstance(flat.get("schedule"), str) and flat["schedule"] not in SCHEDULES:
         faults.append(unknown_value("schedule", flat["schedule"], SCHEDULES))
+    if isinstance(flat.get("precision"), str) and flat["precision"] not in PRECISIONS:
+        faults.append(unknown_value("precision", flat["precision"], PRECISIONS))
     milestones = flat.get("milestones", [])
     if isinstance(milestones, list) and not all(type(epoch) is int and epoch > 0 for epoch in milestones):
         faults.append(f"milestones = {shown(milestones)} must be whole numbers of epochs")

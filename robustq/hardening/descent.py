@@ -11,6 +11,7 @@ from robustq.hardening.average import Average
 from robustq.hardening.awp import worst_weights
 from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.optimizer import build_optimizer
+from robustq.hardening.precision import computed_in
 from robustq.models.shared_weights import SharedWeights
 from robustq.recipe import Recipe
 
@@ -21,8 +22,9 @@ class Descent:
     Args:
         model: trained in place.
         method: bound to ``model``.
-        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay`` and the optimiser's own keys. At
-            their defaults each step is the optimiser's on the method's loss, and nothing else is computed.
+        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision`` and the
+            optimiser's own keys. At their defaults each step is the optimiser's on the method's loss, and nothing else
+            is computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:
@@ -50,6 +52,13 @@ class Descent:
             batch: training images.
             epoch: epochs that have ended.
         """
+        with computed_in(self.model, self.recipe.precision):
+            outcome = self._descend(batch, epoch=epoch)
+        if self.average is not None:
+            self.average.update(self.model)
+        return outcome
+
+    def _descend(self, batch: Batch, *, epoch: int) -> Step:
         x, y, places = batch.x, batch.y, batch.places
         recipe = self.recipe
         if recipe.awp_gamma and epoch >= recipe.awp_warmup_epochs:
@@ -68,8 +77,6 @@ class Descent:
         if recipe.clip_gradient:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.model)
         return outcome
 
     def _gradient(self, batch: Batch, x_adv: Tensor) -> Step:

@@ -55,7 +55,7 @@ class FeatureTap:
             logits = self.model(x)
         if self.feature == "logits":
             return logits, logits
-        feature = caught[-1]
+        feature = caught[-1].float()  # a step in bfloat16 catches that
         if self.feature == "pooled":
             return logits, feature.mean(dim=(2, 3))
         return logits, feature.flatten(1)

@@ -20,12 +20,14 @@ class _Quantize(torch.autograd.Function):
     comes in, g where round(x / s) is in range and 0 elsewhere for x; the sum of g (q - x / s) in range and of g q
     outside for s (arXiv:1902.08153, section 2.1, but that the range ends half a step further out). Rectified, with low
     = 0, it is the same of relu(x): nothing comes back up to x = 0.
+
+    The arithmetic is in float32 for an x of fewer bits too; the answer then has x's type, as its gradient does.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
-        y = x / scale
-        y.round_().clamp_(low, high).mul_(scale)
+        y = (x / scale if x.dtype == scale.dtype else x.to(scale.dtype).div_(scale)).round_()
+        y = y.clamp_(low, high).mul_(scale).to(x.dtype)
         ctx.save_for_backward(x, y, scale)
         # Half a step beyond the last codes, where rounding leaves the range.
         ctx.inside = (0.0 if rectified else low - 0.5, high + 0.5)
@@ -65,6 +67,10 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
         # In the order in which it lies in memory, a reshape copies nothing.
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    if a.dtype == torch.bfloat16 and a.dim() > 1:
+        # One sum an image, since a sum comes back in bfloat16: rounding one of the whole tensor would lose what is
+        # left when another one is subtracted from it. Converting both first would cost two more passes.
+        return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(a), -1, 1)).sum(dtype=torch.float32)
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 

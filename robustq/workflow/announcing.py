@@ -13,12 +13,14 @@ from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
 from robustq.hardening.forecast import Forecast, forecast, what_fits
 from robustq.hardening.memory import runs_out
+from robustq.hardening.precision import is_slow_here
 from robustq.hardening.run_folder import CONFIG, RESULT, RESUME, RUNS, RunFolder, read_config, resume_command
 from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
+from robustq.recipe_faults import FLOAT32
 from robustq.report.numbers import duration, size
 from robustq.report.recipe import toml_lines
 from robustq.workflow.setting import DEFAULT_EPSILON
@@ -44,7 +46,8 @@ def announce(
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
-    note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}")
+    computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
+    note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
     for line in cheaper(config, device, resumed=resumed):
         note(f"note    {line}")
@@ -107,6 +110,9 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
     lines = []
     if device.type == "cpu" and torch.cuda.is_available():
         lines.append("this machine has a GPU that is far faster: --device cuda")
+    precision = config["recipe"].get("precision", FLOAT32)  # ptq computes no steps
+    if is_slow_here(precision, device):
+        lines.append(f"this processor has no instructions for {precision}; faster: --set precision={FLOAT32}")
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
         if resumed is not None and folder.resolve() == resumed.resolve():

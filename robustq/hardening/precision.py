@@ -1,0 +1,57 @@
+"""The numbers that a training step computes in: float32, or bfloat16 where the arithmetic is.
+
+In bfloat16 convolutions and linear layers take and give numbers of 8 bits' precision and float32's range (mixed
+precision after arXiv:1710.03740, whose loss scaling such a range needs not; torch.autocast decides which layers). What
+must be exact stays in float32: weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits,
+features and losses. Whatever is judged is judged in float32: the monitor, every attack, every file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustq.recipe_faults import BFLOAT16, PRECISIONS
+
+
+@contextmanager
+def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
+    """Within it every call of ``model`` computes in ``precision`` and still answers in float32.
+
+    Args:
+        model: its weights tell the device.
+        precision: one of :data:`robustq.recipe_faults.PRECISIONS`.
+    """
+    assert precision in PRECISIONS
+    if precision != BFLOAT16:
+        yield
+        return
+    device = next(model.parameters()).device.type
+    inner = model.forward
+
+    def forward(x: Tensor, *rest: Any) -> Any:
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return inner(x, *rest).float()
+
+    # Around each forward pass alone: a backward pass follows the types that it finds, and what autocast remembers of
+    # the weights would be wrong once weight perturbation has moved them.
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward  # what the instance had hidden: the method of its class
+
+
+def is_slow_here(precision: str, device: torch.device) -> bool:
+    """Whether the device has no instructions for a precision and takes longer with it than in float32."""
+    if precision != BFLOAT16:
+        return False
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    capability: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    on_x86 = capability.get("architecture") == "x86_64"  # elsewhere nothing is known
+    return on_x86 and not (capability.get("avx512_bf16", False) or capability.get("amx_bf16", False))

@@ -1,0 +1,169 @@
+"""Steps in bfloat16: what computes so, what stays in float32, and that it trains as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import brevitas.nn as qnn
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.errors import RecipeError
+from robustq.hardening.descent import Descent
+from robustq.hardening.features import FEATURES, FeatureTap
+from robustq.hardening.methods.registry import build_method
+from robustq.hardening.precision import computed_in, is_slow_here
+from robustq.models.quantizers import learned_thresholds
+from robustq.models.rectifier import QuantReLU
+from robustq.recipe import Recipe, load_recipe
+from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
+
+HALF = torch.bfloat16
+
+
+def types_seen(model: nn.Module) -> dict[str, torch.dtype]:
+    """What every layer of one forward pass answered with."""
+    found: dict[str, torch.dtype] = {}
+
+    def note(_: nn.Module, __: Any, output: Any, *, name: str) -> None:
+        found[name] = output.dtype
+
+    handles = [
+        module.register_forward_hook(lambda *seen, name=name: note(*seen, name=name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | qnn.QuantReLU)
+    ]
+    with torch.no_grad():
+        model(next(split().batches(BATCH, device=CPU)).x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("bits", [32, 4, 1])
+def test_layers_compute_in_bfloat16_and_answers_are_float32(bits: int) -> None:
+    model = network(bits).train()
+    before = types_seen(model)
+    assert set(before.values()) == {torch.float32}
+    with computed_in(model, "bfloat16"):
+        inside = types_seen(model)
+        assert model(torch.rand(2, 1, 8, 8)).dtype == torch.float32
+        for feature in FEATURES:
+            assert {each.dtype for each in FeatureTap(model, feature)(torch.rand(2, 1, 8, 8))} == {torch.float32}
+    assert set(inside.values()) == {HALF}
+    assert types_seen(model) == before
+    assert "forward" not in vars(model)
+
+
+def test_the_network_is_put_back_after_an_error() -> None:
+    model = network(4)
+    with pytest.raises(KeyError), computed_in(model, "bfloat16"):
+        raise KeyError
+    assert "forward" not in vars(model)
+
+
+def test_float32_touches_nothing() -> None:
+    model = network(4)
+    with computed_in(model, "float32"):
+        assert "forward" not in vars(model)
+
+
+def layer(bits: int, threshold: float) -> tuple[QuantReLU, Any]:
+    relu = QuantReLU(bit_width=bits)
+    (learned,) = learned_thresholds(relu).values()
+    learned.set_threshold(threshold)
+    return relu, learned
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_quantizer_computes_in_float32_whatever_enters(bits: int) -> None:
+    """The codes of bfloat16 activations are those of the same numbers in float32."""
+    relu, _ = layer(bits, 0.37)
+    x = (torch.randn(4, 8, 20, 20, generator=torch.Generator().manual_seed(0)) / 4).to(HALF)
+    assert torch.equal(relu(x), relu(x.float()).to(HALF))
+    assert relu(x).dtype == HALF
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(64, 8, 20, 20), (64, 40)])
+def test_gradients_of_a_quantizer_in_bfloat16(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=draws).to(HALF)
+    upstream = torch.randn(shape, generator=draws).to(HALF)
+    if len(shape) == 4:
+        x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
+    found = []
+    for kind in (HALF, torch.float32):
+        relu, learned = layer(4, 1.0)
+        leaf = x.detach().clone().to(kind).requires_grad_()
+        relu(leaf).backward(upstream.to(kind))
+        assert leaf.grad is not None and leaf.grad.dtype == kind
+        found.append((leaf.grad.float(), learned.log_threshold.grad))
+    (of_x, of_threshold), (exact_of_x, exact_of_threshold) = found
+    assert torch.equal(of_x, exact_of_x)  # it is passed on or not
+    assert of_threshold.dtype == torch.float32
+    # Rounding to 8 bits of each image's two sums, and of y; what is left of them is a tenth.
+    assert of_threshold.item() == pytest.approx(exact_of_threshold.item(), rel=0.05)
+
+
+def train(bits: int, method: str, kind: str, **keys: Any) -> tuple[nn.Module, Tensor]:
+    """Four epochs; the mean loss of each step."""
+    recipe = Recipe(name="test", method=method, epochs=4, batch_size=BATCH, lr=0.05, precision=kind, **keys)
+    model = network(bits).train()
+    descent = Descent(
+        model,
+        build_method(
+            recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3, teacher=None
+        ),
+        recipe,
+    )
+    losses = [
+        descent.step(batch, epoch=epoch).loss.detach()
+        for epoch in range(4)
+        for batch in split().batches(BATCH, device=CPU, seed=7, epoch=epoch)
+    ]
+    return model, torch.stack(losses)
+
+
+@pytest.mark.parametrize("method", ["natural", "odgq", "trades", "fgsm-mep", "dq"])
+def test_every_weight_stays_float32_and_learns(method: str) -> None:
+    model, losses = train(4, method, "bfloat16")
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+    assert losses.dtype == torch.float32 and losses.isfinite().all()
+    assert losses[-4:].mean() < losses[:4].mean()
+
+
+@pytest.mark.parametrize("bits", [32, 4, 1])
+def test_losses_fall_as_in_float32(bits: int) -> None:
+    (_, half), (_, whole) = train(bits, "natural", "bfloat16"), train(bits, "natural", "float32")
+    assert not torch.equal(half, whole)
+    fallen = whole[:4].mean() - whole[-4:].mean()
+    assert abs(half[-4:].mean() - whole[-4:].mean()) < 0.25 * fallen
+
+
+def test_weight_perturbation_is_seen_within_a_step() -> None:
+    """Autocast remembers converted weights as long as it is on."""
+    _, plain = train(32, "natural", "bfloat16")
+    _, perturbed = train(32, "natural", "bfloat16", awp_gamma=0.2)
+    assert perturbed[0] > plain[0]
+
+
+def test_recipes_name_a_precision() -> None:
+    recipe = load_recipe("natural", ("precision=bfloat16",))
+    assert recipe.precision == "bfloat16" and recipe.to_dict()["precision"] == "bfloat16"
+    assert load_recipe("natural").precision == "float32"
+    with pytest.raises(RecipeError, match="precision = 'half' is unknown; known: float32, bfloat16"):
+        load_recipe("natural", ("precision=half",))
+
+
+def test_a_cpu_without_the_instructions_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_capabilities(**found: Any) -> bool:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+        return is_slow_here("bfloat16", CPU)
+
+    assert with_capabilities(architecture="x86_64", avx512_bf16=False, amx_bf16=False)
+    assert not with_capabilities(architecture="x86_64", avx512_bf16=True)
+    assert not with_capabilities(architecture="x86_64", amx_bf16=True)
+    assert not with_capabilities(architecture="aarch64")
+    assert not is_slow_here("float32", CPU)
