@@ -20,6 +20,7 @@ from robustq.evaluation.pictures import Pictures, digest
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import Target
+from robustq.models.shared_weights import SharedWeights
 from robustq.outputs import check_new
 from robustq.progress import note
 from robustq.recipe import format_epsilon
@@ -98,8 +99,9 @@ def attack_model(
         device=place,
     )
     start = time.perf_counter()
-    found = run_suite(target, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
-    curve = _curve(target, x, y, chosen, found, epsilons, device=place, seed=seed)
+    with SharedWeights(opened.source).quantized_once():  # no attack changes them
+        found = run_suite(target, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
+        curve = _curve(target, x, y, chosen, found, epsilons, device=place, seed=seed)
     result = {
         "model": str(opened.path.absolute()),
         "judge": "onnxruntime" if opened.deployed is not None else "pytorch",

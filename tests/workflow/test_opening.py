@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from robustq.evaluation.accuracy import correct, predict
 from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
-from robustq.workflow.opening import is_dynamic, open_attackable
+from robustq.workflow import attacking
+from robustq.workflow.opening import Opened, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 
 CPU = torch.device("cpu")
@@ -90,3 +93,27 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     assert target.features is not None
     logits, features = target.features(x)
     assert torch.equal(logits, target.judge(x)) and features.shape == (20, 64)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_a_suite_quantizes_each_weight_once(
+    deployed: bool, tmp_path: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = digits_w4a4
+    if deployed:
+        robustq.export_model(digits_w4a4, format_name="integer", images=5, recheck=False, out=tmp_path / "out")
+        model = tmp_path / "out"
+    counted: list[str] = []
+
+    def opening(path: Path, **keys: Any) -> Opened:
+        opened = open_attackable(path, **keys)
+        for name, module in opened.source.named_modules():
+            if isinstance(module, QuantWeightBiasInputOutputLayer):
+                module.weight_quant.register_forward_hook(lambda *_, name=name: counted.append(name))
+        return opened
+
+    whole = robustq.attack_model(model, suite="recheck", images=20)
+    monkeypatch.setattr(attacking, "open_attackable", opening)
+    found = robustq.attack_model(model, suite="recheck", images=20)
+    assert found["robust_accuracy"] == whole["robust_accuracy"] and found["attacks"] == whole["attacks"]
+    assert len(counted) == len(set(counted)) > 5

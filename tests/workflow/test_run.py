@@ -156,6 +156,24 @@ def test_a_gpu_that_is_left_unused_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert announcing.cheaper(config, torch.device("cuda:0")) == []
 
 
+def test_a_precision_without_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: dict[str, Any] = {
+        "source": None,
+        "data": {"digest": ""},
+        "command": "",
+        "augment": {},
+        "seed": 0,
+        "spec": {},
+    }
+    config["recipe"] = {"precision": "bfloat16"}
+    found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    (line,) = announcing.cheaper(config, torch.device("cpu"))
+    assert "no instructions for bfloat16" in line and "--set precision=float32" in line
+    found["avx512_bf16"] = True
+    assert announcing.cheaper(config, torch.device("cpu")) == []
+
+
 def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) -> None:
     config = {"source": None, "data": {"digest": ""}, "command": "", "augment": {}, "seed": 0, "spec": {}, "recipe": {}}
     for name, text in (("broken", "{"), ("list", "[]"), ("old", '{"recipe": {}, "spec": {}, "seed": 0}')):
