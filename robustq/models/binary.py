@@ -17,43 +17,29 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from robustq.models.fused_weights import scaled_signs
 from robustq.models.quantizers import FixedScaling
-
-
-class _ScaledSign(torch.autograd.Function):
-    """scale * sign(x), +1 at 0; the gradient with respect to x is the one that comes in."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, scale: Tensor) -> Tensor:
-        positive = x >= 0
-        ctx.save_for_backward(positive)
-        ctx.scale_shape = scale.shape  # type: ignore[attr-defined]
-        return torch.where(positive, scale, -scale)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (positive,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        signed = torch.where(positive, grads[0], -grads[0])
-        return grads[0], signed.sum_to_size(ctx.scale_shape)  # type: ignore[attr-defined]
 
 
 class StraightThroughBinaryQuant(nn.Module):
     """Brevitas' BinaryQuant but for the gradient, which it multiplies by the scale.
 
     Args:
-        scaling_impl: gives the scale of a tensor.
+        scaling_impl: Brevitas' way to the scale, which computes the same.
+        scaling_min_val: smallest scale.
     """
 
-    def __init__(self, scaling_impl: nn.Module) -> None:
+    def __init__(self, scaling_impl: nn.Module, scaling_min_val: float) -> None:
         super().__init__()
         self.scaling_impl = scaling_impl
+        self.smallest = scaling_min_val
         self.register_buffer("bit_width", torch.ones(()), persistent=False)
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
         """Return the two-valued tensor, its scale, zero point and bit width, as every Brevitas tensor quantizer."""
-        scale = self.scaling_impl(x)
-        return _ScaledSign.apply(x, scale), scale, self.zero_point, self.bit_width
+        y, scale = scaled_signs(x, smallest=self.smallest)
+        return y, scale, self.zero_point, self.bit_width
 
 
 class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fused_quant import FusedIntQuant
+from robustq.models.fused_weights import FusedWeightQuant
 
 FLOAT_BITS = 32
 BITS = (32, 8, 4, 3, 2, 1)
@@ -111,6 +112,7 @@ class FixedScaling(nn.Module):
 class WeightQuant(NarrowIntQuant, MaxStatsScaling, WeightQuantSolver):  # type: ignore[misc]
     """Symmetric narrow-range weights, one scale per output channel from the channel's largest magnitude."""
 
+    tensor_quant = FusedWeightQuant
     scaling_per_output_type = ScalingPerOutputType.CHANNEL
     restrict_scaling_type = RestrictValueType.FP
 
