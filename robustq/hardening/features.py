@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
@@ -55,7 +56,9 @@ class FeatureTap:
             logits = self.model(x)
         if self.feature == "logits":
             return logits, logits
-        feature = caught[-1].float()  # a step in bfloat16 catches that
+        feature = caught[-1]
+        if feature.dtype == torch.bfloat16:  # as a step in that precision has it
+            feature = feature.float()
         if self.feature == "pooled":
             return logits, feature.mean(dim=(2, 3))
         return logits, feature.flatten(1)

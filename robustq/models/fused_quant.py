@@ -14,6 +14,8 @@ from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 class _Quantize(torch.autograd.Function):
     """clamp(round(x / s), low, high) * s, differentiated straight through: with q the code and g the gradient that
@@ -26,7 +28,7 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
-        y = (x / scale if x.dtype == scale.dtype else x.to(scale.dtype).div_(scale)).round_()
+        y = (x.float().div_(scale) if x.dtype in _HALVES else x / scale).round_()
         y = y.clamp_(low, high).mul_(scale).to(x.dtype)
         ctx.save_for_backward(x, y, scale)
         # Half a step beyond the last codes, where rounding leaves the range.
@@ -67,8 +69,8 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
         # In the order in which it lies in memory, a reshape copies nothing.
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    if a.dtype == torch.bfloat16 and a.dim() > 1:
-        # One sum an image, since a sum comes back in bfloat16: rounding one of the whole tensor would lose what is
+    if a.dtype in _HALVES and a.dim() > 1:
+        # One sum an image, since a sum comes back in so few bits: rounding one of the whole tensor would lose what is
         # left when another one is subtracted from it. Converting both first would cost two more passes.
         return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(a), -1, 1)).sum(dtype=torch.float32)
     return torch.dot(a.reshape(-1), b.reshape(-1))
