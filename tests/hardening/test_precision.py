@@ -88,23 +88,25 @@ def test_a_quantizer_computes_in_float32_whatever_enters(bits: int) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", [(64, 8, 20, 20), (64, 40)])
 def test_gradients_of_a_quantizer_in_bfloat16(shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    draws = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=draws).to(HALF)
-    upstream = torch.randn(shape, generator=draws).to(HALF)
-    if len(shape) == 4:
-        x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
-    found = []
-    for kind in (HALF, torch.float32):
-        relu, learned = layer(4, 1.0)
-        leaf = x.detach().clone().to(kind).requires_grad_()
-        relu(leaf).backward(upstream.to(kind))
-        assert leaf.grad is not None and leaf.grad.dtype == kind
-        found.append((leaf.grad.float(), learned.log_threshold.grad))
-    (of_x, of_threshold), (exact_of_x, exact_of_threshold) = found
-    assert torch.equal(of_x, exact_of_x)  # it is passed on or not
-    assert of_threshold.dtype == torch.float32
-    # Rounding to 8 bits of each image's two sums, and of y; what is left of them is a tenth.
-    assert of_threshold.item() == pytest.approx(exact_of_threshold.item(), rel=0.05)
+    errors = []
+    for seed in range(8):
+        draws = torch.Generator().manual_seed(seed)
+        x, upstream = torch.randn(shape, generator=draws).to(HALF), torch.randn(shape, generator=draws) + 0.3
+        if len(shape) == 4:
+            x, upstream = x.contiguous(memory_format=layout), upstream.contiguous(memory_format=layout)
+        found = []
+        for kind in (HALF, torch.float32):
+            relu, learned = layer(4, 1.0)
+            leaf = x.clone().to(kind).requires_grad_()
+            relu(leaf).backward(upstream.to(HALF).to(kind))
+            assert leaf.grad is not None and leaf.grad.dtype == kind
+            found.append((leaf.grad.float(), learned.log_threshold.grad))
+        (of_x, of_threshold), (exact_of_x, exact_of_threshold) = found
+        assert torch.equal(of_x, exact_of_x)  # it is passed on or not
+        assert of_threshold.dtype == torch.float32
+        errors.append(abs(of_threshold.item() / exact_of_threshold.item() - 1.0))
+    # The quantized values are rounded to 8 bits, and so is each image's sum; one sum of all comes to 0.007 and 0.014.
+    assert max(errors) < 0.004
 
 
 def train(bits: int, method: str, kind: str, **keys: Any) -> tuple[nn.Module, Tensor]:
