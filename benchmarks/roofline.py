@@ -82,13 +82,16 @@ def count_forward(architecture: str, bits: int, size: int) -> tuple[float, Count
             operations[0] += 2.0 * y.numel() * module.weight[0].numel()
         traffic[type(module).__name__] += 4 * (x.numel() + y.numel())
 
-    handles = [
-        module.register_forward_hook(look)
+    # A Brevitas layer is one layer, whatever it is made of: a look at its ReLU would keep the two from running as one.
+    layers = [module for module in model.modules() if hasattr(module, "act_quant")]
+    parts = {part for layer in layers for part in layer.modules() if part is not layer}
+    layers += [
+        module
         for module in model.modules()
-        # A Brevitas layer is one layer, whatever it is made of.
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d | nn.ReLU | nn.AdaptiveAvgPool2d)
-        or hasattr(module, "act_quant")
+        and module not in parts
     ]
+    handles = [module.register_forward_hook(look) for module in layers]
     with torch.no_grad():
         model(torch.zeros(1, 3, size, size))
     for handle in handles:
