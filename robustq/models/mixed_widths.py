@@ -19,7 +19,6 @@ from torch import nn
 from robustq.errors import UsageError
 from robustq.models.layers import weight_quantizer
 from robustq.models.quantizers import BiasQuant, FixedScaling, LearnedThreshold
-from robustq.models.rectifier import QuantReLU
 
 WEIGHT_BITS = (8, 4, 3, 2, 1)
 ACT_BITS = (8, 4, 3, 2)
@@ -63,8 +62,6 @@ def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
             # Brevitas' own way to another width: the injector with one value changed, and the quantizer made anew.
             module.act_quant.quant_injector = module.act_quant.quant_injector.let(bit_width=bits)
             module.act_quant.init_tensor_quant()
-            if isinstance(module, QuantReLU):
-                module.join()
         else:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, _with_weight_bits(module, bits))

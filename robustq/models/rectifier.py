@@ -55,10 +55,13 @@ class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
 
     def __init__(self, *, bit_width: int, return_quant_tensor: bool = False) -> None:
         super().__init__(act_quant=ActQuant, bit_width=bit_width, return_quant_tensor=return_quant_tensor)
-        self.join()
 
-    def join(self) -> None:
-        """Run the ReLU and the quantizer behind it as one function; again where Brevitas made the quantizer anew."""
+    def forward(self, x: Any) -> Any:
+        """(...) float -> the same shape, quantized."""
+        # Not once for all: Brevitas makes a quantizer anew with every state dict that is loaded, and for another width.
         proxy: Any = self.act_quant
         separate = proxy.fused_activation_quant_proxy
-        proxy.fused_activation_quant_proxy = _Rectified(separate.activation_impl, separate.tensor_quant)
+        if not isinstance(separate, _Rectified) and isinstance(separate.tensor_quant, FusedIntQuant):
+            joined = _Rectified(separate.activation_impl, separate.tensor_quant)
+            proxy.fused_activation_quant_proxy = joined.train(separate.training)
+        return super().forward(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -141,9 +142,9 @@ def test_a_second_derivative_is_refused() -> None:
 
 def test_a_relu_and_its_quantizer_run_as_one_unless_someone_looks() -> None:
     layer = QuantReLU(bit_width=4)
+    alone = layer(values(1.0))
     joined = layer.act_quant.fused_activation_quant_proxy
     calls: list[str] = []
-    alone = layer(values(1.0))
     for part in ("activation_impl", "tensor_quant"):
         handle = getattr(joined, part).register_forward_hook(lambda *_, part=part: calls.append(part))
         assert torch.equal(layer(values(1.0)), alone)
@@ -153,12 +154,23 @@ def test_a_relu_and_its_quantizer_run_as_one_unless_someone_looks() -> None:
     assert torch.equal(layer(values(1.0)), alone)
 
 
-def test_another_width_is_joined_as_well() -> None:
+def is_one_function(model: nn.Module) -> bool:
+    """Whether nothing but clipping is left of the ReLU in the graph."""
+    y = model(values(1.0).requires_grad_())
+    return "Quantize" in y.grad_fn.name() and "AccumulateGrad" in y.grad_fn.next_functions[0][0].name()
+
+
+def test_another_width_and_loaded_weights_are_joined_as_well() -> None:
+    """Brevitas makes the quantizer anew in both cases."""
     model = nn.Sequential(QuantReLU(bit_width=4))
+    assert is_one_function(model)
+    assert not is_one_function(relu(ActQuant, 4))
     set_layer_bits(model, {"0": 2})
-    fused = model[0].act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
-    fused.activation_impl.forward = None  # type: ignore[union-attr]
-    assert len(model(values(1.0)).unique()) == 4
+    assert is_one_function(model) and len(model(values(1.0)).unique()) == 4
+    model.load_state_dict(model.state_dict())
+    assert is_one_function(model.eval())
+    assert not any(module.training for module in model.modules())
+    assert is_one_function(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("name", ["joined4", "branch8"])
