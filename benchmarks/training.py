@@ -55,7 +55,9 @@ RATIOS = (
     ("binary-odgq", "binary"),
     ("bf16", "plain"),
     ("bf16", "natural"),
+    ("bf16-odgq", "bf16"),
     ("bf16-odgq", "odgq"),
+    ("bf16-odgq", "natural"),
     ("bf16-odgq", "plain"),
     ("bf16-binary", "plain"),
 )

@@ -126,7 +126,8 @@ def test_attack_counts_a_model_and_its_deployed_file_alike(run: Run, digits_w4a4
 
 
 def test_require_turns_a_low_robust_accuracy_into_exit_1(run: Run, digits_w4a4: Path) -> None:
-    met = run("attack", digits_w4a4, "--images", "20", "--epsilon", "0", "--require", "0.1")
+    # After one epoch the network hardly knows more than chance, and 20 images may hold one that it gets right.
+    met = run("attack", digits_w4a4, "--images", "200", "--epsilon", "0", "--require", "0.05")
     assert met.code == 0, met.err
     strong = ("--suite", "recheck", "--images", "20", "--epsilon", "1")
     missed = run("attack", digits_w4a4, *strong, "--require", "0.9", "--json")

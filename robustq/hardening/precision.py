@@ -31,11 +31,11 @@ def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
         yield
         return
     device = next(model.parameters()).device.type
-    inner = model.forward
+    inner, own = model.forward, vars(model).get("forward")
 
-    def forward(x: Tensor, *rest: Any) -> Any:
+    def forward(*inputs: Tensor, **named: Any) -> Any:
         with torch.autocast(device, dtype=torch.bfloat16):
-            return inner(x, *rest).float()
+            return inner(*inputs, **named).float()
 
     # Around each forward pass alone: a backward pass follows the types that it finds, and what autocast remembers of
     # the weights would be wrong once weight perturbation has moved them.
@@ -43,7 +43,9 @@ def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del model.forward  # what the instance had hidden: the method of its class
+        del model.forward  # what the instance had hidden: the method of its class, unless it had one of its own
+        if own is not None:
+            model.forward = own
 
 
 def is_slow_here(precision: str, device: torch.device) -> bool:

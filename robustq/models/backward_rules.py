@@ -48,8 +48,8 @@ EDGE = 1 / 16
 """Width of the smooth staircase's ends, as a share of its codes, and at least half a code."""
 
 SIGN_WIDTH = 0.5
-"""Width of the smooth sign, as a share of the mean magnitude of what enters it: the best of several on networks with
-shortcuts and without (docs/results/attacks.md)."""
+"""Width of the smooth sign, as a share of the mean magnitude of what enters it: on a network with shortcuts half as
+wide ones break less, on one without them more (docs/results/attacks.md)."""
 
 
 @contextmanager

@@ -14,33 +14,28 @@ from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_HALVES = (torch.bfloat16, torch.float16)
-
 
 class _Quantize(torch.autograd.Function):
     """clamp(round(x / s), low, high) * s, differentiated straight through: with q the code and g the gradient that
     comes in, g where round(x / s) is in range and 0 elsewhere for x; the sum of g (q - x / s) in range and of g q
     outside for s (arXiv:1902.08153, section 2.1, but that the range ends half a step further out). Rectified, with low
-    = 0, it is the same of relu(x): nothing comes back up to x = 0.
-
-    The arithmetic is in float32 for an x of fewer bits too; the answer then has x's type, as its gradient does.
+    = 0, it is the same of relu(x): nothing comes back up to x = 0. An infinite x makes the gradient for s NaN.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
-        y = (x.float().div_(scale) if x.dtype in _HALVES else x / scale).round_()
-        y = y.clamp_(low, high).mul_(scale).to(x.dtype)
+        y = x / scale
+        y.round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, y, scale)
-        # Half a step beyond the last codes, where rounding leaves the range.
-        ctx.inside = (0.0 if rectified else low - 0.5, high + 0.5)
+        ctx.range = _range(low, high, rectified)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, y, scale = ctx.saved_tensors
-        low, high = ctx.inside
-        g_x = _gradient_inside(grads[0], x, low * scale, high * scale)
+        low, high = ctx.range
+        g_x = _inside(grads[0], x, low * scale, high * scale)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
@@ -48,32 +43,77 @@ class _Quantize(torch.autograd.Function):
         return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None, None
 
 
-def _gradient_inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+class _QuantizeHalf(torch.autograd.Function):
+    """The same for x in bfloat16, computed in float32: what comes out and what comes back is rounded at the end.
+
+    q s - x is taken before that. Two dot products of rounded numbers would leave little but rounding of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
+        exact = x.float()
+        y = (exact / scale).round_().clamp_(low, high).mul_(scale)
+        answer = y.to(x.dtype)
+        ctx.range = _range(low, high, rectified)
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            low_x, high_x = (bound * scale for bound in ctx.range)
+            of_scale = y.sub_(_inside(exact, exact, low_x, high_x)).to(x.dtype)
+        ctx.save_for_backward(x, scale, of_scale)
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, scale, of_scale = ctx.saved_tensors
+        low, high = ctx.range
+        g_x = _inside(grads[0], x, low * scale, high * scale) if ctx.needs_input_grad[0] else None
+        g_scale = None if of_scale is None else _dot_of_halves(grads[0], of_scale) / scale
+        return g_x, g_scale, None, None, None
+
+
+def _range(low: int, high: int, rectified: bool) -> tuple[float, float]:
+    """Half a step beyond the last codes, where rounding leaves the range; of a rectified one, 0."""
+    return (0.0 if rectified else low - 0.5), high + 0.5
+
+
+def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
-    inside = _inside_on_cpu if x.device.type == "cpu" and not torch.compiler.is_compiling() else _inside
-    return inside(g, x, low, high)
+    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _inside_on_cpu(g, x, low, high) if on_cpu else _inside_anywhere(g, x, low, high)
 
 
-def _inside(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """It does not wait for the device."""
-    return torch.where((x <= low) | (x >= high), torch.zeros((), device=g.device, dtype=g.dtype), g)
+    # With a dimension of their own, bounds are not rounded to the type of x.
+    outside = (x <= low.reshape(1)) | (x >= high.reshape(1))
+    return torch.where(outside, torch.zeros((), device=g.device, dtype=g.dtype), g)
 
 
-def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The same in one pass over memory: it is how a hard tanh is differentiated."""
     result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
     return result
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
-        # In the order in which it lies in memory, a reshape copies nothing.
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    if a.dtype in _HALVES and a.dim() > 1:
-        # One sum an image, since a sum comes back in so few bits: rounding one of the whole tensor would lose what is
-        # left when another one is subtracted from it. Converting both first would cost two more passes.
-        return torch.bmm(a.reshape(len(a), 1, -1), b.reshape(len(a), -1, 1)).sum(dtype=torch.float32)
+    a, b = _as_in_memory(a, b)
     return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _dot_of_halves(a: Tensor, b: Tensor) -> Tensor:
+    """float32, of two tensors in bfloat16, without a copy of them."""
+    a, b = _as_in_memory(a, b)
+    # One sum an image: each comes back rounded.
+    images = len(a) if a.dim() > 1 else 1
+    return torch.bmm(a.reshape(images, 1, -1), b.reshape(images, -1, 1)).sum(dtype=torch.float32)
+
+
+def _as_in_memory(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two with their dimensions in the order in which they lie in memory, where a reshape copies nothing."""
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        return a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return a, b
 
 
 class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
@@ -110,4 +150,5 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
         bit_width = self.msb_clamp_bit_width_impl()
         scale = self.scaling_impl(x, self.int_scaling_impl(bit_width))
         zero_point = self.zero_point_impl(x, scale, bit_width)
-        return _Quantize.apply(x, scale, *self.codes, rectified), scale, zero_point, bit_width
+        quantize = _QuantizeHalf if x.dtype == torch.bfloat16 else _Quantize
+        return quantize.apply(x, scale, *self.codes, rectified), scale, zero_point, bit_width

@@ -31,8 +31,9 @@ class _Rectified(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
         answer: tuple[Tensor, Tensor, Tensor, Tensor]
-        if _is_watched(self.activation_impl) or _is_watched(self.tensor_quant):
-            # A backward rule wants to stand between the two.
+        observed = _is_watched(self.activation_impl) or _is_watched(self.tensor_quant)
+        if observed or not isinstance(self.tensor_quant, FusedIntQuant):
+            # A backward rule wants to stand between the two, or Brevitas has compiled the quantizer.
             answer = self.tensor_quant(self.activation_impl(x))
         else:
             answer = self.tensor_quant.rectified(x)
@@ -46,7 +47,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
-    """Brevitas' QuantReLU over ``ActQuant``: the same values and gradients, one function.
+    """Brevitas' QuantReLU over ``ActQuant``: the same values and gradients of finite numbers, one function.
 
     Args:
         bit_width: of the codes.

@@ -12,7 +12,7 @@ import torch
 from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
 
-from robustq.models.fused_quant import FusedIntQuant, _inside, _inside_on_cpu
+from robustq.models.fused_quant import FusedIntQuant, _inside_anywhere, _inside_on_cpu
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quantizers import ActQuant, BranchQuant, learned_thresholds
 from robustq.models.rectifier import QuantReLU
@@ -128,7 +128,24 @@ def test_both_ways_to_cut_a_gradient_off_agree() -> None:
     g = torch.arange(1.0, 8.0)
     low, high = torch.tensor(-1.0), torch.tensor(1.5)
     expected = torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0])
-    assert torch.equal(_inside(g, x, low, high), expected)
+    assert torch.equal(_inside_anywhere(g, x, low, high), expected)
+    assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
+
+
+@pytest.mark.parametrize("threshold", [0.37, 1.01, 93.7])
+def test_both_ways_agree_in_bfloat16(threshold: float) -> None:
+    """Bounds that bfloat16 does not hold, with numbers of that type on both sides of them."""
+    low, high = torch.tensor(-threshold * 1.0001), torch.tensor(threshold)
+    near = torch.tensor([-threshold, threshold]).to(torch.bfloat16)
+    far = [near]
+    for way in (-math.inf, math.inf):
+        for _ in range(3):
+            far.append(torch.nextafter(far[-1], torch.full_like(near, way)))
+    x = torch.cat(far)
+    g = torch.arange(1.0, len(x) + 1).to(torch.bfloat16)
+    expected = torch.where((x.double() > low) & (x.double() < high), g, 0.0)
+    assert 0 < int(expected.count_nonzero()) < len(x)
+    assert torch.equal(_inside_anywhere(g, x, low, high), expected)
     assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
 
 
