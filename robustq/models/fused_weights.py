@@ -1,8 +1,8 @@
 """Quantizers of weights, each as one function of autograd with its gradient in closed form.
 
 A weight tensor is small, and what Brevitas' stock quantizers take is not arithmetic but the calls: dozens of tensor
-operations a layer, forward and back (docs/results/training-cost.md). Values are the same, bit for bit, and so is what exporters see: the modules are Brevitas' own, with
-another forward.
+operations a layer, forward and back (docs/results/training-cost.md). Values are the same, bit for bit, and so is what
+exporters see: the modules are Brevitas' own, with another forward.
 
 Shapes: weights w are (channels, ...), and every channel has a scale of its own, given back as (channels, 1, ...).
 """
