@@ -126,9 +126,12 @@ def test_attack_counts_a_model_and_its_deployed_file_alike(run: Run, digits_w4a4
 
 
 def test_require_turns_a_low_robust_accuracy_into_exit_1(run: Run, digits_w4a4: Path) -> None:
-    # After one epoch the network hardly knows more than chance, and 20 images may hold one that it gets right.
-    met = run("attack", digits_w4a4, "--images", "200", "--epsilon", "0", "--require", "0.05")
+    clean = run("attack", digits_w4a4, "--images", "20", "--epsilon", "0", "--json").json["robust_accuracy"]
+    assert clean > 0
+    met = run("attack", digits_w4a4, "--images", "20", "--epsilon", "0", "--require", str(clean))
     assert met.code == 0, met.err
+    barely = run("attack", digits_w4a4, "--images", "20", "--epsilon", "0", "--require", str(clean + 0.01))
+    assert barely.code == 1
     strong = ("--suite", "recheck", "--images", "20", "--epsilon", "1")
     missed = run("attack", digits_w4a4, *strong, "--require", "0.9", "--json")
     assert missed.code == 1

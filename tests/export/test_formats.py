@@ -291,9 +291,7 @@ def test_qonnx_has_annotated_tensors_and_may_keep_batch_norm(bits: int) -> None:
     assert counts["BatchNormalization"] == CONVOLUTIONS + (6 if bits == 1 else 0)
     few = made.x[:20]
     with torch.no_grad():
-        apart = (execute(kept, few) - made.model(few)).abs().amax(dim=1)
-    # Float sums of tens. A code on a rounding tie moves by one, and at one bit signs behind it may turn.
-    assert int((apart > 2e-5).sum()) <= (1 if bits == 1 else 0)
+        torch.testing.assert_close(execute(kept, few), made.model(few), rtol=0, atol=2e-5)  # float sums of tens
 
 
 def test_qcdq_falls_back_to_float_at_arm_defaults(tmp_path: Path) -> None:
