@@ -1,6 +1,8 @@
-"""`robustq --help` answers without loading torch or anything else that is heavy.
+"""`robustq --help` answers without loading torch or anything else that is heavy, and a training of one of our networks
+without torch's compiler and sympy, which take longer than all the rest.
 
-What it costs in time is measured by `python -m benchmarks.cli_startup`; here only the cause is checked.
+What it costs in time is measured by `python -m benchmarks.cli_startup` and `python -m benchmarks.first_step`; here only
+the cause is checked.
 """
 
 from __future__ import annotations
@@ -24,17 +26,32 @@ sys.exit(main())
 """
 
 
+def loaded_by(arguments: list[str], folder: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """The finished program, and the modules that it had loaded at its end."""
+    loaded = folder / "loaded.json"
+    command = [sys.executable, "-c", PROGRAM, str(loaded), *arguments]
+    # Typer colours its help wherever FORCE_COLOR or GITHUB_ACTIONS is set, between the letters of an option too.
+    environment = {**os.environ, "_TYPER_FORCE_DISABLE_TERMINAL": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done, set(json.loads(loaded.read_text(encoding="utf-8")))
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"), [(["--help"], "harden"), (["--version"], "0."), (["harden", "--help"], "--bits")]
 )
 def test_answers_without_loading_anything_heavy(tmp_path: Path, arguments: list[str], answer: str) -> None:
-    loaded = tmp_path / "loaded.json"
-    command = [sys.executable, "-c", PROGRAM, str(loaded), *arguments]
-    # Typer colours its help wherever FORCE_COLOR or GITHUB_ACTIONS is set, between the letters of an option too.
-    environment = {**os.environ, "_TYPER_FORCE_DISABLE_TERMINAL": "1", "COLUMNS": "120"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done, modules = loaded_by(arguments, tmp_path)
     assert answer in done.stdout
-    modules = set(json.loads(loaded.read_text(encoding="utf-8")))
     assert "robustq.cli" in modules
     assert modules & HEAVY == set()
+
+
+def test_training_and_attacking_load_neither_the_compiler_nor_sympy(tmp_path: Path) -> None:
+    tiny = ["--data", "digits", "--set", "epochs=1", "--set", "train_images=64", "--set", "monitor_images=16"]
+    _, modules = loaded_by(["train", "--arch", "resnet8", "--bits", "4", *tiny, "--out", "run"], tmp_path)
+    assert "brevitas" in modules
+    assert modules & {"torch._dynamo", "sympy"} == set()
+    _, modules = loaded_by(["attack", "run/best.pt", "--suite", "recheck", "--images", "4"], tmp_path)
+    assert "brevitas" in modules
+    assert modules & {"torch._dynamo", "sympy"} == set()

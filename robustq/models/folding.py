@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
 from robustq.models.batch_norm import running_statistics
 from robustq.models.blocks import PaddedShortcut
-from robustq.models.own.folding import fold_graph
+from robustq.models.own.factory import is_own
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.thresholds import ChannelThresholds, SignNorm
 
@@ -62,7 +61,10 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
     Raises:
         ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
     """
-    if isinstance(model, GraphModule):
+    if is_own(spec.architecture):
+        # Not before it is needed: reading graphs loads sympy, which takes two seconds.
+        from robustq.models.own.folding import fold_graph
+
         graph: nn.Module = fold_graph(model, fold_layer=fold_layer)
         return graph
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=next(model.parameters()).device)

@@ -15,7 +15,6 @@ from robustq.models.layers import Layers
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.normalise import Normalisation
 from robustq.models.own.factory import TORCHVISION, check_permission, float_network, is_own
-from robustq.models.own.network import quantized_graph
 from robustq.models.quantizers import Widths
 from robustq.models.resnet import ResNet
 
@@ -162,6 +161,9 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
     """
     check_permission(spec.architecture, own_model)
     if is_own(spec.architecture):
+        # Not before it is needed: reading graphs loads sympy, which takes two seconds.
+        from robustq.models.own.network import quantized_graph
+
         graph = quantized_graph(
             float_network(spec.architecture, classes=spec.classes),
             name=spec.architecture,

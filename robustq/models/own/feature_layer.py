@@ -1,4 +1,6 @@
-"""Which layer the features enter that ODG-Q aligns: the last global pooling, or the one the user names."""
+"""Which layer of a user's own network the features enter that ODG-Q aligns: the last global pooling, or the one that
+the user names.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +11,7 @@ from torch import nn
 
 from robustq.errors import UsageError
 
-OURS = "avgpool"
-"""Its name in the networks of this project, as in torchvision's ResNets."""
-
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
-
-
-def feature_layer_of(model: nn.Module) -> str | None:
-    """The name of the layer that the features of ``model`` enter, or None where nobody knows one."""
-    meta = getattr(model, "meta", None)
-    if isinstance(model, GraphModule) and isinstance(meta, dict):
-        found: str | None = meta.get("feature_layer")
-        return found
-    return OURS if OURS in dict(model.named_modules()) else None
 
 
 def find_feature_layer(graph: GraphModule, wanted: str | None, *, name: str) -> str | None:

@@ -6,6 +6,7 @@ from brevitas.backport.fx import GraphModule
 from torch import nn
 
 from robustq.errors import UsageError
+from robustq.models.feature_layer import FEATURE_LAYER
 from robustq.models.normalise import Normalisation, Normalise
 from robustq.models.own.feature_layer import find_feature_layer
 from robustq.models.own.passes.fixed_pooling import fixed_pooling
@@ -49,7 +50,7 @@ def quantized_graph(
         _normalise_first(graph, normalisation)
     standardise(graph, channels=channels, image_size=image_size, name=name)
     _check_logits(graph, classes, name)
-    graph.meta["feature_layer"] = find_feature_layer(graph, feature_layer, name=name)
+    graph.meta[FEATURE_LAYER] = find_feature_layer(graph, feature_layer, name=name)
     if not widths.is_float:
         fixed_pooling(graph)
         quantize(graph, widths=widths, name=name)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.own.feature_layer import feature_layer_of
+from robustq.models.feature_layer import feature_layer_of
 from robustq.models.own.network import quantized_graph
 from robustq.models.quantizers import Widths
 from robustq.models.spec import build_model
