@@ -18,10 +18,21 @@ _LARGEST_THRESHOLD = 32 * 1024 * 1024
 _NEVER = 2**31 - 1
 
 
+_SPINS = 2000
+"""Turns of its waiting loop that a thread of libgomp takes before it sleeps, about 20 microseconds (its source reckons
+with 100 turns a microsecond): `python -m benchmarks.waiting_threads`, docs/results/training-cost.md.
+"""
+
+
 def prepare() -> None:
-    """Let threads wait without spinning and let freed memory be used again, unless the environment says otherwise."""
-    # OpenMP threads that wait by spinning make a step ten times slower as soon as something else uses a core.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Let threads spin a moment before they sleep, and let freed memory be used again, unless the environment says
+    otherwise.
+    """
+    # Threads that sleep at once have to be woken for each of a step's thousand operations; threads that spin for long
+    # take the core from whatever else wants it, and a step then takes four times as long.
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # to other OpenMP libraries than libgomp
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
     # Torch then asks for pages of 2 MB where a tensor has room for them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()

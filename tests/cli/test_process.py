@@ -24,7 +24,8 @@ WISHES = """
 import os
 from robustq.cli.process import prepare
 prepare()
-print(os.environ["OMP_WAIT_POLICY"], os.environ["THP_MEM_ALLOC_ENABLE"])
+names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"
+print(*(os.environ.get(name, "unset") for name in names))
 """
 
 
@@ -46,5 +47,7 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
 
 
 def test_what_the_environment_says_stands() -> None:
-    assert answer(WISHES) == ["PASSIVE", "0"]
-    assert answer(WISHES, OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="1") == ["ACTIVE", "1"]
+    assert answer(WISHES) == ["PASSIVE", "2000", "0"]
+    # GOMP_SPINCOUNT would overrule a policy that the user has set.
+    assert answer(WISHES, OMP_WAIT_POLICY="ACTIVE", THP_MEM_ALLOC_ENABLE="1") == ["ACTIVE", "unset", "1"]
+    assert answer(WISHES, GOMP_SPINCOUNT="7") == ["unset", "7", "0"]
