@@ -8,7 +8,8 @@ the ratio within one round, so that a machine that slows down for a while spoils
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
-with `precision = "bfloat16"`. The process has asked for what the program asks for (`robustq.cli.process`);
+with `precision = "bfloat16"`, and on a GPU `tf32` with that one. There `plain` rounds to TF32 in its convolutions,
+since that is torch's default, and `natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
 MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
@@ -38,11 +39,12 @@ from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E
 from robustq.models.calibration import calibrate  # noqa: E402
 from robustq.models.spec import ModelSpec, build_model  # noqa: E402
 from robustq.recipe import load_recipe  # noqa: E402
-from robustq.recipe_faults import BFLOAT16, FLOAT32  # noqa: E402
+from robustq.recipe_faults import BFLOAT16, FLOAT32, TF32  # noqa: E402
 
 Step = Callable[[], object]
 
 KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq", "bf16", "bf16-odgq", "bf16-binary")
+ON_GPU = ("tf32", "tf32-odgq")
 
 RATIOS = (
     ("float", "plain"),
@@ -59,6 +61,9 @@ RATIOS = (
     ("bf16-odgq", "natural"),
     ("bf16-odgq", "plain"),
     ("bf16-binary", "plain"),
+    ("tf32", "plain"),
+    ("tf32", "natural"),
+    ("tf32-odgq", "tf32"),
 )
 
 
@@ -69,12 +74,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, help="of natural and odgq")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS + ON_GPU)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    options.kinds = options.kinds or list(KINDS + ON_GPU * options.device.startswith("cuda"))
     print(
         f"{options.architecture}, {options.bits} bits, batch {options.batch}, {options.size} pixels, {options.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -141,7 +147,7 @@ def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Ste
         return _plain_step(model_spec(options.architecture, 32, options.size), x, y)
     bits = 32 if kind == "float" else 1 if "binary" in kind else options.bits
     method = "odgq" if kind.endswith("odgq") else "natural"
-    precision = BFLOAT16 if kind.startswith("bf16") else FLOAT32
+    precision = BFLOAT16 if kind.startswith("bf16") else TF32 if kind.startswith("tf32") else FLOAT32
     return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y, precision=precision)
 
 

@@ -80,7 +80,8 @@ class Recipe:
             (:mod:`robustq.hardening.average`); 0: the weights themselves.
         awp_gamma: size of the weight perturbation (:mod:`robustq.hardening.awp`); 0: none.
         awp_warmup_epochs: epochs before it begins.
-        precision: what training steps compute in, ``float32`` or ``bfloat16`` (:mod:`robustq.hardening.precision`).
+        precision: what training steps compute in, ``float32``, ``tf32`` or ``bfloat16``
+            (:mod:`robustq.hardening.precision`).
         crop_padding, flip: augmentation; None: by the data set.
         image_size: side in pixels to which folders of images are resized (0: they all have one square size already).
         train_images: use only so many training images (0: all).

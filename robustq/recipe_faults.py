@@ -35,8 +35,8 @@ TRAINING_KEYS = (
 
 SCHEDULES = ("cosine", "steps")
 
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
-PRECISIONS = (FLOAT32, BFLOAT16)
+FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
+PRECISIONS = (FLOAT32, TF32, BFLOAT16)
 """What a training step may compute in (:mod:`robustq.hardening.precision`)."""
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -1,9 +1,10 @@
-"""The numbers that a training step computes in: float32, or bfloat16 where the arithmetic is.
+"""The numbers that a training step computes in: float32, or what is faster where the arithmetic is.
 
 In bfloat16 convolutions and linear layers take and give numbers of 8 bits' precision and float32's range (mixed
-precision after arXiv:1710.03740, whose loss scaling such a range needs not; torch.autocast decides which layers). What
-must be exact stays in float32: weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits,
-features and losses. Whatever is judged is judged in float32: the monitor, every attack, every file.
+precision after arXiv:1710.03740, whose loss scaling such a range needs not; torch.autocast decides which layers). In
+TF32 a GPU rounds what they multiply to 11 bits and takes and gives float32. What must be exact stays in float32:
+weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits, features and losses. Whatever is
+judged is judged in float32: the monitor, every attack, every file.
 """
 
 from __future__ import annotations
@@ -15,21 +16,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.recipe_faults import BFLOAT16, PRECISIONS
+from robustq.models.tf32 import tf32
+from robustq.recipe_faults import BFLOAT16, FLOAT32, PRECISIONS, TF32
 
 
 @contextmanager
 def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
-    """Within it every call of ``model`` computes in ``precision`` and still answers in float32.
+    """Within it every call of ``model`` computes in ``precision``, as does its backward pass, and still answers in
+    float32.
 
     Args:
         model: its weights tell the device.
         precision: one of :data:`robustq.recipe_faults.PRECISIONS`.
     """
     assert precision in PRECISIONS
-    if precision != BFLOAT16:
-        yield
-        return
+    with tf32(allowed=precision == TF32):
+        if precision == BFLOAT16:
+            with _in_bfloat16(model):
+                yield
+        else:
+            yield
+
+
+def advice(precision: str, device: torch.device) -> str | None:
+    """What is better than a precision that the device has no instructions for; None where it has them, or where
+    nothing is known.
+    """
+    if precision == BFLOAT16 and _lacks_bfloat16(device):
+        return f"this processor has no instructions for {BFLOAT16}; faster: --set precision={FLOAT32}"
+    # Ampere, compute capability 8.0, was the first.
+    if precision == TF32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        return f"only newer GPUs have {TF32}; {device} computes in {FLOAT32}"
+    return None
+
+
+@contextmanager
+def _in_bfloat16(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device.type
     inner, own = model.forward, vars(model).get("forward")
 
@@ -48,10 +70,7 @@ def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
             model.forward = own
 
 
-def is_slow_here(precision: str, device: torch.device) -> bool:
-    """Whether the device has no instructions for a precision and takes longer with it than in float32."""
-    if precision != BFLOAT16:
-        return False
+def _lacks_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     capability: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

@@ -13,7 +13,7 @@ from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
 from robustq.hardening.forecast import Forecast, forecast, what_fits
 from robustq.hardening.memory import runs_out
-from robustq.hardening.precision import is_slow_here
+from robustq.hardening.precision import advice
 from robustq.hardening.run_folder import CONFIG, RESULT, RESUME, RUNS, RunFolder, read_config, resume_command
 from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
@@ -111,8 +111,8 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
     if device.type == "cpu" and torch.cuda.is_available():
         lines.append("this machine has a GPU that is far faster: --device cuda")
     precision = config["recipe"].get("precision", FLOAT32)  # ptq computes no steps
-    if is_slow_here(precision, device):
-        lines.append(f"this processor has no instructions for {precision}; faster: --set precision={FLOAT32}")
+    if (better := advice(precision, device)) is not None:
+        lines.append(better)
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
         if resumed is not None and folder.resolve() == resumed.resolve():

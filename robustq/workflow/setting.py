@@ -20,6 +20,7 @@ from robustq.models.normalise import Normalisation, parse_normalisation
 from robustq.models.quantizers import BITS, FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
+from robustq.models.tf32 import forbid_tf32
 from robustq.progress import detail
 from robustq.recipe import Recipe, format_epsilon, load_recipe
 from robustq.recipe_faults import Vocabulary
@@ -30,13 +31,14 @@ DEFAULT_EPSILON = 8 / 255
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called ``name``, by default a GPU where there is one.
+    """The device called ``name``, by default a GPU where there is one, which then computes float32 in float32
+    (:func:`robustq.models.tf32.forbid_tf32`).
 
     Raises:
         UsageError: an unknown name, or a GPU that is not there.
     """
     if name is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -45,6 +47,7 @@ def pick_device(name: str | None) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise UsageError(f"device '{name}' is not there ({count} GPUs found); use --device cpu")
+        forbid_tf32()
     elif device.type != "cpu":
         raise UsageError(f"device '{name}' is not supported; give cpu, cuda or cuda:0")
     return device

@@ -1,4 +1,4 @@
-"""Steps in bfloat16: what computes so, what stays in float32, and that it trains as well."""
+"""Steps in bfloat16 and TF32: what computes so, what stays in float32, and that it trains as well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robustq.errors import RecipeError
 from robustq.hardening.descent import Descent
 from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.precision import computed_in, is_slow_here
+from robustq.hardening.precision import advice, computed_in
 from robustq.models.calibration import calibrate
 from robustq.models.quantizers import BranchQuant, learned_thresholds
 from robustq.models.rectifier import QuantReLU
@@ -182,17 +182,48 @@ def test_recipes_name_a_precision() -> None:
     recipe = load_recipe("natural", ("precision=bfloat16",))
     assert recipe.precision == "bfloat16" and recipe.to_dict()["precision"] == "bfloat16"
     assert load_recipe("natural").precision == "float32"
-    with pytest.raises(RecipeError, match="precision = 'half' is unknown; known: float32, bfloat16"):
+    with pytest.raises(RecipeError, match="precision = 'half' is unknown; known: float32, tf32, bfloat16"):
         load_recipe("natural", ("precision=half",))
 
 
 def test_a_cpu_without_the_instructions_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_capabilities(**found: Any) -> bool:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-        return is_slow_here("bfloat16", CPU)
+        return advice("bfloat16", CPU) is not None
 
     assert with_capabilities(architecture="x86_64", avx512_bf16=False, amx_bf16=False)
     assert not with_capabilities(architecture="x86_64", avx512_bf16=True)
     assert not with_capabilities(architecture="x86_64", amx_bf16=True)
     assert not with_capabilities(architecture="aarch64")
-    assert not is_slow_here("float32", CPU)
+    assert advice("float32", CPU) is None
+
+
+def flags() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float32", False), ("bfloat16", False)])
+def test_a_gpu_may_round_within_steps_in_tf32_alone(precision: str, allowed: bool) -> None:
+    recipe = load_recipe("odgq", (f"precision={precision}", f"batch_size={BATCH}"))
+    model = network(4).train()
+    method = build_method(recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=0)
+    seen = []
+    forward_hook = model.register_forward_hook(lambda *_: seen.append(flags()))
+    backward_hook = model.register_full_backward_hook(lambda *_: seen.append(flags()))
+    before = flags()
+    Descent(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0)
+    forward_hook.remove()
+    backward_hook.remove()
+    assert len(seen) >= 5
+    assert set(seen) == {(allowed, allowed)}
+    assert flags() == before
+
+
+def test_on_a_cpu_tf32_is_float32_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    (rounded, of_rounded), (whole, of_whole) = train(4, "odgq", "tf32"), train(4, "odgq", "float32")
+    assert torch.equal(of_rounded, of_whole)
+    assert all(torch.equal(a, b) for a, b in zip(rounded.parameters(), whole.parameters(), strict=True))
+    assert advice("tf32", CPU) == "only newer GPUs have tf32; cpu computes in float32"
+    for capability, missing in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert (advice("tf32", torch.device("cuda:0")) is not None) == missing

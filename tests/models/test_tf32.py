@@ -1,0 +1,50 @@
+"""TF32: forbidden where results are judged, whatever torch's own defaults are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from robustq.models.tf32 import forbid_tf32, tf32
+from robustq.workflow.setting import pick_device
+
+
+def flags() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_comes() -> Iterator[None]:
+    before = flags()
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_forbidden() -> None:
+    forbid_tf32()
+    assert flags() == (False, False)
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined] # what newer code reads
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_what_was_true_before_is_true_again(allowed: bool) -> None:
+    with pytest.raises(ValueError, match="within"), tf32(allowed=allowed):
+        assert flags() == (allowed, allowed)
+        raise ValueError("within")
+    assert flags() == (True, False)
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "cuda:0"])
+def test_every_job_on_a_gpu_computes_in_float32(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device(name).type == "cuda"
+    assert flags() == (False, False)
+
+
+def test_a_job_on_a_cpu_leaves_torch_alone() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert flags() == (True, False)
