@@ -9,8 +9,8 @@ the ratio within one round, so that a machine that slows down for a while spoils
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
 with `precision = "bfloat16"`, and on a GPU `tf32` with that one. There `plain` rounds to TF32 in its convolutions,
-since that is torch's default, and `natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
-MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
+since that is torch's default, and `natural` does not. The process has asked for what the program asks for
+(`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
 the most memory that the process (on a GPU: torch's tensors) ever took.
