@@ -13,7 +13,7 @@ _OURS = "avgpool"
 
 def feature_layer_of(model: nn.Module) -> str | None:
     """The name of the layer that the features of ``model`` enter, or None where nobody knows one."""
-    # Asked of ``meta`` and not of the class: importing torch.fx's graphs as Brevitas has them takes two seconds.
+    # Asked of ``meta`` and not of the class: Brevitas' graphs load sympy, which takes as long as torch.
     meta = getattr(model, "meta", None)
     if isinstance(meta, dict) and FEATURE_LAYER in meta:
         found: str | None = meta[FEATURE_LAYER]

@@ -62,7 +62,7 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
         ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
     """
     if is_own(spec.architecture):
-        # Not before it is needed: reading graphs loads sympy, which takes two seconds.
+        # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.own.folding import fold_graph
 
         graph: nn.Module = fold_graph(model, fold_layer=fold_layer)

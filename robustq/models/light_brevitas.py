@@ -1,4 +1,4 @@
-"""Brevitas loaded without torch's compiler, whose import takes longer than all the rest of a command's start.
+"""Brevitas loaded without torch's compiler, whose import takes as long as torch's own and longer.
 
 Brevitas asks ``torch._dynamo`` for one function when it is imported, ``is_compiling``, and torch loads that package of
 300 modules the first time its name is read. The function is ``torch.compiler.is_compiling``, which torch always has.

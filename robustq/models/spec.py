@@ -161,7 +161,7 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
     """
     check_permission(spec.architecture, own_model)
     if is_own(spec.architecture):
-        # Not before it is needed: reading graphs loads sympy, which takes two seconds.
+        # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.own.network import quantized_graph
 
         graph = quantized_graph(

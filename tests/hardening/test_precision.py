@@ -20,6 +20,7 @@ from robustq.models.quantizers import BranchQuant, learned_thresholds
 from robustq.models.rectifier import QuantReLU
 from robustq.recipe import Recipe, load_recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
+from tests.models.test_tf32 import flags
 
 HALF = torch.bfloat16
 
@@ -196,10 +197,6 @@ def test_a_cpu_without_the_instructions_is_known(monkeypatch: pytest.MonkeyPatch
     assert not with_capabilities(architecture="x86_64", amx_bf16=True)
     assert not with_capabilities(architecture="aarch64")
     assert advice("float32", CPU) is None
-
-
-def flags() -> tuple[bool, bool]:
-    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float32", False), ("bfloat16", False)])

@@ -16,7 +16,6 @@ COMPILING = """
 import torch
 import robustq.models
 import brevitas
-seen = []
 @torch.compile(backend="eager", fullgraph=True)
 def twice(x):
     return 2 * x if brevitas.is_dynamo_compiling() else x
