@@ -8,8 +8,9 @@ the ratio within one round, so that a machine that slows down for a while spoils
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
-with `precision = "bfloat16"`, and on a GPU `tf32` with that one. There `plain` rounds to TF32 in its convolutions,
-since that is torch's default, and `natural` does not. The process has asked for what the program asks for
+with `precision = "bfloat16"`. On a GPU there are `tf32` with that one, `compiled` with `compile`, and `graphs` with
+`cuda_graphs` beside it (on a CPU --kinds compiled; it compiles for minutes first). There `plain` rounds to TF32 in its
+convolutions, since that is torch's default, and `natural` does not. The process has asked for what the program asks for
 (`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
@@ -44,7 +45,7 @@ from robustq.recipe_faults import BFLOAT16, FLOAT32, TF32  # noqa: E402
 Step = Callable[[], object]
 
 KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq", "bf16", "bf16-odgq", "bf16-binary")
-ON_GPU = ("tf32", "tf32-odgq")
+ON_GPU = ("tf32", "tf32-odgq", "compiled", "compiled-odgq", "graphs", "graphs-odgq")
 
 RATIOS = (
     ("float", "plain"),
@@ -64,6 +65,16 @@ RATIOS = (
     ("tf32", "plain"),
     ("tf32", "natural"),
     ("tf32-odgq", "tf32"),
+    ("compiled", "plain"),
+    ("compiled", "natural"),
+    ("compiled-odgq", "odgq"),
+    ("compiled-odgq", "compiled"),
+    ("compiled-odgq", "natural"),
+    ("graphs", "plain"),
+    ("graphs", "natural"),
+    ("graphs-odgq", "odgq"),
+    ("graphs-odgq", "graphs"),
+    ("graphs-odgq", "natural"),
 )
 
 
@@ -109,7 +120,7 @@ def _print_times(options: argparse.Namespace) -> None:
     for kind, values in seconds.items():
         median = statistics.median(values)
         rate = options.batch / median
-        print(f"{kind:12s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
+        print(f"{kind:14s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
     for above, below in RATIOS:
         if above in seconds and below in seconds:
             ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
@@ -148,7 +159,10 @@ def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Ste
     bits = 32 if kind == "float" else 1 if "binary" in kind else options.bits
     method = "odgq" if kind.endswith("odgq") else "natural"
     precision = BFLOAT16 if kind.startswith("bf16") else TF32 if kind.startswith("tf32") else FLOAT32
-    return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y, precision=precision)
+    keys = [f"precision={precision}"]
+    if kind.startswith(("compiled", "graphs")):
+        keys += ["compile=true", f"cuda_graphs={str(kind.startswith('graphs')).lower()}"]
+    return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y, keys=keys)
 
 
 def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -163,8 +177,8 @@ def _plain_step(spec: ModelSpec, x: torch.Tensor, y: torch.Tensor) -> Step:
     return step
 
 
-def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, *, precision: str) -> Step:
-    recipe = load_recipe(name, (f"batch_size={len(x)}", "lr=0.01", f"precision={precision}"))
+def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, *, keys: list[str]) -> Step:
+    recipe = load_recipe(name, (f"batch_size={len(x)}", "lr=0.01", *keys))
     model = build_model(spec).to(x.device)
     calibrate(model, x, from_scratch=True)
     model = model.to(memory_format=torch.channels_last).train()

@@ -82,6 +82,8 @@ class Recipe:
         awp_warmup_epochs: epochs before it begins.
         precision: what training steps compute in, ``float32``, ``tf32`` or ``bfloat16``
             (:mod:`robustq.hardening.precision`).
+        compile: let torch.compile make the passes of training steps (:mod:`robustq.hardening.compiled`).
+        cuda_graphs: with ``compile`` on a GPU, record those passes and replay them.
         crop_padding, flip: augmentation; None: by the data set.
         image_size: side in pixels to which folders of images are resized (0: they all have one square size already).
         train_images: use only so many training images (0: all).
@@ -116,6 +118,8 @@ class Recipe:
     awp_gamma: float = 0.0
     awp_warmup_epochs: int = 0
     precision: str = FLOAT32
+    compile: bool = False
+    cuda_graphs: bool = False
     crop_padding: int | None = None
     flip: bool | None = None
     image_size: int = 0

@@ -26,6 +26,8 @@ TRAINING_KEYS = (
     "awp_gamma",
     "awp_warmup_epochs",
     "precision",
+    "compile",
+    "cuda_graphs",
     "crop_padding",
     "flip",
     "stop_on_collapse",
@@ -61,6 +63,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "awp_gamma": (int, float),
     "awp_warmup_epochs": (int,),
     "precision": (str,),
+    "compile": (bool,),
+    "cuda_graphs": (bool,),
     "crop_padding": (int,),
     "flip": (bool,),
     "image_size": (int,),
@@ -225,6 +229,8 @@ def find_faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[s
         faults.append(unknown_value("schedule", flat["schedule"], SCHEDULES))
     if isinstance(flat.get("precision"), str) and flat["precision"] not in PRECISIONS:
         faults.append(unknown_value("precision", flat["precision"], PRECISIONS))
+    if flat.get("cuda_graphs") is True and flat.get("compile") is not True:
+        faults.append("cuda_graphs needs compile = true, whose passes it records")
     milestones = flat.get("milestones", [])
     if isinstance(milestones, list) and not all(type(epoch) is int and epoch > 0 for epoch in milestones):
         faults.append(f"milestones = {shown(milestones)} must be whole numbers of epochs")

@@ -13,6 +13,7 @@ from robustq.cli.options import (
     ActBits,
     Bits,
     BitsPerLayer,
+    Compile,
     Data,
     Device,
     Epsilon,
@@ -27,6 +28,7 @@ from robustq.cli.options import (
     SkipBadImages,
     TensorBoard,
     WeightBits,
+    overridden,
 )
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 from robustq.errors import UsageError
@@ -57,6 +59,7 @@ def harden(
     feature_layer: FeatureLayer = None,
     epsilon: Epsilon = None,
     overrides: Set = None,
+    compiling: Compile = None,
     tensorboard: TensorBoard = False,
     trust_pickle: Annotated[
         bool,
@@ -109,7 +112,7 @@ def harden(
             bits_per_layer=bits_per_layer,
             normalisation=normalisation,
             recipe=recipe,
-            overrides=(*(overrides or ()), *(["tensorboard=true"] if tensorboard else [])),
+            overrides=overridden(overrides, tensorboard=tensorboard, compiling=compiling),
             data=data,
             architecture=architecture,
             own_model=own_model,

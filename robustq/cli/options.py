@@ -64,6 +64,14 @@ TensorBoard = Annotated[
         "--tensorboard", help="Write the metrics for TensorBoard too: tensorboard --logdir runs. Needs its package."
     ),
 ]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        help="Let torch.compile make the training steps: minutes before the first one, other last bits. Default: what "
+        "the recipe says, which is no unless it is a file that says yes.",
+    ),
+]
 RunOut = Annotated[Path | None, typer.Option(help="Run folder to make; must not exist. Default: runs/NAME.")]
 BundleOut = Annotated[
     Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")
@@ -91,3 +99,13 @@ Normalisation = Annotated[
         "as 0.49,0.48,0.45/0.25,0.24,0.26."
     ),
 ]
+
+
+def overridden(typed: list[str] | None, *, tensorboard: bool, compiling: bool | None) -> tuple[str, ...]:
+    """What was typed after ``--set``, and after it the recipe keys that have an option of their own."""
+    said = ["tensorboard=true"] if tensorboard else []
+    if compiling is not None:
+        said.append(f"compile={str(compiling).lower()}")
+        # Nothing is recorded of what is not compiled.
+        said += [] if compiling else ["cuda_graphs=false"]
+    return (*(typed or ()), *said)

@@ -13,6 +13,7 @@ from robustq.cli.options import (
     ActBits,
     Bits,
     BitsPerLayer,
+    Compile,
     Data,
     Device,
     FeatureLayer,
@@ -26,6 +27,7 @@ from robustq.cli.options import (
     SkipBadImages,
     TensorBoard,
     WeightBits,
+    overridden,
 )
 from robustq.cli.resume import Resume, advice, check_alone, resumed
 
@@ -51,6 +53,7 @@ def train(
     bits_per_layer: BitsPerLayer = None,
     normalisation: Normalisation = None,
     overrides: Set = None,
+    compiling: Compile = None,
     tensorboard: TensorBoard = False,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
@@ -80,7 +83,7 @@ def train(
 
         return train_model(
             recipe,
-            overrides=(*(overrides or ()), *(["tensorboard=true"] if tensorboard else [])),
+            overrides=overridden(overrides, tensorboard=tensorboard, compiling=compiling),
             data=data,
             architecture=architecture,
             own_model=own_model,

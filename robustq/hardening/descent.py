@@ -4,11 +4,14 @@ the options that a recipe may set for each of these.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor, nn
 
 from robustq.data import Batch
 from robustq.hardening.average import Average
 from robustq.hardening.awp import worst_weights
+from robustq.hardening.compiled import CompiledForward
 from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.optimizer import build_optimizer
 from robustq.hardening.precision import computed_in
@@ -22,9 +25,9 @@ class Descent:
     Args:
         model: trained in place.
         method: bound to ``model``.
-        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision`` and the
-            optimiser's own keys. At their defaults each step is the optimiser's on the method's loss, and nothing else
-            is computed.
+        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``, ``compile``,
+            ``cuda_graphs`` and the optimiser's own keys. At their defaults each step is the optimiser's on the method's
+            loss, and nothing else is computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:
@@ -33,6 +36,11 @@ class Descent:
         self.recipe = recipe
         self.optimizer = build_optimizer(model, recipe)
         self._weights = SharedWeights(model)
+        self._compiled = (
+            CompiledForward(model, batch_size=recipe.batch_size, cuda_graphs=recipe.cuda_graphs)
+            if recipe.compile
+            else None
+        )
         self.average = Average(model, decay=recipe.ema_decay) if recipe.ema_decay else None
 
     @property
@@ -52,7 +60,8 @@ class Descent:
             batch: training images.
             epoch: epochs that have ended.
         """
-        with computed_in(self.model, self.recipe.precision):
+        compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
+        with compiled, computed_in(self.model, self.recipe.precision):
             outcome = self._descend(batch, epoch=epoch)
         if self.average is not None:
             self.average.update(self.model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -49,35 +50,56 @@ class FeatureTap:
         if feature == "conv" and self._last_conv is None:
             raise UsageError(f"{type(model).__name__} has no convolution to take '{feature}' features from")
 
+        self._caught = _Caught()
+        if feature in ("pooled", "unpooled") and self._pooling is not None:
+            hook = self._pooling.register_forward_pre_hook(_entering(self._caught))
+        elif feature == "conv" and self._last_conv is not None:
+            hook = self._last_conv.register_forward_hook(_leaving(self._caught))
+        else:
+            return
+        weakref.finalize(self, hook.remove)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> logits (B, K) and features (B, D), both with gradient."""
-        caught: list[Tensor] = []
-        with self._watching(caught):
+        caught = self._caught
+        caught.wanted = True
+        try:
             logits = self.model(x)
+            feature = caught.tensor
+        finally:
+            caught.wanted, caught.tensor = False, None
         if self.feature == "logits":
             return logits, logits
-        feature = caught[-1]
+        assert feature is not None  # every pass goes through the layer, and past its hook
         if feature.dtype == torch.bfloat16:  # as a step in that precision has it
             feature = feature.float()
         if self.feature == "pooled":
             return logits, feature.mean(dim=(2, 3))
         return logits, feature.flatten(1)
 
-    @contextmanager
-    def _watching(self, caught: list[Tensor]) -> Iterator[None]:
-        def entering(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            caught.append(inputs[0])
 
-        def leaving(_: nn.Module, __: Any, output: Tensor) -> None:
-            caught.append(output)
+@dataclass
+class _Caught:
+    """What a hook has seen while somebody wanted it; the last time, where a layer is called more than once.
 
-        handle = None
-        if self.feature in ("pooled", "unpooled") and self._pooling is not None:
-            handle = self._pooling.register_forward_pre_hook(entering)
-        elif self.feature == "conv" and self._last_conv is not None:
-            handle = self._last_conv.register_forward_hook(leaving)
-        try:
-            yield
-        finally:
-            if handle is not None:
-                handle.remove()
+    Hooks stay where they are as long as their tap: a compiled network does not see those that come and go.
+    """
+
+    wanted: bool = False
+    tensor: Tensor | None = None
+
+
+def _entering(caught: _Caught) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if caught.wanted:
+            caught.tensor = inputs[0]
+
+    return hook
+
+
+def _leaving(caught: _Caught) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        if caught.wanted:
+            caught.tensor = output
+
+    return hook

@@ -19,8 +19,8 @@ class SharedWeights:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._layers: list[Any] = [
-            module
+        self._answers = [
+            _Answer(module)
             for module in model.modules()
             if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
         ]
@@ -33,20 +33,34 @@ class SharedWeights:
         it; a pass in which the weights ask for no gradient gets them without it.
         """
         with torch.enable_grad():
-            for layer in self._layers:
-                layer.quant_weight = _Answer(layer)
+            for answer in self._answers:
+                answer.quantize()
         try:
             yield
         finally:
-            for layer in self._layers:
-                del layer.quant_weight  # what the instance had hidden: the method of its class
+            for answer in self._answers:
+                answer.withdraw()
 
 
 class _Answer:
+    """What one layer answers with. It lives as long as the layer does: a compiled network would be compiled anew for an
+    object that it has not seen.
+    """
+
     def __init__(self, layer: Any) -> None:
-        self._weight = layer.weight
-        self._quantized = layer.quant_weight()
+        self._layer = layer
+        self._quantized: Any = None
+        self._plain: Any = None
+
+    def quantize(self) -> None:
+        self._quantized = self._layer.quant_weight()
         self._plain = self._quantized.detach()
+        self._layer.quant_weight = self
+
+    def withdraw(self) -> None:
+        del self._layer.quant_weight  # what the instance had hidden: the method of its class
+        self._quantized = self._plain = None
 
     def __call__(self, quant_input: Any = None) -> Any:
-        return self._quantized if self._weight.requires_grad and torch.is_grad_enabled() else self._plain
+        wanted = self._layer.weight.requires_grad and torch.is_grad_enabled()
+        return self._quantized if wanted else self._plain

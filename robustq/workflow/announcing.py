@@ -11,6 +11,7 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
+from robustq.hardening.compiled import compile_advice
 from robustq.hardening.forecast import Forecast, forecast, what_fits
 from robustq.hardening.memory import runs_out
 from robustq.hardening.precision import advice
@@ -47,6 +48,7 @@ def announce(
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
+    computing += " · compiled" if recipe.compile else ""
     note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
     for line in cheaper(config, device, resumed=resumed):
@@ -113,6 +115,8 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
     precision = config["recipe"].get("precision", FLOAT32)  # ptq computes no steps
     if (better := advice(precision, device)) is not None:
         lines.append(better)
+    if config["recipe"].get("compile", False):
+        lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
         if resumed is not None and folder.resolve() == resumed.resolve():
@@ -146,8 +150,8 @@ def _short(count: int) -> str:
     return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
 
 
-_BESIDE = ("name", "summary", "data", "tensorboard")
-"""Keys of a recipe that decide nothing of what is trained; the data are known by their content."""
+_BESIDE = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")
+"""Keys of a recipe that decide nothing of what is trained but its rounding; the data are known by their content."""
 
 
 def _identity(config: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,14 +70,21 @@ def hooks(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_no_hook_stays_behind(feature: str) -> None:
+    """One as long as there is a tap, and none after it; between calls it keeps no tensor."""
     model, x = resnet8(32)
     before = hooks(model)
     tap = FeatureTap(model, feature)
-    assert hooks(model) == before
-    tap(x)
-    assert hooks(model) == before
+    during = hooks(model)
+    assert during - before == (feature != "logits")
+    answer = model(x)
+    kept = [weakref.ref(each) for each in tap(x)]
+    assert not any(each() is not None for each in kept)
+    assert torch.equal(model(x), answer)
     with pytest.raises(RuntimeError):
         tap(torch.rand(5, 3, 8, 8))
+    assert hooks(model) == during
+    assert torch.equal(tap(x)[0], answer)
+    del tap
     assert hooks(model) == before
 
 
