@@ -53,6 +53,10 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
+    def as_written(self) -> None:
+        """Compile nothing from now on: every layer is called and every hook on it runs."""
+        self._compiled = None
+
     def step(self, batch: Batch, *, epoch: int) -> Step:
         """One repeat of a batch: new images, new weights; their loss and logits.
 

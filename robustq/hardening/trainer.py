@@ -283,6 +283,7 @@ class Training:
             return
         seen = self.standing.step
         self.load_state_dict(keeper.load())
+        self.descent.as_written()  # compiled layers could not be looked at
         fault = find_fault(
             self.model,
             self.epoch_batches(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from typing import Any, cast
@@ -13,7 +14,8 @@ from torch.nn import functional
 
 from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import NotFiniteError
-from robustq.hardening import trainer
+from robustq.hardening import descent, trainer
+from robustq.hardening.compiled import CompiledForward
 from robustq.hardening.finite import FiniteWatch, watching_layers
 from robustq.hardening.inspection import Inspection
 from robustq.hardening.methods.method import Method, Stateless, Step
@@ -107,8 +109,10 @@ class Calm:
         return Inspection(feature_norm=None, logit_margin=0.0, input_gradient_norm=0.0, zero_gradients=0.0)
 
 
-def run(model: nn.Module, split: Split, *, fault: str = "", epochs: int = 3) -> tuple[str, MemoryKeeper]:
-    recipe = Recipe(name="test", method="natural", epochs=epochs, batch_size=BATCH, lr=0.01)
+def run(
+    model: nn.Module, split: Split, *, fault: str = "", epochs: int = 3, compiling: bool = False
+) -> tuple[str, MemoryKeeper]:
+    recipe = Recipe(name="test", method="natural", epochs=epochs, batch_size=BATCH, lr=0.01, compile=compiling)
     training = Training(
         model,
         cast(Method, Faulty(model, fault)),
@@ -158,8 +162,11 @@ def test_step_and_place_are_named(
     assert finite(keeper.load())
 
 
-def test_the_first_layer_is_named() -> None:
-    message, _ = run(Pixels(), Split(8, 1.0))
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_first_layer_is_named(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = functools.partial(CompiledForward, backend="eager")
+    monkeypatch.setattr(descent, "CompiledForward", compiled)
+    message, _ = run(Pixels(), Split(8, 1.0), compiling=compiling)
     assert message.startswith("the output of brittle became NaN or Inf in step 3 of epoch 2"), message
 
 
