@@ -2,9 +2,10 @@
 
     python -m benchmarks.training [--architecture resnet20] [--bits 4] [--batch 128] [--rounds 5] [--steps 3] [--memory]
 
-Every round times the same number of steps of each kind, one kind after the other, on the same random images (times do
-not depend on what is in them). Printed: the median step of each kind, and the ratios, each the median over rounds of
-the ratio within one round, so that a machine that slows down for a while spoils one round and not the result.
+After `--warm-up` steps of each, every round times the same number of steps of each kind, one kind after the other, on
+the same random images (times do not depend on what is in them). Printed: the median step of each kind, and the ratios,
+each the median over rounds of the ratio within one round, so that a machine that slows down for a while spoils one
+round and not the result.
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--kinds", nargs="+", choices=KINDS + ON_GPU)
+    parser.add_argument("--warm-up", type=int, default=10, help="steps of each kind before the first that is timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
@@ -106,8 +108,11 @@ def main() -> None:
 def _print_times(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     kinds = {kind: step_of(kind, options, device) for kind in options.kinds}
-    for step in kinds.values():
-        step()  # allocations and kernel choices of the first step are nobody's cost
+    # An epoch has hundreds of steps, so that allocations, kernel choices and the heap's growth in the first few are
+    # nobody's cost (benchmarks.first_step has them). In turns, since all kinds share that heap.
+    for _ in range(options.warm_up):
+        for step in kinds.values():
+            step()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind, step in kinds.items():
