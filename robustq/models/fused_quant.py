@@ -79,8 +79,11 @@ def _range(low: int, high: int, rectified: bool) -> tuple[float, float]:
 
 def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return _inside_on_cpu(g, x, low, high) if on_cpu else _inside_anywhere(g, x, low, high)
+    if x.device.type != "cpu":
+        return _inside_anywhere(g, x, low, high)
+    if torch.compiler.is_compiling():
+        return _inside_compiled_on_cpu(g, x, low, high)
+    return _inside_on_cpu(g, x, low, high)
 
 
 def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -96,13 +99,26 @@ def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return result
 
 
+def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The same without a truth value: torch.compile would keep those from the forward pass, since they are small, and
+    its code for a CPU stores them one by one (torch 2.15: seventeen times the rest of such a pass,
+    docs/results/training-cost.md). The sign of a difference of floats is exact.
+    """
+    inside = torch.sign(x - low.reshape(1)).relu() * torch.sign(high.reshape(1) - x).relu()
+    return g * inside.to(g.dtype)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return (a * b).sum()  # fused with what else is computed of them; a flattened one is addressed one by one
     a, b = _as_in_memory(a, b)
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _dot_of_halves(a: Tensor, b: Tensor) -> Tensor:
     """float32, of two tensors in bfloat16, without a copy of them."""
+    if torch.compiler.is_compiling():
+        return (a.float() * b.float()).sum()
     a, b = _as_in_memory(a, b)
     # One sum an image: each comes back rounded.
     images = len(a) if a.dim() > 1 else 1
@@ -137,6 +153,9 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
     ) -> None:
         super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
         self.codes = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+        # What int_scaling_impl computes of the bit width: compiled code would do so for every few numbers of x.
+        steps = torch.tensor(float(2 ** (bit_width - 1) if signed else 2**bit_width - 1))
+        self.register_buffer("threshold_steps", steps, persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
@@ -148,7 +167,7 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
 
     def _quantized(self, x: Tensor, *, rectified: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         bit_width = self.msb_clamp_bit_width_impl()
-        scale = self.scaling_impl(x, self.int_scaling_impl(bit_width))
+        scale = self.scaling_impl(x, self.threshold_steps)
         zero_point = self.zero_point_impl(x, scale, bit_width)
         quantize = _QuantizeHalf if x.dtype == torch.bfloat16 else _Quantize
         return quantize.apply(x, scale, *self.codes, rectified), scale, zero_point, bit_width

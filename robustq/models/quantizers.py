@@ -160,6 +160,7 @@ class NormalisedQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ig
 class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
     """Pixels in [0, 1]: 8 bit unsigned with the constant scale 1/255."""
 
+    tensor_quant = FusedIntQuant
     bit_width = 8
     scaling_impl_type = ScalingImplType.CONST
     scaling_per_output_type = ScalingPerOutputType.TENSOR

@@ -10,11 +10,13 @@ import brevitas.nn as qnn
 import pytest
 import torch
 from brevitas.core.quant import RescalingIntQuant
+from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from robustq.models.fused_quant import FusedIntQuant, _inside_anywhere, _inside_on_cpu
+from robustq.models.fused_quant import FusedIntQuant, _inside_anywhere, _inside_compiled_on_cpu, _inside_on_cpu
 from robustq.models.mixed_widths import set_layer_bits
-from robustq.models.quantizers import ActQuant, BranchQuant, learned_thresholds
+from robustq.models.quantizers import ActQuant, BranchQuant, PixelQuant, learned_thresholds
 from robustq.models.rectifier import QuantReLU
 
 
@@ -23,6 +25,10 @@ class StockActQuant(ActQuant):
 
 
 class StockBranchQuant(BranchQuant):
+    tensor_quant = RescalingIntQuant
+
+
+class StockPixelQuant(PixelQuant):
     tensor_quant = RescalingIntQuant
 
 
@@ -123,17 +129,60 @@ def test_only_what_asks_gets_a_gradient() -> None:
         assert not fused(values(1.0)).requires_grad
 
 
-def test_both_ways_to_cut_a_gradient_off_agree() -> None:
+@each_pair
+def test_the_scale_is_what_brevitas_makes_of_the_bit_width(name: str) -> None:
+    for quantizer in pair(name, 1.0)[0].modules():
+        if isinstance(quantizer, FusedIntQuant):
+            by_brevitas = quantizer.int_scaling_impl(quantizer.msb_clamp_bit_width_impl())
+            assert torch.equal(quantizer.threshold_steps, by_brevitas)
+            assert not any("threshold_steps" in key for key in quantizer.state_dict())
+
+
+def test_pixels_are_those_of_stock_brevitas() -> None:
+    """Every uint8 pixel, what lies between two of them, and what no pixel is."""
+    fused, stock = (qnn.QuantIdentity(act_quant=one, return_quant_tensor=True) for one in (PixelQuant, StockPixelQuant))
+    found = []
+    for layer in (fused, stock):
+        x = torch.linspace(-0.1, 1.1, 3 * 8 * 1024).reshape(4, 3, 8, 256).clone()
+        x[0, 0, 0] = torch.arange(256) / 255.0
+        answer = layer(x.requires_grad_())
+        (answer.value * torch.arange(256.0)).sum().backward()
+        assert x.grad is not None
+        found.append((answer.value.detach(), answer.scale, answer.zero_point, answer.bit_width, x.grad))
+    (*values_, of_x), (*stock_values, stock_of_x) = found
+    for value, expected in zip(values_, stock_values, strict=True):
+        assert torch.equal(value, expected)
+    # Stock multiplies by the scale and divides by it: one float32 rounding each.
+    torch.testing.assert_close(of_x, stock_of_x, rtol=2.0**-22, atol=0)
+    assert 0 < int((of_x == 0).sum()) < of_x.numel() // 4
+
+
+ALL_WAYS = (_inside_anywhere, _inside_on_cpu, _inside_compiled_on_cpu)
+
+
+def test_all_ways_to_cut_a_gradient_off_agree() -> None:
     x = torch.tensor([-2.0, -1.0, -0.999, 0.0, 1.499, 1.5, 3.0])
     g = torch.arange(1.0, 8.0)
     low, high = torch.tensor(-1.0), torch.tensor(1.5)
     expected = torch.tensor([0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0])
-    assert torch.equal(_inside_anywhere(g, x, low, high), expected)
-    assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
+    for inside in ALL_WAYS:
+        assert torch.equal(inside(g, x, low, high), expected)
+
+
+def test_numbers_next_to_a_bound_and_infinite_ones_are_told_apart_in_all_ways() -> None:
+    """Compiled code takes the sign of a difference, which must be exact down to the smallest float."""
+    for bound in (0.0, 1e-38, 0.1, 93.7 * 15.5):
+        at = torch.tensor(bound)
+        x = torch.stack([*(torch.nextafter(at, torch.tensor(way)) for way in (-math.inf, math.inf)), at])
+        x = torch.cat([x, torch.tensor([-math.inf, math.inf])])
+        g = torch.ones(5)
+        for inside in ALL_WAYS:
+            assert inside(g, x, at, torch.tensor(math.inf)).tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+            assert inside(g, x, torch.tensor(-math.inf), at).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("threshold", [0.37, 1.01, 93.7])
-def test_both_ways_agree_in_bfloat16(threshold: float) -> None:
+def test_all_ways_agree_in_bfloat16(threshold: float) -> None:
     """Bounds that bfloat16 does not hold, with numbers of that type on both sides of them."""
     low, high = torch.tensor(-threshold * 1.0001), torch.tensor(threshold)
     near = torch.tensor([-threshold, threshold]).to(torch.bfloat16)
@@ -145,8 +194,9 @@ def test_both_ways_agree_in_bfloat16(threshold: float) -> None:
     g = torch.arange(1.0, len(x) + 1).to(torch.bfloat16)
     expected = torch.where((x.double() > low) & (x.double() < high), g, 0.0)
     assert 0 < int(expected.count_nonzero()) < len(x)
-    assert torch.equal(_inside_anywhere(g, x, low, high), expected)
-    assert torch.equal(_inside_on_cpu(g, x, low, high), expected)
+    for inside in ALL_WAYS:
+        found = inside(g, x, low, high)
+        assert found.dtype == g.dtype and torch.equal(found, expected)
 
 
 def test_a_second_derivative_is_refused() -> None:
@@ -206,3 +256,29 @@ def test_autograd_and_compilers_see_one_graph(name: str) -> None:
         found.append((y.detach(), x.grad, learned.log_threshold.grad))
     for eager, compiled in zip(*found, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["joined4", "branch8"])
+def test_compiled_code_for_a_cpu_keeps_no_truth_values_for_the_way_back(name: str) -> None:
+    """It would store them one by one, which takes longer than all the rest."""
+    kept: list[torch.dtype] = []
+
+    def forward_graph(graph: torch.fx.GraphModule, _: Any) -> Any:
+        (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
+        kept.extend(node.meta["val"].dtype for node in outputs if isinstance(node, torch.fx.Node))
+        return graph
+
+    torch.compiler.reset()
+    layer, _ = pair(name, 1.0)
+    backend = aot_autograd(
+        fw_compiler=forward_graph,
+        bw_compiler=lambda graph, _: graph,
+        partition_fn=min_cut_rematerialization_partition,  # as inductor does
+    )
+    for learned in learned_thresholds(layer).values():
+        learned.log_threshold.requires_grad_(False)  # as in a crafting pass, where nothing else needs what enters
+    mix = torch.eye(50)
+    torch.compile(lambda x: layer(x @ mix), fullgraph=True, backend=backend)(values(1.0).requires_grad_())
+    for learned in learned_thresholds(layer).values():
+        learned.log_threshold.requires_grad_(True)
+    assert kept and torch.bool not in kept
