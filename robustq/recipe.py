@@ -82,6 +82,8 @@ class Recipe:
         awp_warmup_epochs: epochs before it begins.
         precision: what training steps compute in, ``float32``, ``tf32`` or ``bfloat16``
             (:mod:`robustq.hardening.precision`).
+        side_precision: what their passes compute in from which no weight gets a gradient (crafting, ODG-Q's clean
+            features), ``float32`` or ``bfloat16``; None: ``precision``.
         compile: let torch.compile make the passes of training steps (:mod:`robustq.hardening.compiled`).
         cuda_graphs: with ``compile`` on a GPU, record those passes and replay them.
         crop_padding, flip: augmentation; None: by the data set.
@@ -118,6 +120,7 @@ class Recipe:
     awp_gamma: float = 0.0
     awp_warmup_epochs: int = 0
     precision: str = FLOAT32
+    side_precision: str | None = None
     compile: bool = False
     cuda_graphs: bool = False
     crop_padding: int | None = None

@@ -26,6 +26,7 @@ TRAINING_KEYS = (
     "awp_gamma",
     "awp_warmup_epochs",
     "precision",
+    "side_precision",
     "compile",
     "cuda_graphs",
     "crop_padding",
@@ -40,6 +41,9 @@ SCHEDULES = ("cosine", "steps")
 FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 PRECISIONS = (FLOAT32, TF32, BFLOAT16)
 """What a training step may compute in (:mod:`robustq.hardening.precision`)."""
+
+SIDE_PRECISIONS = (FLOAT32, BFLOAT16)
+"""What its passes on the side may; whether a GPU rounds to TF32 is one setting of a whole step."""
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "summary": (str,),
@@ -63,6 +67,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "awp_gamma": (int, float),
     "awp_warmup_epochs": (int,),
     "precision": (str,),
+    "side_precision": (str,),
     "compile": (bool,),
     "cuda_graphs": (bool,),
     "crop_padding": (int,),
@@ -229,6 +234,8 @@ def find_faults(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[s
         faults.append(unknown_value("schedule", flat["schedule"], SCHEDULES))
     if isinstance(flat.get("precision"), str) and flat["precision"] not in PRECISIONS:
         faults.append(unknown_value("precision", flat["precision"], PRECISIONS))
+    if isinstance(flat.get("side_precision"), str) and flat["side_precision"] not in SIDE_PRECISIONS:
+        faults.append(unknown_value("side_precision", flat["side_precision"], SIDE_PRECISIONS))
     if flat.get("cuda_graphs") is True and flat.get("compile") is not True:
         faults.append("cuda_graphs needs compile = true, whose passes it records")
     milestones = flat.get("milestones", [])

@@ -25,8 +25,8 @@ class Descent:
     Args:
         model: trained in place.
         method: bound to ``model``.
-        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``, ``compile``,
-            ``cuda_graphs`` and the optimiser's own keys. At their defaults each step is the optimiser's on the method's
+        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``,
+            ``side_precision``, ``compile``, ``cuda_graphs`` and the optimiser's own keys. At their defaults each step is the optimiser's on the method's
             loss, and nothing else is computed.
     """
 
@@ -65,7 +65,7 @@ class Descent:
             epoch: epochs that have ended.
         """
         compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
-        with compiled, computed_in(self.model, self.recipe.precision):
+        with compiled, computed_in(self.model, self.recipe.precision, side=self.recipe.side_precision):
             outcome = self._descend(batch, epoch=epoch)
         if self.average is not None:
             self.average.update(self.model)

@@ -5,45 +5,46 @@ precision after arXiv:1710.03740, whose loss scaling such a range needs not; tor
 TF32 a GPU rounds what they multiply to 11 bits and takes and gives float32. What must be exact stays in float32:
 weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits, features and losses. Whatever is
 judged is judged in float32: the monitor, every attack, every file.
+
+Passes on the side are those in which no weight asks for a gradient: they craft images, of whose gradient a method mostly
+takes the signs, or give features to compare with. They may have a precision of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustq.models.tf32 import tf32
-from robustq.recipe_faults import BFLOAT16, FLOAT32, PRECISIONS, TF32
+from robustq.recipe_faults import BFLOAT16, FLOAT32, PRECISIONS, SIDE_PRECISIONS, TF32
 
 
 @contextmanager
-def computed_in(model: nn.Module, precision: str) -> Iterator[None]:
+def computed_in(model: nn.Module, precision: str, *, side: str | None = None) -> Iterator[None]:
     """Within it every call of ``model`` computes in ``precision``, as does its backward pass, and still answers in
     float32.
 
     Args:
         model: its weights tell the device.
         precision: one of :data:`robustq.recipe_faults.PRECISIONS`.
+        side: of passes on the side, one of :data:`robustq.recipe_faults.SIDE_PRECISIONS`; None: the same.
     """
-    assert precision in PRECISIONS
-    with tf32(allowed=precision == TF32):
-        if precision == BFLOAT16:
-            with _in_bfloat16(model):
-                yield
-        else:
-            yield
+    assert precision in PRECISIONS and side in (None, *SIDE_PRECISIONS)
+    halves = (precision == BFLOAT16, (side or precision) == BFLOAT16)
+    with tf32(allowed=precision == TF32), _in_bfloat16(model, *halves) if any(halves) else nullcontext():
+        yield
 
 
-def advice(precision: str, device: torch.device) -> str | None:
+def advice(precision: str, device: torch.device, *, key: str = "precision") -> str | None:
     """What is better than a precision that the device has no instructions for; None where it has them, or where
-    nothing is known.
+    nothing is known. ``key`` is the recipe's that asks for it.
     """
     if precision == BFLOAT16 and _lacks_bfloat16(device):
-        return f"this processor has no instructions for {BFLOAT16}; faster: --set precision={FLOAT32}"
+        return f"this processor has no instructions for {BFLOAT16}; faster: --set {key}={FLOAT32}"
     # Ampere, compute capability 8.0, was the first.
     if precision == TF32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"only newer GPUs have {TF32}; {device} computes in {FLOAT32}"
@@ -51,11 +52,14 @@ def advice(precision: str, device: torch.device) -> str | None:
 
 
 @contextmanager
-def _in_bfloat16(model: nn.Module) -> Iterator[None]:
+def _in_bfloat16(model: nn.Module, learning: bool, aside: bool) -> Iterator[None]:
     device = next(model.parameters()).device.type
     inner, own = model.forward, vars(model).get("forward")
 
     def forward(*inputs: Tensor, **named: Any) -> Any:
+        learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
+        if not (learning if learns else aside):
+            return inner(*inputs, **named)
         with torch.autocast(device, dtype=torch.bfloat16):
             return inner(*inputs, **named).float()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from robustq.errors import RecipeError
 from robustq.hardening.descent import Descent
 from robustq.hardening.features import FEATURES, FeatureTap
+from robustq.hardening.methods.crafting import crafting
 from robustq.hardening.methods.registry import build_method
 from robustq.hardening.precision import advice, computed_in
 from robustq.models.calibration import calibrate
@@ -179,6 +180,93 @@ def test_weight_perturbation_is_seen_within_a_step() -> None:
     assert perturbed[0] > plain[0]
 
 
+PASSES = {"natural": "w", "odgq": "cnw", "pgd": "ccw", "trades": "nccww", "fgsm-mep": "ww"}
+"""c: crafting, n: no gradient at all, w: weights learn."""
+
+
+@pytest.mark.parametrize(
+    ("precision", "side"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("tf32", "bfloat16")]
+)
+@pytest.mark.parametrize("method", PASSES)
+def test_passes_on_the_side_have_a_precision_of_their_own(method: str, precision: str, side: str) -> None:
+    keys: dict[str, Any] = {"settings": {"steps": 2}} if method in ("pgd", "trades") else {}
+    recipe = Recipe(
+        name="test",
+        method=method,
+        epochs=1,
+        batch_size=BATCH,
+        lr=0.05,
+        precision=precision,
+        side_precision=side,
+        **keys,
+    )
+    model = network(4).train()
+    bound = build_method(
+        recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3, teacher=None
+    )
+    conv = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    seen: list[tuple[str, torch.dtype]] = []
+
+    def note(layer: nn.Module, _: Any, output: Tensor) -> None:
+        asks = next(layer.parameters()).requires_grad
+        seen.append(("n" if not torch.is_grad_enabled() else "w" if asks else "c", output.dtype))
+
+    handle = conv.register_forward_hook(note)
+    loss = Descent(model, bound, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0).loss
+    handle.remove()
+    assert "".join(kind for kind, _ in seen) == PASSES[method]
+    half = {"w": precision == "bfloat16", "c": side == "bfloat16", "n": side == "bfloat16"}
+    assert [found == HALF for _, found in seen] == [half[kind] for kind, _ in seen]
+    assert loss.dtype == torch.float32 and bool(loss.isfinite())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_a_word_passes_on_the_side_are_as_the_others() -> None:
+    for precision in ("float32", "bfloat16"):
+        for method in ("odgq", "natural"):
+            (said, of_said), (silent, of_silent) = (
+                train(4, method, precision, side_precision=side) for side in (precision, None)
+            )
+            assert torch.equal(of_said, of_silent)
+            assert all(torch.equal(a, b) for a, b in zip(said.parameters(), silent.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("bits", "least"), [(32, 0.95), (4, 0.6), (1, 0.4)])
+def test_crafting_in_bfloat16_raises_the_loss_as_well(bits: int, least: float) -> None:
+    """On a network that has learned something. Rounding turns codes, so that quantized networks answer a little
+    otherwise; what is crafted is judged in float32.
+    """
+    model, _ = train(bits, "natural", "float32")
+    model.train()
+    batch = next(split().batches(BATCH, device=CPU))
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(model(x), batch.y)
+
+    raised, gradients = [], []
+    for side in ("float32", "bfloat16"):
+        with computed_in(model, "float32", side=side), crafting(model, "eval"):
+            x = batch.x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(x), x)
+        with torch.no_grad(), crafting(model, "eval"):
+            raised.append(loss((batch.x + EPSILON * gradient.sign()).clamp(0, 1)) - loss(batch.x))
+        gradients.append(gradient)
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert not torch.equal(*gradients)
+    assert raised[0] > 0.1
+    assert raised[1] > least * raised[0]
+
+
+def test_recipes_name_a_precision_for_passes_on_the_side() -> None:
+    assert load_recipe("odgq").side_precision is None
+    recipe = load_recipe("odgq", ("side_precision=bfloat16",))
+    assert recipe.side_precision == "bfloat16" and recipe.to_dict()["side_precision"] == "bfloat16"
+    with pytest.raises(RecipeError, match="side_precision = 'tf32' is unknown; known: float32, bfloat16"):
+        load_recipe("odgq", ("side_precision=tf32",))
+    with pytest.raises(RecipeError, match="side_precision has no meaning for method 'ptq'"):
+        load_recipe("ptq", ("side_precision=bfloat16",))
+
+
 def test_recipes_name_a_precision() -> None:
     recipe = load_recipe("natural", ("precision=bfloat16",))
     assert recipe.precision == "bfloat16" and recipe.to_dict()["precision"] == "bfloat16"
@@ -197,6 +285,9 @@ def test_a_cpu_without_the_instructions_is_known(monkeypatch: pytest.MonkeyPatch
     assert not with_capabilities(architecture="x86_64", amx_bf16=True)
     assert not with_capabilities(architecture="aarch64")
     assert advice("float32", CPU) is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+    told = advice("bfloat16", CPU, key="side_precision")
+    assert told == "this processor has no instructions for bfloat16; faster: --set side_precision=float32"
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float32", False), ("bfloat16", False)])
