@@ -8,11 +8,12 @@ each the median over rounds of the ratio within one round, so that a machine tha
 round and not the result.
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
-`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add; `bf16` is `natural`
-with `precision = "bfloat16"`. On a GPU there are `tf32` with that one, `compiled` with `compile`, and `graphs` with
-`cuda_graphs` beside it (on a CPU --kinds compiled; it compiles for minutes first). There `plain` rounds to TF32 in its
-convolutions, since that is torch's default, and `natural` does not. The process has asked for what the program asks for
-(`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
+`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. What stands before the
+method is how it computes: `bf16` with `precision = "bfloat16"`, `side` with `side_precision = "bfloat16"`, `compiled`
+with `compile` (which takes a minute or more for each at first) and, on a GPU, `tf32` with that precision and `graphs`
+with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its convolutions, since that is torch's default, and
+`natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
+MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
 the most memory that the process (on a GPU: torch's tensors) ever took.
@@ -45,37 +46,26 @@ from robustq.recipe_faults import BFLOAT16, FLOAT32, TF32  # noqa: E402
 
 Step = Callable[[], object]
 
-KINDS = ("plain", "float", "natural", "odgq", "binary", "binary-odgq", "bf16", "bf16-odgq", "bf16-binary")
-ON_GPU = ("tf32", "tf32-odgq", "compiled", "compiled-odgq", "graphs", "graphs-odgq")
+KINDS = (
+    *("plain", "float", "natural", "odgq", "side-odgq", "binary", "binary-odgq"),
+    *("bf16", "bf16-odgq", "bf16-binary"),
+    *("compiled", "compiled-odgq", "compiled-side-odgq", "compiled-binary", "compiled-bf16", "compiled-bf16-odgq"),
+)
+ON_GPU = ("tf32", "tf32-odgq", "graphs", "graphs-odgq", "graphs-tf32", "graphs-tf32-odgq")
 
 RATIOS = (
     ("float", "plain"),
-    ("natural", "plain"),
     ("natural", "float"),
-    ("odgq", "natural"),
     ("odgq", "plain"),
-    ("binary", "plain"),
     ("binary-odgq", "binary"),
-    ("bf16", "plain"),
-    ("bf16", "natural"),
-    ("bf16-odgq", "bf16"),
-    ("bf16-odgq", "odgq"),
-    ("bf16-odgq", "natural"),
-    ("bf16-odgq", "plain"),
-    ("bf16-binary", "plain"),
-    ("tf32", "plain"),
-    ("tf32", "natural"),
-    ("tf32-odgq", "tf32"),
-    ("compiled", "plain"),
-    ("compiled", "natural"),
+    ("side-odgq", "odgq"),
+    *((kind, "plain") for kind in (*KINDS, *ON_GPU) if kind not in ("plain", "float") and "odgq" not in kind),
+    *((kind, "natural") for kind in (*KINDS, *ON_GPU) if "odgq" in kind and "binary" not in kind),
+    *((way, "natural") for way in ("bf16", "tf32", "compiled", "compiled-bf16", "graphs", "graphs-tf32")),
+    *((f"{way}-odgq", way) for way in ("bf16", "tf32", "compiled", "compiled-bf16", "graphs", "graphs-tf32")),
+    ("compiled-side-odgq", "compiled"),
     ("compiled-odgq", "odgq"),
-    ("compiled-odgq", "compiled"),
-    ("compiled-odgq", "natural"),
-    ("graphs", "plain"),
-    ("graphs", "natural"),
-    ("graphs-odgq", "odgq"),
-    ("graphs-odgq", "graphs"),
-    ("graphs-odgq", "natural"),
+    ("compiled-binary", "binary"),
 )
 
 
@@ -125,7 +115,7 @@ def _print_times(options: argparse.Namespace) -> None:
     for kind, values in seconds.items():
         median = statistics.median(values)
         rate = options.batch / median
-        print(f"{kind:14s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
+        print(f"{kind:19s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
     for above, below in RATIOS:
         if above in seconds and below in seconds:
             ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
@@ -161,12 +151,15 @@ def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Ste
     y = torch.randint(0, 10, (options.batch,), device=device)
     if kind == "plain":
         return _plain_step(model_spec(options.architecture, 32, options.size), x, y)
-    bits = 32 if kind == "float" else 1 if "binary" in kind else options.bits
-    method = "odgq" if kind.endswith("odgq") else "natural"
-    precision = BFLOAT16 if kind.startswith("bf16") else TF32 if kind.startswith("tf32") else FLOAT32
+    words = kind.split("-")
+    bits = 32 if "float" in words else 1 if "binary" in words else options.bits
+    precision = BFLOAT16 if "bf16" in words else TF32 if "tf32" in words else FLOAT32
     keys = [f"precision={precision}"]
-    if kind.startswith(("compiled", "graphs")):
-        keys += ["compile=true", f"cuda_graphs={str(kind.startswith('graphs')).lower()}"]
+    if "side" in words:
+        keys += [f"side_precision={BFLOAT16}"]
+    if "compiled" in words or "graphs" in words:
+        keys += ["compile=true", f"cuda_graphs={str('graphs' in words).lower()}"]
+    method = "odgq" if "odgq" in words else "natural"
     return _trainer_step(method, model_spec(options.architecture, bits, options.size), x, y, keys=keys)
 
 

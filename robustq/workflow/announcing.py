@@ -11,7 +11,7 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.compiled import compile_advice
+from robustq.hardening.compiled import better_compiled, compile_advice
 from robustq.hardening.forecast import Forecast, forecast, what_fits
 from robustq.hardening.memory import runs_out
 from robustq.hardening.precision import advice
@@ -48,6 +48,8 @@ def announce(
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
+    if recipe.side_precision not in (None, recipe.precision):
+        computing += f" · passes on the side in {recipe.side_precision}"
     computing += " · compiled" if recipe.compile else ""
     note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
@@ -76,7 +78,8 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         )
     found, recipe = outcome[0], training.recipe
     epochs = f"{recipe.epochs} epochs"
-    if training.standing.epoch or training.standing.step:
+    begun = bool(training.standing.epoch or training.standing.step)
+    if begun:
         epochs = f"the last {recipe.epochs - training.standing.epoch} of {epochs}"
     awp = " (AWP: one more of each)" if recipe.awp_gamma else ""
     note(
@@ -85,6 +88,8 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
         f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
     )
+    if not recipe.compile and not begun and (better := better_compiled(training.device, seconds=found.seconds)):
+        note(f"note    {better}")
     free = shutil.disk_usage(
         next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     )
@@ -112,9 +117,10 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
     lines = []
     if device.type == "cpu" and torch.cuda.is_available():
         lines.append("this machine has a GPU that is far faster: --device cuda")
-    precision = config["recipe"].get("precision", FLOAT32)  # ptq computes no steps
-    if (better := advice(precision, device)) is not None:
-        lines.append(better)
+    for key in ("precision", "side_precision"):
+        # ptq computes no steps
+        if (better := advice(config["recipe"].get(key) or FLOAT32, device, key=key)) is not None:
+            lines.append(better)
     if config["recipe"].get("compile", False):
         lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):

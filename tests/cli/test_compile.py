@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from robustq.hardening import descent
+from robustq.hardening import compiled, descent
 from robustq.hardening.compiled import CompiledForward
 from tests.cli.conftest import Run
 
@@ -36,8 +36,20 @@ def test_a_compiled_run_says_so_and_keeps_it(run: Run, monkeypatch: pytest.Monke
     done = run(*TRAIN, "--compile")
     assert done.code == 0, done.err
     assert "batches of 50 · cpu · compiled\n" in done.err
-    assert "gained nothing where it was measured: --no-compile" in done.err
+    assert "note    the first step of each kind compiles" in done.err
+    assert "with --compile" not in done.err
     assert kept() == (True, False)
+
+
+def test_a_long_run_hears_of_it_and_a_short_one_does_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "note    so long a run may be a fifth shorter with --compile"
+    assert told not in run(*TRAIN).err
+    shutil.rmtree("run")
+    monkeypatch.setattr(compiled, "WORTH_COMPILING", 0.0)
+    assert told in run(*TRAIN).err
+    shutil.rmtree("run")
+    compile_with(monkeypatch, "eager")
+    assert told not in run(*TRAIN, "--compile").err
 
 
 def test_no_compile_outweighs_what_the_recipe_says(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

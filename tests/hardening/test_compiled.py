@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening import compiled, descent
-from robustq.hardening.compiled import CompiledForward, compile_advice
+from robustq.hardening.compiled import WORTH_COMPILING, CompiledForward, better_compiled, compile_advice
 from robustq.hardening.descent import Descent
 from robustq.hardening.methods.registry import build_method
 from robustq.models.rectifier import QuantReLU
@@ -190,7 +190,14 @@ def test_a_step_in_compiled_code(steps: Callable[..., Counted], bits: int) -> No
 
 
 def test_what_a_person_is_told() -> None:
-    assert "--no-compile" in compile_advice(CPU, cuda_graphs=False)[0]
+    (line,) = compile_advice(CPU, cuda_graphs=False)
+    assert (
+        line == "the first step of each kind compiles, which takes a minute or so each; a step was a fifth shorter then"
+    )
+    told = better_compiled(CPU, seconds=WORTH_COMPILING)
+    assert told is not None and "a fifth shorter with --compile" in told
+    assert better_compiled(CPU, seconds=WORTH_COMPILING - 1.0) is None
+    assert better_compiled(torch.device("cuda"), seconds=1e6) is None
     assert compile_advice(CPU, cuda_graphs=True)[1] == "cpu has no CUDA graphs; cuda_graphs has no effect"
     assert compile_advice(torch.device("cuda"), cuda_graphs=True) == [
         "the first step of each kind compiles, which takes a minute or more"
