@@ -11,8 +11,8 @@ round and not the result.
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. What stands before the
 method is how it computes: `bf16` with `precision = "bfloat16"`, `side` with `side_precision = "bfloat16"`, `compiled`
 with `compile` (which takes a minute or more for each at first) and, on a GPU, `tf32` with that precision and `graphs`
-with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its convolutions, since that is torch's default, and
-`natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
+with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its convolutions, since that is torch's default,
+and `natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
 MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised

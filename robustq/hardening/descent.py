@@ -26,8 +26,8 @@ class Descent:
         model: trained in place.
         method: bound to ``model``.
         recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``,
-            ``side_precision``, ``compile``, ``cuda_graphs`` and the optimiser's own keys. At their defaults each step is the optimiser's on the method's
-            loss, and nothing else is computed.
+            ``side_precision``, ``compile``, ``cuda_graphs`` and the optimiser's own keys. At their defaults each step
+            is the optimiser's on the method's loss, and nothing else is computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:

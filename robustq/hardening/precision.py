@@ -6,8 +6,8 @@ TF32 a GPU rounds what they multiply to 11 bits and takes and gives float32. Wha
 weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits, features and losses. Whatever is
 judged is judged in float32: the monitor, every attack, every file.
 
-Passes on the side are those in which no weight asks for a gradient: they craft images, of whose gradient a method mostly
-takes the signs, or give features to compare with. They may have a precision of their own.
+Passes on the side are those in which no weight asks for a gradient: they craft images, of whose gradient a method
+mostly takes the signs, or give features to compare with. They may have a precision of their own.
 """
 
 from __future__ import annotations

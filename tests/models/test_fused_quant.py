@@ -10,9 +10,9 @@ import brevitas.nn as qnn
 import pytest
 import torch
 from brevitas.core.quant import RescalingIntQuant
-from functorch.compile import min_cut_rematerialization_partition
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from robustq.models.fused_quant import FusedIntQuant, _inside_anywhere, _inside_compiled_on_cpu, _inside_on_cpu
 from robustq.models.mixed_widths import set_layer_bits
