@@ -9,11 +9,11 @@ round and not the result.
 
 `plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
 `float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. What stands before the
-method is how it computes: `bf16` with `precision = "bfloat16"`, `side` with `side_precision = "bfloat16"`, `compiled`
-with `compile` (which takes a minute or more for each at first) and, on a GPU, `tf32` with that precision and `graphs`
-with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its convolutions, since that is torch's default,
-and `natural` does not. The process has asked for what the program asks for (`robustq.cli.process`);
-MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
+method is how it computes: `bf16` with `precision = "bfloat16"`, `side` with `side_precision = "bfloat16"`, `integer`
+with `side_precision = "integer"`, `compiled` with `compile` (which takes a minute or more for each at first) and, on a
+GPU, `tf32` with that precision and `graphs` with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its
+convolutions, since that is torch's default, and `natural` does not. The process has asked for what the program asks for
+(`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
 
 ``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
 the most memory that the process (on a GPU: torch's tensors) ever took.
@@ -42,14 +42,15 @@ from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E
 from robustq.models.calibration import calibrate  # noqa: E402
 from robustq.models.spec import ModelSpec, build_model  # noqa: E402
 from robustq.recipe import load_recipe  # noqa: E402
-from robustq.recipe_faults import BFLOAT16, FLOAT32, TF32  # noqa: E402
+from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, TF32  # noqa: E402
 
 Step = Callable[[], object]
 
 KINDS = (
-    *("plain", "float", "natural", "odgq", "side-odgq", "binary", "binary-odgq"),
+    *("plain", "float", "natural", "odgq", "side-odgq", "integer-odgq", "binary", "binary-odgq"),
     *("bf16", "bf16-odgq", "bf16-binary"),
-    *("compiled", "compiled-odgq", "compiled-side-odgq", "compiled-binary", "compiled-bf16", "compiled-bf16-odgq"),
+    *("compiled", "compiled-odgq", "compiled-side-odgq", "compiled-integer-odgq", "compiled-binary"),
+    *("compiled-binary-odgq", "compiled-bf16", "compiled-bf16-odgq", "compiled-bf16-binary"),
 )
 ON_GPU = ("tf32", "tf32-odgq", "graphs", "graphs-odgq", "graphs-tf32", "graphs-tf32-odgq")
 
@@ -59,11 +60,14 @@ RATIOS = (
     ("odgq", "plain"),
     ("binary-odgq", "binary"),
     ("side-odgq", "odgq"),
+    ("integer-odgq", "odgq"),
     *((kind, "plain") for kind in (*KINDS, *ON_GPU) if kind not in ("plain", "float") and "odgq" not in kind),
     *((kind, "natural") for kind in (*KINDS, *ON_GPU) if "odgq" in kind and "binary" not in kind),
     *((way, "natural") for way in ("bf16", "tf32", "compiled", "compiled-bf16", "graphs", "graphs-tf32")),
     *((f"{way}-odgq", way) for way in ("bf16", "tf32", "compiled", "compiled-bf16", "graphs", "graphs-tf32")),
     ("compiled-side-odgq", "compiled"),
+    ("compiled-integer-odgq", "compiled"),
+    ("compiled-binary-odgq", "compiled-binary"),
     ("compiled-odgq", "odgq"),
     ("compiled-binary", "binary"),
 )
@@ -115,7 +119,7 @@ def _print_times(options: argparse.Namespace) -> None:
     for kind, values in seconds.items():
         median = statistics.median(values)
         rate = options.batch / median
-        print(f"{kind:19s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
+        print(f"{kind:22s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
     for above, below in RATIOS:
         if above in seconds and below in seconds:
             ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
@@ -155,8 +159,8 @@ def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Ste
     bits = 32 if "float" in words else 1 if "binary" in words else options.bits
     precision = BFLOAT16 if "bf16" in words else TF32 if "tf32" in words else FLOAT32
     keys = [f"precision={precision}"]
-    if "side" in words:
-        keys += [f"side_precision={BFLOAT16}"]
+    if "side" in words or "integer" in words:
+        keys += [f"side_precision={BFLOAT16 if 'side' in words else INTEGER}"]
     if "compiled" in words or "graphs" in words:
         keys += ["compile=true", f"cuda_graphs={str('graphs' in words).lower()}"]
     method = "odgq" if "odgq" in words else "natural"

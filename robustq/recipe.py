@@ -83,7 +83,7 @@ class Recipe:
         precision: what training steps compute in, ``float32``, ``tf32`` or ``bfloat16``
             (:mod:`robustq.hardening.precision`).
         side_precision: what their passes compute in from which no weight gets a gradient (crafting, ODG-Q's clean
-            features), ``float32`` or ``bfloat16``; None: ``precision``.
+            features), ``float32``, ``bfloat16`` or ``integer``; None: ``precision``.
         compile: let torch.compile make the passes of training steps (:mod:`robustq.hardening.compiled`).
         cuda_graphs: with ``compile`` on a GPU, record those passes and replay them.
         crop_padding, flip: augmentation; None: by the data set.

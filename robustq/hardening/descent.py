@@ -4,7 +4,9 @@ the options that a recipe may set for each of these.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,9 +16,10 @@ from robustq.hardening.awp import worst_weights
 from robustq.hardening.compiled import CompiledForward
 from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.optimizer import build_optimizer
-from robustq.hardening.precision import computed_in
+from robustq.hardening.precision import computed_in, counts_codes
 from robustq.models.shared_weights import SharedWeights
 from robustq.recipe import Recipe
+from robustq.recipe_faults import INTEGER
 
 
 class Descent:
@@ -36,6 +39,7 @@ class Descent:
         self.recipe = recipe
         self.optimizer = build_optimizer(model, recipe)
         self._weights = SharedWeights(model)
+        self._integers: Any = None
         self._compiled = (
             CompiledForward(model, batch_size=recipe.batch_size, cuda_graphs=recipe.cuda_graphs)
             if recipe.compile
@@ -64,6 +68,8 @@ class Descent:
             batch: training images.
             epoch: epochs that have ended.
         """
+        if self.recipe.side_precision == INTEGER and self._integers is None:
+            self._integers = _integer_convolutions(self.model, batch.x)
         compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
         with compiled, computed_in(self.model, self.recipe.precision, side=self.recipe.side_precision):
             outcome = self._descend(batch, epoch=epoch)
@@ -75,7 +81,7 @@ class Descent:
         x, y, places = batch.x, batch.y, batch.places
         recipe = self.recipe
         if recipe.awp_gamma and epoch >= recipe.awp_warmup_epochs:
-            with self._weights.quantized_once():
+            with self._quantized_once():
                 x_adv = self.method.perturb(x, y, places)
 
             def loss() -> Tensor:
@@ -84,7 +90,7 @@ class Descent:
             with worst_weights(self.model, loss, gamma=recipe.awp_gamma):
                 outcome = self._gradient(batch, x_adv)
         else:
-            with self._weights.quantized_once():
+            with self._quantized_once():
                 x_adv = self.method.perturb(x, y, places)
                 outcome = self._gradient(batch, x_adv)
         if recipe.clip_gradient:
@@ -92,9 +98,22 @@ class Descent:
         self.optimizer.step()
         return outcome
 
+    @contextmanager
+    def _quantized_once(self) -> Iterator[None]:
+        with self._weights.quantized_once(), self._integers.in_place() if self._integers else nullcontext():
+            yield
+
     def _gradient(self, batch: Batch, x_adv: Tensor) -> Step:
         outcome = self.method.loss(batch.x, x_adv, batch.y, batch.places)
         self.optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)
         return outcome
+
+
+def _integer_convolutions(model: nn.Module, images: Tensor) -> Any:
+    """The network's convolutions of codes, none where the device cannot convolve them."""
+    # Only where asked for: it makes an operator known to torch, which takes a moment.
+    from robustq.models.integer_convolution import IntegerConvolutions
+
+    return IntegerConvolutions(model, images[:2]) if counts_codes(images.device) else ()

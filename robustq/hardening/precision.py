@@ -7,7 +7,8 @@ weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logi
 judged is judged in float32: the monitor, every attack, every file.
 
 Passes on the side are those in which no weight asks for a gradient: they craft images, of whose gradient a method
-mostly takes the signs, or give features to compare with. They may have a precision of their own.
+mostly takes the signs, or give features to compare with. They may have a precision of their own, which can be whole
+numbers besides: convolutions of codes (:mod:`robustq.models.integer_convolution`), and float32 for all else.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.models.tf32 import tf32
-from robustq.recipe_faults import BFLOAT16, FLOAT32, PRECISIONS, SIDE_PRECISIONS, TF32
+from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SIDE_PRECISIONS, TF32
 
 
 @contextmanager
@@ -31,7 +32,8 @@ def computed_in(model: nn.Module, precision: str, *, side: str | None = None) ->
     Args:
         model: its weights tell the device.
         precision: one of :data:`robustq.recipe_faults.PRECISIONS`.
-        side: of passes on the side, one of :data:`robustq.recipe_faults.SIDE_PRECISIONS`; None: the same.
+        side: of passes on the side, one of :data:`robustq.recipe_faults.SIDE_PRECISIONS`; None: the same. Where whole
+            numbers are asked for, who calls puts their convolutions in place; here it means float32.
     """
     assert precision in PRECISIONS and side in (None, *SIDE_PRECISIONS)
     halves = (precision == BFLOAT16, (side or precision) == BFLOAT16)
@@ -43,12 +45,21 @@ def advice(precision: str, device: torch.device, *, key: str = "precision") -> s
     """What is better than a precision that the device has no instructions for; None where it has them, or where
     nothing is known. ``key`` is the recipe's that asks for it.
     """
+    if precision == INTEGER and not counts_codes(device):
+        return f"torch has no convolutions of whole numbers for this {device}; passes on the side compute in {FLOAT32}"
     if precision == BFLOAT16 and _lacks_bfloat16(device):
         return f"this processor has no instructions for {BFLOAT16}; faster: --set {key}={FLOAT32}"
     # Ampere, compute capability 8.0, was the first.
     if precision == TF32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"only newer GPUs have {TF32}; {device} computes in {FLOAT32}"
     return None
+
+
+def counts_codes(device: torch.device) -> bool:
+    """Whether passes on the side can compute in whole numbers there; that kernel is loaded for it."""
+    from robustq.models.integer_convolution import is_available
+
+    return device.type == "cpu" and is_available()
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counted]:
 CASES = [
     ("odgq", 4, {}, 3),
     ("natural", 4, {"precision": "bfloat16"}, 1),
+    ("odgq", 4, {"side_precision": "integer"}, 3),
 ]
 MORE = [
     ("natural", 32, {}, 1),
@@ -66,6 +67,8 @@ MORE = [
     ("fgsm-mep", 4, {}, 2),
     ("dq", 4, {}, 1),
     ("natural", 4, {"awp_gamma": 0.01}, 2),
+    ("odgq", 4, {"side_precision": "bfloat16"}, 3),
+    ("pgd", 2, {"settings": {"steps": 2}, "side_precision": "integer"}, 2),
 ]
 
 
@@ -83,7 +86,7 @@ def test_steps_are_the_same_and_compile_once_for_each_kind_of_pass(
     state: dict[str, Tensor] = once.state_dict()
     # As in test_descent.py; or four units in the last place of gradients up to 0.3 in bfloat16, times the learning
     # rate.
-    atol = 0.05 * 0.3 * 2.0**-6 if "precision" in keys else 1e-6
+    atol = 0.05 * 0.3 * 2.0**-6 if keys.get("precision") == "bfloat16" else 1e-6
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=1e-5, atol=atol, msg=name)
     model, losses, graphs = steps(method, bits, compiling=True, **keys)

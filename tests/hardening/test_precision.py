@@ -16,6 +16,7 @@ from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.methods.crafting import crafting
 from robustq.hardening.methods.registry import build_method
 from robustq.hardening.precision import advice, computed_in
+from robustq.models import integer_convolution
 from robustq.models.calibration import calibrate
 from robustq.models.quantizers import BranchQuant, learned_thresholds
 from robustq.models.rectifier import QuantReLU
@@ -185,7 +186,8 @@ PASSES = {"natural": "w", "odgq": "cnw", "pgd": "ccw", "trades": "nccww", "fgsm-
 
 
 @pytest.mark.parametrize(
-    ("precision", "side"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("tf32", "bfloat16")]
+    ("precision", "side"),
+    [("float32", "bfloat16"), ("bfloat16", "float32"), ("tf32", "bfloat16"), ("bfloat16", "integer")],
 )
 @pytest.mark.parametrize("method", PASSES)
 def test_passes_on_the_side_have_a_precision_of_their_own(method: str, precision: str, side: str) -> None:
@@ -211,8 +213,10 @@ def test_passes_on_the_side_have_a_precision_of_their_own(method: str, precision
         asks = next(layer.parameters()).requires_grad
         seen.append(("n" if not torch.is_grad_enabled() else "w" if asks else "c", output.dtype))
 
+    one, batch = Descent(model, bound, recipe), next(split().batches(BATCH, device=CPU))
+    one.step(batch, epoch=0)  # before its first, which layers take codes is looked up in a pass of its own
     handle = conv.register_forward_hook(note)
-    loss = Descent(model, bound, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0).loss
+    loss = one.step(batch, epoch=0).loss
     handle.remove()
     assert "".join(kind for kind, _ in seen) == PASSES[method]
     half = {"w": precision == "bfloat16", "c": side == "bfloat16", "n": side == "bfloat16"}
@@ -229,6 +233,40 @@ def test_without_a_word_passes_on_the_side_are_as_the_others() -> None:
             )
             assert torch.equal(of_said, of_silent)
             assert all(torch.equal(a, b) for a, b in zip(said.parameters(), silent.parameters(), strict=True))
+
+
+def test_whole_numbers_train_as_float32_does() -> None:
+    """The images that are crafted differ in few pixels, those whose gradient is next to nothing."""
+    made = []
+    for side in ("float32", "integer"):
+        recipe = Recipe(name="test", method="odgq", epochs=1, batch_size=BATCH, lr=0.05, side_precision=side)
+        model, _ = train(4, "natural", "float32")
+        method = build_method(
+            recipe, model.train(), epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3
+        )
+        entered: list[Tensor] = []
+        handle = model.register_forward_pre_hook(lambda _, inputs, entered=entered: entered.append(inputs[0].detach()))
+        loss = Descent(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0).loss
+        handle.remove()
+        made.append((entered[-1], loss.detach()))
+    (images, loss), (by_integers, of_integers) = made
+    assert (images != by_integers).float().mean() < 0.02
+    # As many pixels moved, by twice epsilon each; and codes that lay on a tie.
+    torch.testing.assert_close(of_integers, loss, rtol=0.02, atol=0)
+
+
+def test_whole_numbers_where_there_is_no_kernel_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer_convolution, "is_available", lambda: False)
+    (fallen, of_fallen), (whole, of_whole) = (
+        train(4, "odgq", "float32", side_precision=side) for side in ("integer", None)
+    )
+    assert torch.equal(of_fallen, of_whole)
+    assert all(torch.equal(a, b) for a, b in zip(fallen.parameters(), whole.parameters(), strict=True))
+    told = advice("integer", CPU, key="side_precision")
+    assert told == "torch has no convolutions of whole numbers for this cpu; passes on the side compute in float32"
+    monkeypatch.setattr(integer_convolution, "is_available", lambda: True)
+    assert advice("integer", CPU, key="side_precision") is None
+    assert advice("integer", torch.device("cuda:0"), key="side_precision") is not None
 
 
 @pytest.mark.parametrize(("bits", "least"), [(32, 0.95), (4, 0.6), (1, 0.4)])
@@ -261,7 +299,7 @@ def test_recipes_name_a_precision_for_passes_on_the_side() -> None:
     assert load_recipe("odgq").side_precision is None
     recipe = load_recipe("odgq", ("side_precision=bfloat16",))
     assert recipe.side_precision == "bfloat16" and recipe.to_dict()["side_precision"] == "bfloat16"
-    with pytest.raises(RecipeError, match="side_precision = 'tf32' is unknown; known: float32, bfloat16"):
+    with pytest.raises(RecipeError, match="side_precision = 'tf32' is unknown; known: float32, bfloat16, integer"):
         load_recipe("odgq", ("side_precision=tf32",))
     with pytest.raises(RecipeError, match="side_precision has no meaning for method 'ptq'"):
         load_recipe("ptq", ("side_precision=bfloat16",))

@@ -1,0 +1,258 @@
+"""Convolutions of codes, in whole numbers, for passes from which no weight learns.
+
+Activations behind a quantizer and weights lie on grids, so that a convolution of them is a sum of whole numbers times
+one scale a channel. Processors with instructions for it (VNNI) form such sums exactly, and three times as fast as a
+float32 convolution rounds its own (docs/results/training-cost.md). The way back multiplies the gradient with the
+weights in bfloat16: no code turns there.
+
+The kernel is oneDNN's, by the names under which torch.compile calls it: they are no public interface, so that nothing
+is done before one small convolution has come out right (:func:`is_available`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from robustq.models.batch_norm import running_statistics
+from robustq.models.fused_quant import FusedIntQuant
+
+LARGEST_CODE = 255
+"""Of what enters: the kernel takes uint8."""
+
+
+class IntegerConvolutions:
+    """Those convolutions of one network whose inputs are codes from 0 on.
+
+    Args:
+        model: its Brevitas convolutions are looked at; any network.
+        example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer; nothing of the
+            network changes by it.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        self._layers = [_Layer(conv, grid) for conv, grid in _on_grids(model, example)]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it a pass in which no weight asks for a gradient computes these convolutions in whole numbers; weights
+        and scales must stay as they are.
+        """
+        for layer in self._layers:
+            layer.begin()
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.end()
+
+
+class _Layer:
+    """What stands in the place of one convolution's arithmetic. It lives as long as the layer does: a compiled network
+    would be compiled anew for an object that it has not seen.
+    """
+
+    def __init__(self, conv: Any, grid: FusedIntQuant) -> None:
+        self._conv = conv
+        self._grid = grid
+        self._scale: Any = None
+        self._codes: Any = None
+        self._weight_scale: Any = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        weight = self._conv.quant_weight()
+        self._weight_scale = weight.scale.reshape(-1).contiguous()
+        self._codes = (weight.value / weight.scale).round_().to(torch.int8)
+        self._scale = self._grid.scaling_impl(torch.zeros(()), self._grid.threshold_steps)
+        self._conv.inner_forward_impl = self
+
+    def end(self) -> None:
+        del self._conv.inner_forward_impl  # what the instance had hidden: the method of its class
+        self._scale = self._codes = self._weight_scale = None
+
+    def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
+        conv = self._conv
+        if conv.weight.requires_grad and torch.is_grad_enabled():
+            return type(conv).inner_forward_impl(conv, x, weight, bias)
+        y = _Convolve.apply(
+            getattr(x, "value", x),
+            self._scale,
+            getattr(weight, "value", weight),
+            self._codes,
+            self._weight_scale,
+            *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
+            conv.groups,
+        )
+        return y if bias is None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
+
+
+class _Convolve(torch.autograd.Function):
+    """The convolution of scale * codes with weights; x gets the gradient of that, of which weights and gradient that
+    come in are rounded to bfloat16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+    ) -> Tensor:
+        codes = (x / scale).round_().to(torch.uint8)
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how = x.shape, (stride, padding, dilation, groups)
+        answer: Tensor = convolve_codes(codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups)
+        return answer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        g = grads[0].to(torch.bfloat16)
+        # The input is only asked for its shape.
+        shape = torch.empty((1,), dtype=g.dtype, device=g.device).expand(ctx.shape)
+        of_x, _, _ = torch.ops.aten.convolution_backward(
+            *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
+            [True, False, False],
+        )
+        return (of_x.to(grads[0].dtype), *[None] * 8)
+
+
+@torch.library.custom_op("robustq::convolve_codes", mutates_args=())
+def convolve_codes(
+    codes: Tensor,
+    scale: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """The convolution of two tensors of codes, times their scales.
+
+    Args:
+        codes: (N, C, H, W) uint8.
+        scale: scalar float32, of one code.
+        weight_codes: (K, C / groups, kh, kw) int8.
+        weight_scale: (K,) float32.
+        stride, padding, dilation, groups: as of a convolution in two dimensions.
+
+    Returns:
+        (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
+    """
+    one, shape = float(scale), list(codes.shape)
+    onednn = torch.ops.onednn
+    packed = onednn.qconv_prepack(weight_codes, weight_scale, one, 0, stride, padding, dilation, groups, shape)
+    zero = torch.zeros(len(weight_scale), dtype=torch.int64)
+    sums: Tensor = onednn.qconv_pointwise(
+        *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, zero, None),
+        *(stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""),
+    )
+    return sums
+
+
+@convolve_codes.register_fake
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    size = [
+        (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    made = torch.empty(len(codes), len(weight_codes), *size, device=codes.device)
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+@cache
+def is_available() -> bool:
+    """Whether this CPU has instructions for it and torch has the kernel, which adds up the largest codes rightly."""
+    found: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    # Without them pairs of products are added up in 16 bits, which the largest codes overflow.
+    if not (found.get("avx512_vnni", False) or found.get("avx_vnni", False)):
+        return False
+    codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
+    weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    weights[::2] = -127
+    try:
+        sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), [1, 1], [1, 1], [1, 1], 1)
+    except (RuntimeError, AttributeError, TypeError):
+        return False  # another torch, with other names or arguments
+    expected = torch.nn.functional.conv2d(codes.double(), weights.double(), padding=1)
+    return torch.equal(sums.double(), expected)
+
+
+def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuant]]:
+    """The convolutions that take codes from 0 to at most :data:`LARGEST_CODE`, with the quantizer that made them."""
+    made: dict[int, FusedIntQuant] = {}
+    keep: list[Tensor] = []  # an id is only unique while its tensor lives
+    entering: dict[Any, FusedIntQuant | None] = {}
+
+    def quantized(layer: Any, _: Any, output: Any) -> None:
+        quantizer = layer.act_quant.fused_activation_quant_proxy.tensor_quant
+        if isinstance(quantizer, FusedIntQuant) and quantizer.codes[0] == 0 and quantizer.codes[1] <= LARGEST_CODE:
+            _remember(getattr(output, "value", output), quantizer)
+
+    def _remember(tensor: Tensor, quantizer: FusedIntQuant) -> None:
+        keep.append(tensor)
+        made[id(tensor)] = quantizer
+
+    def pooled(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        quantizer = made.get(id(getattr(inputs[0], "value", inputs[0])))
+        if quantizer is not None:  # the largest code of a few is a code
+            _remember(getattr(output, "value", output), quantizer)
+
+    def entered(layer: Any, inputs: tuple[Any, ...]) -> None:
+        found = made.get(id(getattr(inputs[0], "value", inputs[0])))
+        # A layer that is called twice may meet two grids.
+        entering[layer] = found if entering.get(layer, found) is found else None
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, qnn.QuantConv2d):
+            handles.append(module.register_forward_pre_hook(entered))
+        elif isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
+            handles.append(module.register_forward_hook(quantized))
+        elif isinstance(module, nn.MaxPool2d):
+            handles.append(module.register_forward_hook(pooled))
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()  # dropout draws nothing
+        with torch.no_grad(), running_statistics(model):
+            model(example)
+    finally:
+        for module in training:
+            module.training = True
+        for handle in handles:
+            handle.remove()
+    return [(layer, grid) for layer, grid in entering.items() if grid is not None and _is_fit(layer)]
+
+
+def _is_fit(layer: Any) -> bool:
+    whole = layer.weight_quant.is_quant_enabled and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return bool(whole and layer.weight.dim() == 4)
