@@ -1,6 +1,6 @@
 """How far a training step is from what the machine could do: operations and bytes against its measured rates.
 
-    python -m benchmarks.roofline [--architecture resnet20] [--bits 4] [--batch 128] [--device cpu]
+    python -m benchmarks.roofline [--architecture resnet20] [--bits 4] [--batch 128] [--device cpu] [--kinds KIND ...]
 
 Counted on one forward pass: a convolution's or linear layer's multiplications and additions (2 N C_out H W C_in k^2),
 and the bytes of every layer's input and output tensors, each layer reading the one and writing the other once. The
@@ -9,7 +9,7 @@ the bytes. An optimiser's step and the weights themselves are left out: in these
 
 Measured in the same run: the rate of a large matrix product and of a copy, and the step. `arithmetic` and `memory` are
 the shortest times that either rate allows; a kernel that does not overlap them needs their sum. Layers that a compiler
-would fuse count each for itself: these are the times of eager kernels.
+fuses count each for itself as well: of a compiled step, `memory` is an upper bound of that shortest time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from robustq.models.spec import build_model  # noqa: E402
 
 BACKWARD_OPERATIONS = 2
 BACKWARD_BYTES = 3
-_KINDS = {"natural": (1, 1), "odgq": (3, 2)}
+_KINDS = {"natural": (1, 1), "odgq": (3, 2), "compiled": (1, 1), "compiled-odgq": (3, 2)}
 """Forward and backward passes of a step; line 6's backward pass is for the input alone and does half the operations."""
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=["natural", "odgq"])
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -58,13 +59,14 @@ def main() -> None:
     moved = sum(traffic.values())
     shares = ", ".join(f"{name} {value / moved:.0%}" for name, value in traffic.most_common(4))
     print(f"one image forward: {operations / 1e6:,.1f} MFLOP, {moved / 1e6:,.2f} MB ({shares})")
-    for kind, (forward, backward) in _KINDS.items():
+    for kind in options.kinds:
+        forward, backward = _KINDS[kind]
         work = operations * (forward + BACKWARD_OPERATIONS * backward - (backward - 1)) * options.batch
         data = moved * (forward + BACKWARD_BYTES * backward) * options.batch
         seconds = _median_seconds(step_of(kind, options, device), device, options.steps)
         arithmetic, memory = work / flops, data / bandwidth
         print(
-            f"{kind:8s} {seconds * 1000:7.1f} ms a step: arithmetic {arithmetic * 1000:6.1f} ms, memory "
+            f"{kind:13s} {seconds * 1000:7.1f} ms a step: arithmetic {arithmetic * 1000:6.1f} ms, memory "
             f"{memory * 1000:6.1f} ms, {seconds / max(arithmetic, memory):.1f} times the larger, "
             f"{seconds / (arithmetic + memory):.1f} times their sum"
         )

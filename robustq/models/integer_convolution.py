@@ -20,6 +20,7 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustq.models.batch_norm import running_statistics
 from robustq.models.fused_quant import FusedIntQuant
@@ -136,6 +137,13 @@ class _Convolve(torch.autograd.Function):
         return (of_x.to(grads[0].dtype), *[None] * 8)
 
 
+_packed = WeakTensorKeyDictionary()
+"""Weight codes -> how they are to be convolved, and what the kernel made of them for that: a step's passes share it."""
+
+_ZERO = torch.zeros(1, dtype=torch.int64)
+"""The zero point of weights."""
+
+
 @torch.library.custom_op("robustq::convolve_codes", mutates_args=())
 def convolve_codes(
     codes: Tensor,
@@ -159,12 +167,14 @@ def convolve_codes(
     Returns:
         (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
     """
-    one, shape = float(scale), list(codes.shape)
-    onednn = torch.ops.onednn
-    packed = onednn.qconv_prepack(weight_codes, weight_scale, one, 0, stride, padding, dilation, groups, shape)
-    zero = torch.zeros(len(weight_scale), dtype=torch.int64)
+    one, onednn = float(scale), torch.ops.onednn
+    how = (one, 0, stride, padding, dilation, groups, list(codes.shape))
+    kept, packed = _packed.get(weight_codes, (None, None))
+    if kept != how:
+        packed = onednn.qconv_prepack(weight_codes, weight_scale, *how)
+        _packed[weight_codes] = (how, packed)
     sums: Tensor = onednn.qconv_pointwise(
-        *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, zero, None),
+        *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, _ZERO, None),
         *(stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""),
     )
     return sums
