@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
+from robustq.recipe_faults import INTEGER
 
 _OPTIONS = {"eager_numerics.division_rounding": True}
 
@@ -96,13 +97,19 @@ def compile_advice(device: torch.device, *, cuda_graphs: bool) -> list[str]:
     return [*lines, f"{device} has no CUDA graphs; cuda_graphs has no effect"] if cuda_graphs else lines
 
 
-def better_compiled(device: torch.device, *, seconds: float) -> str | None:
-    """What a person should know whose run of ``seconds`` is not compiled; None where it would not be worth the wait, or
-    where nothing is known.
+def compiling_pays(device: torch.device, *, seconds: float) -> bool:
+    """Whether a run of ``seconds`` would gain more than the wait; not where nothing is known, as of GPUs."""
+    return device.type == "cpu" and seconds >= WORTH_COMPILING
+
+
+def better_compiled(*, integers: bool) -> str:
+    """What a person should know whose run would gain; ``integers``: whether its passes on the side could compute in
+    whole numbers besides, and do not.
     """
-    if device.type != "cpu" or seconds < WORTH_COMPILING:
-        return None
-    return "so long a run may be a fifth shorter with --compile, which needs a C++ compiler and a few minutes at first"
+    what = (
+        f"third shorter with --set side_precision={INTEGER} --compile" if integers else "fifth shorter with --compile"
+    )
+    return f"so long a run may be a {what}, which needs a C++ compiler and a few minutes at first"
 
 
 def _first_line(error: Exception) -> str:

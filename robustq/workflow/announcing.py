@@ -11,14 +11,16 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.compiled import better_compiled, compile_advice
+from robustq.hardening.compiled import better_compiled, compile_advice, compiling_pays
 from robustq.hardening.forecast import Forecast, forecast, what_fits
 from robustq.hardening.memory import runs_out
-from robustq.hardening.precision import advice
+from robustq.hardening.precision import advice, counts_codes
 from robustq.hardening.run_folder import CONFIG, RESULT, RESUME, RUNS, RunFolder, read_config, resume_command
 from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
+from robustq.models.rectifier import QuantReLU
 from robustq.models.spec import ModelSpec
+from robustq.models.thresholds import SignNorm
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe_faults import FLOAT32
@@ -88,8 +90,9 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
         f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
     )
-    if not recipe.compile and not begun and (better := better_compiled(training.device, seconds=found.seconds)):
-        note(f"note    {better}")
+    if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
+        integers = recipe.side_precision is None and training.method.adversarial and _has_codes(training)
+        note(f"note    {better_compiled(integers=integers)}")
     free = shutil.disk_usage(
         next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     )
@@ -145,6 +148,13 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
             except OSError:
                 continue  # another user's, whose lock this one may not look at
     return lines
+
+
+def _has_codes(training: Training) -> bool:
+    """Whether most of the network's convolutions take codes from 0 on, and the device can convolve those."""
+    quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
+    binary = any(isinstance(module, SignNorm) for module in training.model.modules())
+    return quantized and not binary and counts_codes(training.device)
 
 
 def _parameters(training: Training) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from robustq.hardening import compiled, descent
 from robustq.hardening.compiled import CompiledForward
+from robustq.models import integer_convolution
 from tests.cli.conftest import Run
 
 TRAIN = (
@@ -48,6 +49,15 @@ def test_a_long_run_hears_of_it_and_a_short_one_does_not(run: Run, monkeypatch: 
     monkeypatch.setattr(compiled, "WORTH_COMPILING", 0.0)
     assert told in run(*TRAIN).err
     shutil.rmtree("run")
+    for kernel, bits, what in (
+        (True, "4", "third"),
+        (False, "4", "fifth"),
+        (True, "1", "fifth"),
+        (True, "32", "fifth"),
+    ):
+        monkeypatch.setattr(integer_convolution, "is_available", lambda kernel=kernel: kernel)
+        assert f"a run may be a {what} shorter" in run(*TRAIN, "--recipe", "odgq", "--bits", bits).err
+        shutil.rmtree("run")
     compile_with(monkeypatch, "eager")
     assert told not in run(*TRAIN, "--compile").err
 

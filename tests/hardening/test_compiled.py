@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening import compiled, descent
-from robustq.hardening.compiled import WORTH_COMPILING, CompiledForward, better_compiled, compile_advice
+from robustq.hardening.compiled import WORTH_COMPILING, CompiledForward, better_compiled, compile_advice, compiling_pays
 from robustq.hardening.descent import Descent
 from robustq.hardening.methods.registry import build_method
 from robustq.models.rectifier import QuantReLU
@@ -197,10 +197,14 @@ def test_what_a_person_is_told() -> None:
     assert (
         line == "the first step of each kind compiles, which takes a minute or so each; a step was a fifth shorter then"
     )
-    told = better_compiled(CPU, seconds=WORTH_COMPILING)
-    assert told is not None and "a fifth shorter with --compile" in told
-    assert better_compiled(CPU, seconds=WORTH_COMPILING - 1.0) is None
-    assert better_compiled(torch.device("cuda"), seconds=1e6) is None
+    for integers, what in (
+        (False, "fifth shorter with --compile"),
+        (True, "third shorter with --set side_precision=int"),
+    ):
+        assert what in better_compiled(integers=integers)
+    assert compiling_pays(CPU, seconds=WORTH_COMPILING)
+    assert not compiling_pays(CPU, seconds=WORTH_COMPILING - 1.0)
+    assert not compiling_pays(torch.device("cuda"), seconds=1e6)
     assert compile_advice(CPU, cuda_graphs=True)[1] == "cpu has no CUDA graphs; cuda_graphs has no effect"
     assert compile_advice(torch.device("cuda"), cuda_graphs=True) == [
         "the first step of each kind compiles, which takes a minute or more"
