@@ -106,10 +106,8 @@ def better_compiled(*, integers: bool) -> str:
     """What a person should know whose run would gain; ``integers``: whether its passes on the side could compute in
     whole numbers besides, and do not.
     """
-    what = (
-        f"third shorter with --set side_precision={INTEGER} --compile" if integers else "fifth shorter with --compile"
-    )
-    return f"so long a run may be a {what}, which needs a C++ compiler and a few minutes at first"
+    share, aside = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
+    return f"so long a run may be a {share} shorter with --compile{aside}, which takes a C++ compiler and some minutes"
 
 
 def _first_line(error: Exception) -> str:

@@ -169,7 +169,7 @@ def convolve_codes(
     """
     one, onednn = float(scale), torch.ops.onednn
     how = (one, 0, stride, padding, dilation, groups, list(codes.shape))
-    kept, packed = _packed.get(weight_codes, (None, None))
+    kept, packed = _packed[weight_codes] if weight_codes in _packed else (None, None)
     if kept != how:
         packed = onednn.qconv_prepack(weight_codes, weight_scale, *how)
         _packed[weight_codes] = (how, packed)

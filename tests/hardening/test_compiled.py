@@ -197,11 +197,8 @@ def test_what_a_person_is_told() -> None:
     assert (
         line == "the first step of each kind compiles, which takes a minute or so each; a step was a fifth shorter then"
     )
-    for integers, what in (
-        (False, "fifth shorter with --compile"),
-        (True, "third shorter with --set side_precision=int"),
-    ):
-        assert what in better_compiled(integers=integers)
+    assert "a fifth shorter with --compile," in better_compiled(integers=False)
+    assert "a third shorter with --compile --set side_precision=integer," in better_compiled(integers=True)
     assert compiling_pays(CPU, seconds=WORTH_COMPILING)
     assert not compiling_pays(CPU, seconds=WORTH_COMPILING - 1.0)
     assert not compiling_pays(torch.device("cuda"), seconds=1e6)
