@@ -169,10 +169,9 @@ def convolve_codes(
     """
     one, onednn = float(scale), torch.ops.onednn
     how = (one, 0, stride, padding, dilation, groups, list(codes.shape))
-    kept, packed = _packed[weight_codes] if weight_codes in _packed else (None, None)
-    if kept != how:
-        packed = onednn.qconv_prepack(weight_codes, weight_scale, *how)
-        _packed[weight_codes] = (how, packed)
+    if weight_codes not in _packed or _packed[weight_codes][0] != how:
+        _packed[weight_codes] = (how, onednn.qconv_prepack(weight_codes, weight_scale, *how))
+    _, packed = _packed[weight_codes]
     sums: Tensor = onednn.qconv_pointwise(
         *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, _ZERO, None),
         *(stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""),
