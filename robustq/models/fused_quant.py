@@ -102,7 +102,7 @@ def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """The same without a truth value: torch.compile would keep those from the forward pass, since they are small, and
     its code for a CPU stores them one by one (torch 2.15: seventeen times the rest of such a pass,
-    docs/results/training-cost.md). The sign of a difference of floats is exact.
+    docs/results/training-cost.md). The sign of a difference of floats is exact; a gradient that is not finite stays so.
     """
     inside = torch.sign(x - low.reshape(1)).relu() * torch.sign(high.reshape(1) - x).relu()
     return g * inside.to(g.dtype)

@@ -3,7 +3,7 @@
 Activations behind a quantizer and weights lie on grids, so that a convolution of them is a sum of whole numbers times
 one scale a channel. Processors with instructions for it (VNNI) form such sums exactly, and three times as fast as a
 float32 convolution rounds its own (docs/results/training-cost.md). The way back multiplies the gradient with the
-weights in bfloat16: no code turns there.
+weights in bfloat16, where the processor has instructions for that too: no code turns there.
 
 The kernel is oneDNN's, by the names under which torch.compile calls it: they are no public interface, so that nothing
 is done before one small convolution has come out right (:func:`is_available`).
@@ -28,14 +28,17 @@ from robustq.models.fused_quant import FusedIntQuant
 LARGEST_CODE = 255
 """Of what enters: the kernel takes uint8."""
 
+WEIGHT_BITS = 8
+"""And int8."""
+
 
 class IntegerConvolutions:
     """Those convolutions of one network whose inputs are codes from 0 on.
 
     Args:
         model: its Brevitas convolutions are looked at; any network.
-        example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer; nothing of the
-            network changes by it.
+        example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer, in the mode that
+            the network is in; nothing of it changes by that.
     """
 
     def __init__(self, model: nn.Module, example: Tensor) -> None:
@@ -49,9 +52,9 @@ class IntegerConvolutions:
         """Within it a pass in which no weight asks for a gradient computes these convolutions in whole numbers; weights
         and scales must stay as they are.
         """
-        for layer in self._layers:
-            layer.begin()
         try:
+            for layer in self._layers:
+                layer.begin()
             yield
         finally:
             for layer in self._layers:
@@ -66,6 +69,7 @@ class _Layer:
     def __init__(self, conv: Any, grid: FusedIntQuant) -> None:
         self._conv = conv
         self._grid = grid
+        self._way_back = _way_back()
         self._scale: Any = None
         self._codes: Any = None
         self._weight_scale: Any = None
@@ -79,28 +83,29 @@ class _Layer:
         self._conv.inner_forward_impl = self
 
     def end(self) -> None:
-        del self._conv.inner_forward_impl  # what the instance had hidden: the method of its class
+        vars(self._conv).pop("inner_forward_impl", None)  # what the instance had hidden: the method of its class
         self._scale = self._codes = self._weight_scale = None
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
-        conv = self._conv
-        if conv.weight.requires_grad and torch.is_grad_enabled():
+        conv, values = self._conv, getattr(x, "value", x)
+        if (conv.weight.requires_grad and torch.is_grad_enabled()) or values.dtype != torch.float32:
             return type(conv).inner_forward_impl(conv, x, weight, bias)
         y = _Convolve.apply(
-            getattr(x, "value", x),
+            values,
             self._scale,
             getattr(weight, "value", weight),
             self._codes,
             self._weight_scale,
             *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
             conv.groups,
+            self._way_back,
         )
         return y if bias is None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
 
 
 class _Convolve(torch.autograd.Function):
-    """The convolution of scale * codes with weights; x gets the gradient of that, of which weights and gradient that
-    come in are rounded to bfloat16.
+    """The convolution of scale * codes with weights; x gets the gradient of that, before which weights and the gradient
+    that comes in are rounded to the type of the way back.
     """
 
     @staticmethod
@@ -115,10 +120,11 @@ class _Convolve(torch.autograd.Function):
         padding: list[int],
         dilation: list[int],
         groups: int,
+        way_back: torch.dtype,
     ) -> Tensor:
         codes = (x / scale).round_().to(torch.uint8)
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how = x.shape, (stride, padding, dilation, groups)
+        ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
         answer: Tensor = convolve_codes(codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups)
         return answer
 
@@ -127,14 +133,14 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
-        g = grads[0].to(torch.bfloat16)
+        g = grads[0].to(ctx.way_back)
         # The input is only asked for its shape.
         shape = torch.empty((1,), dtype=g.dtype, device=g.device).expand(ctx.shape)
         of_x, _, _ = torch.ops.aten.convolution_backward(
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 8)
+        return (of_x.to(grads[0].dtype), *[None] * 9)
 
 
 _packed = WeakTensorKeyDictionary()
@@ -169,8 +175,8 @@ def convolve_codes(
     """
     one, onednn = float(scale), torch.ops.onednn
     how = (one, 0, stride, padding, dilation, groups, list(codes.shape))
-    if weight_codes not in _packed or _packed[weight_codes][0] != how:
-        _packed[weight_codes] = (how, onednn.qconv_prepack(weight_codes, weight_scale, *how))
+    if weight_codes not in _packed or _packed[weight_codes][0] != (how, weight_codes._version):
+        _packed[weight_codes] = ((how, weight_codes._version), onednn.qconv_prepack(weight_codes, weight_scale, *how))
     _, packed = _packed[weight_codes]
     sums: Tensor = onednn.qconv_pointwise(
         *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, _ZERO, None),
@@ -201,7 +207,7 @@ def _(
 @cache
 def is_available() -> bool:
     """Whether this CPU has instructions for it and torch has the kernel, which adds up the largest codes rightly."""
-    found: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    found = _capabilities()
     # Without them pairs of products are added up in 16 bits, which the largest codes overflow.
     if not (found.get("avx512_vnni", False) or found.get("avx_vnni", False)):
         return False
@@ -216,6 +222,15 @@ def is_available() -> bool:
     return torch.equal(sums.double(), expected)
 
 
+def _way_back() -> torch.dtype:
+    found = _capabilities()
+    return torch.bfloat16 if found.get("avx512_bf16", False) or found.get("amx_bf16", False) else torch.float32
+
+
+def _capabilities() -> Mapping[str, Any]:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuant]]:
     """The convolutions that take codes from 0 to at most :data:`LARGEST_CODE`, with the quantizer that made them."""
     made: dict[int, FusedIntQuant] = {}
@@ -223,7 +238,7 @@ def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuan
     entering: dict[Any, FusedIntQuant | None] = {}
 
     def quantized(layer: Any, _: Any, output: Any) -> None:
-        quantizer = layer.act_quant.fused_activation_quant_proxy.tensor_quant
+        quantizer = getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)
         if isinstance(quantizer, FusedIntQuant) and quantizer.codes[0] == 0 and quantizer.codes[1] <= LARGEST_CODE:
             _remember(getattr(output, "value", output), quantizer)
 
@@ -249,19 +264,23 @@ def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuan
             handles.append(module.register_forward_hook(quantized))
         elif isinstance(module, nn.MaxPool2d):
             handles.append(module.register_forward_hook(pooled))
-    training = [module for module in model.modules() if module.training]
     try:
-        model.eval()  # dropout draws nothing
-        with torch.no_grad(), running_statistics(model):
+        # In the mode that it trains in: dropout hands the very tensor on when it is off, and other values when not.
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), running_statistics(model):
             model(example)
     finally:
-        for module in training:
-            module.training = True
         for handle in handles:
             handle.remove()
     return [(layer, grid) for layer, grid in entering.items() if grid is not None and _is_fit(layer)]
 
 
+@torch.no_grad()
 def _is_fit(layer: Any) -> bool:
-    whole = layer.weight_quant.is_quant_enabled and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return bool(whole and layer.weight.dim() == 4)
+    """Whether the kernel can take the weights: signed codes of at most 8 bits, one scale a channel, zeros around."""
+    if not layer.weight_quant.is_quant_enabled or layer.input_quant.is_quant_enabled:
+        return False
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return False
+    weight = layer.quant_weight()
+    whole = bool(weight.signed) and float(weight.bit_width) <= WEIGHT_BITS and bool((weight.zero_point == 0).all())
+    return whole and weight.scale.numel() == layer.out_channels

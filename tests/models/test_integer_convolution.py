@@ -89,21 +89,34 @@ def test_what_does_not_lie_on_one_grid_is_left_alone() -> None:
             self.first, self.second = QuantReLU(bit_width=4), QuantReLU(bit_width=4)
             self.signed = qnn.QuantIdentity(act_quant=BranchQuant, return_quant_tensor=False)
             self.wide = qnn.QuantIdentity(act_quant=ActQuant, bit_width=9, return_quant_tensor=False)
-            self.twice, self.behind_signed, self.behind_sum, self.behind_wide, self.mirrored, self.fine = (
-                qnn.QuantConv2d(3, 3, 3, padding=1, padding_mode=mode, **options)
-                for mode in (*["zeros"] * 4, "reflect", "zeros")
+            self.off, self.dropout = qnn.QuantIdentity(act_quant=None, return_quant_tensor=False), nn.Dropout(0.5)
+            self.twice, self.behind_signed, self.behind_sum, self.behind_wide, self.behind_dropout, self.fine = (
+                qnn.QuantConv2d(3, 3, 3, padding=1, **options) for _ in range(6)
             )
+            self.mirrored = qnn.QuantConv2d(3, 3, 3, padding=1, padding_mode="reflect", **options)
+            self.broad = qnn.QuantConv2d(3, 3, 3, padding=1, **options | {"weight_bit_width": 16})
+            self.own_input = qnn.QuantConv2d(3, 3, 3, padding=1, input_quant=ActQuant, input_bit_width=4, **options)
 
         def forward(self, x: Tensor) -> Tensor:
             one, two = self.first(x), self.second(x)
             y: Tensor = self.twice(one) + self.twice(two) + self.behind_signed(self.signed(x))
             y = y + self.behind_sum(one + two) + self.behind_wide(self.wide(x))
+            y = y + self.behind_dropout(self.dropout(one)) + self.broad(one) + self.own_input(one) + self.off(one)
             y = y + self.mirrored(one) + self.fine(one)
             return y
 
-    model = Odd()
+    model = Odd().train()
+    torch.manual_seed(0)
     found = IntegerConvolutions(model, images()[:2])
+    drawn = torch.rand(1)
     assert [layer._conv for layer in found._layers] == [model.fine]
+    torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1))  # dropout drew from a copy
+    # Off, it hands on the very tensor.
+    assert [layer._conv for layer in IntegerConvolutions(model.eval(), images()[:2])._layers] == [
+        model.behind_dropout,
+        model.fine,
+    ]
 
 
 def test_to_look_at_a_network_changes_nothing_of_it() -> None:
@@ -154,6 +167,35 @@ def test_a_pass_in_whole_numbers(bits: int) -> None:
     for handle in handles:
         handle.remove()
     assert len(kept) == len(layers) > 0
+
+
+def test_what_fails_on_the_way_in_leaves_nothing_behind() -> None:
+    model = network(4)
+    weights, layers = SharedWeights(model), IntegerConvolutions(model, images()[:2])
+
+    def broken(*_: Any) -> Any:
+        raise MemoryError
+
+    layers._layers[4]._grid.scaling_impl.forward = broken
+    with pytest.raises(MemoryError), weights.quantized_once(), layers.in_place():
+        pass
+    assert not any({"inner_forward_impl", "quant_weight"} & vars(module).keys() for module in model.modules())
+
+
+@needs_instructions
+def test_weights_that_were_changed_in_place_are_packed_anew() -> None:
+    codes, weights = torch.ones(1, 2, 3, 3, dtype=torch.uint8), torch.ones(2, 2, 1, 1, dtype=torch.int8)
+    how = ([1, 1], [0, 0], [1, 1], 1)
+    first = convolve_codes(codes, torch.ones(()), weights, torch.ones(2), *how)
+    weights.mul_(3)
+    assert torch.equal(convolve_codes(codes, torch.ones(()), weights, torch.ones(2), *how), 3 * first)
+
+
+def test_the_way_back_is_rounded_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, kind in (({"avx512_bf16": True}, torch.bfloat16), ({"avx512_vnni": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        layers = IntegerConvolutions(network(4), images()[:2])
+        assert {layer._way_back for layer in layers._layers} == {kind}
 
 
 @needs_instructions
