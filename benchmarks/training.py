@@ -87,7 +87,9 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    options.kinds = options.kinds or list(KINDS + ON_GPU * options.device.startswith("cuda"))
+    on_gpu = options.device.startswith("cuda")
+    # No GPU convolves codes: `integer` would be float32 once more.
+    options.kinds = options.kinds or [kind for kind in KINDS + ON_GPU * on_gpu if not (on_gpu and "integer" in kind)]
     print(
         f"{options.architecture}, {options.bits} bits, batch {options.batch}, {options.size} pixels, {options.device}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}",
