@@ -16,7 +16,7 @@ from typing import Any
 
 from robustq.errors import RecipeError, UsageError
 from robustq.recipe_claims import evidence_faults, paper_rows_faults
-from robustq.recipe_faults import FLOAT32, TRAINING_KEYS, Vocabulary, find_faults
+from robustq.recipe_faults import FLOAT32, SAME, TRAINING_KEYS, Vocabulary, find_faults
 from robustq.recipe_files import EXTENDS, read_values
 from robustq.recipe_files import recipe_names as recipe_names
 
@@ -83,7 +83,7 @@ class Recipe:
         precision: what training steps compute in, ``float32``, ``tf32`` or ``bfloat16``
             (:mod:`robustq.hardening.precision`).
         side_precision: what their passes compute in from which no weight gets a gradient (crafting, ODG-Q's clean
-            features), ``float32``, ``bfloat16`` or ``integer``; None: ``precision``.
+            features), ``float32``, ``bfloat16`` or ``integer``; ``same``: ``precision``.
         compile: let torch.compile make the passes of training steps (:mod:`robustq.hardening.compiled`).
         cuda_graphs: with ``compile`` on a GPU, record those passes and replay them.
         crop_padding, flip: augmentation; None: by the data set.
@@ -120,7 +120,7 @@ class Recipe:
     awp_gamma: float = 0.0
     awp_warmup_epochs: int = 0
     precision: str = FLOAT32
-    side_precision: str | None = None
+    side_precision: str = SAME
     compile: bool = False
     cuda_graphs: bool = False
     crop_padding: int | None = None

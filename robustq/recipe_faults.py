@@ -42,8 +42,8 @@ FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 PRECISIONS = (FLOAT32, TF32, BFLOAT16)
 """What a training step may compute in (:mod:`robustq.hardening.precision`)."""
 
-INTEGER = "integer"
-SIDE_PRECISIONS = (FLOAT32, BFLOAT16, INTEGER)
+SAME, INTEGER = "same", "integer"
+SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)
 """What its passes on the side may; whether a GPU rounds to TF32 is one setting of a whole step."""
 
 _KINDS: dict[str, tuple[type, ...]] = {

@@ -21,22 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from robustq.models.tf32 import tf32
-from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SIDE_PRECISIONS, TF32
+from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
 
 @contextmanager
-def computed_in(model: nn.Module, precision: str, *, side: str | None = None) -> Iterator[None]:
+def computed_in(model: nn.Module, precision: str, *, side: str = SAME) -> Iterator[None]:
     """Within it every call of ``model`` computes in ``precision``, as does its backward pass, and still answers in
     float32.
 
     Args:
         model: its weights tell the device.
         precision: one of :data:`robustq.recipe_faults.PRECISIONS`.
-        side: of passes on the side, one of :data:`robustq.recipe_faults.SIDE_PRECISIONS`; None: the same. Where whole
-            numbers are asked for, who calls puts their convolutions in place; here it means float32.
+        side: of passes on the side, one of :data:`robustq.recipe_faults.SIDE_PRECISIONS`. Where whole numbers are
+            asked for, who calls puts their convolutions in place; here it means float32.
     """
-    assert precision in PRECISIONS and side in (None, *SIDE_PRECISIONS)
-    halves = (precision == BFLOAT16, (side or precision) == BFLOAT16)
+    assert precision in PRECISIONS and side in SIDE_PRECISIONS
+    halves = (precision == BFLOAT16, (precision if side == SAME else side) == BFLOAT16)
     with tf32(allowed=precision == TF32), _in_bfloat16(model, *halves) if any(halves) else nullcontext():
         yield
 

@@ -16,7 +16,6 @@ _OPEN = {
     "act_bits": "what --bits says, else model.pt",
     "epsilon": "what --epsilon or model.pt says, else 8/255",
     "crop_padding": "an eighth of the images' side",
-    "side_precision": "as precision",
     "flip": "true for photographs known by name, else false",
 }
 """What settles a key that a recipe leaves open."""

@@ -23,7 +23,7 @@ from robustq.models.spec import ModelSpec
 from robustq.models.thresholds import SignNorm
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
-from robustq.recipe_faults import FLOAT32
+from robustq.recipe_faults import FLOAT32, SAME
 from robustq.report.numbers import duration, size
 from robustq.report.recipe import toml_lines
 from robustq.workflow.setting import DEFAULT_EPSILON
@@ -50,7 +50,7 @@ def announce(
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
-    if recipe.side_precision not in (None, recipe.precision):
+    if recipe.side_precision not in (SAME, recipe.precision):
         computing += f" · passes on the side in {recipe.side_precision}"
     computing += " · compiled" if recipe.compile else ""
     note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
@@ -91,7 +91,7 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
     )
     if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
-        integers = recipe.side_precision is None and training.method.adversarial and _has_codes(training)
+        integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
         note(f"note    {better_compiled(integers=integers)}")
     free = shutil.disk_usage(
         next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
@@ -122,7 +122,7 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
         lines.append("this machine has a GPU that is far faster: --device cuda")
     for key in ("precision", "side_precision"):
         # ptq computes no steps
-        if (better := advice(config["recipe"].get(key) or FLOAT32, device, key=key)) is not None:
+        if (better := advice(config["recipe"].get(key, FLOAT32), device, key=key)) is not None:
             lines.append(better)
     if config["recipe"].get("compile", False):
         lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])

@@ -229,7 +229,7 @@ def test_without_a_word_passes_on_the_side_are_as_the_others() -> None:
     for precision in ("float32", "bfloat16"):
         for method in ("odgq", "natural"):
             (said, of_said), (silent, of_silent) = (
-                train(4, method, precision, side_precision=side) for side in (precision, None)
+                train(4, method, precision, side_precision=side) for side in (precision, "same")
             )
             assert torch.equal(of_said, of_silent)
             assert all(torch.equal(a, b) for a, b in zip(said.parameters(), silent.parameters(), strict=True))
@@ -258,7 +258,7 @@ def test_whole_numbers_train_as_float32_does() -> None:
 def test_whole_numbers_where_there_is_no_kernel_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer_convolution, "is_available", lambda: False)
     (fallen, of_fallen), (whole, of_whole) = (
-        train(4, "odgq", "float32", side_precision=side) for side in ("integer", None)
+        train(4, "odgq", "float32", side_precision=side) for side in ("integer", "same")
     )
     assert torch.equal(of_fallen, of_whole)
     assert all(torch.equal(a, b) for a, b in zip(fallen.parameters(), whole.parameters(), strict=True))
@@ -296,10 +296,12 @@ def test_crafting_in_bfloat16_raises_the_loss_as_well(bits: int, least: float) -
 
 
 def test_recipes_name_a_precision_for_passes_on_the_side() -> None:
-    assert load_recipe("odgq").side_precision is None
+    assert load_recipe("odgq").side_precision == "same"
     recipe = load_recipe("odgq", ("side_precision=bfloat16",))
     assert recipe.side_precision == "bfloat16" and recipe.to_dict()["side_precision"] == "bfloat16"
-    with pytest.raises(RecipeError, match="side_precision = 'tf32' is unknown; known: float32, bfloat16, integer"):
+    with pytest.raises(
+        RecipeError, match="side_precision = 'tf32' is unknown; known: same, float32, bfloat16, integer"
+    ):
         load_recipe("odgq", ("side_precision=tf32",))
     with pytest.raises(RecipeError, match="side_precision has no meaning for method 'ptq'"):
         load_recipe("ptq", ("side_precision=bfloat16",))
