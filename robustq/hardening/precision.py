@@ -13,13 +13,14 @@ numbers besides: convolutions of codes (:mod:`robustq.models.integer_convolution
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robustq.models.instructions import lacks_bfloat16
 from robustq.models.tf32 import tf32
 from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
@@ -88,6 +89,4 @@ def _in_bfloat16(model: nn.Module, learning: bool, aside: bool) -> Iterator[None
 def _lacks_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
-    capability: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    on_x86 = capability.get("architecture") == "x86_64"  # elsewhere nothing is known
-    return on_x86 and not (capability.get("avx512_bf16", False) or capability.get("amx_bf16", False))
+    return lacks_bfloat16()

@@ -11,7 +11,7 @@ is done before one small convolution has come out right (:func:`is_available`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustq.models.batch_norm import running_statistics
 from robustq.models.fused_quant import FusedIntQuant
+from robustq.models.instructions import adds_up_bytes, lacks_bfloat16
 
 LARGEST_CODE = 255
 """Of what enters: the kernel takes uint8."""
@@ -69,7 +70,7 @@ class _Layer:
     def __init__(self, conv: Any, grid: FusedIntQuant) -> None:
         self._conv = conv
         self._grid = grid
-        self._way_back = _way_back()
+        self._way_back = torch.float32 if lacks_bfloat16() else torch.bfloat16
         self._scale: Any = None
         self._codes: Any = None
         self._weight_scale: Any = None
@@ -207,9 +208,7 @@ def _(
 @cache
 def is_available() -> bool:
     """Whether this CPU has instructions for it and torch has the kernel, which adds up the largest codes rightly."""
-    found = _capabilities()
-    # Without them pairs of products are added up in 16 bits, which the largest codes overflow.
-    if not (found.get("avx512_vnni", False) or found.get("avx_vnni", False)):
+    if not adds_up_bytes():
         return False
     codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
     weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
@@ -220,15 +219,6 @@ def is_available() -> bool:
         return False  # another torch, with other names or arguments
     expected = torch.nn.functional.conv2d(codes.double(), weights.double(), padding=1)
     return torch.equal(sums.double(), expected)
-
-
-def _way_back() -> torch.dtype:
-    found = _capabilities()
-    return torch.bfloat16 if found.get("avx512_bf16", False) or found.get("amx_bf16", False) else torch.float32
-
-
-def _capabilities() -> Mapping[str, Any]:
-    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuant]]:
