@@ -151,7 +151,6 @@ _ZERO = torch.zeros(1, dtype=torch.int64)
 """The zero point of weights."""
 
 
-@torch.library.custom_op("robustq::convolve_codes", mutates_args=())
 def convolve_codes(
     codes: Tensor,
     scale: Tensor,
@@ -174,10 +173,18 @@ def convolve_codes(
     Returns:
         (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
     """
-    one, onednn = float(scale), torch.ops.onednn
-    how = (one, 0, stride, padding, dilation, groups, list(codes.shape))
-    if weight_codes not in _packed or _packed[weight_codes][0] != (how, weight_codes._version):
-        _packed[weight_codes] = ((how, weight_codes._version), onednn.qconv_prepack(weight_codes, weight_scale, *how))
+    answer: Tensor = torch.ops.robustq.convolve_codes(
+        codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups
+    )
+    return answer
+
+
+def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
+    (stride, padding, dilation, groups), one, onednn = how, float(scale), torch.ops.onednn
+    packing = (one, 0, stride, padding, dilation, groups, list(codes.shape))
+    told = (packing, weight_codes._version)
+    if weight_codes not in _packed or _packed[weight_codes][0] != told:
+        _packed[weight_codes] = (told, onednn.qconv_prepack(weight_codes, weight_scale, *packing))
     _, packed = _packed[weight_codes]
     sums: Tensor = onednn.qconv_pointwise(
         *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, _ZERO, None),
@@ -186,23 +193,25 @@ def convolve_codes(
     return sums
 
 
-@convolve_codes.register_fake
-def _(
-    codes: Tensor,
-    scale: Tensor,
-    weight_codes: Tensor,
-    weight_scale: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
+def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
+    stride, padding, dilation, _ = how
     size = [
         (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
     ]
     made = torch.empty(len(codes), len(weight_codes), *size, device=codes.device)
     return made.contiguous(memory_format=torch.channels_last)
+
+
+# Not torch.library.custom_op, whose first call loads torch's compiler: 1.4 seconds and 158 MB.
+_Library: Any = torch.library.Library
+_operators = _Library("robustq", "FRAGMENT")
+_operators.define(
+    "convolve_codes(Tensor codes, Tensor scale, Tensor weight_codes, Tensor weight_scale, "
+    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+)
+_operators.impl("convolve_codes", _on_cpu, "CPU")
+_operators.impl("convolve_codes", _shape_of, "Meta")
 
 
 @cache

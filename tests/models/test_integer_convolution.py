@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import brevitas.nn as qnn
@@ -66,8 +68,7 @@ def test_sums_are_exact(case: tuple[int, ...]) -> None:
     torch.testing.assert_close(
         found.double(), exact * scale.double() * scales.double().reshape(-1, 1, 1), rtol=3 * 2.0**-24, atol=0
     )
-    meta = [tensor.to("meta") for tensor in (codes, scale, weights, scales)]
-    promised = convolve_codes(*meta, *how)
+    promised = convolve_codes(codes.to("meta"), scale.to("meta"), weights.to("meta"), scales.to("meta"), *how)
     assert promised.shape == found.shape and promised.stride() == found.stride()
 
 
@@ -215,6 +216,18 @@ def test_where_weights_learn_nothing_is_different() -> None:
         found.append([parameter.grad for parameter in model.parameters()])
     for ours, theirs in zip(*found, strict=True):
         assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
+def test_nothing_of_it_loads_the_compiler() -> None:
+    """Which takes seconds and memory that a run without --compile has no use for."""
+    program = """
+import sys
+import robustq.models.spec
+from robustq.models import integer_convolution
+integer_convolution.is_available()
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("capabilities", [{}, {"avx512_vnni": False}, {"avx512_bf16": True}])
