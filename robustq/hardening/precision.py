@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.models.instructions import lacks_bfloat16
+from robustq.models.instructions import lacks_bfloat16, slows_bfloat16
 from robustq.models.tf32 import tf32
 from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
@@ -50,6 +50,8 @@ def advice(precision: str, device: torch.device, *, key: str = "precision") -> s
         return f"torch has no convolutions of whole numbers for this {device}; passes on the side compute in {FLOAT32}"
     if precision == BFLOAT16 and _lacks_bfloat16(device):
         return f"this processor has no instructions for {BFLOAT16}; faster: --set {key}={FLOAT32}"
+    if precision == BFLOAT16 and device.type == "cpu" and slows_bfloat16():
+        return f"this processor multiplies {BFLOAT16} at half the pace of {FLOAT32}; faster: --set {key}={FLOAT32}"
     # Ampere, compute capability 8.0, was the first.
     if precision == TF32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"only newer GPUs have {TF32}; {device} computes in {FLOAT32}"

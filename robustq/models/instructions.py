@@ -14,6 +14,17 @@ def lacks_bfloat16() -> bool:
     return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
+def slows_bfloat16() -> bool:
+    """Whether it multiplies bfloat16 at half the pace of float32, by instructions of its own.
+
+    So do Intel's cores whose pace lies in AMX, where that is hidden, as in many a virtual machine
+    (docs/results/training-cost.md). They are known by 16-bit floats of the other kind, which came with AMX.
+    """
+    found = _capabilities()
+    made_for_amx = str(found.get("cpu_name", "")).startswith("Intel") and bool(found.get("avx512_fp16"))
+    return made_for_amx and not found.get("amx_bf16")
+
+
 def adds_up_bytes() -> bool:
     """Whether it adds products of 8-bit numbers up in 32 bits (VNNI), where pairs of them would overflow 16."""
     found = _capabilities()

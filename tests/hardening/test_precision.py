@@ -330,6 +330,20 @@ def test_a_cpu_without_the_instructions_is_known(monkeypatch: pytest.MonkeyPatch
     assert told == "this processor has no instructions for bfloat16; faster: --set side_precision=float32"
 
 
+def test_a_cpu_whose_bfloat16_is_slow_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(name: str, **found: Any) -> str | None:
+        known = {"architecture": "x86_64", "cpu_name": name, "avx512_bf16": True, **found}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+        return advice("bfloat16", CPU)
+
+    hidden = told("Intel Xeon", avx512_fp16=True, amx_bf16=False)
+    assert hidden == "this processor multiplies bfloat16 at half the pace of float32; faster: --set precision=float32"
+    assert told("Intel Xeon", avx512_fp16=True, amx_bf16=True) is None
+    assert told("Intel Xeon", avx512_fp16=False) is None  # before AMX: Cooper Lake
+    assert told("AMD EPYC", avx512_fp16=False) is None
+    assert told("AMD EPYC", avx512_fp16=True) is None
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float32", False), ("bfloat16", False)])
 def test_a_gpu_may_round_within_steps_in_tf32_alone(precision: str, allowed: bool) -> None:
     recipe = load_recipe("odgq", (f"precision={precision}", f"batch_size={BATCH}"))
