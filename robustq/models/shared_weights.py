@@ -32,10 +32,10 @@ class SharedWeights:
         All passes share one graph from the weights to what they became, so that only one backward pass may go through
         it; a pass in which the weights ask for no gradient gets them without it.
         """
-        with torch.enable_grad():
-            for answer in self._answers:
-                answer.quantize()
         try:
+            with torch.enable_grad():
+                for answer in self._answers:
+                    answer.quantize()
             yield
         finally:
             for answer in self._answers:
@@ -58,7 +58,7 @@ class _Answer:
         self._layer.quant_weight = self
 
     def withdraw(self) -> None:
-        del self._layer.quant_weight  # what the instance had hidden: the method of its class
+        vars(self._layer).pop("quant_weight", None)  # it hid the method of its class
         self._quantized = self._plain = None
 
     def __call__(self, quant_input: Any = None) -> Any:

@@ -86,6 +86,20 @@ def test_afterwards_weights_are_quantized_as_they_are_then() -> None:
     assert torch.equal(again, model(x))
 
 
+def test_a_layer_that_cannot_be_quantized_leaves_all_as_they_were() -> None:
+    model = network(4)
+    shared = SharedWeights(model)
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    hook = model.get_submodule("fc.weight_quant").register_forward_pre_hook(full)
+    with pytest.raises(MemoryError), shared.quantized_once():
+        pass
+    hook.remove()
+    assert not any("quant_weight" in vars(module) for module in model.modules())
+
+
 def test_a_float_network_has_nothing_to_share() -> None:
     model, x = network(32), images()
     with SharedWeights(model).quantized_once():
