@@ -33,22 +33,37 @@ class _CountsCodes:
         largest = weights.flatten(1).abs().sum(1).max() * largest_code + bias.abs().max()
         self.accumulator_dtype = torch.float32 if float(largest) < EXACT_FLOAT32 else torch.float64
 
+    def bias_on_its_grid(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What makes a sum of codes the layer's output, (steps * sum + bias) * unit: one number a channel each.
+
+        Returns:
+            float64 (C,) how many steps of the bias one of the accumulator has, float64 (C,) bias codes, float32 (C,) or
+            (1,) the step of the bias.
+        """
+        layer: Any = self
+        weight_scale = layer.weight_quant.tensor_quant.scaling_impl.scale.flatten()
+        unit: Tensor = layer.bias_quant.tensor_quant.scaling_impl.scale.flatten()
+        steps = ((self.input_scale or 0.0) * weight_scale.double() / unit.double()).round()
+        # Divided in float32, as the bias quantizer does: on a rounding boundary both must fall on one side.
+        return steps, (layer.bias.detach() / unit).round().double(), unit
+
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Weight and bias codes in float64, both in steps of the bias: the accumulator's own may be coarser."""
         layer: Any = self
-        weight_scale = layer.weight_quant.tensor_quant.scaling_impl.scale
-        bias_scale = layer.bias_quant.tensor_quant.scaling_impl.scale
-        weights = (layer.weight.detach() / weight_scale).round().double()
-        steps = (self.input_scale or 0.0) * weight_scale.flatten().double() / bias_scale.double()
-        weights = weights * steps.round().reshape(-1, *[1] * (weights.dim() - 1))
-        # Divided in float32, as the bias quantizer does: on a rounding boundary both must fall on one side.
-        return weights, (layer.bias.detach() / bias_scale).round().double()
+        weights = (layer.weight.detach() / layer.weight_quant.tensor_quant.scaling_impl.scale).round().double()
+        steps, bias, _ = self.bias_on_its_grid()
+        return weights * steps.reshape(-1, *[1] * (weights.dim() - 1)), bias
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
         """(N, ...) inputs on their grid -> the layer's float outputs."""
         layer: Any = self
-        if self.input_scale is None or torch.is_grad_enabled() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-            ordinary: Tensor = super().inner_forward_impl(x, quant_weight, quant_bias)  # type: ignore[misc]
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        if self.input_scale is None or traced or torch.is_grad_enabled():
+            parts: Any = (x, quant_weight, quant_bias)
+            if self.input_scale is not None and not traced:
+                # Brevitas' book-keeping of scales is read by nothing behind, and torch.compile cannot follow it.
+                parts = (getattr(part, "value", part) for part in parts)
+            ordinary: Tensor = super().inner_forward_impl(*parts)  # type: ignore[misc]
             return ordinary
         dtype = self.accumulator_dtype
         weights, bias = self._codes()
