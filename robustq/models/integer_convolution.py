@@ -3,7 +3,7 @@
 Activations behind a quantizer and weights lie on grids, so that a convolution of them is a sum of whole numbers times
 one scale a channel. Processors with instructions for it (VNNI) form such sums exactly, and three times as fast as a
 float32 convolution rounds its own (docs/results/training-cost.md). The way back multiplies the gradient with the
-weights in bfloat16, where the processor has instructions for that too: no code turns there.
+weights in bfloat16, where the processor has fast instructions for that too: no code turns there.
 
 The kernel is oneDNN's, by the names under which torch.compile calls it: they are no public interface, so that nothing
 is done before one small convolution has come out right (:func:`is_available`).
@@ -23,8 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustq.models.batch_norm import running_statistics
+from robustq.models.exact_layers import ExactConv2d
 from robustq.models.fused_quant import FusedIntQuant
-from robustq.models.instructions import adds_up_bytes, lacks_bfloat16
+from robustq.models.instructions import adds_up_bytes, lacks_bfloat16, slows_bfloat16
 
 LARGEST_CODE = 255
 """Of what enters: the kernel takes uint8."""
@@ -40,10 +41,12 @@ class IntegerConvolutions:
         model: its Brevitas convolutions are looked at; any network.
         example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer, in the mode that
             the network is in; nothing of it changes by that.
+        way_back: what gradients and weights are multiplied in; None: the fastest.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor) -> None:
-        self._layers = [_Layer(conv, grid) for conv, grid in _on_grids(model, example)]
+    def __init__(self, model: nn.Module, example: Tensor, *, way_back: torch.dtype | None = None) -> None:
+        way_back = way_back or (torch.float32 if lacks_bfloat16() or slows_bfloat16() else torch.bfloat16)
+        self._layers = [_Layer(conv, grid, way_back) for conv, grid in _on_grids(model, example)]
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -67,13 +70,14 @@ class _Layer:
     would be compiled anew for an object that it has not seen.
     """
 
-    def __init__(self, conv: Any, grid: FusedIntQuant) -> None:
+    def __init__(self, conv: Any, grid: FusedIntQuant, way_back: torch.dtype) -> None:
         self._conv = conv
         self._grid = grid
-        self._way_back = torch.float32 if lacks_bfloat16() else torch.bfloat16
+        self._way_back = way_back
         self._scale: Any = None
         self._codes: Any = None
         self._weight_scale: Any = None
+        self._exact: Any = None
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -81,11 +85,14 @@ class _Layer:
         self._weight_scale = weight.scale.reshape(-1).contiguous()
         self._codes = (weight.value / weight.scale).round_().to(torch.int8)
         self._scale = self._grid.scaling_impl(torch.zeros(()), self._grid.threshold_steps)
+        if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
+            self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
+            self._weight_scale = torch.ones_like(self._weight_scale)
         self._conv.inner_forward_impl = self
 
     def end(self) -> None:
         vars(self._conv).pop("inner_forward_impl", None)  # what the instance had hidden: the method of its class
-        self._scale = self._codes = self._weight_scale = None
+        self._scale = self._codes = self._weight_scale = self._exact = None
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
         conv, values = self._conv, getattr(x, "value", x)
@@ -97,16 +104,18 @@ class _Layer:
             getattr(weight, "value", weight),
             self._codes,
             self._weight_scale,
+            self._exact,
             *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
             conv.groups,
             self._way_back,
         )
-        return y if bias is None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
+        return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
 
 
 class _Convolve(torch.autograd.Function):
     """The convolution of scale * codes with weights; x gets the gradient of that, before which weights and the gradient
-    that comes in are rounded to the type of the way back.
+    that comes in are rounded to the type of the way back. Where exact, the bias is added as the device adds it, code by
+    code (:mod:`robustq.models.exact_layers`).
     """
 
     @staticmethod
@@ -117,6 +126,7 @@ class _Convolve(torch.autograd.Function):
         weight: Tensor,
         weight_codes: Tensor,
         weight_scale: Tensor,
+        exact: list[Tensor] | None,
         stride: list[int],
         padding: list[int],
         dilation: list[int],
@@ -126,8 +136,12 @@ class _Convolve(torch.autograd.Function):
         codes = (x / scale).round_().to(torch.uint8)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
-        answer: Tensor = convolve_codes(codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups)
-        return answer
+        unit = scale if exact is None else torch.ones_like(scale)
+        sums: Tensor = convolve_codes(codes, unit, weight_codes, weight_scale, stride, padding, dilation, groups)
+        if exact is None:
+            return sums
+        steps, bias, step = exact
+        return (sums * steps + bias) * step
 
     @staticmethod
     @once_differentiable
@@ -141,7 +155,7 @@ class _Convolve(torch.autograd.Function):
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 9)
+        return (of_x.to(grads[0].dtype), *[None] * 10)
 
 
 _packed = WeakTensorKeyDictionary()
@@ -199,7 +213,8 @@ def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: 
         (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
     ]
-    made = torch.empty(len(codes), len(weight_codes), *size, device=codes.device)
+    # Not its len, which would bind compiled code to this number of images.
+    made = torch.empty(codes.shape[0], len(weight_codes), *size, device=codes.device)
     return made.contiguous(memory_format=torch.channels_last)
 
 

@@ -193,8 +193,14 @@ def test_weights_that_were_changed_in_place_are_packed_anew() -> None:
 
 
 def test_the_way_back_is_rounded_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for instruction, kind in (("avx512_bf16", torch.bfloat16), ("avx512_vnni", torch.float32)):
-        found = {"architecture": "x86_64", instruction: True}
+    slow = {"avx512_bf16": True, "cpu_name": "Intel Xeon", "avx512_fp16": True}
+    for more, kind in (
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_vnni": True}, torch.float32),
+        (slow, torch.float32),
+        ({**slow, "amx_bf16": True}, torch.bfloat16),
+    ):
+        found = {"architecture": "x86_64", **more}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
         layers = IntegerConvolutions(network(4), images()[:2])
         assert {layer._way_back for layer in layers._layers} == {kind}
