@@ -1,22 +1,19 @@
 """A network's forward pass, and the backward pass through it, as torch.compile makes them, within training steps alone.
 
-Whatever is judged runs as it is written: the monitor, every attack, every file. Quantizers keep their values: a GPU's
-compiled division is approximate by default, which would turn a rounding here and there, and is asked to be exact.
+Whatever is judged runs as it is written: the monitor, every answer that an attack is counted by, every file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from robustq.errors import UsageError
+from robustq.models.compiled import compile_forward, in_one_line
 from robustq.recipe_faults import INTEGER
-
-_OPTIONS = {"eager_numerics.division_rounding": True}
 
 WORTH_COMPILING = 1800.0
 """Seconds of a run on a CPU of which compiling would be a tenth at most, and save a fifth where it was measured."""
@@ -39,10 +36,7 @@ class CompiledForward:
         self._model = model
         self._batch_size = batch_size
         self._cuda_graphs = cuda_graphs
-        options: dict[str, Any] | None = None
-        if backend == "inductor":
-            options = {**_OPTIONS, "triton.cudagraphs": cuda_graphs}
-        self._forward = torch.compile(_of_its_own(model.forward), backend=backend, dynamic=False, options=options)
+        self._forward = compile_forward(model.forward, dynamic=False, cuda_graphs=cuda_graphs, backend=backend)
 
     @contextmanager
     def in_place(self, images: int) -> Iterator[None]:
@@ -55,38 +49,18 @@ class CompiledForward:
         if images != self._batch_size:
             yield
             return
-        # Only here: loading the compiler takes seconds.
-        from torch._dynamo.exc import TorchDynamoException
-
         if self._cuda_graphs:
             # What a step's first passes gave may be read until the next step begins, and not after.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         own = vars(self._model).get("forward")
         self._model.forward = self._forward
         try:
-            yield
-        except TorchDynamoException as error:
-            raise UsageError(
-                f"torch.compile does not work here ({_first_line(error)}); train without it: --no-compile"
-            ) from error
+            with in_one_line(instead="train without it: --no-compile"):
+                yield
         finally:
             del self._model.forward  # what the instance had hidden: the method of its class, or one of its own
             if own is not None:
                 self._model.forward = own
-
-
-def _of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with code that no other network has.
-
-    torch.compile keeps what it has compiled by code, and takes it for another network of the same class whatever hooks
-    that one has: the features of ODG-Q would be missed.
-    """
-
-    def own(*inputs: Any, **named: Any) -> Any:
-        return forward(*inputs, **named)
-
-    own.__code__ = own.__code__.replace()
-    return own
 
 
 def compile_advice(device: torch.device, *, cuda_graphs: bool) -> list[str]:
@@ -108,9 +82,3 @@ def better_compiled(*, integers: bool) -> str:
     """
     share, aside = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
     return f"so long a run may be a {share} shorter with --compile{aside}, which takes a C++ compiler and some minutes"
-
-
-def _first_line(error: Exception) -> str:
-    cause: BaseException = getattr(error, "inner_exception", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[0].rstrip(".")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robustq.errors import UsageError
+from robustq.models.fused_quant import FusedIntQuant
 
 STRAIGHT_THROUGH = "straight-through"
 PASS_THROUGH = "pass-through"
@@ -38,6 +39,9 @@ RULES: tuple[str, ...] = (STRAIGHT_THROUGH, PASS_THROUGH, SMOOTH)
 `pass-through`: 1 everywhere, that is no clip mask. A ReLU in front of the quantizer keeps its own derivative.
 `smooth`: the derivative of a smooth staircase, `staircase_slope`; of a sign that of tanh, `sign_slope`.
 """
+
+Network = Callable[[Tensor], Tensor]
+"""Images (N, C, H, W) -> logits (N, K)."""
 
 WAVE = 0.5
 """How much steeper the smooth staircase of up to 4 codes is half-way between two codes than on average, and flatter at
@@ -53,7 +57,7 @@ wide ones break less, on one without them more (docs/results/attacks.md)."""
 
 
 @contextmanager
-def backward_rule(model: nn.Module, rule: str) -> Iterator[None]:
+def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -> Iterator[None]:
     """Differentiate the activation quantizers of a network by another rule, inside the `with`.
 
     It covers all activation quantizers of Brevitas (ours, folded or not, and those in a user's own network), and under
@@ -65,6 +69,8 @@ def backward_rule(model: nn.Module, rule: str) -> Iterator[None]:
     Args:
         model: the network; changed in nothing but its backward pass.
         rule: one of `RULES`.
+        plain_rounding: False for a network that is known to make none of those plain calls (`rounds_plainly`), which
+            are then not looked for.
 
     Raises:
         UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
@@ -80,11 +86,12 @@ def backward_rule(model: nn.Module, rule: str) -> Iterator[None]:
         for quantizer, name in {quantizer: name for name, quantizer in activation_quantizers(model).items()}.items():
             slope = _slope_of(name, quantizer, rule)
             stack.enter_context(quantizer.register_forward_hook(partial(_reattach, slope=slope)))
-        stack.enter_context(_WatchedRounding(rule))
+        if plain_rounding:
+            stack.enter_context(_WatchedRounding(rule))
         yield
 
 
-def under_rule(model: nn.Module, rule: str) -> Callable[[Tensor], Tensor]:
+def under_rule(model: nn.Module, rule: str) -> Network:
     """The network as a callable whose gradient follows a rule; a call leaves the network itself as it was.
 
     Args and errors are those of `backward_rule`.
@@ -98,6 +105,19 @@ def under_rule(model: nn.Module, rule: str) -> Callable[[Tensor], Tensor]:
         return logits
 
     return ruled
+
+
+def rounds_plainly(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network calls torch.round or its like itself, outside its quantizers, on its way from these images.
+
+    Args:
+        model: the network; it is called once.
+        x: (N, C, H, W) images.
+    """
+    watched = _WatchedRounding(PASS_THROUGH)
+    with torch.enable_grad(), watched:
+        model(x.detach().clone().requires_grad_())
+    return watched.found
 
 
 def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
@@ -168,10 +188,12 @@ def _slope_of(name: str, quantizer: nn.Module, rule: str) -> Slope:
         return _one
     if isinstance(quantizer, BinaryQuant | ClampedBinaryQuant):
         return _of_sign
+    if isinstance(quantizer, FusedIntQuant):
+        return partial(_of_staircase, codes=quantizer.codes)
     integers = getattr(quantizer, "int_quant", None)
     if integers is None or not hasattr(integers, "min_int"):
         raise UsageError(f"{name} is a {type(quantizer).__name__}, which has no smooth form here; use '{PASS_THROUGH}'")
-    return partial(_of_staircase, integers=integers)
+    return partial(_of_stock_staircase, integers=integers)
 
 
 def _one(x: Tensor, answer: tuple[Any, ...]) -> None:
@@ -184,10 +206,16 @@ def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
     return slope
 
 
-def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
-    _, scale, zero_point, bit_width = answer
-    lowest, highest = float(integers.min_int(bit_width)), float(integers.max_int(bit_width))
-    return staircase_slope(x / scale + zero_point, lowest=lowest, highest=highest)
+def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, codes: tuple[int, int]) -> Tensor:
+    _, scale, zero_point, _ = answer
+    return staircase_slope(x / scale + zero_point, lowest=codes[0], highest=codes[1])
+
+
+def _of_stock_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
+    """Whose width may be learned."""
+    bit_width = answer[3]
+    codes = (int(integers.min_int(bit_width)), int(integers.max_int(bit_width)))
+    return _of_staircase(x, answer, codes=codes)
 
 
 def _reattach(module: nn.Module, inputs: tuple[Any, ...], answer: tuple[Any, ...], *, slope: Slope) -> tuple[Any, ...]:
@@ -226,6 +254,7 @@ class _WatchedRounding(TorchFunctionMode):
     def __init__(self, rule: str) -> None:
         super().__init__()
         self.rule = rule
+        self.found = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -237,6 +266,7 @@ class _WatchedRounding(TorchFunctionMode):
         x = args[0]
         if not (torch.is_grad_enabled() and x.requires_grad):
             return answer
+        self.found = True
         factor = None
         if self.rule == SMOOTH and func in _SIGNS:
             with torch.no_grad():

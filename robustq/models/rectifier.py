@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import brevitas.nn as qnn
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from robustq.models.fused_quant import FusedIntQuant
 from robustq.models.quantizers import ActQuant
@@ -34,10 +36,30 @@ class _Rectified(nn.Module):
         observed = _is_watched(self.activation_impl) or _is_watched(self.tensor_quant)
         if observed or not isinstance(self.tensor_quant, FusedIntQuant):
             # A backward rule wants to stand between the two, or Brevitas has compiled the quantizer.
-            answer = self.tensor_quant(self.activation_impl(x))
+            bare = torch.compiler.is_compiling() and not _is_watched(self.activation_impl)
+            answer = self.tensor_quant(_Relu.apply(x) if bare else self.activation_impl(x))
         else:
             answer = self.tensor_quant.rectified(x)
         return answer
+
+
+class _Relu(torch.autograd.Function):
+    """relu(x), to be compiled: without the truth value that torch's own keeps of each element for the way back
+    (see :func:`robustq.models.fused_quant._inside_compiled_on_cpu`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        g: Tensor = grads[0] * y.sign()
+        return g
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening import compiled, descent
+from robustq.hardening import descent
 from robustq.hardening.compiled import WORTH_COMPILING, CompiledForward, better_compiled, compile_advice, compiling_pays
 from robustq.hardening.descent import Descent
 from robustq.hardening.methods.registry import build_method
+from robustq.models.compiled import EXACT
 from robustq.models.rectifier import QuantReLU
 from robustq.recipe import Recipe, load_recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
@@ -172,7 +173,7 @@ def test_quantizers_keep_their_values_in_compiled_code(bits: int) -> None:
     torch.compiler.reset()
     x = torch.randn(64, 16, 8, 8, generator=torch.Generator().manual_seed(bits))
     relu = QuantReLU(bit_width=bits)
-    fast = torch.compile(relu, fullgraph=True, dynamic=False, options={**compiled._OPTIONS})
+    fast = torch.compile(relu, fullgraph=True, dynamic=False, options={**EXACT})
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     assert torch.equal(fast(ours), relu(theirs))
     fast(ours).square().sum().backward()

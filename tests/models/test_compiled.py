@@ -1,0 +1,163 @@
+"""Compiled passes of a network under attack: its own answers and gradients, one graph for any number of images."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from robustq.errors import UsageError
+from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, rounds_plainly, under_rule
+from robustq.models.compiled import FEWEST, CompiledNetwork
+from robustq.models.integer_convolution import IntegerConvolutions, is_available
+from robustq.models.rectifier import _Relu
+from robustq.models.shared_weights import SharedWeights
+from tests.models.test_backward_rules import input_slope, network
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch.compiler.reset()
+
+
+SMALL = ("resnet8", "folded")
+CASES = [("resnet8-4", "smooth"), ("folded-8", "pass-through"), ("resnet8-32", "straight-through")]
+MORE = [
+    *((name, rule) for name in ("resnet8-4", "folded-8", "resnet8-1", "own-4") for rule in RULES),
+    ("resnet8-32", "smooth"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE if case not in CASES)]
+)
+def test_answers_and_gradients_are_the_networks_own_from_one_graph_each(name: str, rule: str) -> None:
+    """The graphs that torch.compile finds, run as they are."""
+    model, x = network(name)
+    counter = CompileCounterWithBackend("eager")
+    with SharedWeights(model).quantized_once():
+        fast = CompiledNetwork(model, backend=counter)
+        asked = fast if rule == STRAIGHT_THROUGH else fast.under_rule(rule)
+        for count in (40, 39, 23, FEWEST):
+            images = x[:count].clone()
+            logits, slope = input_slope(under_rule(model, rule), images)
+            ours = input_slope(asked, images)
+            assert torch.equal(ours[0], logits)
+            assert torch.equal(ours[1], slope)
+            assert slope.any()
+            with torch.no_grad():
+                assert torch.equal(asked(images), model(images))
+        assert counter.frame_count == 2
+
+
+def test_answers_without_gradient_are_compiled_once_for_all_rules() -> None:
+    model, x = network("resnet8-4")
+    counter = CompileCounterWithBackend("eager")
+    fast = CompiledNetwork(model, backend=counter)
+    ruled = [fast.under_rule(rule) for rule in RULES]
+    with torch.no_grad():
+        answers = [fast(x.clone()), *(one(x.clone()) for one in ruled)]
+    assert all(torch.equal(one, answers[0]) for one in answers)
+    assert counter.frame_count == 1
+    with torch.no_grad():
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(ruled[1](leaf), answers[0])
+    assert counter.frame_count == 2  # of images that ask for a gradient: torch takes them for another kind
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_few_images_go_through_the_network_as_it_is_written(rule: str) -> None:
+    model, x = network("resnet8-4")
+    counter = CompileCounterWithBackend("eager")
+    asked = CompiledNetwork(model, backend=counter).under_rule(rule)
+    for count in (FEWEST - 1, 1, 0):
+        ours, theirs = input_slope(asked, x[:count]), input_slope(under_rule(model, rule), x[:count])
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+    assert counter.frame_count == 0
+
+
+@pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")
+@pytest.mark.parametrize("name", ["folded-8", *(pytest.param(f"{kind}-4", marks=pytest.mark.slow) for kind in SMALL)])
+def test_codes_are_convolved_in_whole_numbers(name: str) -> None:
+    model, x = network(name)
+    model = copy.deepcopy(model).requires_grad_(False)
+    with torch.no_grad():
+        answers = model(x)
+    expected = {rule: input_slope(under_rule(model, rule), x)[1] for rule in RULES}
+    integers = IntegerConvolutions(model, x[:2], way_back=torch.float32)
+    assert len(integers) == 9
+    counter = CompileCounterWithBackend("eager")
+    with SharedWeights(model).quantized_once(), integers.in_place():
+        fast = CompiledNetwork(model, backend=counter)
+        for rule, slope in expected.items():
+            logits, ours = input_slope(fast.under_rule(rule), x.clone())
+            # Those that a folded network gives when it counts, but for its last layer, which is no convolution.
+            torch.testing.assert_close(logits, answers, rtol=0.0, atol=2e-6)
+            # Differentiated it does not count, and a rounded sum turns a code in an image or two.
+            assert (ours.sign() == slope.sign()).float().mean() > 0.99
+        with torch.no_grad():
+            assert torch.equal(fast(x.clone()), answers)
+    assert counter.frame_count == len(RULES) + 1
+
+
+def test_plain_rounding_is_watched_where_there_is_any() -> None:
+    class Rounding(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = (x * 8.0).round().flatten(1)[:, :10]
+            return logits
+
+    model, x = Rounding(), torch.rand(FEWEST, 1, 8, 8)
+    counter = CompileCounterWithBackend("eager")
+    fast = CompiledNetwork(model, backend=counter)
+    assert not input_slope(fast, x.clone())[1].any()
+    assert torch.equal(
+        input_slope(fast.under_rule("pass-through"), x.clone())[1],
+        input_slope(under_rule(model, "pass-through"), x)[1],
+    )
+    assert input_slope(fast.under_rule("pass-through"), x.clone())[1].any()
+    assert rounds_plainly(model, x)
+    assert not rounds_plainly(network("resnet8-4")[0], network("resnet8-4")[1][:2])
+
+
+def test_a_compiler_that_fails_is_one_line() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found\nand a long story")
+
+    model, x = network("resnet8-4")
+    for asked in (CompiledNetwork(model, backend=broken), CompiledNetwork(model, backend=broken).under_rule("smooth")):
+        with pytest.raises(UsageError) as caught:
+            asked(x.clone().requires_grad_())
+        told = "torch.compile does not work here (No working C++ compiler found); attack without it: --no-compile"
+        assert str(caught.value) == told
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["resnet8-4", "resnet8-1", "resnet8-32"])
+def test_compiled_code(name: str, rule: str) -> None:
+    """Sums in another order, by which a code or a sign turns now and then."""
+    model, x = network(name)
+    logits, slope = input_slope(under_rule(model, rule), x)
+    ours = input_slope(CompiledNetwork(model).under_rule(rule), x.clone())
+    assert (ours[0] - logits).abs().median() < 1e-4
+    assert (ours[1].sign() == slope.sign()).float().mean() > 0.98
+
+
+def test_a_relu_before_a_watched_quantizer_has_its_own_gradient() -> None:
+    """Compiled it is another function (rectifier.py)."""
+    x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0, torch.inf], requires_grad=True)
+    g = torch.tensor([1.0, -2.0, 3.0, 4.0, -5.0, 6.0])
+    (ours,) = torch.autograd.grad(_Relu.apply(x), x, g)
+    (theirs,) = torch.autograd.grad(x.relu(), x, g)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(_Relu.apply(x), x.relu())
