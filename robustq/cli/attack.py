@@ -57,6 +57,14 @@ def attack(
         Path | None,
         typer.Option(help="New .npz for the adversarial images. Default: beside --out, with its name."),
     ] = None,
+    compiling: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Let torch.compile make the passes that find the images: minutes before the first ones, a third "
+            "to half of the time each then. What counts them is not compiled.",
+        ),
+    ] = False,
     own_model: OwnModel = None,
     skip_bad_images: SkipBadImages = False,
     seed: Seed = 0,
@@ -84,8 +92,9 @@ def attack(
         check_model_file(path)
     pictures = save_adversarial
     if replay is not None:
-        chosen = {"--epsilon": epsilon, "--epsilons": epsilons, "--surrogate": surrogate, "--control": control}
-        named = [name for name, value in {**chosen, "--save-adversarial": save_adversarial}.items() if value]
+        chosen: dict[str, object] = {"--epsilon": epsilon, "--epsilons": epsilons, "--surrogate": surrogate}
+        chosen |= {"--control": control, "--save-adversarial": save_adversarial, "--compile": compiling}
+        named = [name for name, value in chosen.items() if value]
         if named:
             raise UsageError(f"--replay attacks nothing, so that {named[0]} has no meaning; leave it out")
     elif pictures is None and out is not None and out.suffix != ".npz":
@@ -115,6 +124,7 @@ def attack(
             save_adversarial=pictures,
             own_model=own_model,
             skip_bad_images=skip_bad_images,
+            compiled=compiling,
             seed=seed,
             device=device,
         )

@@ -153,12 +153,12 @@ def _attack(campaign: Campaign, target: Target, suite: Suite) -> None:
         if attack.asks == "surrogates":
             for name, surrogate in target.surrogates.items():
                 places = campaign.standing_places
-                campaign.run(attack, target.judge, places, label=f"{attack.name}: {name}", surrogate=surrogate)
+                campaign.run(attack, target.asked, places, label=f"{attack.name}: {name}", surrogate=surrogate)
         elif attack.asks == "features":
             if target.features is not None:
                 campaign.run(attack, target.source, campaign.standing_places, features=target.features)
         elif attack.asks == "judge":
-            campaign.run(attack, target.judge, campaign.standing_places)
+            campaign.run(attack, target.asked, campaign.standing_places)
         else:
             # A column of a table has one gradient, the one that training used.
             rules = list(target.sources.items())[: None if suite.drops_broken else 1]

@@ -42,6 +42,8 @@ class Target:
         control: a naturally trained network on the same data, which has no defence; None: nobody gave one.
         image_by_image: the judge's answer to an image depends on the images beside it (dynamic quantization), so that
             it is asked about one at a time.
+        guide: a faster form of the judge, which attacks without gradient ask in its place; what breaks an image is the
+            judge's word all the same. None: the judge itself.
     """
 
     judge: Model
@@ -50,6 +52,7 @@ class Target:
     surrogates: Mapping[str, Model] = field(default_factory=dict)
     control: Model | None = None
     image_by_image: bool = False
+    guide: Model | None = None
 
     @classmethod
     def of(cls, model: Model) -> Target:
@@ -60,6 +63,11 @@ class Target:
     def source(self) -> Model:
         """The differentiable model as training used it."""
         return next(iter(self.sources.values()))
+
+    @property
+    def asked(self) -> Model:
+        """What attacks without gradient ask."""
+        return self.judge if self.guide is None else self.guide
 
 
 def one_by_one(model: Model) -> Model:
@@ -116,13 +124,13 @@ def settled(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, floa
         the target, and the share of images that two calls answered differently.
     """
     if target.image_by_image:
-        target = replace(target, judge=one_by_one(target.judge))
+        target = replace(target, judge=one_by_one(target.judge), guide=None)
     random = answers_at_random(target.judge, x, batch_size=batch_size)
     if random > 0.0:
         sources = {name: averaged(model) for name, model in target.sources.items()}
-        return replace(target, judge=averaged(target.judge), sources=sources), random
+        return replace(target, judge=averaged(target.judge), sources=sources, guide=None), random
     if not target.image_by_image and depends_on_batch(target.judge, x):
-        return replace(target, judge=one_by_one(target.judge), image_by_image=True), random
+        return replace(target, judge=one_by_one(target.judge), image_by_image=True, guide=None), random
     return target, random
 
 

@@ -20,10 +20,10 @@ from robustq.evaluation.pictures import Pictures, digest
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import Target
-from robustq.models.shared_weights import SharedWeights
 from robustq.outputs import check_new
 from robustq.progress import note
 from robustq.recipe import format_epsilon
+from robustq.workflow.crafting import crafted_fast
 from robustq.workflow.opening import Opened, open_attackable
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation
 from robustq.workflow.surrogates import given, of_the_paper, twins, undefended
@@ -43,6 +43,7 @@ def attack_model(
     save_adversarial: Path | None = None,
     own_model: str | None = None,
     skip_bad_images: bool = False,
+    compiled: bool = False,
     seed: int = 0,
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def attack_model(
         own_model: the ``module:function`` that built the network, where it is the user's own; without it the code is
             not run.
         skip_bad_images: leave out image files that cannot be read, with a warning.
+        compiled: find the images with compiled passes; what counts them is not compiled.
         seed: of everything random.
         device: ``cpu``, ``cuda``; None: a GPU where there is one.
 
@@ -99,9 +101,9 @@ def attack_model(
         device=place,
     )
     start = time.perf_counter()
-    with SharedWeights(opened.source).quantized_once():  # no attack changes them
-        found = run_suite(target, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
-        curve = _curve(target, x, y, chosen, found, epsilons, device=place, seed=seed)
+    with crafted_fast(target, opened.source, x, compiled=compiled) as fast:
+        found = run_suite(fast, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
+        curve = _curve(fast, x, y, chosen, found, epsilons, device=place, seed=seed)
     result = {
         "model": str(opened.path.absolute()),
         "judge": "onnxruntime" if opened.deployed is not None else "pytorch",
@@ -109,6 +111,7 @@ def attack_model(
         "data": loaded.name,
         "suite": suite,
         "seed": seed,
+        "compiled": compiled,
         **found.to_dict(),
         "curve": curve,
         "surrogates": list(target.surrogates),

@@ -74,10 +74,15 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
             )
         deployed, checkpoint = bundle.onnx, bundle.model
     network, spec, _ = load_model(checkpoint, own_model=own_model)
-    source = (fold(network, spec) if deployed is not None else network).eval().to(device)
-    # As in training: convolutions' fastest layout; attacks want gradients of images, not of weights.
-    source = source.to(memory_format=torch.channels_last).requires_grad_(False)
+    source = ready(fold(network, spec) if deployed is not None else network, device)
     return Opened(path, network, source, OnnxModel(deployed) if deployed else source, deployed, spec, checkpoint)
+
+
+def ready(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network itself, to be attacked or transferred from: as in training on its device in convolutions' fastest
+    layout, in eval mode, and without gradients of weights, which no attack wants.
+    """
+    return network.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def _sources(source: nn.Module) -> dict[str, Model]:

@@ -25,7 +25,7 @@ from robustq.models.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note, notes_of
 from robustq.report.numbers import duration
-from robustq.workflow.opening import Opened
+from robustq.workflow.opening import Opened, ready
 from robustq.workflow.resuming import resume_run
 from robustq.workflow.setting import check_fit
 from robustq.workflow.training import train_model
@@ -57,7 +57,7 @@ def twins(opened: Opened, data: Dataset, *, own_model: str | None, device: torch
         if bits == 8:
             images, _ = data.train.take(512)
             calibrate(network, to_float(images))
-        made[name] = network.eval().to(device)
+        made[name] = ready(network, device)
     return made
 
 
@@ -71,7 +71,7 @@ def given(paths: list[Path], data: Dataset, *, own_model: str | None, device: to
     for path in paths:
         network, spec, _ = load_model(path, own_model=own_model)
         check_fit(spec, data, path)
-        made[str(path)] = network.eval().to(device)
+        made[str(path)] = ready(network, device)
     return made
 
 
@@ -115,7 +115,7 @@ def _trained(
     except ModelFileError as error:
         raise ModelFileError(f"{error}; or remove {folder}, and it is trained again") from error
     check_fit(kept, data, folder / "best.pt")
-    return network.eval().to(device)
+    return ready(network, device)
 
 
 def _train(

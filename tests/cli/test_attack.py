@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from robustq.models.compiled import CompiledNetwork
 from robustq.report.attack import attack_lines
+from robustq.workflow import crafting
 from tests.cli.conftest import Run
 from tests.evaluation.budgets import small
 
@@ -143,6 +147,48 @@ def test_standard_is_the_default_and_its_pictures_replay(run: Run, digits_w4a4: 
     assert other.code == 0 and "answered as resnet8-w4a4 did" in other.out
     missed = run("attack", digits_w4a4, "--replay", "f.npz", "--require", "0.99")
     assert missed.code == 1 and "below the required" in missed.err
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_compiled_passes_find_the_same(
+    run: Run, digits_w4a4: Path, digits_float: Path, monkeypatch: pytest.MonkeyPatch, deployed: bool
+) -> None:
+    """The graphs that torch.compile finds, run as they are; sums of whole numbers turn a sign now and then."""
+    compile_with(monkeypatch, "eager")
+    model = digits_w4a4
+    if deployed:
+        model = Path("bundle")
+        assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", model).code == 0
+    how = ("--images", "40", "--epsilon", "32/255", "--control", digits_float, "--json")
+    plain, fast = run("attack", model, *how), run("attack", model, *how, "--compile", "--out", "f.json")
+    assert plain.code == fast.code == 0, fast.err
+    assert "4 kinds of passes compile" in fast.err and "compile" not in plain.err
+    assert (plain.json["compiled"], fast.json["compiled"]) == (False, True)
+    assert fast.json["clean_accuracy"] == plain.json["clean_accuracy"]
+    assert abs(fast.json["robust_accuracy"] - plain.json["robust_accuracy"]) <= 1 / 40
+    assert fast.json["twin_agreement"] == plain.json["twin_agreement"] == 1.0
+    again = run("attack", model, "--replay", "f.npz", "--json")
+    assert again.json["robust_accuracy"] == fast.json["robust_accuracy"]
+
+
+def test_a_compiler_that_fails_is_one_line_and_writes_nothing(
+    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no compiler today")
+
+    compile_with(monkeypatch, refuse)
+    done = run("attack", digits_w4a4, "--images", "30", "--no-surrogates", "--compile", "--out", "f.json")
+    assert done.code == 2
+    assert done.err.strip().splitlines()[-1] == (
+        "robustq: torch.compile does not work here (no compiler today); attack without it: --no-compile"
+    )
+    assert not list(Path().glob("f.*"))
+
+
+def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(crafting, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend))
 
 
 def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4: Path) -> None:

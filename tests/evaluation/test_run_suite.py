@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import fgsm, pgd, uniform_noise
+from robustq.attacks import fgsm, pgd, random_corners, square, uniform_noise
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct
@@ -18,7 +18,7 @@ from robustq.evaluation.evaluate import evaluate, run_suite, suite_called
 from robustq.evaluation.named_attack import NamedAttack
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, Suite
-from robustq.evaluation.target import AS_TRAINED, DRAWS, Target
+from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, settled
 from tests.evaluation.budgets import small
 from tests.evaluation.nets import Net, ResizedAndPadded, Scaled, trained
 from tests.models.small_nets import digits
@@ -92,6 +92,52 @@ def test_the_judge_counts_and_not_the_source() -> None:
     found = run(Target(judge, {AS_TRAINED: source}))
     assert found.clean_accuracy == found.robust_accuracy == 1.0
     assert found.twin_agreement < 1.0
+
+
+HUNTING = Suite(
+    "hunting",
+    (
+        NamedAttack("corners", random_corners, {"corners": 5}, asks="judge", hunts=True),
+        NamedAttack("square", square, {"queries": 20}, asks="judge", hunts=True),
+    ),
+    hunts_masking=False,
+)
+
+
+def test_what_guides_a_search_is_not_what_counts() -> None:
+    model = trained("natural")
+    judge, guide = Recording(model), Recording(model)
+    plain = run(Target(model, {AS_TRAINED: model}), HUNTING)
+    guided = run(Target(judge, {AS_TRAINED: model}, guide=guide), HUNTING)
+    assert torch.equal(guided.robust, plain.robust) and torch.equal(guided.x_adv, plain.x_adv)
+    assert 0.0 < guided.robust_accuracy < guided.clean_accuracy
+    # The judge hears of clean images, of what broke the guide, and of what is left.
+    assert sum(count for count, _ in judge.calls) < sum(count for count, _ in guide.calls)
+
+    def wrong(x: Tensor) -> Tensor:
+        return cast("Tensor", -model(x))
+
+    misled = run(Target(model, {AS_TRAINED: model}, guide=wrong), HUNTING)
+    right = correct(model, to_float(misled.x_adv), few()[1], batch_size=256)
+    assert torch.equal(right & misled.clean, misled.robust)
+    assert torch.equal(misled.clean, plain.clean)
+
+
+def test_a_judge_that_is_asked_otherwise_has_no_guide() -> None:
+    model = trained("natural")
+    x = to_float(few()[0])
+
+    def random(x: Tensor) -> Tensor:
+        return cast("Tensor", model(x) + torch.randn(len(x), 10))
+
+    def of_its_batch(x: Tensor) -> Tensor:
+        return cast("Tensor", model(x) * (1.0 + x.mean() + 0.1 * len(x)))
+
+    for judge, alone in ((random, False), (of_its_batch, False), (model, True)):
+        target, _ = settled(Target(judge, {AS_TRAINED: model}, guide=model, image_by_image=alone), x, batch_size=60)
+        assert target.guide is None and target.asked is target.judge
+    target, _ = settled(Target(model, {AS_TRAINED: model}, guide=model), x, batch_size=60)
+    assert target.guide is model
 
 
 def test_only_rounded_pictures_inside_the_ball_count() -> None:
