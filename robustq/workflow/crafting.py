@@ -43,7 +43,7 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
             stack.enter_context(SharedWeights(network).quantized_once())
         if copied is not None:
             kinds = len(target.sources) + 1
-            note(f"note    {kinds} kinds of passes compile when they are first asked for, in half a minute or so each")
+            note(f"note    {kinds} kinds of passes compile when they are first asked for, in a quarter of a minute or so each")
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is source)
         yield target
