@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,9 +21,11 @@ import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustq.models.batch_norm import running_statistics
+from robustq.models.binary import FusedSign
 from robustq.models.exact_layers import ExactConv2d
 from robustq.models.fused_quant import FusedIntQuant
 from robustq.models.instructions import adds_up_bytes, lacks_bfloat16, slows_bfloat16
@@ -35,7 +38,7 @@ WEIGHT_BITS = 8
 
 
 class IntegerConvolutions:
-    """Those convolutions of one network whose inputs are codes from 0 on.
+    """Those convolutions of one network whose inputs are codes of at most 8 bits, or signs.
 
     Args:
         model: its Brevitas convolutions are looked at; any network.
@@ -70,7 +73,7 @@ class _Layer:
     would be compiled anew for an object that it has not seen.
     """
 
-    def __init__(self, conv: Any, grid: FusedIntQuant, way_back: torch.dtype) -> None:
+    def __init__(self, conv: Any, grid: _Grid, way_back: torch.dtype) -> None:
         self._conv = conv
         self._grid = grid
         self._way_back = way_back
@@ -84,7 +87,7 @@ class _Layer:
         weight = self._conv.quant_weight()
         self._weight_scale = weight.scale.reshape(-1).contiguous()
         self._codes = (weight.value / weight.scale).round_().to(torch.int8)
-        self._scale = self._grid.scaling_impl(torch.zeros(()), self._grid.threshold_steps)
+        self._scale = self._grid.scale()
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
             self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
             self._weight_scale = torch.ones_like(self._weight_scale)
@@ -107,6 +110,7 @@ class _Layer:
             self._exact,
             *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
             conv.groups,
+            -self._grid.lowest,
             self._way_back,
         )
         return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
@@ -131,13 +135,16 @@ class _Convolve(torch.autograd.Function):
         padding: list[int],
         dilation: list[int],
         groups: int,
+        zero_point: int,
         way_back: torch.dtype,
     ) -> Tensor:
-        codes = (x / scale).round_().to(torch.uint8)
+        codes = (x / scale).round_()
+        codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
         unit = scale if exact is None else torch.ones_like(scale)
-        sums: Tensor = convolve_codes(codes, unit, weight_codes, weight_scale, stride, padding, dilation, groups)
+        how = (stride, padding, dilation, groups, zero_point)
+        sums: Tensor = convolve_codes(codes, unit, weight_codes, weight_scale, *how)
         if exact is None:
             return sums
         steps, bias, step = exact
@@ -155,7 +162,7 @@ class _Convolve(torch.autograd.Function):
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 10)
+        return (of_x.to(grads[0].dtype), *[None] * 11)
 
 
 _packed = WeakTensorKeyDictionary()
@@ -174,11 +181,12 @@ def convolve_codes(
     padding: list[int],
     dilation: list[int],
     groups: int,
+    zero_point: int = 0,
 ) -> Tensor:
     """The convolution of two tensors of codes, times their scales.
 
     Args:
-        codes: (N, C, H, W) uint8.
+        codes: (N, C, H, W) uint8, each ``zero_point`` more than what it stands for; zeros are around it.
         scale: scalar float32, of one code.
         weight_codes: (K, C / groups, kh, kw) int8.
         weight_scale: (K,) float32.
@@ -188,27 +196,27 @@ def convolve_codes(
         (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
     """
     answer: Tensor = torch.ops.robustq.convolve_codes(
-        codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups
+        codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups, zero_point
     )
     return answer
 
 
 def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
-    (stride, padding, dilation, groups), one, onednn = how, float(scale), torch.ops.onednn
-    packing = (one, 0, stride, padding, dilation, groups, list(codes.shape))
+    (stride, padding, dilation, groups, zero_point), one, onednn = how, float(scale), torch.ops.onednn
+    packing = (one, zero_point, stride, padding, dilation, groups, list(codes.shape))
     told = (packing, weight_codes._version)
     if weight_codes not in _packed or _packed[weight_codes][0] != told:
         _packed[weight_codes] = (told, onednn.qconv_prepack(weight_codes, weight_scale, *packing))
     _, packed = _packed[weight_codes]
     sums: Tensor = onednn.qconv_pointwise(
-        *(codes.contiguous(memory_format=torch.channels_last), one, 0, packed, weight_scale, _ZERO, None),
+        *(codes.contiguous(memory_format=torch.channels_last), one, zero_point, packed, weight_scale, _ZERO, None),
         *(stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""),
     )
     return sums
 
 
 def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
-    stride, padding, dilation, _ = how
+    stride, padding, dilation, *_ = how
     size = [
         (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -223,7 +231,7 @@ _Library: Any = torch.library.Library
 _operators = _Library("robustq", "FRAGMENT")
 _operators.define(
     "convolve_codes(Tensor codes, Tensor scale, Tensor weight_codes, Tensor weight_scale, "
-    "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
+    "int[] stride, int[] padding, int[] dilation, int groups, int zero_point) -> Tensor"
 )
 _operators.impl("convolve_codes", _on_cpu, "CPU")
 _operators.impl("convolve_codes", _shape_of, "Meta")
@@ -237,38 +245,65 @@ def is_available() -> bool:
     codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
     weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
     weights[::2] = -127
-    try:
-        sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), [1, 1], [1, 1], [1, 1], 1)
-    except (RuntimeError, AttributeError, TypeError):
-        return False  # another torch, with other names or arguments
-    expected = torch.nn.functional.conv2d(codes.double(), weights.double(), padding=1)
-    return torch.equal(sums.double(), expected)
+    for zero_point in (0, 1):
+        how = ([1, 1], [1, 1], [1, 1], 1)
+        try:
+            sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), *how, zero_point)
+        except (RuntimeError, AttributeError, TypeError):
+            return False  # another torch, with other names or arguments
+        if not torch.equal(sums.double(), functional.conv2d(codes.double() - zero_point, weights.double(), padding=1)):
+            return False
+    return True
 
 
-def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, FusedIntQuant]]:
-    """The convolutions that take codes from 0 to at most :data:`LARGEST_CODE`, with the quantizer that made them."""
-    made: dict[int, FusedIntQuant] = {}
+@dataclass(frozen=True)
+class _Grid:
+    """What a quantizer's values are multiples of, from ``lowest`` times that on."""
+
+    quantizer: Any
+    lowest: int
+
+    @classmethod
+    def of(cls, quantizer: Any) -> _Grid | None:
+        """None where no codes come out that are as many as the kernel knows."""
+        if isinstance(quantizer, FusedSign):
+            return cls(quantizer, -1)
+        if isinstance(quantizer, FusedIntQuant) and quantizer.codes[1] - quantizer.codes[0] <= LARGEST_CODE:
+            return cls(quantizer, quantizer.codes[0])
+        return None
+
+    def scale(self) -> Tensor:
+        """Scalar, as it is now."""
+        if isinstance(self.quantizer, FusedSign):
+            return torch.tensor(self.quantizer.unit)
+        scale: Tensor = self.quantizer.scaling_impl(torch.zeros(()), self.quantizer.threshold_steps)
+        return scale
+
+
+def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, _Grid]]:
+    """The convolutions that take codes, with the grid on which these lie."""
+    made: dict[int, _Grid] = {}
     keep: list[Tensor] = []  # an id is only unique while its tensor lives
-    entering: dict[Any, FusedIntQuant | None] = {}
+    entering: dict[Any, _Grid | None] = {}
 
     def quantized(layer: Any, _: Any, output: Any) -> None:
-        quantizer = getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)
-        if isinstance(quantizer, FusedIntQuant) and quantizer.codes[0] == 0 and quantizer.codes[1] <= LARGEST_CODE:
-            _remember(getattr(output, "value", output), quantizer)
+        grid = _Grid.of(getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None))
+        if grid is not None:
+            _remember(getattr(output, "value", output), grid)
 
-    def _remember(tensor: Tensor, quantizer: FusedIntQuant) -> None:
+    def _remember(tensor: Tensor, grid: _Grid) -> None:
         keep.append(tensor)
-        made[id(tensor)] = quantizer
+        made[id(tensor)] = grid
 
     def pooled(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        quantizer = made.get(id(getattr(inputs[0], "value", inputs[0])))
-        if quantizer is not None:  # the largest code of a few is a code
-            _remember(getattr(output, "value", output), quantizer)
+        grid = made.get(id(getattr(inputs[0], "value", inputs[0])))
+        if grid is not None:  # the largest code of a few is a code
+            _remember(getattr(output, "value", output), grid)
 
     def entered(layer: Any, inputs: tuple[Any, ...]) -> None:
         found = made.get(id(getattr(inputs[0], "value", inputs[0])))
         # A layer that is called twice may meet two grids.
-        entering[layer] = found if entering.get(layer, found) is found else None
+        entering[layer] = found if entering.get(layer, found) == found else None
 
     handles = []
     for module in model.modules():

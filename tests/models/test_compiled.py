@@ -27,7 +27,7 @@ def nothing_compiled_before() -> None:
     torch.compiler.reset()
 
 
-SMALL = ("resnet8", "folded")
+SMALL = ("resnet8-4", "folded-4", "resnet8-1", "folded-1")
 CASES = [("resnet8-4", "smooth"), ("folded-8", "pass-through"), ("resnet8-32", "straight-through")]
 MORE = [
     *((name, rule) for name in ("resnet8-4", "folded-8", "resnet8-1", "own-4") for rule in RULES),
@@ -85,7 +85,7 @@ def test_few_images_go_through_the_network_as_it_is_written(rule: str) -> None:
 
 
 @pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")
-@pytest.mark.parametrize("name", ["folded-8", *(pytest.param(f"{kind}-4", marks=pytest.mark.slow) for kind in SMALL)])
+@pytest.mark.parametrize("name", ["folded-8", *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL)])
 def test_codes_are_convolved_in_whole_numbers(name: str) -> None:
     model, x = network(name)
     model = copy.deepcopy(model).requires_grad_(False)

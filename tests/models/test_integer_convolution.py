@@ -49,8 +49,9 @@ SHAPES = [
 
 
 @needs_instructions
+@pytest.mark.parametrize("zero_point", [0, 1, 128])
 @pytest.mark.parametrize("case", SHAPES)
-def test_sums_are_exact(case: tuple[int, ...]) -> None:
+def test_sums_are_exact(case: tuple[int, ...], zero_point: int) -> None:
     inside, outside, kernel, stride, padding, dilation, groups, code, weight = case
     draws = torch.Generator().manual_seed(2)
     codes = torch.randint(0, code + 1, (5, inside, 12, 12), generator=draws).to(torch.uint8)
@@ -58,8 +59,9 @@ def test_sums_are_exact(case: tuple[int, ...]) -> None:
     weights = torch.randint(-weight, weight + 1, shape, generator=draws).to(torch.int8)
     weights[0], codes[0] = weight, code  # the largest sum there can be
     scale, scales = torch.tensor(0.0371), torch.rand(outside, generator=draws) + 0.01
-    how = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
-    exact = nn.functional.conv2d(codes.double(), weights.double(), None, *how)
+    geometry = ([stride] * 2, [padding] * 2, [dilation] * 2, groups)
+    exact = nn.functional.conv2d(codes.double() - zero_point, weights.double(), None, *geometry)
+    how = (*geometry, zero_point)
     ones = convolve_codes(codes, torch.ones(()), weights, torch.ones(outside), *how)
     assert torch.equal(ones.double(), exact)
     found = convolve_codes(codes, scale, weights, scales, *how)
@@ -77,7 +79,8 @@ def test_which_layers_take_codes() -> None:
     assert len(IntegerConvolutions(network(32), x)) == 0
     assert len(IntegerConvolutions(network(4), x)) == 9  # all of them
     assert len(IntegerConvolutions(network(8), x)) == 9
-    assert len(IntegerConvolutions(network(1), x)) == 1  # signs are below 0
+    signs = IntegerConvolutions(network(1), x)
+    assert [layer._grid.lowest for layer in signs._layers] == [0, -1, -1, -128, -1, -1, -128, -1, -1]
     # Behind max pooling too.
     assert len(IntegerConvolutions(network(4, "resnet18", 32), images(32)[:2])) == 20
 
@@ -110,11 +113,12 @@ def test_what_does_not_lie_on_one_grid_is_left_alone() -> None:
     torch.manual_seed(0)
     found = IntegerConvolutions(model, images()[:2])
     drawn = torch.rand(1)
-    assert [layer._conv for layer in found._layers] == [model.fine]
+    assert [layer._conv for layer in found._layers] == [model.behind_signed, model.fine]
     torch.manual_seed(0)
     assert torch.equal(drawn, torch.rand(1))  # dropout drew from a copy
     # Off, it hands on the very tensor.
     assert [layer._conv for layer in IntegerConvolutions(model.eval(), images()[:2])._layers] == [
+        model.behind_signed,
         model.behind_dropout,
         model.fine,
     ]
@@ -177,7 +181,7 @@ def test_what_fails_on_the_way_in_leaves_nothing_behind() -> None:
     def broken(*_: Any) -> Any:
         raise MemoryError
 
-    layers._layers[4]._grid.scaling_impl.forward = broken
+    layers._layers[4]._grid.quantizer.scaling_impl.forward = broken
     with pytest.raises(MemoryError), weights.quantized_once(), layers.in_place():
         pass
     assert not any({"inner_forward_impl", "quant_weight"} & vars(module).keys() for module in model.modules())
