@@ -20,6 +20,10 @@ EXACT = {"eager_numerics.division_rounding": True}
 """What inductor is asked for, so that quantizers keep their values: a GPU's compiled division is approximate by
 default, and a quotient beside a rounding tie would get another code."""
 
+INSTEAD = "attack without it: --no-compile"
+
+_KEPT = " robustq, donated_buffer=False"
+
 
 class CompiledNetwork:
     """One network whose answers and gradients are found by compiled passes, for any number of images.
@@ -43,7 +47,7 @@ class CompiledNetwork:
         """Images (N, C, H, W) -> logits (N, K), differentiated as the network itself is.
 
         Raises:
-            UsageError: torch.compile does not work on this machine.
+            UsageError: torch.compile does not work on this machine, or cannot take the network in one piece.
         """
         return self._own(x)
 
@@ -67,53 +71,102 @@ class CompiledNetwork:
         return self._rounding
 
     def _sized(self) -> Network:
-        forward = compile_forward(self._model.forward, dynamic=None, backend=self._backend)
+        # In one piece: what stands behind a break torch finds again by the code of a layer, under whichever rule that
+        # was compiled first, and the gradient would be that rule's without a word.
+        forward = compile_forward(self._model.forward, dynamic=None, fullgraph=True, backend=self._backend)
+        tried: set[bool] = set()
 
         def sized(x: Tensor) -> Tensor:
             logits: Tensor
             if len(x) < FEWEST:
                 logits = self._model(x)
                 return logits
-            with in_one_line(instead="attack without it: --no-compile"):
-                torch._dynamo.mark_dynamic(x, 0, min=FEWEST)
+            differentiated = x.requires_grad and torch.is_grad_enabled()
+            with in_one_line(instead=INSTEAD, first=differentiated not in tried):
+                _keep_what_is_differentiated()
+                torch._dynamo.mark_dynamic(x, 0)
                 logits = forward(x)
+                if differentiated not in tried and differentiated:
+                    # The way back is compiled when it is first gone, which would be in the attack.
+                    torch.autograd.grad(forward(x).sum(), x, allow_unused=True)
+            tried.add(differentiated)
             return logits
 
         return sized
 
 
+def _keep_what_is_differentiated() -> None:
+    """Some attacks differentiate a pass more than once, as FAB does for each class; compiled code writes over what it
+    has gone back through, unless it is told not to.
+
+    torch reads this when it compiles and again on every way back, so that it holds for the process; all it costs is
+    memory. Code that was kept on disk is found again without a look at it (torch 2.15), and a second gradient would be
+    garbage without a word: hence the tag, by which only code of this kind is found.
+    """
+    from torch._functorch import config
+
+    config.donated_buffer = False
+    if _KEPT not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _KEPT
+
+
 def compile_forward(
-    forward: Callable[..., Any], *, dynamic: bool | None, cuda_graphs: bool = False, backend: Any = "inductor"
+    forward: Callable[..., Any],
+    *,
+    dynamic: bool | None,
+    fullgraph: bool = False,
+    cuda_graphs: bool = False,
+    backend: Any = "inductor",
 ) -> Callable[..., Any]:
     """A network's forward pass, compiled when it is called first.
 
     Args:
         forward: a module's.
-        dynamic, backend: of torch.compile.
+        dynamic, fullgraph, backend: of torch.compile.
         cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
     """
     options: dict[str, Any] | None = None
     if backend == "inductor":
         options = {**EXACT, "triton.cudagraphs": cuda_graphs}
     compiled: Callable[..., Any] = torch.compile(
-        _of_its_own(forward), backend=backend, dynamic=dynamic, options=options
+        _of_its_own(forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
     )
     return compiled
 
 
-@contextmanager
-def in_one_line(*, instead: str) -> Iterator[None]:
-    """Turn the compiler's failures within it into one line that says what to do ``instead``.
+def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
+    """Compile a sum of two numbers.
 
     Raises:
         UsageError: torch.compile does not work on this machine.
+    """
+
+    def double(x: Tensor) -> Tensor:
+        return x + x
+
+    with in_one_line(instead=INSTEAD, first=True):
+        compile_forward(double, dynamic=False, backend=backend)(torch.ones(1, device=device))
+
+
+@contextmanager
+def in_one_line(*, instead: str, first: bool = False) -> Iterator[None]:
+    """Turn the compiler's failures within it into one line.
+
+    Args:
+        instead: what to do instead.
+        first: nothing but a first call lies within it, all of whose failures are the compiler's.
+
+    Raises:
+        UsageError: torch.compile does not work on this machine, or with this network.
     """
     # Only here: loading the compiler takes seconds.
     from torch._dynamo.exc import TorchDynamoException
 
     try:
         yield
-    except TorchDynamoException as error:
+    except Exception as error:
+        if not (first or isinstance(error, TorchDynamoException)):
+            raise
         raise UsageError(f"torch.compile does not work here ({_first_line(error)}); {instead}") from error
 
 

@@ -282,26 +282,27 @@ class _Grid:
 
 def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, _Grid]]:
     """The convolutions that take codes, with the grid on which these lie."""
-    made: dict[int, _Grid] = {}
-    keep: list[Tensor] = []  # an id is only unique while its tensor lives
+    made: dict[int, tuple[_Grid, Tensor, int]] = {}  # the tensor too: an id is only unique while that lives
     entering: dict[Any, _Grid | None] = {}
 
-    def quantized(layer: Any, _: Any, output: Any) -> None:
-        grid = _Grid.of(getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None))
+    def remember(output: Any, grid: _Grid | None) -> None:
+        tensor = getattr(output, "value", output)
         if grid is not None:
-            _remember(getattr(output, "value", output), grid)
+            made[id(tensor)] = (grid, tensor, tensor._version)
 
-    def _remember(tensor: Tensor, grid: _Grid) -> None:
-        keep.append(tensor)
-        made[id(tensor)] = grid
+    def grid_of(entering: Any) -> _Grid | None:
+        tensor = getattr(entering, "value", entering)
+        grid, _, version = made.get(id(tensor), (None, None, None))
+        return grid if tensor._version == version else None  # else written to since
+
+    def quantized(layer: Any, _: Any, output: Any) -> None:
+        remember(output, _Grid.of(getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)))
 
     def pooled(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        grid = made.get(id(getattr(inputs[0], "value", inputs[0])))
-        if grid is not None:  # the largest code of a few is a code
-            _remember(getattr(output, "value", output), grid)
+        remember(output, grid_of(inputs[0]))  # the largest code of a few is a code
 
     def entered(layer: Any, inputs: tuple[Any, ...]) -> None:
-        found = made.get(id(getattr(inputs[0], "value", inputs[0])))
+        found = grid_of(inputs[0])
         # A layer that is called twice may meet two grids.
         entering[layer] = found if entering.get(layer, found) == found else None
 

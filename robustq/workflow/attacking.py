@@ -20,6 +20,7 @@ from robustq.evaluation.pictures import Pictures, digest
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import Target
+from robustq.models.compiled import check_compiler
 from robustq.outputs import check_new
 from robustq.progress import note
 from robustq.recipe import format_epsilon
@@ -84,6 +85,8 @@ def attack_model(
         check_new(save_adversarial)
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)
+    if compiled:
+        check_compiler(place)  # before other networks are trained for the attack
     loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     spec_epsilon = DEFAULT_EPSILON if opened.spec.epsilon is None else opened.spec.epsilon

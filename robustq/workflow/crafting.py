@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.evaluation.target import AS_TRAINED, Target
-from robustq.models.compiled import CompiledNetwork
+from robustq.models.compiled import FEWEST, CompiledNetwork
 from robustq.models.shared_weights import SharedWeights
 from robustq.progress import note
 
@@ -42,8 +42,11 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
         for network in {id(one): one for one in (source, copied, *others) if isinstance(one, nn.Module)}.values():
             stack.enter_context(SharedWeights(network).quantized_once())
         if copied is not None:
-            kinds = len(target.sources) + 1
-            note(f"note    {kinds} kinds of passes compile when they are first asked for, in a quarter of a minute or so each")
+            if len(images) >= FEWEST:
+                kinds = len(target.sources) + 1
+                note(
+                    f"note    {kinds} kinds of passes compile when first asked for, in a quarter of a minute or so each"
+                )
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is source)
         yield target

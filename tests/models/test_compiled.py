@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import shutil
+from functools import partial
 from typing import Any
 
+import brevitas.nn as qnn
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch import config as functorch_config
 
+from robustq.attacks.ascent import input_gradients
+from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
-from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, rounds_plainly, under_rule
-from robustq.models.compiled import FEWEST, CompiledNetwork
+from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
+from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler, compile_forward
 from robustq.models.integer_convolution import IntegerConvolutions, is_available
+from robustq.models.quantizers import BranchQuant
 from robustq.models.rectifier import _Relu
 from robustq.models.shared_weights import SharedWeights
 from tests.models.test_backward_rules import input_slope, network
@@ -138,6 +145,81 @@ def test_a_compiler_that_fails_is_one_line() -> None:
         told = "torch.compile does not work here (No working C++ compiler found); attack without it: --no-compile"
         assert str(caught.value) == told
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_network_that_cannot_be_had_in_one_piece_is_refused() -> None:
+    """Behind a break torch would find one rule's layers again under another."""
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quant = qnn.QuantIdentity(act_quant=BranchQuant, bit_width=4, return_quant_tensor=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.quant(x)
+            torch._dynamo.graph_break()
+            logits: Tensor = self.quant(y * 2.0).flatten(1)[:, :10]
+            return logits
+
+    model = Broken().eval()
+    for rule in RULES:
+        with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
+            input_slope(CompiledNetwork(model, backend="eager").under_rule(rule), torch.rand(FEWEST, 1, 8, 8))
+
+
+def test_a_network_that_counts_its_images_is_refused() -> None:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = x.flatten(1)[:, :10] * sum(range(len(x)))
+            return logits
+
+    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
+        CompiledNetwork(Counting(), backend="eager")(torch.rand(FEWEST, 1, 8, 8))
+
+
+def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("C++ compile error")
+
+    model, x = network("resnet8-32")
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
+        input_slope(CompiledNetwork(model, backend=backend), x.clone())
+
+
+def test_a_compiler_is_tried_on_little() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no compiler today")
+
+    check_compiler(torch.device("cpu"), backend="eager")
+    with pytest.raises(UsageError, match="no compiler today"):
+        check_compiler(torch.device("cpu"), backend=broken)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet8-4", "folded-4"])
+def test_several_gradients_of_one_pass_in_compiled_code(name: str) -> None:
+    """As FAB takes them; and the compiler that the command tries first."""
+    check_compiler(torch.device("cpu"))
+    model, x = network(name)
+    # The same graph as torch compiles and keeps it by default, whose second gradient would be garbage.
+    forgetful = compile_forward(model.forward, dynamic=None, fullgraph=True)
+    with (
+        functorch_config.patch(donated_buffer=True),
+        torch.compiler.config.patch(cache_key_tag=""),  # type: ignore[attr-defined]
+        backward_rule(model, "smooth", plain_rounding=False),
+    ):
+        leaf = x.clone().requires_grad_()
+        torch._dynamo.mark_dynamic(leaf, 0)
+        torch.autograd.grad(forgetful(leaf).sum(), leaf)
+    y = torch.arange(len(x)) % 10
+    objectives = [partial(margin, y=y), partial(cross_entropy, y=y)]
+    fast = CompiledNetwork(model).under_rule("smooth")
+    ours = list(input_gradients(fast, x.clone(), objectives))
+    theirs = list(input_gradients(under_rule(model, "smooth"), x, objectives))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.gradient.sign() == other.gradient.sign()).float().mean() > 0.98
 
 
 @needs_compiler

@@ -90,7 +90,8 @@ def test_what_does_not_lie_on_one_grid_is_left_alone() -> None:
         def __init__(self) -> None:
             super().__init__()
             options: dict[str, Any] = {"weight_quant": WeightQuant, "weight_bit_width": 4, "bias": False}
-            self.first, self.second = QuantReLU(bit_width=4), QuantReLU(bit_width=4)
+            self.first, self.second, self.third = (QuantReLU(bit_width=4) for _ in range(3))
+            self.behind_change = qnn.QuantConv2d(3, 3, 3, padding=1, **options)
             self.signed = qnn.QuantIdentity(act_quant=BranchQuant, return_quant_tensor=False)
             self.wide = qnn.QuantIdentity(act_quant=ActQuant, bit_width=9, return_quant_tensor=False)
             self.off, self.dropout = qnn.QuantIdentity(act_quant=None, return_quant_tensor=False), nn.Dropout(0.5)
@@ -107,6 +108,7 @@ def test_what_does_not_lie_on_one_grid_is_left_alone() -> None:
             y = y + self.behind_sum(one + two) + self.behind_wide(self.wide(x))
             y = y + self.behind_dropout(self.dropout(one)) + self.broad(one) + self.own_input(one) + self.off(one)
             y = y + self.mirrored(one) + self.fine(one)
+            y = y + self.behind_change(self.third(x).mul_(2.0))
             return y
 
     model = Odd().train()
