@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.errors import UsageError
+from robustq.errors import RobustqError, UsageError
 from robustq.models.backward_rules import Network, backward_rule, rounds_plainly
 
 FEWEST = 16
@@ -74,25 +74,39 @@ class CompiledNetwork:
         # In one piece: what stands behind a break torch finds again by the code of a layer, under whichever rule that
         # was compiled first, and the gradient would be that rule's without a word.
         forward = compile_forward(self._model.forward, dynamic=None, fullgraph=True, backend=self._backend)
-        tried: set[bool] = set()
+        gone: set[bool] = set()
 
         def sized(x: Tensor) -> Tensor:
-            logits: Tensor
-            if len(x) < FEWEST:
-                logits = self._model(x)
-                return logits
             differentiated = x.requires_grad and torch.is_grad_enabled()
-            with in_one_line(instead=INSTEAD, first=differentiated not in tried):
-                _keep_what_is_differentiated()
-                torch._dynamo.mark_dynamic(x, 0)
-                logits = forward(x)
-                if differentiated not in tried and differentiated:
-                    # The way back is compiled when it is first gone, which would be in the attack.
-                    torch.autograd.grad(forward(x).sum(), x, allow_unused=True)
-            tried.add(differentiated)
+            logits: Tensor | None = None
+            if len(x) >= FEWEST:
+                with in_one_line(instead=INSTEAD, first=differentiated not in gone):
+                    logits = _called(forward, x, back=differentiated and differentiated not in gone)
+                gone.add(differentiated)
+            if logits is None:
+                logits = self._model(x)
             return logits
 
         return sized
+
+
+def _called(forward: Network, x: Tensor, *, back: bool) -> Tensor | None:
+    """The compiled network's logits; None where torch has given it up after too many kinds of calls.
+
+    Args:
+        back: go the way back too, which is compiled when that is done first, and would be within an attack.
+    """
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    _keep_what_is_differentiated()
+    torch._dynamo.mark_dynamic(x, 0)
+    try:
+        logits = forward(x)
+        if back and logits.requires_grad:
+            torch.autograd.grad(logits.sum(), x, retain_graph=True, allow_unused=True)
+    except FailOnRecompileLimitHit:
+        return None
+    return logits
 
 
 def _keep_what_is_differentiated() -> None:
@@ -164,6 +178,8 @@ def in_one_line(*, instead: str, first: bool = False) -> Iterator[None]:
 
     try:
         yield
+    except (RobustqError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         if not (first or isinstance(error, TorchDynamoException)):
             raise

@@ -44,9 +44,7 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
         if copied is not None:
             if len(images) >= FEWEST:
                 kinds = len(target.sources) + 1
-                note(
-                    f"note    {kinds} kinds of passes compile when first asked for, in a quarter of a minute or so each"
-                )
+                note(f"note    {kinds} kinds of passes compile when first asked for, in half a minute or so each")
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is source)
         yield target

@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch_config
 
-from robustq.attacks.ascent import input_gradients
+from robustq.attacks.ascent import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
@@ -175,6 +175,32 @@ def test_a_network_that_counts_its_images_is_refused() -> None:
 
     with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
         CompiledNetwork(Counting(), backend="eager")(torch.rand(FEWEST, 1, 8, 8))
+
+
+def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_end() -> None:
+    class Restless(nn.Module):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            logits: Tensor = x.flatten(1)[:, :10] * float(self.calls)
+            return logits
+
+    model = Restless()
+    fast = CompiledNetwork(model, backend="eager")
+    x = torch.rand(FEWEST, 1, 8, 8)
+    for number in range(1, 15):
+        with torch.no_grad():
+            assert torch.equal(fast(x), x.flatten(1)[:, :10] * float(number))
+
+
+def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().flatten(1)[:, :10]
+
+    with pytest.raises(UsageError, match="gives logits without a gradient"):
+        input_gradient(CompiledNetwork(Detached(), backend="eager"), torch.rand(FEWEST, 1, 8, 8), lambda y: y.sum(1))
 
 
 def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:
