@@ -35,9 +35,10 @@ def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
     for run, agreement in proof.agreements.items():
         assert agreement.images == (min(images, EXECUTOR_IMAGES) if run == "qonnx_executor" else images)
         assert agreement.different_top1 <= 1
-        # Where a value sits on a rounding tie single codes differ: now and then at 8 bits, hardly ever below. Nothing
-        # else may differ.
-        assert agreement.mean_difference <= (1e-4 if bits <= 4 and run != "qonnx_executor" else 1e-3)
+        # Where a value sits on a rounding tie single codes differ: now and then at 8 bits, hardly ever below (on which
+        # networks depends on the processor that trained them), and the proof says so. Nothing else may differ.
+        tied = bits > 4 or run == "qonnx_executor" or run in proof.on_ties
+        assert agreement.mean_difference <= (1e-3 if tied else 1e-4)
     assert proof.judged_file == ("qcdq" if name == "qonnx" else name)
     assert proof.first_difference is None
     assert proof.must_be_integer == (name in INTEGER)
