@@ -20,6 +20,7 @@ from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.models.rectifier import QuantReLU
 from robustq.models.spec import ModelSpec
+from robustq.models.thresholds import SignNorm
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe_faults import FLOAT32, SAME
@@ -150,9 +151,10 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
 
 
 def _has_codes(training: Training) -> bool:
-    """Whether the network's convolutions take codes, and the device can convolve those."""
+    """Whether convolving codes was seen to save time: it was not measured with signs."""
     quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    return quantized and counts_codes(training.device)
+    binary = any(isinstance(module, SignNorm) for module in training.model.modules())
+    return quantized and not binary and counts_codes(training.device)
 
 
 def _parameters(training: Training) -> int:
