@@ -50,13 +50,8 @@ KINDS = (
     *("plain", "float", "natural", "odgq", "side-odgq", "integer-odgq", "binary", "binary-odgq"),
     *("bf16", "bf16-odgq", "bf16-binary"),
     *("compiled", "compiled-odgq", "compiled-side-odgq", "compiled-integer-odgq", "compiled-binary"),
-    *(
-        "compiled-binary-odgq",
-        "compiled-integer-binary-odgq",
-        "compiled-bf16",
-        "compiled-bf16-odgq",
-        "compiled-bf16-binary",
-    ),
+    *("compiled-binary-odgq", "compiled-integer-binary-odgq"),
+    *("compiled-bf16", "compiled-bf16-odgq", "compiled-bf16-binary"),
 )
 ON_GPU = ("tf32", "tf32-odgq", "graphs", "graphs-odgq", "graphs-tf32", "graphs-tf32-odgq")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,14 +124,19 @@ def settled(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, floa
         the target, and the share of images that two calls answered differently.
     """
     if target.image_by_image:
-        target = replace(target, judge=one_by_one(target.judge), guide=None)
+        target = _rejudged(target, one_by_one)
     random = answers_at_random(target.judge, x, batch_size=batch_size)
     if random > 0.0:
         sources = {name: averaged(model) for name, model in target.sources.items()}
-        return replace(target, judge=averaged(target.judge), sources=sources, guide=None), random
+        return replace(_rejudged(target, averaged), sources=sources), random
     if not target.image_by_image and depends_on_batch(target.judge, x):
-        return replace(target, judge=one_by_one(target.judge), image_by_image=True, guide=None), random
+        return replace(_rejudged(target, one_by_one), image_by_image=True), random
     return target, random
+
+
+def _rejudged(target: Target, asked: Callable[[Model], Model]) -> Target:
+    """The target whose judge is asked in another way; a guide is a form of the judge as it was."""
+    return replace(target, judge=asked(target.judge), guide=None)
 
 
 def _share_apart(first: Tensor, second: Tensor) -> float:
