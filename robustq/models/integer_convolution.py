@@ -78,6 +78,7 @@ class _Layer:
         self._grid = grid
         self._way_back = way_back
         self._scale: Any = None
+        self._inverse: Any = None
         self._codes: Any = None
         self._weight_scale: Any = None
         self._exact: Any = None
@@ -88,6 +89,7 @@ class _Layer:
         self._weight_scale = weight.scale.reshape(-1).contiguous()
         self._codes = (weight.value / weight.scale).round_().to(torch.int8)
         self._scale = self._grid.scale()
+        self._inverse = self._scale.reciprocal().clamp(max=torch.finfo(torch.float32).max)
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
             self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
             self._weight_scale = torch.ones_like(self._weight_scale)
@@ -95,7 +97,7 @@ class _Layer:
 
     def end(self) -> None:
         vars(self._conv).pop("inner_forward_impl", None)  # what the instance had hidden: the method of its class
-        self._scale = self._codes = self._weight_scale = self._exact = None
+        self._scale = self._inverse = self._codes = self._weight_scale = self._exact = None
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
         conv, values = self._conv, getattr(x, "value", x)
@@ -104,6 +106,7 @@ class _Layer:
         y = _Convolve.apply(
             values,
             self._scale,
+            self._inverse,
             getattr(weight, "value", weight),
             self._codes,
             self._weight_scale,
@@ -127,6 +130,7 @@ class _Convolve(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         scale: Tensor,
+        inverse: Tensor,
         weight: Tensor,
         weight_codes: Tensor,
         weight_scale: Tensor,
@@ -138,7 +142,9 @@ class _Convolve(torch.autograd.Function):
         zero_point: int,
         way_back: torch.dtype,
     ) -> Tensor:
-        codes = (x / scale).round_()
+        # Not divided: x is a code's multiple of the scale already, so that rounding finds it, and division costs more
+        # than everything else of such a pass.
+        codes = (x * inverse).round_()
         codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
@@ -156,13 +162,15 @@ class _Convolve(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
         g = grads[0].to(ctx.way_back)
-        # The input is only asked for its shape.
-        shape = torch.empty((1,), dtype=g.dtype, device=g.device).expand(ctx.shape)
+        # The input is only asked for its shape and its layout: where that is another than the gradient's, it is copied.
+        # Compiled code forgets the layout that torch.empty is asked for (torch 2.15), but not the order of dimensions.
+        images, channels, *size = ctx.shape
+        shape = torch.empty((images, *size, channels), dtype=g.dtype, device=g.device).permute(0, 3, 1, 2)
         of_x, _, _ = torch.ops.aten.convolution_backward(
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 11)
+        return (of_x.to(grads[0].dtype), *[None] * 12)
 
 
 _packed = WeakTensorKeyDictionary()

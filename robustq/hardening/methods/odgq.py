@@ -162,16 +162,20 @@ class Odgq:
     def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
         """Lines 4 to 9: the adversarial images of this batch (detached); updates P."""
         settings, epsilon = self.settings, self.epsilon
-        slots = places if settings.tied_to == "sample" else torch.arange(len(x), device=x.device)
+        # A slice of slots is written to where it lies; any rows would be copied out and back.
+        slots = places if settings.tied_to == "sample" else slice(len(x))
         x_g = self._clamped(x + self._global_part(x, slots).clamp(-epsilon, epsilon))
         p_l = settings.local_scale * epsilon * self._input_gradient(x_g, y).sign()
         # A sample's own row is met once an epoch anyway, so that both readings of "when" are the same there.
         due = settings.update == "batch" or settings.tied_to == "sample" or self._first_batch_of_epoch
         if settings.global_perturbation == "set" and due:
             # Line 8; the range is read with its end included, else N_k = 1 would never update anything.
-            updated = self.perturbations[self.domain :, slots] + p_l
-            updated = updated.clamp(-epsilon, epsilon) if settings.clip_stored else updated
-            self.perturbations[self.domain :, slots] = updated.to(self.perturbations.dtype)
+            updated = self.perturbations[self.domain :, slots]
+            updated += p_l
+            if settings.clip_stored:
+                updated.clamp_(-epsilon, epsilon)
+            if isinstance(slots, Tensor):
+                self.perturbations[self.domain :, slots] = updated
         self._first_batch_of_epoch = False
         x_adv = x_g + p_l.clamp(-epsilon, epsilon)
         if settings.project_total:
@@ -219,7 +223,7 @@ class Odgq:
         self._first_batch_of_epoch = bool(state["first_batch_of_epoch"])
         self._generator.set_state(state["generator"].cpu())
 
-    def _global_part(self, x: Tensor, slots: Tensor) -> Tensor:
+    def _global_part(self, x: Tensor, slots: Tensor | slice) -> Tensor:
         kind = self.settings.global_perturbation
         if kind == "set":
             return self.perturbations[self.domain, slots].to(x.dtype)
