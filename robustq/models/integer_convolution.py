@@ -89,7 +89,7 @@ class _Layer:
         self._weight_scale = weight.scale.reshape(-1).contiguous()
         self._codes = (weight.value / weight.scale).round_().to(torch.int8)
         self._scale = self._grid.scale()
-        self._inverse = self._scale.reciprocal().clamp(max=torch.finfo(torch.float32).max)
+        self._inverse = _inverse(self._scale)
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
             self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
             self._weight_scale = torch.ones_like(self._weight_scale)
@@ -117,6 +117,11 @@ class _Layer:
             self._way_back,
         )
         return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """What a value is multiplied by and rounded to find its code again: finite of every scale, 0 too."""
+    return scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)
 
 
 class _Convolve(torch.autograd.Function):

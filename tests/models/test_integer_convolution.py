@@ -11,6 +11,7 @@ import brevitas.nn as qnn
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import profile
 
 from robustq.hardening.methods.crafting import crafting, only_input_gradients
 from robustq.models import integer_convolution
@@ -174,6 +175,33 @@ def test_a_pass_in_whole_numbers(bits: int) -> None:
     for handle in handles:
         handle.remove()
     assert len(kept) == len(layers) > 0
+
+
+@pytest.mark.parametrize("exponent", range(-126, 120, 6))
+def test_a_product_finds_every_code_again(exponent: int) -> None:
+    codes = torch.arange(-integer_convolution.LARGEST_CODE, integer_convolution.LARGEST_CODE + 1).float()
+    for scale in (1.0 + torch.rand(200, generator=torch.Generator().manual_seed(exponent))) * 2.0**exponent:
+        assert torch.equal((codes * scale * integer_convolution._inverse(scale)).round(), codes)
+
+
+def test_a_scale_of_a_dead_layer_makes_no_nan() -> None:
+    assert torch.equal(torch.zeros(3) * integer_convolution._inverse(torch.tensor(0.0)), torch.zeros(3))
+
+
+@needs_instructions
+def test_the_way_back_copies_no_input() -> None:
+    """The kernel is told what it came from, and only asks for its shape."""
+    layer = qnn.QuantConv2d(4, 8, 3, stride=2, bias=False, weight_quant=WeightQuant, weight_bit_width=4)
+    model = nn.Sequential(QuantReLU(bit_width=4), layer).requires_grad_(False).to(memory_format=torch.channels_last)
+    x = torch.rand(3, 4, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
+    layers = IntegerConvolutions(model, x.detach()[:2], way_back=torch.float32)
+    assert len(layers) == 1
+    with layers.in_place():
+        y = model(x)
+        with profile(record_shapes=True) as seen:
+            torch.autograd.grad(y, x, torch.ones_like(y))
+    copied = [event.input_shapes[0] for event in seen.events() if event.name == "aten::copy_"]
+    assert list(x.shape) not in copied
 
 
 def test_what_fails_on_the_way_in_leaves_nothing_behind() -> None:
