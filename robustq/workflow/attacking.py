@@ -24,7 +24,7 @@ from robustq.models.compiled import check_compiler
 from robustq.outputs import check_new
 from robustq.progress import note
 from robustq.recipe import format_epsilon
-from robustq.workflow.crafting import crafted_fast
+from robustq.workflow.crafting import crafted_fast, tell_what_compiling_saves
 from robustq.workflow.opening import Opened, open_attackable
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation
 from robustq.workflow.surrogates import given, of_the_paper, twins, undefended
@@ -107,6 +107,9 @@ def attack_model(
     with crafted_fast(target, opened.source, x, compiled=compiled) as fast:
         found = run_suite(fast, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
         curve = _curve(fast, x, y, chosen, found, epsilons, device=place, seed=seed)
+    seconds = time.perf_counter() - start
+    if not compiled:
+        tell_what_compiling_saves(seconds, place)
     result = {
         "model": str(opened.path.absolute()),
         "judge": "onnxruntime" if opened.deployed is not None else "pytorch",
@@ -120,7 +123,7 @@ def attack_model(
         "surrogates": list(target.surrogates),
         "control": target.control is not None,
         "adversarial": None,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
     }
     if save_adversarial is not None:
         _pictures(found, x, y, loaded, result).save(save_adversarial)

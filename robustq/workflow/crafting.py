@@ -21,6 +21,10 @@ from robustq.models.compiled import FEWEST, CompiledNetwork
 from robustq.models.shared_weights import SharedWeights
 from robustq.progress import note
 
+WORTH_COMPILING = 300.0
+"""Seconds of an attack on a CPU that was not compiled, of which compiling would have been a quarter at most, and saved
+half where it was measured (docs/results/training-cost.md)."""
+
 
 @contextmanager
 def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
@@ -48,6 +52,14 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is source)
         yield target
+
+
+def tell_what_compiling_saves(seconds: float, device: torch.device) -> None:
+    """One line, after an attack that was not compiled and so long that its like should be; nothing where nothing is
+    known, as of GPUs.
+    """
+    if device.type == "cpu" and seconds >= WORTH_COMPILING:
+        note("note    so long an attack may take half the time with --compile, which takes a C++ compiler and a minute")
 
 
 def _compiled(target: Target, network: nn.Module, *, judged: bool) -> Target:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import robustq
 from robustq.data import to_float
 from robustq.evaluation.target import Target
 from robustq.models.backward_rules import RULES, under_rule
 from robustq.models.compiled import CompiledNetwork
 from robustq.models.integer_convolution import is_available
 from robustq.workflow import crafting
-from robustq.workflow.crafting import crafted_fast
+from robustq.workflow.crafting import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
 from robustq.workflow.opening import Opened, open_attackable
 from tests.models.small_nets import digits
 from tests.models.test_backward_rules import input_slope
@@ -97,3 +98,26 @@ def test_another_judge_is_asked_itself(opened: Opened) -> None:
     target = Target(lambda x: opened.source(x), opened.target().sources)
     with crafted_fast(target, opened.source, images(), compiled=True) as fast:
         assert fast.guide is None and fast.asked is target.judge
+
+
+@pytest.mark.parametrize("seconds", [0.0, WORTH_COMPILING])
+def test_a_long_attack_ends_with_what_compiling_saves(
+    digits_w4a4: Path, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(crafting, "note", said.append)
+    monkeypatch.setattr(crafting, "WORTH_COMPILING", seconds)
+    robustq.attack_model(digits_w4a4, suite="recheck", images=20, device="cpu")
+    assert [line for line in said if "--compile" in line] == said
+    assert len(said) == (seconds == 0.0)
+
+
+def test_what_compiling_saves_is_said_where_it_is_known() -> None:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(crafting, "note", said.append)
+        tell_what_compiling_saves(WORTH_COMPILING - 1.0, CPU)
+        tell_what_compiling_saves(1e6, torch.device("cuda"))
+        assert not said
+        tell_what_compiling_saves(WORTH_COMPILING, CPU)
+    assert len(said) == 1
