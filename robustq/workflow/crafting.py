@@ -22,8 +22,8 @@ from robustq.models.shared_weights import SharedWeights
 from robustq.progress import note
 
 WORTH_COMPILING = 300.0
-"""Seconds of an attack on a CPU that was not compiled, of which compiling would have been a quarter at most, and saved
-half where it was measured (docs/results/training-cost.md)."""
+"""Seconds of an attack on a CPU that was not compiled, of which compiling would have been a quarter, and all in all
+saved a third and more where it was measured (docs/results/training-cost.md)."""
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def tell_what_compiling_saves(seconds: float, device: torch.device) -> None:
     known, as of GPUs.
     """
     if device.type == "cpu" and seconds >= WORTH_COMPILING:
-        note("note    so long an attack may take half the time with --compile, which takes a C++ compiler and a minute")
+        note("note    so long an attack may take two thirds of the time with --compile, which takes a C++ compiler")
 
 
 def _compiled(target: Target, network: nn.Module, *, judged: bool) -> Target:
