@@ -20,7 +20,6 @@ from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.models.rectifier import QuantReLU
 from robustq.models.spec import ModelSpec
-from robustq.models.thresholds import SignNorm
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe_faults import FLOAT32, SAME
@@ -151,10 +150,9 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
 
 
 def _has_codes(training: Training) -> bool:
-    """Whether convolving codes was seen to save time: it was not measured with signs."""
+    """Whether there are codes or signs to convolve, which was seen to save time (docs/results/training-cost.md)."""
     quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    binary = any(isinstance(module, SignNorm) for module in training.model.modules())
-    return quantized and not binary and counts_codes(training.device)
+    return quantized and counts_codes(training.device)
 
 
 def _parameters(training: Training) -> int:
