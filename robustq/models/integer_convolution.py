@@ -147,8 +147,7 @@ class _Convolve(torch.autograd.Function):
         zero_point: int,
         way_back: torch.dtype,
     ) -> Tensor:
-        # Not divided: x is a code's multiple of the scale already, so that rounding finds it, and division costs more
-        # than everything else of such a pass.
+        # Not divided, which takes longer: x is a code's multiple of the scale already, so that rounding finds it.
         codes = (x * inverse).round_()
         codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
         ctx.save_for_backward(weight)
