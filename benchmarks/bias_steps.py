@@ -1,9 +1,12 @@
-"""What folding's bias rounding changes, with biases in the accumulator's own steps and in finer ones.
+"""What the rounding of biases changes: in the accumulator's step, in a part of it, or left to the runtime as floats.
 
-    python -m benchmarks.bias_steps [--epochs 10] [--seeds 0 1 2]
+    python -m benchmarks.bias_steps [--bits 8 4 3 2 1] [--epochs 10] [--seeds 0 1 2]
+    python -m benchmarks.bias_steps --data cifar10 --architecture resnet20 --images 10000 --seeds 0
 
-ResNet-8 on the digits, trained naturally from scratch at each width, folded in both ways: test images whose answer
-folding changes, and the mean logit difference as a share of the logit range.
+A network is trained naturally from scratch at each width and folded. Each column compares the test images with the
+unfolded network: how many get another class, and the mean logit difference as a share of the logit range. "Finer" is
+what exported files hold. "Accumulator" is Brevitas' Int32Bias. "Float" is a qcdq file with float32 biases under the
+installed onnxruntime, without and with its optimisations, which round such biases to the accumulator's step.
 """
 
 from __future__ import annotations
@@ -13,43 +16,80 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import onnx
 import torch
+from onnx import numpy_helper
+from torch import Tensor
 
 from robustq.data import load_dataset, to_float
-from robustq.export.parity import Agreement, drift
+from robustq.export.formats import build
+from robustq.export.lowering.graph import GraphIndex
+from robustq.export.parity import RUNS, Agreement, compare, logits_of
+from robustq.export.session import OnnxModel
 from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
 from robustq.workflow.run import run_recipe
 
+COLUMNS = ("finer", "accumulator", "float, unoptimised", "float, optimised")
+
 
 def main() -> None:
-    """Train, fold twice, print."""
+    """Train, fold, print a row for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits")
+    parser.add_argument("--architecture", default="resnet8")
+    parser.add_argument("--images", type=int, default=0, help="training images (0: all)")
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2, 1])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    print("| bits | seed | accumulator's steps: answers changed, logits | finer steps: answers changed, logits |")
-    print("|---|---|---|---|")
-    for bits in (8, 4, 3, 2):
+    print("| bits | seed | clean | " + " | ".join(COLUMNS) + " |")
+    print("|---|---|---|" + "---|" * len(COLUMNS))
+    for bits in options.bits:
         for seed in options.seeds:
-            coarse, fine = _drifts(bits, seed=seed, epochs=options.epochs)
-            print(f"| {bits} | {seed} | {_shown(coarse)} | {_shown(fine)} |", flush=True)
+            print(_row(options, bits, seed), flush=True)
 
 
-def _drifts(bits: int, *, seed: int, epochs: int) -> tuple[Agreement, Agreement]:
-    data = load_dataset("digits")
-    spec = ModelSpec("resnet8", bits, bits, data.classes, data.channels, data.image_size, "digits", None, ())
+def _row(options: argparse.Namespace, bits: int, seed: int) -> str:
+    data = load_dataset(options.data, train_images=options.images)
+    shape = (data.classes, data.channels, data.image_size)
+    spec = ModelSpec(options.architecture, bits, bits, *shape, options.data, None, ())
     torch.manual_seed(seed)
     model = build_model(spec)
-    recipe = load_recipe("natural", (f"epochs={epochs}",))
+    recipe = load_recipe("natural", (f"epochs={options.epochs}",))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         run_recipe(model, spec, data, recipe, seed=seed, device=torch.device("cpu"), out=out, source=None)
-    images, _ = data.test.take(0)
+    images, labels = data.test.take(0)
+    x = to_float(images)
+    expected = logits_of(model, x, label="unfolded")
+    clean = (expected.argmax(1) == labels).float().mean().item()
     with mock.patch("robustq.models.folding.bias_steps", return_value=1):
         coarse = fold(model, spec)
-    return drift(model, coarse, to_float(images)), drift(model, fold(model, spec), to_float(images))
+    answers = [logits_of(folded, x, label="folded") for folded in (fold(model, spec), coarse)]
+    found = [compare(expected, one) for one in [*answers, *_float_bias_answers(model, spec, x)]]
+    return f"| {bits} | {seed} | {clean:.1%} | " + " | ".join(map(_shown, found)) + " |"
+
+
+def _float_bias_answers(model: torch.nn.Module, spec: ModelSpec, x: Tensor) -> list[Tensor]:
+    """Logits of a qcdq file whose biases are float32 initializers, unoptimised and optimised."""
+    written = build("qcdq", fold(model, spec), spec)
+    index = GraphIndex(written.graph)
+    for node in written.graph.node:
+        bias = index.made_by.get(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
+        if bias is None or bias.op_type != "DequantizeLinear":
+            continue
+        codes, scale = (index.constant(name) for name in bias.input[:2])
+        assert codes is not None and scale is not None
+        name = f"{node.name}_float_bias"
+        written.graph.initializer.append(numpy_helper.from_array((codes * scale).astype("float32"), name))
+        node.input[2] = name
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float-biases.onnx"
+        onnx.save(written, path)
+        runs = [OnnxModel(path, **RUNS[run]) for run in ("unoptimised", "optimised")]
+        return [logits_of(run, x, label="float biases") for run in runs]
 
 
 def _shown(found: Agreement) -> str:

@@ -60,6 +60,7 @@ def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(signs_in_qcdq(folded), spec)
     folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
+    accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
     own_constants(model)
     return model
 
@@ -71,7 +72,6 @@ def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     unsigned_activations(model)
     quantized_moves(model)  # it shows what quantized tensor enters a layer or a sign behind a pooling
     integer_signs(model)
-    accumulator_biases(model)
     own_constants(model)
     return model
 
@@ -91,9 +91,10 @@ FORMATS: dict[str, Format] = {
     "packed": Format(_packed, promises_integers=True),
     "float": Format(export_float, is_float=True),
 }
-"""qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear. integer: the same
-arithmetic arranged so that onnxruntime runs every layer as integers, on x86 and on ARM. packed: that, in the smallest
-file. float: plain ONNX of a 32-bit network.
+"""qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear, with weight codes
+multiplied so that the accumulator counts in the steps of the bias. integer: the same arithmetic arranged so that
+onnxruntime runs every layer as integers, on x86 and on ARM. packed: that, in the smallest file. float: plain ONNX of a
+32-bit network.
 """
 
 

@@ -3,8 +3,9 @@
 Contract: where a Conv or Gemm adds an int32 bias whose scale is 1/m of input scale * weight scale, m a whole number,
 the weight codes are multiplied by m and their scale is divided by m; the Clip that marked their width goes. The
 represented weights are the same up to one float32 rounding. Why: QLinearConv and QGemm add the bias to the accumulator
-as it is, so onnxruntime leaves a layer in float whose bias counts in another unit; and folding makes biases of narrow
-weights finer than their accumulator (:func:`robustq.models.folding.bias_steps`).
+as it is. Where the bias counts in another unit, onnxruntime from 1.27 on leaves the layer in float, and older versions
+add the wrong bias without a word; folding makes biases of narrow weights finer than their accumulator
+(:func:`robustq.models.folding.bias_steps`).
 """
 
 from __future__ import annotations
@@ -26,16 +27,26 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
     for node in graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
             continue
-        entering, weight, bias = (index.made_by.get(name) for name in node.input[:3])
-        if any(one is None or one.op_type != "DequantizeLinear" for one in (entering, weight, bias)):
+        weight, bias = (index.made_by.get(name) for name in node.input[1:3])
+        if any(one is None or one.op_type != "DequantizeLinear" for one in (weight, bias)):
             continue
-        steps = _steps(index, node, entering, weight, bias)
+        steps = _steps(index, node, _entering(index, node), weight, bias)
         if weight is not None and steps > 1:
             _multiply(index, node, weight, steps)
             changed += 1
     drop_unused_initializers(graph)
     _drop_unused_clips(graph)
     return changed
+
+
+def _entering(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
+    """The DequantizeLinear whose values reach the layer, through operations that move or choose them."""
+    source = index.made_by.get(node.input[0])
+    while source is not None and source.op_type != "DequantizeLinear":
+        source = index.made_by.get(source.input[0]) if source.input else None
+    if source is None:
+        raise ExportError(f"{node.name}: its input is not quantized; cannot tell what its bias counts in")
+    return source
 
 
 def _steps(index: GraphIndex, node: onnx.NodeProto, entering: Any, weight: Any, bias: Any) -> int:

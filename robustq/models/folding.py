@@ -212,8 +212,8 @@ def _fold_quantized(layer: Any, affine: Affine, target: Any, entering: Grid) -> 
     shape = (-1, *[1] * (codes.dim() - 1))
     bits = int(quantized.bit_width)
     largest_weight = 1 if bits == 1 else 2 ** (bits - 1) - 1
-    # onnxruntime (1.32) makes a QGemm of a linear layer without asking in which unit its bias counts, so that in QCDQ
-    # files, whose weights are not rescaled, a finer bias would count as one of the accumulator's steps.
+    # A linear layer may be written as MatMul and Add, whose weights no lowering pass multiplies, and onnxruntime (1.32)
+    # makes a QGemm of both without asking in which unit the bias counts.
     steps = 1 if isinstance(layer, nn.Linear) else bias_steps(largest_weight, entering)
     scale = quantized.scale.detach().cpu().double().flatten().expand(codes.shape[0]) * affine.gain.abs()
     bias_codes = affine.shift.abs() * steps / (entering.scale * scale)

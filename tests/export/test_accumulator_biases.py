@@ -89,6 +89,24 @@ def test_codes_are_multiplied_and_their_scale_divided(steps: int, largest: int, 
         assert (one != two).mean() < 1e-3 and np.abs(one - two).max() <= 0.5
 
 
+def test_the_input_may_pass_through_operations_that_choose_values() -> None:
+    model = layer()
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    conv.input[0] = "pooled"
+    pool = hm.node("MaxPool", ["xv"], "pooled", kernel_shape=[2, 2])
+    model.graph.node.insert(list(model.graph.node).index(conv), pool)
+    codes, _ = weight_of(layer(clip=False))
+    assert accumulator_biases(model) == 1
+    assert np.array_equal(weight_of(model)[0].astype(int), codes.astype(int) * 18)
+
+
+def test_an_input_that_is_not_quantized_is_refused() -> None:
+    model = layer()
+    next(node for node in model.graph.node if node.op_type == "Conv").input[0] = "x"
+    with pytest.raises(ExportError, match=r"^v_conv: its input is not quantized"):
+        accumulator_biases(model)
+
+
 def test_then_onnxruntime_runs_it_as_integers(tmp_path: Path) -> None:
     path = tmp_path / "layer.onnx"
     model = layer()
