@@ -100,10 +100,9 @@ class ModelSpec:
         known["layer_bits"] = tuple(own.items())
         if not isinstance(known.get("feature_layer"), str | None):
             raise ModelFileError(f"spec says feature_layer = {known['feature_layer']!r}; it must be a layer's name")
-        if not isinstance(known.get("shared_sum_scale", False), bool):
-            raise ModelFileError(
-                f"spec says shared_sum_scale = {known['shared_sum_scale']!r}; it must be true or false"
-            )
+        shared = known.get("shared_sum_scale", False)
+        if not isinstance(shared, bool):
+            raise ModelFileError(f"spec says shared_sum_scale = {shared!r}; it must be true or false")
         return cls(**known)
 
 
