@@ -10,6 +10,7 @@ from robustq.models.own.passes.functions_to_modules import functions_to_modules
 from robustq.models.own.passes.means_to_pooling import means_to_pooling
 from robustq.models.own.passes.one_module_a_call import one_module_a_call
 from robustq.models.own.passes.out_of_place import out_of_place
+from robustq.models.own.passes.pooling_windows import pooling_windows
 from robustq.models.own.passes.rectifiers_first import rectifiers_first
 from robustq.models.own.values import probe
 
@@ -31,6 +32,7 @@ def standardise(graph: GraphModule, *, channels: int, image_size: int, name: str
     one_module_a_call(graph)
     probe(graph, channels=channels, image_size=image_size, name=name)
     means_to_pooling(graph)
+    pooling_windows(graph)
     fixed_reshapes(graph)
     rectifiers_first(graph)
     probe(graph, channels=channels, image_size=image_size, name=name)

@@ -18,6 +18,7 @@ from robustq.models.own.passes.functions_to_modules import functions_to_modules
 from robustq.models.own.passes.means_to_pooling import means_to_pooling
 from robustq.models.own.passes.one_module_a_call import one_module_a_call
 from robustq.models.own.passes.out_of_place import out_of_place
+from robustq.models.own.passes.pooling_windows import pooling_windows
 from robustq.models.own.passes.rectifiers_first import rectifiers_first
 from robustq.models.own.tracing import trace
 from robustq.models.own.values import probe
@@ -229,3 +230,29 @@ def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
     with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
         fixed_pooling(graph)
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected", "ceil_mode", "counts"),
+    [
+        (nn.AvgPool2d(2), ["AvgPool2d"], False, False),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), ["AvgPool2d"], True, False),  # 6 -> 3, not 2
+        (nn.AvgPool2d(2, 2, ceil_mode=True), ["AvgPool2d"], False, False),
+        (nn.AvgPool2d(2, 2, 1, ceil_mode=True), ["AvgPool2d"], False, True),
+        (nn.AvgPool2d(2, 3, 1, ceil_mode=True), ["AvgPool2d"], False, True),  # the window added lies in the padding
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), ["pad", "AvgPool2d"], True, False),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), ["AvgPool2d"], True, False),
+        (nn.AvgPool2d(3, 2, (1, 0), ceil_mode=True), ["pad", "AvgPool2d"], True, False),
+        (nn.MaxPool2d(2, 3, ceil_mode=True), ["MaxPool2d"], False, None),
+        (nn.MaxPool2d(3, 2, ceil_mode=True), ["MaxPool2d"], True, None),
+        (nn.MaxPool2d(2, 3, 1, 2, ceil_mode=True), ["MaxPool2d"], True, None),
+    ],
+    ids=str,
+)
+def test_pooling_windows(pool: nn.Module, expected: list[str], ceil_mode: bool, counts: bool | None) -> None:
+    graph = probed(lambda net, x: net.pool(x), pool=pool)
+    pooling_windows(graph)
+    assert steps(graph) == expected
+    made = graph.get_submodule("pool")
+    assert (made.ceil_mode, getattr(made, "count_include_pad", None)) == (ceil_mode, counts)
+    assert same(graph, lambda net, x: net.pool(x), pool=pool)

@@ -136,6 +136,11 @@ class Uneven(Base):
         return logits
 
 
+class Divisor(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pooled(functional.avg_pool2d(self.conv(x), 2, divisor_override=3))  # here
+
+
 class Part(Base):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -169,6 +174,7 @@ REFUSED: dict[type[nn.Module], str] = {
     Two: r"forward needs a second input 'more'",
     BatchDependent: r"BatchNorm2d 'norm'.* cannot be quantized",
     Uneven: r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to 4x4 in unequal windows",
+    Divisor: r"AvgPool2d 'avg_pool2d'.* has divisor_override=3, which ONNX does not have",
     Part: r"relu_\(\) 'relu_'.* changes a part of a tensor in place",
     Map: r"its answer has the shape \(2, 4, 6, 6\) for 2 images",
     Empty: r"has no convolution and no linear layer",
