@@ -104,7 +104,8 @@ def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor
 
 def _quantizes(module: nn.Module) -> bool:
     proxy: Any = getattr(module, "act_quant", None)
-    return proxy is not None and bool(proxy.is_quant_enabled)
+    # A user's own module may hold a quantizer under this name: the one behind its part "act".
+    return bool(getattr(proxy, "is_quant_enabled", False))
 
 
 def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -86,7 +86,8 @@ def signs_in_qcdq(folded: nn.Module) -> nn.Module:
 
 def _is_binary(module: nn.Module, quantizer: str) -> bool:
     proxy: Any = getattr(module, quantizer, None)
-    if proxy is None or not proxy.is_quant_enabled:
+    # A user's own module may hold a layer under this name: the quantizer behind its part "act".
+    if not getattr(proxy, "is_quant_enabled", False):
         return False
     return int(proxy.bit_width()) == 1
 

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import nn
 
+from robustq.export.lowering.explicit_pads import explicit_pads
 from robustq.models.spec import ModelSpec
 
 OPSET = 17
@@ -74,7 +75,9 @@ def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProt
             output_names=[OUTPUT],
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
         )
-        return onnx.load(path)
+        model = onnx.load(path)
+    explicit_pads(model)
+    return model
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from onnx import helper
 
 from robustq.export.lowering.graph import GraphIndex
 
-MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice"})
+MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad"})
 """Every value of their output is a value of their first input."""
 
 

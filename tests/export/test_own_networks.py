@@ -8,12 +8,17 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.export.formats import build
 from robustq.export.parity import Agreement, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.session import OnnxModel, optimised_layers
+from robustq.models.calibration import calibrate
+from robustq.models.folding import fold
+from robustq.models.own.network import quantized_graph
+from robustq.models.quantizers import Widths
 from robustq.models.spec import ModelSpec
 from tests.models.own.own_nets import CLASSES, NETS, SIDE, folded_of, pixels
 
@@ -104,3 +109,54 @@ def test_the_file_says_what_built_it() -> None:
         entry.key: entry.value for entry in onnx.load_from_string(content("inverted", 4, "integer")).metadata_props
     }
     assert '"architecture": "own:net"' in metadata["robustq.spec"]
+
+
+class Windows(nn.Module):
+    """Paddings and windows that runtimes count differently; a part called act whose values are quantized; a layer of
+    zeros, whose channels are nothing but their biases.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, padding="same", bias=False)
+        self.even = nn.Conv2d(8, 8, (2, 3), padding="same", dilation=(3, 2))
+        self.mean = nn.AvgPool2d(3, 2, 1, ceil_mode=True)  # 12 -> 7
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
+        self.max = nn.MaxPool2d(2, 2, 1, ceil_mode=True)  # 8 -> 5
+        self.block = nn.Sequential()
+        self.block.act = nn.Hardswish()
+        self.halved = nn.AvgPool2d(2, 3, ceil_mode=True)  # 5 -> 2
+        self.zeros = nn.Conv2d(8, 8, 1)
+        nn.init.zeros_(self.zeros.weight)
+        self.last = nn.Conv2d(16, 8, 2, padding="valid")
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mean(self.even(self.stem(x).relu()).relu())
+        x = self.halved(self.block(self.max(self.pad(x))))
+        x = torch.cat([x, self.zeros(x).relu()], dim=1)
+        logits: Tensor = self.fc(self.last(x).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_paddings_and_windows_are_the_same_everywhere(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    what = spec(bits)
+    graph = quantized_graph(
+        Windows().eval(), name="net", widths=Widths(bits, bits), classes=CLASSES, channels=3, image_size=SIDE
+    )
+    calibrate(graph, X)
+    folded = fold(graph, what)
+    for format_name in ("integer", "qcdq") if bits == 4 else ("float",):
+        path = tmp_path / f"{format_name}.onnx"
+        model = build(format_name, folded, what)
+        assert all(one.name != "auto_pad" for node in model.graph.node for one in node.attribute)
+        onnx.save(model, path)
+        found = parity(path, folded, X, runs=("optimised", "exact", "unoptimised"))
+        assert all(agreement.holds for agreement in found.values())
+        if format_name != "qcdq":
+            assert holds_exactly(found["optimised"]) and holds_exactly(found["exact"])
+        if format_name == "integer":
+            layers = optimised_layers(path)
+            assert layers.float_convolutions == () and {"AveragePool"}.isdisjoint(layers.in_float)
