@@ -23,6 +23,7 @@ from robustq.export.lowering.uint8_pixels import uint8_pixels
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.metadata import describe
 from robustq.export.qonnx_file import clean_up
+from robustq.export.ranges import check_ranges
 from robustq.export.signs_in_qcdq import signs_in_qcdq
 from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
@@ -62,6 +63,7 @@ def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
     own_constants(model)
+    check_ranges(model)
     return model
 
 

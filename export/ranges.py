@@ -1,0 +1,125 @@
+"""Networks whose numbers leave the range of the kernels that run them: refused, by the name of the layer.
+
+What counts is the ratio of a step of the values that enter a quantizer to its own step. The limits are those of
+onnxruntime's kernels (MLAS, 1.32), which compute in float32:
+
+- QLinearAdd subtracts the zero points as one number: at a ratio r what is left is off by r * 5e-5 steps, so that at
+  2^15 two zeros add up to another code, and past 2^22 large sums, made int32 before they are clipped, change sides;
+- QLinearMul makes products int32 before it clips them: 255 * 255 of them pass 2^31 just above 2^15;
+- QLinearAveragePool likewise, 255 of them; QLinearGlobalAveragePool refuses to run outside of [2^-32, 2^8) times the
+  number of pixels;
+- QLinearConv and QGemm sum in int32 and clip before they convert. Floats do not: a float32 sum of 2^32 steps is rounded
+  to 256 of them, and where whole numbers sum up to 0 it may give any code. So an unoptimised file would.
+
+None of this is met before one step of what enters is more than all codes of the quantizer behind it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from robustq.errors import ExportError
+from robustq.export.lowering.graph import GraphIndex
+from robustq.export.lowering.quantized_moves import MOVES
+from robustq.export.lowering.short_names import module_name
+
+LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22, "GlobalAveragePool": 2.0**8}
+"""A step of what the operation makes, in steps of the quantizer behind it."""
+
+SMALLEST_RATIO = {"GlobalAveragePool": 2.0**-16}
+"""For images of at most 2^16 pixels; below it nothing but the code 0 comes out."""
+
+LARGEST_SUM = 2.0**32
+"""The largest sum that a layer can make, in steps of the quantizer behind it."""
+
+LAYERS = ("Conv", "Gemm")
+
+LARGEST_CODE = 255
+
+
+def check_ranges(model: onnx.ModelProto) -> None:
+    """Look at all layers, sums, products and averages of a model in QCDQ form.
+
+    Raises:
+        ExportError: one is out of range.
+    """
+    index = GraphIndex(model.graph)
+    for node in model.graph.node:
+        if node.op_type in LAYERS:
+            largest = _largest_sums(index, node).max(initial=0.0)
+            if largest >= 2**31:
+                raise ExportError(
+                    f"{module_name(node.name)}: its sums can reach {largest:.1e}, and int32 holds 2.1e+09; give it "
+                    "fewer inputs or smaller biases"
+                )
+        elif node.op_type == "QuantizeLinear" and index.constant(node.input[0]) is None:
+            _check_quantizer(index, node)
+
+
+def _check_quantizer(index: GraphIndex, quantizer: onnx.NodeProto) -> None:
+    node, own = _origin(index, quantizer), index.constant(quantizer.input[1])
+    if node is None or own is None or own.size != 1:
+        return
+    steps = [_step(index, name) for name in (node.input[:2] if node.op_type in LAYERS else node.input)]
+    if not steps or any(step is None for step in steps):
+        return  # a function in float
+    combine = np.maximum if node.op_type in ("Add", "Concat") else np.multiply
+    ratios = functools.reduce(combine, [step for step in steps if step is not None]) / float(own.flat[0])
+    if node.op_type in LAYERS:
+        ratios = ratios * _largest_sums(index, node)
+        low, high = 0.0, LARGEST_SUM
+    else:
+        low, high = SMALLEST_RATIO.get(node.op_type, 0.0), LARGEST_RATIO.get(node.op_type, np.inf)
+    ratio = float(ratios.max(initial=0.0))
+    if not low <= ratio < high:
+        what = "its largest sum" if node.op_type in LAYERS else "one step of what enters"
+        raise ExportError(
+            f"{module_name(node.name)}: {what} is {ratio:.1e} steps of the quantizer behind it, outside of the "
+            f"[{low:.1e}, {high:.1e}) that can be computed; look for a huge weight or a variance near 0 in the "
+            "BatchNorm before it, and train on with a smaller one"
+        )
+
+
+def _origin(index: GraphIndex, quantizer: onnx.NodeProto) -> onnx.NodeProto | None:
+    """What makes the values that ``quantizer`` takes, but for rectifiers and moves."""
+    node = index.made_by.get(quantizer.input[0])
+    while node is not None and node.op_type in MOVES | {"Relu", "Clip"}:
+        node = index.made_by.get(node.input[0])
+    return node
+
+
+def _step(index: GraphIndex, name: str) -> NDArray[np.float64] | None:
+    """The scales (C,) or (1,) of dequantized values, also where they were moved since."""
+    dequantizer = index.made_by.get(name)
+    while dequantizer is not None and dequantizer.op_type in MOVES:
+        dequantizer = index.made_by.get(dequantizer.input[0])
+    quantized = dequantizer is not None and dequantizer.op_type == "DequantizeLinear"
+    scale = index.constant(dequantizer.input[1]) if dequantizer is not None and quantized else None
+    return None if scale is None else scale.astype(np.float64).flatten()
+
+
+def _codes(index: GraphIndex, name: str) -> Any:
+    """The constant codes of dequantized values in float64."""
+    dequantizer = index.made_by.get(name)
+    if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
+        return None
+    clip = index.made_by.get(dequantizer.input[0])
+    codes = index.constant(clip.input[0] if clip is not None and clip.op_type == "Clip" else dequantizer.input[0])
+    return None if codes is None else codes.astype(np.float64)
+
+
+def _largest_sums(index: GraphIndex, layer: onnx.NodeProto) -> NDArray[np.float64]:
+    """The most that a layer's accumulators can hold: one a channel, none where it runs in float."""
+    weight = _codes(index, layer.input[1])
+    if weight is None:
+        return np.zeros(0)
+    by_output = layer.op_type == "Conv" or any(one.name == "transB" and one.i for one in layer.attribute)
+    rows = (weight if by_output else weight.T).reshape(weight.shape[0 if by_output else 1], -1)
+    bias = _codes(index, layer.input[2]) if len(layer.input) > 2 else None
+    sums: NDArray[np.float64] = np.abs(rows).sum(axis=1) * LARGEST_CODE + (0.0 if bias is None else np.abs(bias))
+    return sums
