@@ -28,11 +28,11 @@ from robustq.export.lowering.graph import GraphIndex
 from robustq.export.lowering.quantized_moves import MOVES
 from robustq.export.lowering.short_names import module_name
 
-LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22, "GlobalAveragePool": 2.0**8}
+LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22}
 """A step of what the operation makes, in steps of the quantizer behind it."""
 
-SMALLEST_RATIO = {"GlobalAveragePool": 2.0**-16}
-"""For images of at most 2^16 pixels; below it nothing but the code 0 comes out."""
+GLOBAL_AVERAGE = (2.0**-32, 2.0**8)
+"""From the first on and below the second: the same for a global average, divided by the number of pixels."""
 
 LARGEST_SUM = 2.0**32
 """The largest sum that a layer can make, in steps of the quantizer behind it."""
@@ -74,7 +74,9 @@ def _check_quantizer(index: GraphIndex, quantizer: onnx.NodeProto) -> None:
         ratios = ratios * _largest_sums(index, node)
         low, high = 0.0, LARGEST_SUM
     else:
-        low, high = SMALLEST_RATIO.get(node.op_type, 0.0), LARGEST_RATIO.get(node.op_type, np.inf)
+        low, high = 0.0, LARGEST_RATIO.get(node.op_type, np.inf)
+    if node.op_type == "GlobalAveragePool":
+        low, high = (limit * _pixels(index, node.input[0]) for limit in GLOBAL_AVERAGE)
     ratio = float(ratios.max(initial=0.0))
     if not low <= ratio < high:
         what = "its largest sum" if node.op_type in LAYERS else "one step of what enters"
@@ -83,6 +85,13 @@ def _check_quantizer(index: GraphIndex, quantizer: onnx.NodeProto) -> None:
             f"[{low:.1e}, {high:.1e}) that can be computed; look for a huge weight or a variance near 0 in the "
             "BatchNorm before it, and train on with a smaller one"
         )
+
+
+def _pixels(index: GraphIndex, name: str) -> int:
+    """Height times width of a tensor (N, C, H, W); 1 where they are not known."""
+    inferred = onnx.shape_inference.infer_shapes(onnx.helper.make_model(index.graph)).graph
+    shapes = [value.type.tensor_type.shape.dim for value in inferred.value_info if value.name == name]
+    return max(int(np.prod([axis.dim_value for axis in shapes[0][2:]])), 1) if shapes else 1
 
 
 def _origin(index: GraphIndex, quantizer: onnx.NodeProto) -> onnx.NodeProto | None:
