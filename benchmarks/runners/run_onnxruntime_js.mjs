@@ -27,7 +27,8 @@ function writeFloat32(path, values, shape) {
   const start = Buffer.alloc(10);
   start.write("\x93NUMPY\x01\x00", "latin1");
   start.writeUInt16LE(header.length, 8);
-  writeFileSync(path, Buffer.concat([start, Buffer.from(header), Buffer.from(values.buffer, values.byteOffset, values.byteLength)]));
+  const body = Buffer.from(values.buffer, values.byteOffset, values.byteLength);
+  writeFileSync(path, Buffer.concat([start, Buffer.from(header), body]));
 }
 
 try {
