@@ -100,6 +100,11 @@ def _onnxruntime(version: str) -> Runtime:
     return Runtime("onnxruntime", version, "run_onnxruntime.py", packages, settings=settings)
 
 
+def _openvino(version: str) -> Runtime:
+    packages = (f"openvino=={version}", "numpy==2.1.3")
+    return Runtime("openvino", version, "run_openvino.py", packages, settings=("default", "f32"))
+
+
 def _javascript(family: str, version: str) -> Runtime:
     packages, settings = (f"{family}@{version}",), ("default", "disabled")
     return Runtime(family, version, "run_onnxruntime_js.mjs", packages, settings=settings, kind="node")
@@ -113,9 +118,7 @@ RUNTIMES: tuple[Runtime, ...] = (
     _javascript("onnxruntime-web", "1.30.0"),
     _javascript("onnxruntime-node", "1.20.1"),
     _javascript("onnxruntime-node", "1.30.0"),
-    Runtime(
-        "openvino", "2026.4.1", "run_openvino.py", ("openvino==2026.4.1", "numpy==2.2.6"), settings=("default", "f32")
-    ),
+    *map(_openvino, ("2024.6.0", "2025.4.1", "2026.4.1")),
     Runtime("tract", "0.23.9", "run_tract.py", ("tract==0.23.9", "numpy==2.2.6")),
     Runtime(
         "iree",
