@@ -187,10 +187,12 @@ def quantized_values(model: onnx.ModelProto) -> dict[str, CodeGrid]:
 
 
 def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:
-    """Whether the quantizer only puts moved codes onto their own grid again, as the pass quantized_moves adds it."""
-    if origin is None or origin.op_type not in MOVES:
+    """Whether the quantizer only puts codes, moved or not, onto their own grid again, as the passes quantized_moves and
+    rounded_sums add it.
+    """
+    if origin is None:
         return False
-    source = index.made_by.get(origin.input[0])
+    source = index.made_by.get(origin.input[0]) if origin.op_type in MOVES else origin
     if source is None or source.op_type != "DequantizeLinear":
         return False
     scales = [index.constant(node.input[1]) for node in (source, quantizer)]

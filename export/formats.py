@@ -18,6 +18,7 @@ from robustq.export.lowering.own_constants import own_constants
 from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
 from robustq.export.lowering.quantized_moves import quantized_moves
+from robustq.export.lowering.rounded_sums import rounded_sums
 from robustq.export.lowering.short_names import short_names
 from robustq.export.lowering.uint8_pixels import uint8_pixels
 from robustq.export.lowering.unsigned_activations import unsigned_activations
@@ -58,22 +59,33 @@ def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     return clean_up(export_qonnx(network, spec))
 
 
-def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(signs_in_qcdq(folded), spec)
     folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
+    return model
+
+
+def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    model = _quantized(folded, spec)
+    if spec.act_bits > 1:
+        # Where the zero point is 0, OpenVINO sees through what rounded_sums adds. Signs stay as they are: of unsigned
+        # ones onnxruntime 1.18.1 makes integer convolutions with other answers.
+        unsigned_activations(model)
+    rounded_sums(model)
     own_constants(model)
     check_ranges(model)
     return model
 
 
 def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    model = _qcdq(folded, spec)
+    model = _quantized(folded, spec)
     folded_constants(model)
     padding_in_convolutions(model)
     unsigned_activations(model)
     quantized_moves(model)  # it shows what quantized tensor enters a layer or a sign behind a pooling
     integer_signs(model)
+    rounded_sums(model)
     own_constants(model)
     return model
 
