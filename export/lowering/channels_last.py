@@ -13,6 +13,9 @@ from typing import Any
 
 import onnx
 
+CHANNELS_LAST = "qonnx.custom_op.channels_last"
+"""Domain of the layers in that layout."""
+
 
 def channels_last(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model in that layout; shapes are annotated."""
