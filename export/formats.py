@@ -11,7 +11,6 @@ from torch import nn
 
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
-from robustq.export.lowering.channels_last import channels_last
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
 from robustq.export.lowering.folded_constants import folded_constants
 from robustq.export.lowering.implied_zero_points import implied_zero_points
@@ -66,7 +65,7 @@ def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _qonnx_for_hls4ml(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = _qonnx(folded, spec)
     fixed_point_multipliers(model)
-    return channels_last(model)
+    return model
 
 
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -144,8 +143,12 @@ def _check_consumer(name: str, spec: ModelSpec, consumer: str | None, batch_norm
         raise UsageError(f"--for {consumer} goes with --format qonnx, not with {name}")
     if consumer == HLS4ML and batch_norm == "keep":
         raise UsageError("--for hls4ml folds BatchNorm into fixed-point multipliers; leave out --batch-norm keep")
-    if consumer == HLS4ML and 1 in (spec.weight_bits, spec.act_bits):
-        raise ExportError(f"{spec.label}: --for hls4ml holds no layers of 1 bit; harden the network with --bits 2 or more")
+    if consumer == HLS4ML and 1 in (spec.weight_bits, spec.act_bits, *(bits for _, bits in spec.layer_bits)):
+        raise ExportError(f"{spec.label}: --for hls4ml holds no layers of 1 bit; harden with --bits 2 or more")
+    if consumer == HLS4ML and spec.normalisation is not None:
+        raise ExportError(
+            f"{spec.label}: --for hls4ml takes pixels in [0, 1] as they are; harden without --normalisation"
+        )
 
 
 def build(

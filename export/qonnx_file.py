@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from robustq.export.lowering.channels_last import CHANNELS_LAST
+from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST
 from robustq.progress import bar
 
 EXECUTOR_BATCH = 20
@@ -60,7 +60,7 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
     wrapped = ModelWrapper(model, make_deepcopy=True)
     if all(node.domain != CHANNELS_LAST for node in model.graph.node):
         return cleanup_model(wrapped, override_inpsize=size)
-    # qonnx (1.0.0) cannot infer the shapes of these anew; they are all annotated, for a batch of one.
+    # qonnx (1.0.0) cannot infer their shapes anew; they are all annotated, for a batch of one.
     graph = wrapped.graph
     computed = {graph.input[0].name}
     for node in graph.node:
@@ -74,7 +74,7 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
 
 @contextmanager
 def _without_opset_warnings() -> Iterator[None]:
-    """onnxruntime warns of opset 1, as which qonnx hands it the channels-last layers."""
+    """Qonnx hands onnxruntime the channels-last layers as opset 1, of which onnxruntime warns each time."""
     import onnxruntime as ort
 
     ort.set_default_logger_severity(3)

@@ -2,8 +2,8 @@
 
     python benchmarks/runners/hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--io io_parallel]
 
-IMAGES.npy holds float32 (N, C, H, W) in [0, 1]; LOGITS.npy gets float32 (N, K). Prints one JSON line. Where hls4ml does not
-take the file, exits with 1 and the reason in stderr's last line.
+IMAGES.npy holds float32 (N, C, H, W) in [0, 1]; LOGITS.npy gets float32 (N, K). Prints one JSON line. Where hls4ml does
+not take the file, exits with 1 and the reason in stderr's last line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import onnx
 
 
 def convert(model: onnx.ModelProto, folder: str, io: str) -> Any:
-    import hls4ml
+    """hls4ml's model of ``model``, with the configuration that hls4ml makes by itself."""
+    import hls4ml  # type: ignore[import-not-found]
 
     config = hls4ml.utils.config_from_onnx_model(model, granularity="name", backend="Vitis")
     return hls4ml.converters.convert_from_onnx_model(
@@ -33,6 +34,7 @@ def convert(model: onnx.ModelProto, folder: str, io: str) -> Any:
 
 
 def main() -> None:
+    """Convert, compile, run."""
     parser = argparse.ArgumentParser(description="Logits of a QONNX file by hls4ml's compiled C simulation.")
     for name in ("file", "images", "logits"):
         parser.add_argument(name, type=Path)
