@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -80,10 +81,9 @@ def _float_bias_answers(model: torch.nn.Module, spec: ModelSpec, x: Tensor) -> l
         bias = index.made_by.get(node.input[2]) if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 else None
         if bias is None or bias.op_type != "DequantizeLinear":
             continue
-        codes, scale = (index.constant(name) for name in bias.input[:2])
-        assert codes is not None and scale is not None
+        codes, scale = (np.asarray(index.constant(name), dtype=np.float64) for name in bias.input[:2])
         name = f"{node.name}_float_bias"
-        written.graph.initializer.append(numpy_helper.from_array((codes * scale).astype("float32"), name))
+        written.graph.initializer.append(numpy_helper.from_array((codes * scale).astype(np.float32), name))
         node.input[2] = name
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "float-biases.onnx"

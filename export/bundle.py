@@ -15,6 +15,8 @@ from robustq.outputs import sha256
 
 MODEL = "model.pt"
 RECORD = "bundle.json"
+FAILED = ".failed.onnx"
+"""Ending of a file whose answers are not those of the network it was made from."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Bundle:
     def format(self) -> str:
         """The format the .onnx was written in."""
         return str(self.record["format"])
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each check that the file did not pass when it was exported, the file's name in front."""
+        found = self.record.get("shortfalls")
+        return [f"{self.onnx.name}: {fall}" for fall in found] if isinstance(found, list) else []
 
 
 def open_bundle(path: Path) -> Bundle:

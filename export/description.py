@@ -55,6 +55,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "operators": dict(sorted(counts.items())),
         "layers": [_layer(node, makers, values) for node in graph.node if node.op_type in LAYERS],
         "spec": _spec(metadata.get("robustq.spec")),
+        "failed": _texts(metadata.get("robustq.failed")),
         "metadata": metadata,
     }
 
@@ -69,6 +70,17 @@ def _spec(text: str | None) -> dict[str, Any] | None:
     except ValueError:
         return None
     return spec if isinstance(spec, dict) else None
+
+
+def _texts(text: str | None) -> list[str]:
+    """A JSON list of texts; what is no such list stands as one text, since somebody wrote it."""
+    if text is None:
+        return []
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return [text]
+    return [str(one) for one in found] if isinstance(found, list) else [text]
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of,
 from robustq.export.qonnx_file import execute
 from robustq.export.session import Layers, OnnxModel, optimised_layers
 from robustq.models.spec import ModelSpec
+
+QONNX_EXECUTOR = "qonnx_executor"
+"""The run of a QONNX file by the qonnx package, beside the names of :data:`robustq.export.parity.RUNS`."""
 
 EXECUTOR_IMAGES = 100
 """How many images qonnx's executor is asked about; it takes seconds for them."""
@@ -61,26 +65,49 @@ class Proof:
     on_ties: tuple[str, ...] = ()
 
     @property
-    def shortfalls(self) -> list[str]:
-        """What does not hold, in words; empty when everything does."""
+    def parity_failures(self) -> list[str]:
+        """In which runs the answers are not the network's, and where they part; empty when all agree."""
         found = [
             f"{run}: {agreement.different_top1} of {agreement.images} images get another class"
             if not agreement.same_answers
             else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean, "
             f"more than {agreement.bound:.0e}"
             for run, agreement in self.agreements.items()
-            if not agreement.holds and not (agreement.same_answers and run in self.on_ties)
+            if not self._agrees(run)
         ]
         if found and self.first_difference is not None:
             found.append(self.first_difference)
+        return found
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What does not hold, in words; empty when everything does."""
+        found = self.parity_failures
         if self.must_be_integer and self.layers.float_convolutions:
             count, first = len(self.layers.float_convolutions), self.layers.float_convolutions[0]
             found.append(f"{count} convolutions left in float: {first}, ...")
         return found
 
+    @property
+    def equal_in(self) -> list[str]:
+        """Runtimes with their versions that were asked here and gave this file the network's answers."""
+        executor = self.agreements.get(QONNX_EXECUTOR)
+        if executor is not None:  # the other runs are of the file that stands in
+            name = f"qonnx executor {version('qonnx')} ({executor.images} images)"
+            return [name] if self._agrees(QONNX_EXECUTOR) else []
+        agreeing = [run for run in self.agreements if self._agrees(run)]
+        images = max((self.agreements[run].images for run in agreeing), default=0)
+        name = f"onnxruntime {version('onnxruntime')} ({', '.join(agreeing)}; {images:,} images)"
+        return [name] if agreeing else []
+
+    def _agrees(self, run: str) -> bool:
+        agreement = self.agreements[run]
+        return agreement.holds or (agreement.same_answers and run in self.on_ties)
+
     def to_dict(self) -> dict[str, Any]:
-        """The keys ``parity first_difference on_ties integer_layers float_layers judged_file``."""
+        """The keys ``parity equal_in first_difference on_ties integer_layers float_layers judged_file``."""
         return {
+            "equal_in": self.equal_in,
             "parity": {run: agreement.to_dict() for run, agreement in self.agreements.items()},
             "first_difference": self.first_difference,
             "on_ties": list(self.on_ties),
@@ -122,7 +149,7 @@ def prove(
         stand_in = _write_stand_in(Path(folder), folded, spec)
         agreements = parity(stand_in, folded, x, runs=FORMATS[STAND_IN].runs, bound=bound)
         found, on_ties = _where(stand_in, folded, x, agreements)
-        agreements = {"qonnx_executor": executed, **agreements}
+        agreements = {QONNX_EXECUTOR: executed, **agreements}
         return Proof(STAND_IN, agreements, optimised_layers(stand_in), False, found, on_ties)
 
 

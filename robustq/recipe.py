@@ -67,6 +67,7 @@ class Recipe:
         method: one of :data:`robustq.recipe_faults.METHODS`.
         data, architecture, weight_bits, act_bits: the task and the network; None leaves them to the model or the
             command line.
+        shared_sum_scale: quantize both inputs of each residual sum by one quantizer; None: as the model has it.
         epsilon: radius of the threat model in [0, 1]; None: what the model says, else 8/255.
         epochs: passes over the training part; like all of :data:`robustq.recipe_faults.TRAINING_KEYS`, not for ``ptq``.
         batch_size: images a step.
@@ -105,6 +106,7 @@ class Recipe:
     architecture: str | None = None
     weight_bits: int | None = None
     act_bits: int | None = None
+    shared_sum_scale: bool | None = None
     epsilon: float | None = None
     epochs: int
     batch_size: int

@@ -53,6 +53,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "architecture": (str,),
     "weight_bits": (int,),
     "act_bits": (int,),
+    "shared_sum_scale": (bool,),
     "epsilon": (int, float, str),
     "epochs": (int,),
     "batch_size": (int,),

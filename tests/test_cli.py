@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 import robustq
 from robustq import cli
 from robustq.checkpoint import load_model, save_model
 from robustq.export.bundle import RECORD
+from robustq.export.formats import build
 from robustq.outputs import sha256
 
 
@@ -152,6 +156,44 @@ def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w
     assert result.code == 1
     assert result.json["shortfalls"]
     assert "another class" in result.err
+
+
+def test_a_file_that_failed_parity_has_another_name_and_says_so_first(
+    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: Any, **options: Any) -> onnx.ModelProto:
+        model = build(*arguments, **options)
+        scale = next(node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear")
+        for tensor in model.graph.initializer:
+            if tensor.name == scale:
+                tensor.CopyFrom(numpy_helper.from_array(4 * numpy_helper.to_array(tensor), scale))
+        return model
+
+    monkeypatch.setattr("robustq.workflow.exporting.build", wrong)
+    exported = run("export", digits_w4a4, "--no-recheck", "--images", "40", "--out", "bundle", "--json")
+    assert exported.code == 1
+    (file,) = Path("bundle").glob("*.onnx")
+    assert file.name == "resnet8-w4a4.failed.onnx"
+    first = f"FAILED  {file.name}: optimised: "
+    assert exported.json["equal_in"] == [] and "another class" in exported.json["shortfalls"][0]
+    for command in ("attack bundle --suite recheck", "recheck bundle", "info bundle"):
+        told = run(*command.split(), *(() if "info" in command else ("--images", "20")))
+        assert told.out.startswith(first), command
+        assert told.code == (1 if "recheck bundle" in command else 0)
+        assert told.err.startswith(first) or "info" in command
+    assert run("info", str(file)).out.startswith("FAILED  optimised: ")
+    required = run("attack", "bundle", "--suite", "recheck", "--images", "20", "--require", "0")
+    assert required.code == 1 and "the file did not pass its export" in required.err
+
+
+def test_export_says_where_the_answers_were_proved(run: Run, digits_w4a4: Path) -> None:
+    exported = run("export", digits_w4a4, "--no-recheck", "--images", "40", "--out", "bundle")
+    proved = f"onnxruntime {version('onnxruntime')} (optimised, unoptimised, exact; 40 images)"
+    assert f"equal   answers proved in {proved}" in exported.out.splitlines()[-3:]
+    (file,) = Path("bundle").glob("*.onnx")
+    about = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    assert json.loads(about["robustq.equal_in"]) == [proved]
+    assert json.loads(about["robustq.failed"]) == []
 
 
 def test_results_can_be_kept_in_a_file(run: Run, digits_w4a4: Path) -> None:

@@ -41,7 +41,7 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
 
 def _entering(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
     """The DequantizeLinear whose values reach the layer, through operations that move or choose them."""
-    source = index.made_by.get(node.input[0])
+    source: onnx.NodeProto | None = index.made_by.get(node.input[0])
     while source is not None and source.op_type != "DequantizeLinear":
         source = index.made_by.get(source.input[0]) if source.input else None
     if source is None:

@@ -21,7 +21,11 @@ SIGN_NORMS = ("norm1", "norm2")
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum."""
+    """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum.
+
+    With ``layers.shared_sum_scale`` the shortcut passes through the quantizer of the convolution branch too, an
+    identity shortcut included.
+    """
 
     def __init__(
         self, layers: Layers, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut = "projection"
@@ -35,12 +39,15 @@ class BasicBlock(nn.Module):
         self.branch = layers.branch()
         self.downsample = _downsample(layers, in_channels, out_channels, stride=stride, kind=shortcut)
         self.relu2 = layers.relu()
+        self.shared_sum_scale = layers.shared_sum_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.branch(self.bn2(self.conv2(out)))
+        if self.shared_sum_scale:
+            shortcut = self.branch(plain(shortcut))
         summed: Tensor = self.relu2(plain(out) + plain(shortcut))
         return summed
 
@@ -102,12 +109,11 @@ def _downsample(
     if stride == 1 and in_channels == out_channels:
         return None
     if kind == "padding":
-        return nn.Sequential(_padding(layers, in_channels, out_channels, stride=stride), layers.branch())
-    return nn.Sequential(
-        layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=layers.widths.is_binary),
-        layers.batch_norm(out_channels),
-        layers.branch(),
-    )
+        parts = [_padding(layers, in_channels, out_channels, stride=stride)]
+    else:
+        conv = layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=layers.widths.is_binary)
+        parts = [conv, layers.batch_norm(out_channels)]
+    return nn.Sequential(*parts) if layers.shared_sum_scale else nn.Sequential(*parts, layers.branch())
 
 
 def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> nn.Module:

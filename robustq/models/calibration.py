@@ -1,7 +1,8 @@
 """Sets every activation scale of a quantized network from a few training images, once, before the first step.
 
 Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach
-it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones. Clipping
+it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones. A
+quantizer that is called more than once takes the activations of all its calls so far together. Clipping
 for the least squared error is the idea of ACIQ (Banner et al., arXiv:1810.05723), here by search instead of a closed
 form. Low widths need it: clipping at the maximum would leave a 2-bit activation almost always zero.
 """
@@ -60,8 +61,7 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1),
     as Brevitas counts them. Values that are all zero give 1.0.
     """
-    flat = values.detach().flatten().float()
-    flat = flat[:: max(flat.numel() // SAMPLES, 1)].contiguous()  # else each pass fetches a cache line for one value
+    flat = _samples(values)
     largest = flat.abs().max().item()
     if largest == 0.0:
         return 1.0
@@ -73,6 +73,12 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
         codes = (flat / scale).round_().clamp_(low, high)
         errors.append((codes * scale - flat).square_().mean().item())
     return float(GRID[errors.index(min(errors))].item() * largest)
+
+
+def _samples(values: Tensor) -> Tensor:
+    """About :data:`SAMPLES` of the values, as float32 (M,), contiguous: else each pass fetches a cache line a value."""
+    flat = values.detach().flatten().float()
+    return flat[:: max(flat.numel() // SAMPLES, 1)].contiguous()
 
 
 def _take_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -92,8 +98,11 @@ def _own_threshold(module: nn.Module) -> LearnedThreshold | None:
 def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     fused: Any = module.act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
 
+    seen: list[Tensor] = []
+
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        values = fused.activation_impl(inputs[0])
+        seen.append(_samples(fused.activation_impl(inputs[0])))
+        values = torch.cat(seen)
         threshold.set_threshold(best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed))
 
     return hook

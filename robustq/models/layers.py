@@ -38,11 +38,14 @@ class Layers:
             :func:`robustq.models.folding.fold` fills. Activations then carry their scale along, which int32 biases
             need.
         normalisation: mean and standard deviation that stand in front of everything, in float.
+        shared_sum_scale: quantize both inputs of a residual sum by one quantizer, which FINN needs to move the scale
+            behind the sum; not for binary activations.
     """
 
     widths: Widths
     folded: bool = False
     normalisation: Normalisation | None = None
+    shared_sum_scale: bool = False
 
     def pixels(self) -> nn.Module:
         """Input quantizer: scale 1/255, so that uint8 pixels stay as they are; behind a normalisation, learned."""

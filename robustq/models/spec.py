@@ -33,6 +33,7 @@ class ModelSpec:
         normalisation: (mean, std) per channel applied inside the model before the input quantizer, or None.
         layer_bits: (layer name, bits) of layers whose width is their own; a table in JSON.
         feature_layer: the layer that the features enter which are aligned; None: found on the network.
+        shared_sum_scale: whether one quantizer serves both inputs of each residual sum.
     """
 
     architecture: str
@@ -47,6 +48,7 @@ class ModelSpec:
     normalisation: Normalisation | None = None
     layer_bits: tuple[tuple[str, int], ...] = ()
     feature_layer: str | None = None
+    shared_sum_scale: bool = False
 
     @property
     def widths(self) -> Widths:
@@ -98,6 +100,9 @@ class ModelSpec:
         known["layer_bits"] = tuple(own.items())
         if not isinstance(known.get("feature_layer"), str | None):
             raise ModelFileError(f"spec says feature_layer = {known['feature_layer']!r}; it must be a layer's name")
+        shared = known.get("shared_sum_scale", False)
+        if not isinstance(shared, bool):
+            raise ModelFileError(f"spec says shared_sum_scale = {shared!r}; it must be true or false")
         return cls(**known)
 
 
@@ -160,6 +165,8 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
             cannot be quantized.
     """
     check_permission(spec.architecture, own_model)
+    if spec.shared_sum_scale and spec.widths.is_binary:
+        raise UsageError("1 bit has no blocks with shared_sum_scale; set it to false, or choose 8, 4, 3 or 2 bits")
     if is_own(spec.architecture):
         # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.own.network import quantized_graph
@@ -173,6 +180,7 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
             image_size=spec.image_size,
             normalisation=spec.normalisation,
             feature_layer=spec.feature_layer,
+            shared_sum_scale=spec.shared_sum_scale,
         )
         if 1 in dict(spec.layer_bits).values():
             raise UsageError(
@@ -182,7 +190,9 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
         graph.eval()
         network: nn.Module = graph
         return network
-    layers = Layers(spec.widths, folded=folded, normalisation=spec.normalisation)
+    layers = Layers(
+        spec.widths, folded=folded, normalisation=spec.normalisation, shared_sum_scale=spec.shared_sum_scale
+    )
     model = ARCHITECTURES[check_architecture(spec.architecture)](layers, spec.channels, spec.classes)
     set_layer_bits(model, dict(spec.layer_bits))
     return model.eval()

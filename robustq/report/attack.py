@@ -18,6 +18,7 @@ def attack_lines(result: dict[str, Any]) -> list[str]:
         result: of attack, its replay, or the re-check of a file.
     """
     return [
+        *(f"FAILED  {failure}" for failure in result.get("file_failures", ())),
         *_columns(result),
         _worst_case(result),
         *_flags(result),

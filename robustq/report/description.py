@@ -11,7 +11,8 @@ from robustq.report.numbers import bounded, percent, size
 
 def description_lines(found: dict[str, Any]) -> list[str]:
     """A few lines for any kind of file; ``--json`` has the rest."""
-    lines = [f"{found['kind']}  {found['path']}"]
+    lines = [f"FAILED  {fall}" for fall in _failures(found)]
+    lines.append(f"{found['kind']}  {found['path']}")
     if "label" in found or "architecture" in found:
         lines += _network(found)
     if found["kind"] == "onnx":
@@ -29,6 +30,14 @@ def description_lines(found: dict[str, Any]) -> list[str]:
         digests = {size(found["size_bytes"]): digests}
     lines += [f"sha256  {digest}  {name}" for name, digest in (digests or {}).items()]
     return lines
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    """Checks that an exported file did not pass."""
+    if found["kind"] == "export folder":
+        failures: list[str] = found["file_failures"]
+        return failures
+    return found["failed"] if found["kind"] == "onnx" else []
 
 
 def _entry(key: str, value: Any) -> str:
@@ -93,7 +102,7 @@ def _export(found: dict[str, Any]) -> list[str]:
             f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
         )
         lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
-    return lines + [f"FAILED  {fall}" for fall in found.get("shortfalls", [])]
+    return lines + [f"equal   answers proved in {one}" for one in found.get("equal_in", [])]
 
 
 def _run(found: dict[str, Any]) -> list[str]:

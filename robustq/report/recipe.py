@@ -14,6 +14,7 @@ _OPEN = {
     "architecture": "what model.pt or --architecture says",
     "weight_bits": "what --bits says, else model.pt",
     "act_bits": "what --bits says, else model.pt",
+    "shared_sum_scale": "what model.pt says, else false",
     "epsilon": "what --epsilon or model.pt says, else 8/255",
     "crop_padding": "an eighth of the images' side",
     "flip": "true for photographs known by name, else false",

@@ -62,8 +62,16 @@ def export_lines(result: dict[str, Any]) -> list[str]:
     ]
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
+    lines += equal_lines(result)
     lines.append(f"next    robustq recheck {result['bundle']}")
     return lines
+
+
+def equal_lines(result: dict[str, Any]) -> list[str]:
+    """In which runtimes the file's answers were proved equal to the network's."""
+    return [f"equal   answers proved in {one}" for one in result["equal_in"]] or [
+        "equal   answers proved in no runtime: do not use this file"
+    ]
 
 
 def drift_warning(drift: dict[str, Any]) -> list[str]:
@@ -75,7 +83,10 @@ def drift_warning(drift: dict[str, Any]) -> list[str]:
 
 def recheck_lines(result: dict[str, Any]) -> list[str]:
     """What recheck says."""
-    return [f"{result['label']} as {result['format']} on {result['data']}", *proof_lines(result), *attack_lines(result)]
+    judged = attack_lines(result)
+    failed = [line for line in judged if line.startswith("FAILED")]
+    head = f"{result['label']} as {result['format']} on {result['data']}"
+    return [*failed, head, *proof_lines(result), *judged[len(failed) :]]
 
 
 def quickstart_lines(result: dict[str, Any]) -> list[str]:

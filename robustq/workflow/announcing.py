@@ -45,6 +45,8 @@ def announce(
     )
     if spec.layer_bits:
         inner += f", {len(spec.layer_bits)} layers of their own width"
+    if spec.shared_sum_scale:
+        inner += ", one scale for both inputs of each sum"
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")

@@ -117,6 +117,7 @@ def attack_model(
         "data": loaded.name,
         "suite": suite,
         "seed": seed,
+        "file_failures": opened.failures,
         "compiled": compiled,
         **found.to_dict(),
         "curve": curve,

@@ -79,7 +79,8 @@ def _is_plain(value: Any) -> bool:
 def _bundle(path: Path, own_model: str | None) -> dict[str, Any]:
     bundle = open_bundle(path)
     network, spec, _ = load_model(path / MODEL, own_model=own_model)
-    return {**_network(network, spec), **bundle.record, "onnx": describe_onnx(bundle.onnx)}
+    about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
+    return {**_network(network, spec), **bundle.record, **about}
 
 
 def _run(path: Path, own_model: str | None) -> dict[str, Any]:

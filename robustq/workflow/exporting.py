@@ -11,9 +11,9 @@ from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.suites import RECHECK
-from robustq.export.bundle import MODEL, RECORD, open_bundle, write_record
+from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
 from robustq.export.formats import build, check_format
-from robustq.export.metadata import add_accuracy
+from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
 from robustq.export.session import Layers
@@ -22,6 +22,7 @@ from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
 from robustq.outputs import check_place, folder_when_whole, free_path
 from robustq.progress import detail, note
+from robustq.workflow.opening import tell_failures
 from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation, versions
 
 EXPORTS = Path("export-out")
@@ -70,6 +71,7 @@ def export_model(
 
     Returns:
         ``files parity integer_layers float_layers recheck`` and more; ``shortfalls`` says in words what did not hold.
+        A file whose answers are not the network's is called ``NAME.failed.onnx``.
 
     Raises:
         RobustqError: bad input; nothing is written.
@@ -95,6 +97,8 @@ def export_model(
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
         _tell_layers(proof.layers)
+        if proof.parity_failures:
+            path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
         record: dict[str, Any] = {
             "format": format_name,
             "label": spec.label,
@@ -119,7 +123,8 @@ def export_model(
         ).to_dict()
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
-        add_accuracy(path, {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {}))
+        accuracy = {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {})
+        add_results(path, accuracy=accuracy, equal_in=proof.equal_in, failed=proof.shortfalls)
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
     files = [str((final / file).absolute()) for file in (path.name, MODEL, RECORD)]
@@ -151,6 +156,7 @@ def recheck_bundle(
     opened = open_bundle(bundle)
     network, spec, _ = load_model(opened.model, own_model=own_model)
     check_format(opened.format, spec)
+    tell_failures(opened.failures)
     loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
@@ -168,6 +174,7 @@ def recheck_bundle(
         "judge": "onnxruntime",
         "seed": seed,
         "size_bytes": opened.onnx.stat().st_size,
+        "file_failures": opened.failures,
         **proof.to_dict(),
         "shortfalls": proof.shortfalls,
         **found.to_dict(),

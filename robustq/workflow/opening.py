@@ -21,6 +21,7 @@ from robustq.inputs import check_attackable
 from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.folding import fold
 from robustq.models.spec import ModelSpec
+from robustq.progress import note
 
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
 """Operations whose scale follows the whole batch: the answer to an image depends on the images beside it."""
@@ -38,6 +39,7 @@ class Opened:
         deployed: the .onnx that onnxruntime runs, or None.
         spec: what it is.
         checkpoint: the model.pt that says so.
+        failures: checks that the deployed file did not pass when it was exported, a line each.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Opened:
     deployed: Path | None
     spec: ModelSpec
     checkpoint: Path
+    failures: list[str]
 
     def target(self) -> Target:
         """What attacks may use, without other networks."""
@@ -65,17 +68,25 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
         RobustqError: it cannot be read, or not be attacked.
     """
     path = check_attackable(Path(model))
-    deployed, checkpoint = None, path
+    deployed, checkpoint, failures = None, path, []
     if path.is_dir() or path.suffix == ".onnx":
         bundle = open_bundle(path)
         if bundle.format == "qonnx":
             raise ModelFileError(
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
-        deployed, checkpoint = bundle.onnx, bundle.model
+        deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
+        tell_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
     source = ready(fold(network, spec) if deployed is not None else network, device)
-    return Opened(path, network, source, OnnxModel(deployed) if deployed else source, deployed, spec, checkpoint)
+    judge = OnnxModel(deployed) if deployed else source
+    return Opened(path, network, source, judge, deployed, spec, checkpoint, failures)
+
+
+def tell_failures(failures: list[str]) -> None:
+    """Say at once, before anything is counted on a file, which checks it did not pass."""
+    for failure in failures:
+        note(f"FAILED  {failure}")
 
 
 def ready(network: nn.Module, device: torch.device) -> nn.Module:

@@ -69,6 +69,7 @@ def replay_pictures(
         "label": opened.spec.label,
         "data": pictures.data,
         "suite": "replay",
+        "file_failures": opened.failures,
         "replayed": str(Path(file).absolute()),
         "found_on": pictures.about,
         "images": count,

@@ -111,6 +111,7 @@ def train_model(
         normalisation=chosen_normalisation(normalisation, channels=loaded.channels),
         layer_bits=layer_bits,
         feature_layer=feature_layer,
+        shared_sum_scale=bool(settings.shared_sum_scale),
     )
     torch.manual_seed(seed)
     model = build_model(spec, own_model=own_model).to(place)
@@ -206,6 +207,7 @@ def harden_model(
         class_names=loaded.class_names,
         layer_bits=layer_bits,
         feature_layer=feature_layer or source.feature_layer,
+        shared_sum_scale=(source.shared_sum_scale if settings.shared_sum_scale is None else settings.shared_sum_scale),
     )
     torch.manual_seed(seed)
     network = quantize(weights, source, spec, loaded, settings, device=place, path=model, own_model=own_model)
@@ -238,8 +240,10 @@ def quantize(
     always for post-training quantization, which has nothing else to set them.
     """
     model = build_model(target, own_model=own_model)
-    same_widths = (source.widths, source.layer_bits) == (target.widths, target.layer_bits)
-    if same_widths and recipe.method != "ptq":
+    same_quantizers = all(
+        getattr(source, name) == getattr(target, name) for name in ("widths", "layer_bits", "shared_sum_scale")
+    )
+    if same_quantizers and recipe.method != "ptq":
         model.load_state_dict(weights)
         return model.to(device)
     load_weights(model, weights, path)

@@ -55,6 +55,19 @@ def test_layers_of_their_own_width_are_built_kept_and_exported(run: Run, digits_
     assert exported["float_layers"] == [] and exported["shortfalls"] == []
 
 
+def test_one_scale_for_both_inputs_of_a_sum_is_kept_by_the_next_run(run: Run, digits_float: Path) -> None:
+    short = ("--recipe", "natural", *SHORT)
+    made = result_of(run, "harden", str(digits_float), "--bits", "4", "--set", "shared_sum_scale=true", *short)
+    _, spec, _ = load_model(Path(made["checkpoint"]))
+    assert spec.shared_sum_scale
+    again = result_of(run, "harden", made["checkpoint"], *short)
+    assert load_model(Path(again["checkpoint"]))[1].shared_sum_scale  # nothing else was asked for
+    apart = result_of(run, "harden", made["checkpoint"], "--set", "shared_sum_scale=false", *short)
+    assert not load_model(Path(apart["checkpoint"]))[1].shared_sum_scale
+    binary = run("harden", made["checkpoint"], "--bits", "1", *short)
+    assert binary.code == 2 and binary.err.startswith("robustq: 1 bit has no blocks with shared_sum_scale")
+
+
 @pytest.mark.slow
 def test_a_normalisation_of_a_state_dict_stays_in_front(run: Run, digits_float: Path) -> None:
     torch.save(load_model(digits_float)[0].state_dict(), "weights.pt")

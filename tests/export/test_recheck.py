@@ -128,6 +128,7 @@ def test_what_json_gets() -> None:
     proof = Proof("integer", {"exact": agreement(7)}, Layers(("a",), ("b",), ()), must_be_integer=True)
     assert json.loads(json.dumps(proof.to_dict())) == {
         "parity": {"exact": agreement(7).to_dict()},
+        "equal_in": [],
         "first_difference": None,
         "on_ties": [],
         "integer_layers": ["a"],

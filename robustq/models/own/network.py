@@ -28,6 +28,7 @@ def quantized_graph(
     image_size: int,
     normalisation: Normalisation | None = None,
     feature_layer: str | None = None,
+    shared_sum_scale: bool = False,
 ) -> GraphModule:
     """The network at a width, in eval mode, with its own parameters and their names.
 
@@ -41,6 +42,7 @@ def quantized_graph(
             out, (N, classes).
         normalisation: mean and standard deviation in front of the network; None where it has none or its own.
         feature_layer: the layer that the features of the last images enter; None: the last global pooling.
+        shared_sum_scale: quantize both inputs of each sum by one quantizer.
 
     Raises:
         UsageError: a network that cannot be quantized; what and where is named.
@@ -53,7 +55,7 @@ def quantized_graph(
     graph.meta[FEATURE_LAYER] = find_feature_layer(graph, feature_layer, name=name)
     if not widths.is_float:
         fixed_pooling(graph)
-        quantize(graph, widths=widths, name=name)
+        quantize(graph, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return graph.eval()
 
 

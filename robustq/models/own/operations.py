@@ -105,6 +105,7 @@ JOIN_FUNCTIONS = CONCATENATIONS | frozenset(
 )
 JOIN_METHODS = frozenset({"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"})
 DIVISIONS = frozenset({torch.div, operator.truediv, operator.itruediv, "div", "div_"})
+SUMS = frozenset({torch.add, operator.add, operator.iadd, "add", "add_"})
 SUBTRACTIONS = frozenset({torch.sub, operator.sub, operator.isub, "sub", "sub_"})
 FLOAT_MODULES = (
     nn.Sigmoid,

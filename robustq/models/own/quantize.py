@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from robustq.errors import UsageError
 from robustq.models.layers import OUTER_BITS, weight_quantizer
 from robustq.models.own.bounded_threshold import BoundedActQuant
-from robustq.models.own.operations import Kind
+from robustq.models.own.operations import SUMS, Kind, computed_inputs
 from robustq.models.own.tracing import describe
 from robustq.models.own.wiring import (
     first_layers,
@@ -72,15 +72,17 @@ class _Plan:
     first: set[Node]
     last: set[Node]
     before_layer: set[Node] = field(default_factory=set)
+    shared_sums: set[Node] = field(default_factory=set)
 
 
-def quantize(graph: GraphModule, *, widths: Widths, name: str) -> GraphModule:
+def quantize(graph: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> GraphModule:
     """Quantize ``graph`` (standardised and probed) in place and return it; weights and names stay.
 
     Args:
         graph: a float graph.
         widths: of the inner layers; neither float nor binary.
         name: what messages call the network.
+        shared_sum_scale: quantize both inputs of each sum by one signed 8-bit quantizer.
 
     Raises:
         UsageError: binary widths, no layer at all, or an operation that cannot be quantized (named).
@@ -89,6 +91,8 @@ def quantize(graph: GraphModule, *, widths: Widths, name: str) -> GraphModule:
         raise UsageError(f"{name}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2 (or 32)")
     of = kinds(graph)
     plan = _Plan(graph, widths, of, unsigned_values(graph, of), first_layers(of), last_layers(of))
+    if shared_sum_scale:
+        plan.shared_sums |= {node for node in of if of[node] is Kind.JOIN and node.target in SUMS}
     if not plan.first:
         raise UsageError(f"{name}: has no convolution and no linear layer; there is nothing to quantize")
     for node in reversed(of):
@@ -107,6 +111,9 @@ def quantize(graph: GraphModule, *, widths: Widths, name: str) -> GraphModule:
             _insert_after(plan, node, _free(graph, INPUT_QUANTIZER), quantizer)
         elif node not in in_front and _needs_quantizer(plan, node):
             _insert_after(plan, node, _quantizer_name(graph, node), _quantizer(plan, node))
+    for node in of:
+        if node in plan.shared_sums:
+            _share_quantizer(graph, node)
     graph.graph.lint()
     graph.recompile()
     return graph
@@ -161,12 +168,24 @@ def _needs_quantizer(plan: _Plan, node: Node) -> bool:
     users = {of[user] for user in node.users} - {Kind.NOT_A_TENSOR}
     if not users or users == {Kind.RECTIFIER} or leads_to_logits_alone(node, of):
         return False
+    if all(user in plan.shared_sums or of[user] is Kind.NOT_A_TENSOR for user in node.users):
+        return False  # the sums quantize what enters them
     if its_kind is Kind.LAYER and norm_of(node, of) is not None:
         return False
     own_norm = its_kind is Kind.NORM and of[node.all_input_nodes[0]] is Kind.LAYER
     in_float = its_kind in (Kind.FLOAT, Kind.AFFINE) or (its_kind is Kind.NORM and not own_norm)
     # Functions in float that follow each other round nothing in between.
     return not (in_float and users <= {Kind.FLOAT, Kind.AFFINE, Kind.RECTIFIER})
+
+
+def _share_quantizer(graph: GraphModule, node: Node) -> None:
+    """Let one quantizer take each input of the sum ``node``."""
+    name = _free(graph, f"{node.name}_shared_quant")
+    set_module(graph, qnn.QuantIdentity(act_quant=BranchQuant), name)
+    for source in computed_inputs(node):
+        with graph.graph.inserting_before(node):
+            quantized = graph.graph.call_module(name, (source,))
+        node.replace_input_with(source, quantized)
 
 
 def _quantizer(plan: _Plan, node: Node) -> nn.Module:
