@@ -151,7 +151,8 @@ class _Rewriting:
         group = _attribute(node, "group", 1)
         if group > 1 and not group == x.shape[0] == len(codes):
             raise _refused(node, f"has {group} groups; hls4ml takes convolutions of one, and depthwise ones")
-        step, sums = x.step * scale.reshape(-1), x.largest * np.abs(codes).reshape(len(codes), -1).sum(axis=1)
+        step = np.broadcast_to(x.step * scale.reshape(-1), len(codes))
+        sums = x.largest * np.abs(codes).reshape(len(codes), -1).sum(axis=1)
         bias = self._bias(node)
         counts = (sums > 0) | (bias != 0)
         step = np.where(counts, step, step[counts].min(initial=1.0))  # a dead channel's scale says nothing
