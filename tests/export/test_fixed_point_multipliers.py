@@ -21,7 +21,8 @@ from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST, FRACT
 from robustq.export.qonnx_file import execute
 from tests.export import hand_made as hm
 from tests.export.exported import net, parsed
-from tests.export.test_own_networks import X, folded_of, spec
+from tests.export.test_own_networks import X, spec
+from tests.models.own.own_nets import folded_of
 from tests.models.small_nets import small_spec
 
 STEP, BRANCH, SUM, BIAS_STEP = 0.3, 0.017, 0.41, 0.0007
@@ -34,7 +35,8 @@ LAST, LAST_STEP = np.array([[7, -3, 2, 5], [-4, 1, 6, -7], [1, 2, 3, 4]], np.flo
 def quant(x: str, y: str, scale: Any, bits: int, constants: dict[str, Any], *, signed: int = 1) -> onnx.NodeProto:
     parameters = {f"{y}_scale": scale, f"{y}_zero": 0.0, f"{y}_bits": bits}
     constants |= {name: np.asarray(value, np.float32) for name, value in parameters.items()}
-    domain, options = "qonnx.custom_op.general", {"signed": signed, "narrow": 0, "rounding_mode": "ROUND"}
+    domain = "qonnx.custom_op.general"
+    options: dict[str, Any] = {"signed": signed, "narrow": 0, "rounding_mode": "ROUND"}
     return helper.make_node("Quant", [x, *parameters], [y], name=y, domain=domain, **options)
 
 
