@@ -11,6 +11,7 @@ from torch import nn
 
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
+from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
 from robustq.export.lowering.folded_constants import folded_constants
 from robustq.export.lowering.implied_zero_points import implied_zero_points
 from robustq.export.lowering.integer_signs import integer_signs
@@ -31,6 +32,10 @@ from robustq.models.spec import ModelSpec
 
 Pixels = Literal["float", "uint8"]
 BatchNorm = Literal["fold", "keep"]
+
+FINN, HLS4ML = "finn", "hls4ml"
+CONSUMERS = (FINN, HLS4ML)
+"""Tools that a QONNX file can be written for; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,12 @@ class Format:
 
 def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     return clean_up(export_qonnx(network, spec))
+
+
+def _qonnx_for_hls4ml(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    model = _qonnx(folded, spec)
+    fixed_point_multipliers(model)
+    return model
 
 
 def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -112,7 +123,9 @@ onnxruntime runs every layer as integers, on x86 and on ARM. packed: that, in th
 """
 
 
-def check_format(name: str, spec: ModelSpec, *, pixels: str = "float", batch_norm: str = "fold") -> None:
+def check_format(
+    name: str, spec: ModelSpec, *, pixels: str = "float", batch_norm: str = "fold", consumer: str | None = None
+) -> None:
     """Refuse an unknown format or option, or a format that cannot hold this network.
 
     Raises:
@@ -125,6 +138,7 @@ def check_format(name: str, spec: ModelSpec, *, pixels: str = "float", batch_nor
     for option, value, known in (("input", pixels, chosen.pixels), ("batch-norm", batch_norm, chosen.batch_norm)):
         if value not in known:
             raise UsageError(f"--{option} {value} is not known to {name}; choose {' or '.join(known)}")
+    _check_consumer(name, spec, consumer, batch_norm)
     if spec.widths.is_float and not chosen.is_float:
         raise ExportError(
             f"a 32-bit (float) network cannot be written as {name}; write it as float, or quantize it first: "
@@ -134,7 +148,26 @@ def check_format(name: str, spec: ModelSpec, *, pixels: str = "float", batch_nor
         raise ExportError(f"{spec.label} is quantized, and float holds 32-bit networks only; write it as qcdq")
 
 
-def build(name: str, network: nn.Module, spec: ModelSpec, *, pixels: str = "float") -> onnx.ModelProto:
+def _check_consumer(name: str, spec: ModelSpec, consumer: str | None, batch_norm: str) -> None:
+    if consumer is None:
+        return
+    if consumer not in CONSUMERS:
+        raise UsageError(f"--for {consumer} is not known; choose {' or '.join(CONSUMERS)}")
+    if name != "qonnx":
+        raise UsageError(f"--for {consumer} goes with --format qonnx, not with {name}")
+    if consumer == HLS4ML and batch_norm == "keep":
+        raise UsageError("--for hls4ml folds BatchNorm into fixed-point multipliers; leave out --batch-norm keep")
+    if consumer == HLS4ML and 1 in (spec.weight_bits, spec.act_bits, *(bits for _, bits in spec.layer_bits)):
+        raise ExportError(f"{spec.label}: --for hls4ml holds no layers of 1 bit; harden with --bits 2 or more")
+    if consumer == HLS4ML and spec.normalisation is not None:
+        raise ExportError(
+            f"{spec.label}: --for hls4ml takes pixels in [0, 1] as they are; harden without --normalisation"
+        )
+
+
+def build(
+    name: str, network: nn.Module, spec: ModelSpec, *, pixels: str = "float", consumer: str | None = None
+) -> onnx.ModelProto:
     """The ONNX model of ``network`` in format ``name``, with what it is in metadata_props.
 
     Args:
@@ -142,8 +175,12 @@ def build(name: str, network: nn.Module, spec: ModelSpec, *, pixels: str = "floa
         network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
         spec: what it is.
         pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
+        consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
+
+    Raises:
+        ExportError: the network has an operator that the format or the consumer cannot hold.
     """
-    model = FORMATS[name].make(network, spec)
+    model = (_qonnx_for_hls4ml if consumer == HLS4ML else FORMATS[name].make)(network, spec)
     if pixels == "uint8":
         uint8_pixels(model)
     if name != "qonnx":  # whose operators the checker does not know

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 import onnx
 import torch
 from torch import Tensor
 
+from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST
 from robustq.progress import bar
 
 EXECUTOR_BATCH = 20
@@ -32,14 +37,12 @@ def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
     The executor needs a concrete batch size: with a symbolic one it reports a shape mismatch with 0.
     """
     import qonnx.core.onnx_exec
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.util.cleanup import cleanup_model
 
     size = min(EXECUTOR_BATCH, len(images))
-    concrete = cleanup_model(ModelWrapper(model, make_deepcopy=True), override_inpsize=size)
+    concrete = _with_batch(model, size)
     source, sink = concrete.graph.input[0].name, concrete.graph.output[0].name
     logits = []
-    with bar("qonnx executor", len(images)) as progress:
+    with bar("qonnx executor", len(images)) as progress, _without_opset_warnings():
         for part in torch.split(images.detach().cpu().float(), size):
             # A short last batch is filled up with black images, whose logits are dropped.
             full = np.zeros((size, *part.shape[1:]), np.float32)
@@ -48,3 +51,34 @@ def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
             logits.append(torch.from_numpy(np.asarray(outputs[sink]))[: len(part)])
             progress.advance(len(part))
     return torch.cat(logits)
+
+
+def _with_batch(model: onnx.ModelProto, size: int) -> Any:
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.util.cleanup import cleanup_model
+
+    wrapped = ModelWrapper(model, make_deepcopy=True)
+    if all(node.domain != CHANNELS_LAST for node in model.graph.node):
+        return cleanup_model(wrapped, override_inpsize=size)
+    # qonnx (1.0.0) cannot infer their shapes anew; they are all annotated, for a batch of one.
+    graph = wrapped.graph
+    computed = {graph.input[0].name}
+    for node in graph.node:
+        if computed.intersection(node.input):
+            computed.update(node.output)
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.name in computed:
+            value.type.tensor_type.shape.dim[0].dim_value = size
+    return wrapped
+
+
+@contextmanager
+def _without_opset_warnings() -> Iterator[None]:
+    """Qonnx hands onnxruntime the channels-last layers as opset 1, of which onnxruntime warns each time."""
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(3)
+    try:
+        yield
+    finally:
+        ort.set_default_logger_severity(2)  # what it starts with

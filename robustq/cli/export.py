@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.completion import BATCH_NORM, FORMATS, PIXELS, one_of
+from robustq.cli.completion import BATCH_NORM, CONSUMERS, FORMATS, PIXELS, one_of
 from robustq.cli.finish import finish, radius, shortfalls
 from robustq.cli.loudness import Quiet, Verbose
 from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
@@ -41,6 +41,14 @@ def export(
             autocompletion=one_of(BATCH_NORM),
         ),
     ] = "fold",
+    consumer: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="finn (default) or hls4ml: the tool that a qonnx file is written for.",
+            autocompletion=one_of(CONSUMERS),
+        ),
+    ] = None,
     epsilon: Epsilon = None,
     images: Images = 1000,
     recheck: Annotated[
@@ -77,6 +85,7 @@ def export(
             format_name=format_name,
             pixels=pixels,
             batch_norm=batch_norm,
+            consumer=consumer,
             epsilon=wanted_epsilon,
             images=images,
             recheck=recheck,

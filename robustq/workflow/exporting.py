@@ -38,6 +38,7 @@ def export_model(
     format_name: str = "integer",
     pixels: str = "float",
     batch_norm: str = "fold",
+    consumer: str | None = None,
     epsilon: float | None = None,
     images: int = 1000,
     recheck: bool = True,
@@ -55,6 +56,8 @@ def export_model(
         format_name: a key of :data:`robustq.export.formats.FORMATS`.
         pixels: ``uint8`` for a file that takes pixels as they are, ``float`` for one that takes them divided by 255.
         batch_norm: ``keep`` leaves BatchNormalization nodes in a QONNX file.
+        consumer: the tool that a QONNX file is written for, one of :data:`robustq.export.formats.CONSUMERS`; None:
+            the first of them.
         epsilon: radius of the re-check; None: what the model was trained for, else 8/255.
         images: test images for parity and re-check (evenly spaced; 0: all).
         recheck: also count accuracy under attack.
@@ -79,7 +82,7 @@ def export_model(
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, own_model=own_model)
-    check_format(format_name, spec, pixels=pixels, batch_norm=batch_norm)
+    check_format(format_name, spec, pixels=pixels, batch_norm=batch_norm, consumer=consumer)
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
@@ -87,9 +90,9 @@ def export_model(
     final = out or free_path(EXPORTS / name)
     with folder_when_whole(final) as folder:
         path = folder / f"{spec.label}.onnx"
-        note(f"writing {spec.label} as {format_name}")
+        note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
-        onnx.save(build(format_name, kept or folded, spec, pixels=pixels), path)
+        onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
@@ -101,6 +104,7 @@ def export_model(
             "label": spec.label,
             "input": pixels,
             "batch_norm": batch_norm,
+            "consumer": consumer,
             "data": loaded.name,
             "suite": "recheck",
             "judge": "onnxruntime",

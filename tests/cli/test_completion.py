@@ -13,7 +13,7 @@ import pytest
 from robustq.cli import completion
 from robustq.data import DATASET_NAMES
 from robustq.evaluation.suites import SUITES
-from robustq.export.formats import FORMATS
+from robustq.export.formats import CONSUMERS, FORMATS
 from robustq.models.spec import ARCHITECTURES
 from robustq.recipe import recipe_names
 from robustq.recipe_faults import KEYS
@@ -37,6 +37,7 @@ done
 def test_the_names_are_those_of_the_rooms() -> None:
     assert tuple(ARCHITECTURES) == completion.ARCHITECTURES
     assert tuple(FORMATS) == completion.FORMATS
+    assert CONSUMERS == completion.CONSUMERS
     assert tuple(SUITES) == completion.SUITES
     assert completion.DATA == DATASET_NAMES
     assert completion.recipe("") == recipe_names()
