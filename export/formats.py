@@ -11,6 +11,7 @@ from torch import nn
 
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
+from robustq.export.lowering.bias_zero_points import bias_zero_points
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
 from robustq.export.lowering.folded_constants import folded_constants
 from robustq.export.lowering.implied_zero_points import implied_zero_points
@@ -61,7 +62,9 @@ class Format:
 
 
 def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    return clean_up(export_qonnx(network, spec))
+    model = clean_up(export_qonnx(network, spec))
+    bias_zero_points(model)
+    return model
 
 
 def _qonnx_for_hls4ml(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -74,6 +77,7 @@ def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = export_qcdq(signs_in_qcdq(folded), spec)
     folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
+    check_ranges(model)
     return model
 
 
@@ -85,7 +89,6 @@ def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
         unsigned_activations(model)
     rounded_sums(model)
     own_constants(model)
-    check_ranges(model)
     return model
 
 

@@ -1,6 +1,6 @@
 """Logits of a QONNX file by hls4ml: converted, compiled with g++, and run as C simulation. Needs hls4ml alone.
 
-    python benchmarks/runners/hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--io io_parallel]
+    python benchmarks/runners/run_hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--io io_parallel]
 
 IMAGES.npy holds float32 (N, C, H, W) in [0, 1]; LOGITS.npy gets float32 (N, K). Prints one JSON line. Where hls4ml does
 not take the file, exits with 1 and the reason in stderr's last line.

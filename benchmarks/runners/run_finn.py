@@ -1,0 +1,107 @@
+"""What FINN makes of a QONNX file: converts it, streamlines it, and runs the result on images with qonnx's executor.
+
+    python benchmarks/runners/run_finn.py FILE.onnx IMAGES.npy LOGITS.npy [--setting convert|streamline]
+
+It runs inside an environment of its own, which holds finn-plus and what the conversion imports, and knows nothing of
+robustq. IMAGES.npy holds float32 (N, C, H, W), LOGITS.npy gets float32 (N, K). One JSON line on stdout says what the
+graph holds; a refusal ends with exit status 1 and the reason as the last line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+from finn.transformation.streamline.streamline_plus import StreamlinePlus
+from qonnx.core.modelwrapper import ModelWrapper
+from qonnx.core.onnx_exec import execute_onnx
+from qonnx.transformation.change_batchsize import ChangeBatchSize
+from qonnx.transformation.infer_datatypes import InferDataTypes
+from qonnx.util.cleanup import cleanup_model
+
+BATCH = 20
+LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+def main() -> None:
+    """Convert, perhaps streamline, run, and say what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file")
+    parser.add_argument("images")
+    parser.add_argument("logits")
+    parser.add_argument("--setting", choices=["convert", "streamline"], default="streamline")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    try:
+        model = transformed(options.file, streamline=options.setting == "streamline")
+        logits = executed(model, np.load(options.images).astype(np.float32))
+    except Exception as error:  # whatever FINN raises (AssertionError, ValueError, ...) is its refusal
+        lines = str(error).split("\n")
+        sys.exit(f"{type(error).__name__}: {lines[0]}")
+    np.save(options.logits, logits)
+    print(json.dumps(described(model)))
+
+
+def transformed(path: str, *, streamline: bool) -> Any:
+    """FINN's graph with a batch of one, as its build flow has it."""
+    model = cleanup_model(ModelWrapper(path), override_inpsize=1).transform(ConvertQONNXtoFINN())
+    if streamline:
+        model = model.transform(StreamlinePlus())
+    return model.transform(InferDataTypes())
+
+
+def executed(model: Any, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Logits (N, K) float32 of images (N, C, H, W)."""
+    model = model.transform(ChangeBatchSize(BATCH))
+    source, sink = model.graph.input[0].name, model.graph.output[0].name
+    logits = []
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH]
+        full = np.zeros((BATCH, *images.shape[1:]), np.float32)  # black images fill up the last batch
+        full[: len(part)] = part
+        logits.append(execute_onnx(model, {source: full})[sink][: len(part)])
+    return np.concatenate(logits).astype(np.float32)
+
+
+def described(model: Any) -> dict[str, Any]:
+    """Layers with integer inputs and weights, multipliers that enter a sum, and whether each threshold is an integer.
+
+    The thresholds of the quantizer that takes the pixels are left out: its input is a float.
+    """
+    layers = [node for node in model.graph.node if node.op_type in LAYERS]
+    integer = [all(model.get_tensor_datatype(name).is_integer() for name in node.input[:2]) for node in layers]
+    thresholds = [
+        model.get_initializer(node.input[1])
+        for node in model.graph.node
+        if node.op_type == "MultiThreshold" and node.input[0] != model.graph.input[0].name
+    ]
+    return {
+        "version": f"finn-plus {version('finn-plus')}",
+        "integer_layers": sum(integer),
+        "float_layers": len(integer) - sum(integer),
+        "scalar_multipliers_before_sums": multipliers_before_sums(model),
+        "thresholds_integer": all(bool(np.all(each == np.round(each))) for each in thresholds),
+    }
+
+
+def multipliers_before_sums(model: Any) -> int:
+    """How many inputs of an Add of two computed tensors come straight from a Mul by one constant number."""
+    count = 0
+    for node in model.graph.node:
+        if node.op_type != "Add" or any(model.get_initializer(name) is not None for name in node.input):
+            continue
+        for producer in (model.find_producer(name) for name in node.input):
+            if producer is not None and producer.op_type == "Mul":
+                factors = [model.get_initializer(name) for name in producer.input]
+                count += any(factor is not None and factor.size == 1 for factor in factors)
+    return count
+
+
+if __name__ == "__main__":
+    main()
