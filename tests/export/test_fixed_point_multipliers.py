@@ -216,7 +216,7 @@ def test_hls4mls_c_simulation_gives_the_executors_logits(tmp_path: Path) -> None
     python = tmp_path / "hls4ml" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "hls4ml"], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *PINS.split()], check=True)
-    runner = Path(__file__).parents[2] / "benchmarks" / "runners" / "hls4ml.py"
+    runner = Path(__file__).parents[2] / "benchmarks" / "runners" / "run_hls4ml.py"
     files = [tmp_path / name for name in ("model.onnx", "images.npy", "logits.npy")]
     ran = subprocess.run([python, runner, *files], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
