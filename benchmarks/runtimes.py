@@ -60,6 +60,7 @@ from robustq.models.spec import ModelSpec
 from robustq.workflow.setting import data_for
 
 RUNNERS = Path(__file__).parent / "runners"
+FOR_HLS4ML = "qonnx --for hls4ml"
 QCDQ_LIKE = ("qcdq", "integer", "packed")
 INSTALL_SECONDS, RUN_SECONDS = 900, 900
 
@@ -71,8 +72,9 @@ class Runtime:
     Args:
         family, version: what it is called in the table.
         runner: file in benchmarks/runners.
-        packages: pinned names; none: robustq's own environment is used.
-        bare_packages: pinned names that are installed behind them without their dependencies.
+        packages: pinned names.
+        bare_packages: pinned names that are installed behind them without their dependencies. Where both are empty,
+            robustq's own environment is used.
         settings: names that the runner knows.
         formats: those that the runtime is asked to run.
         kind: of environment.
@@ -86,6 +88,11 @@ class Runtime:
     settings: tuple[str, ...] = ("default",)
     formats: tuple[str, ...] = QCDQ_LIKE
     kind: Literal["python", "node"] = "python"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs in robustq's own environment."""
+        return not (self.packages or self.bare_packages)
 
     @property
     def name(self) -> str:
@@ -127,6 +134,41 @@ RUNTIMES: tuple[Runtime, ...] = (
         ("iree-base-compiler==3.13.0", "iree-base-runtime==3.13.0", "onnx==1.23.2", "numpy==2.2.6"),
     ),
     Runtime("qonnx", "here", "run_qonnx.py", (), formats=("qonnx",)),
+    Runtime(
+        "finn",
+        "1.6.1",
+        "run_finn.py",
+        ("qonnx==1.0.0", "onnx==1.21.0", "onnxruntime==1.25.1", "numpy==2.4.6", "scipy==1.17.1", "rich==13.9.4"),
+        bare_packages=(
+            "finn-plus==1.6.1",
+            "lazy-importer==0.1.0",
+            "importlib-metadata==10.2.0",
+            "zipp==4.1.2",
+            "od==2.0.2",
+        ),
+        settings=("convert", "streamline"),
+        formats=("qonnx",),
+    ),
+    Runtime(
+        "hls4ml",
+        "1.3.0",
+        "run_hls4ml.py",
+        (),
+        bare_packages=(
+            "h5py==3.16.0",
+            "hls4ml==1.3.0",
+            "ml-dtypes==0.6.0",
+            "numpy==2.4.6",
+            "onnx==1.23.2",
+            "protobuf==7.36.2",
+            "pydigitalwavetools==1.1",
+            "pyyaml==6.0.4",
+            "quantizers==1.2.2",
+            "typing-extensions==4.16.0",
+        ),
+        settings=("io_stream",),
+        formats=(FOR_HLS4ML,),
+    ),
 )
 
 
@@ -183,7 +225,7 @@ def prepare(runtime: Runtime, environments: Path) -> Path:
     folder = (environments / runtime.name).absolute()
     pins = json.dumps([runtime.packages, runtime.bare_packages])
     stamp = folder / "pins.json"
-    if not runtime.packages or (stamp.is_file() and stamp.read_text(encoding="utf-8") == pins):
+    if runtime.is_here or (stamp.is_file() and stamp.read_text(encoding="utf-8") == pins):
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -206,7 +248,8 @@ def _installing(runtime: Runtime, folder: Path) -> Iterator[list[str]]:
     else:
         yield [sys.executable, "-m", "venv", "--clear", str(folder)]
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    yield [*install, *runtime.packages]
+    if runtime.packages:
+        yield [*install, *runtime.packages]
     if runtime.bare_packages:
         yield [*install, "--no-deps", *runtime.bare_packages]
 
@@ -238,10 +281,10 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
         program = (
-            ["node"] if runtime.kind == "node" else [str(_python(environment)) if runtime.packages else sys.executable]
+            ["node"] if runtime.kind == "node" else [sys.executable if runtime.is_here else str(_python(environment))]
         )
         command = [*program, str(RUNNERS / runtime.runner), str(file), str(images), str(logits), "--setting", setting]
-        place = environment if runtime.packages else Path(folder)
+        place = Path(folder) if runtime.is_here else environment
         try:
             done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=RUN_SECONDS)
         except FileNotFoundError:
@@ -312,10 +355,11 @@ def open_case(path: Path, *, data: str | None, images: int, epsilon: float | Non
 
 def written(case: Case, format_name: str, folder: Path) -> tuple[Path | None, str]:
     """The network's file in a format; None and why where it cannot be written."""
-    path = folder / f"{case.spec.label}-{format_name}.onnx"
+    name, _, consumer = format_name.partition(" --for ")
+    path = folder / f"{case.spec.label}-{name}{consumer}.onnx"
     try:
-        check_format(format_name, case.spec)
-        onnx.save(build(format_name, case.folded, case.spec), path)
+        check_format(name, case.spec, consumer=consumer or None)
+        onnx.save(build(name, case.folded, case.spec, consumer=consumer or None), path)
     except RobustqError as error:
         return None, f"not exported: {error}"
     return path, ""
@@ -372,7 +416,7 @@ def main() -> None:
     parser.add_argument("--data", help="over what the models say")
     parser.add_argument("--images", type=int, default=0, help="test images, evenly spaced; 0: all")
     parser.add_argument("--epsilon", type=_fraction, help="also adversarial images within this radius, such as 8/255")
-    parser.add_argument("--formats", nargs="+", default=[*QCDQ_LIKE, "qonnx"])
+    parser.add_argument("--formats", nargs="+", default=[*QCDQ_LIKE, "qonnx", FOR_HLS4ML])
     parser.add_argument("--runtimes", nargs="+", help="families or names; default: all")
     parser.add_argument("--environments", type=Path, default=Path("runs/environments"))
     parser.add_argument("--json", type=Path)

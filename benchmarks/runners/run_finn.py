@@ -18,14 +18,14 @@ from typing import Any
 
 import numpy as np
 from finn.transformation.qonnx.convert_qonnx_to_finn import ConvertQONNXtoFINN
+from finn.transformation.streamline.round_thresholds import RoundAndClipThresholds
 from finn.transformation.streamline.streamline_plus import StreamlinePlus
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
-from qonnx.transformation.change_batchsize import ChangeBatchSize
 from qonnx.transformation.infer_datatypes import InferDataTypes
+from qonnx.transformation.infer_shapes import InferShapes
 from qonnx.util.cleanup import cleanup_model
 
-BATCH = 20
 LAYERS = ("Conv", "MatMul", "Gemm")
 
 
@@ -52,34 +52,27 @@ def transformed(path: str, *, streamline: bool) -> Any:
     """FINN's graph with a batch of one, as its build flow has it."""
     model = cleanup_model(ModelWrapper(path), override_inpsize=1).transform(ConvertQONNXtoFINN())
     if streamline:
-        model = model.transform(StreamlinePlus())
-    return model.transform(InferDataTypes())
+        model = model.transform(StreamlinePlus()).transform(InferDataTypes()).transform(RoundAndClipThresholds())
+    return model.transform(InferShapes()).transform(InferDataTypes())
 
 
 def executed(model: Any, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Logits (N, K) float32 of images (N, C, H, W)."""
-    model = model.transform(ChangeBatchSize(BATCH))
+    """Logits (N, K) float32 of images (N, C, H, W), which FINN's graph takes one by one."""
     source, sink = model.graph.input[0].name, model.graph.output[0].name
-    logits = []
-    for start in range(0, len(images), BATCH):
-        part = images[start : start + BATCH]
-        full = np.zeros((BATCH, *images.shape[1:]), np.float32)  # black images fill up the last batch
-        full[: len(part)] = part
-        logits.append(execute_onnx(model, {source: full})[sink][: len(part)])
+    logits = [execute_onnx(model, {source: images[place : place + 1]})[sink] for place in range(len(images))]
     return np.concatenate(logits).astype(np.float32)
 
 
 def described(model: Any) -> dict[str, Any]:
-    """Layers with integer inputs and weights, multipliers that enter a sum, and whether each threshold is an integer.
-
-    The thresholds of the quantizer that takes the pixels are left out: its input is a float.
+    """Layers with integer inputs and weights, multipliers that enter a sum, and whether the thresholds of integers are
+    integers; a quantizer of pixels or averages takes floats.
     """
     layers = [node for node in model.graph.node if node.op_type in LAYERS]
     integer = [all(model.get_tensor_datatype(name).is_integer() for name in node.input[:2]) for node in layers]
     thresholds = [
         model.get_initializer(node.input[1])
         for node in model.graph.node
-        if node.op_type == "MultiThreshold" and node.input[0] != model.graph.input[0].name
+        if node.op_type == "MultiThreshold" and model.get_tensor_datatype(node.input[0]).is_integer()
     ]
     return {
         "version": f"finn-plus {version('finn-plus')}",

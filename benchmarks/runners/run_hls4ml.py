@@ -1,6 +1,6 @@
 """Logits of a QONNX file by hls4ml: converted, compiled with g++, and run as C simulation. Needs hls4ml alone.
 
-    python benchmarks/runners/run_hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--io io_parallel]
+    python benchmarks/runners/run_hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--setting io_parallel]
 
 IMAGES.npy holds float32 (N, C, H, W) in [0, 1]; LOGITS.npy gets float32 (N, K). Prints one JSON line. Where hls4ml does
 not take the file, exits with 1 and the reason in stderr's last line.
@@ -38,13 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Logits of a QONNX file by hls4ml's compiled C simulation.")
     for name in ("file", "images", "logits"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--io", default="io_stream", choices=("io_stream", "io_parallel"))
+    parser.add_argument("--setting", default="io_stream", choices=("io_stream", "io_parallel"))
     chosen = parser.parse_args()
     images = np.load(chosen.images)
     # hls4ml talks on stdout.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         try:
-            converted = convert(onnx.load(chosen.file), folder, chosen.io)
+            converted = convert(onnx.load(chosen.file), folder, chosen.setting)
             converted.compile()
             found = converted.predict(np.ascontiguousarray(images))
         except Exception as error:
