@@ -59,13 +59,15 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
         The folded network, in eval mode, on the CPU.
 
     Raises:
-        ExportError: a BatchNorm does not follow a convolution (named), so that it cannot be folded.
+        ExportError: a BatchNorm does not follow a convolution, so that it cannot be folded, or float32 cannot hold what
+            folding gives; the layer is named.
     """
     if is_own(spec.architecture):
         # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.own.folding import fold_graph
 
         graph: nn.Module = fold_graph(model, fold_layer=fold_layer)
+        _check_finite(graph)
         return graph
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=next(model.parameters()).device)
     affines = _affines(model, example)
@@ -94,7 +96,24 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
             else:
                 _fold_quantized(layer, affine, target, entering[name])
                 target.set_input_scale(entering[name].scale, largest_code=entering[name].largest)
+    _check_finite(folded)
     return folded.eval()
+
+
+def _check_finite(folded: nn.Module) -> None:
+    """Refuse layers whose folded weights or scales no float32 holds.
+
+    Raises:
+        ExportError: there is one; it is named.
+    """
+    for name, layer in folded.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and not all(
+            bool(tensor.isfinite().all()) for tensor in [*layer.parameters(), *layer.buffers()]
+        ):
+            raise ExportError(
+                f"{name}: float32 cannot hold its weights or scales once BatchNorm is folded in; look for a huge "
+                "weight or a variance near 0 in the BatchNorms before and behind it"
+            )
 
 
 def _identity(layer: nn.Conv2d | nn.Linear) -> Affine:

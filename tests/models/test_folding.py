@@ -577,6 +577,11 @@ def test_how_many_steps_fit(largest_weight: int, lowest: int, highest: int, step
         assert 2 * (highest - lowest) * largest_weight * steps < 2**15
 
 
+def test_scales_past_float32_are_refused_by_the_name_of_the_layer() -> None:
+    with pytest.raises(ExportError, match=r"^conv: float32 cannot hold its weights or scales"):
+        fold(with_channel(one_conv_model(4), 3, gamma=3e38, var=0.0), one_conv_spec(4))
+
+
 @pytest.mark.parametrize(
     "values", [{"gamma": 0.0, "beta": 0.7}, {"gamma": -1e-12, "beta": -0.3}, {"gamma": 0.0, "beta": 0.0}]
 )
