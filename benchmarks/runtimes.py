@@ -138,7 +138,16 @@ RUNTIMES: tuple[Runtime, ...] = (
         "finn",
         "1.6.1",
         "run_finn.py",
-        ("qonnx==1.0.0", "onnx==1.21.0", "onnxruntime==1.25.1", "numpy==2.4.6", "scipy==1.17.1", "rich==13.9.4"),
+        (
+            "qonnx==1.0.0",
+            "onnx==1.21.0",
+            "onnxruntime==1.25.1",
+            "protobuf==5.29.6",
+            "bitstring==4.3.1",
+            "numpy==2.4.6",
+            "scipy==1.17.1",
+            "rich==13.9.4",
+        ),
         bare_packages=(
             "finn-plus==1.6.1",
             "lazy-importer==0.1.0",

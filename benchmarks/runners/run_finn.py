@@ -64,15 +64,16 @@ def executed(model: Any, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def described(model: Any) -> dict[str, Any]:
-    """Layers with integer inputs and weights, multipliers that enter a sum, and whether the thresholds of integers are
-    integers; a quantizer of pixels or averages takes floats.
+    """Layers with integer inputs and weights, multipliers that enter a sum, and whether all thresholds are integers but
+    those of pixels and of averages, which are floats.
     """
+    source = model.graph.input[0].name
     layers = [node for node in model.graph.node if node.op_type in LAYERS]
     integer = [all(model.get_tensor_datatype(name).is_integer() for name in node.input[:2]) for node in layers]
     thresholds = [
         model.get_initializer(node.input[1])
         for node in model.graph.node
-        if node.op_type == "MultiThreshold" and model.get_tensor_datatype(node.input[0]).is_integer()
+        if node.op_type == "MultiThreshold" and node.input[0] != source and not follows_average(model, node)
     ]
     return {
         "version": f"finn-plus {version('finn-plus')}",
@@ -81,6 +82,12 @@ def described(model: Any) -> dict[str, Any]:
         "scalar_multipliers_before_sums": multipliers_before_sums(model),
         "thresholds_integer": all(bool(np.all(each == np.round(each))) for each in thresholds),
     }
+
+
+def follows_average(model: Any, node: Any) -> bool:
+    """Whether the node takes what a GlobalAveragePool makes."""
+    producer = model.find_producer(node.input[0])
+    return producer is not None and producer.op_type == "GlobalAveragePool"
 
 
 def multipliers_before_sums(model: Any) -> int:

@@ -132,7 +132,7 @@ def attack(
     def shortfall(result: dict[str, Any]) -> str | None:
         if require is not None and result["robust_accuracy"] < require:
             return f"robust accuracy {result['robust_accuracy']:.4f} is below the required {require:.4f}"
-        if require is not None and result["file_failures"]:
+        if require is not None and result.get("file_failures"):
             return f"the file did not pass its export: {result['file_failures'][0]}"
         if require is not None and result["flags"]:
             return f"flags raised: {', '.join(flag['name'] for flag in result['flags'])}"
