@@ -61,7 +61,6 @@ def trained(name: str, *, steps: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="one of the networks fails since the export passes changed; not examined yet")
 @pytest.mark.parametrize(
     ("name", "architecture", "layers", "sums"),
     [
