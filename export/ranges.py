@@ -1,17 +1,17 @@
-"""Networks whose numbers leave the range of the kernels that run them: refused, by the name of the layer.
+"""Refuses networks whose scales exceed the range of onnxruntime's kernels, and names the layer.
 
-What counts is the ratio of a step of the values that enter a quantizer to its own step. The limits are those of
-onnxruntime's kernels (MLAS, 1.32), which compute in float32:
+A limit is on the ratio r: the step of the values that enter a quantizer, divided by the quantizer's own step. The
+limits are those of onnxruntime's kernels (MLAS, 1.32), which compute in float32:
 
-- QLinearAdd subtracts the zero points as one number: at a ratio r what is left is off by r * 5e-5 steps, so that at
-  2^15 two zeros add up to another code, and past 2^22 large sums, made int32 before they are clipped, change sides;
-- QLinearMul makes products int32 before it clips them: 255 * 255 of them pass 2^31 just above 2^15;
-- QLinearAveragePool likewise, 255 of them; QLinearGlobalAveragePool refuses to run outside of [2^-32, 2^8) times the
-  number of pixels;
-- QLinearConv and QGemm sum in int32 and clip before they convert. Floats do not: a float32 sum of 2^32 steps is rounded
-  to 256 of them, and where whole numbers sum up to 0 it may give any code. So an unoptimised file would.
+- QLinearAdd subtracts both zero points as one float32 number, with an error of r * 5e-5 steps: at r = 2^15 the sum of
+  two zeros gets another code. From r = 2^22 on, large sums overflow int32 before they are clipped.
+- QLinearMul converts products to int32 before it clips them: 255 * 255 steps overflow just above r = 2^15.
+- QLinearAveragePool does the same with 255 steps. QLinearGlobalAveragePool refuses ratios outside of [2^-32, 2^8) times
+  the number of pixels.
+- QLinearConv and QGemm are exact up to int32. The float kernels of an unoptimised file are not: the error of a float32
+  sum of 2^32 steps is 256 steps, so that integers whose sum is 0 may get any code.
 
-None of this is met before one step of what enters is more than all codes of the quantizer behind it.
+The limit of a sum is smaller than its kernel's: at r = 2^8 one step of an input exceeds all codes of the quantizer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LARGEST_CODE = 255
 
 
 def check_ranges(model: onnx.ModelProto) -> None:
-    """Look at all layers, sums, products and averages of a model in QCDQ form.
+    """Check all layers, sums, products and averages of a model in QCDQ form.
 
     Raises:
         ExportError: one is out of range.

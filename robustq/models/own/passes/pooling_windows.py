@@ -1,10 +1,12 @@
-"""Poolings have the windows, and averages the divisors, that every runtime gives them.
+"""Rewrites pooling layers so that every runtime uses the same windows and divisors.
 
-Contract: ``ceil_mode`` goes where it adds no window; ``count_include_pad`` goes where there is no padding, and with
-padding and an added window zeros are padded in front, uncounted beyond. ``divisor_override`` is refused. Why: PyTorch
-counts the padding within a window, but not what an added window has beyond it; onnxruntime's QLinearAveragePool (1.32)
-counts both, its float kernel as PyTorch does. PyTorch leaves out an added window that lies in the padding alone,
-onnxruntime does not. ONNX has no divisor. Needs shapes (:func:`robustq.models.own.values.probe`).
+Contract: ``ceil_mode`` is dropped where it adds no window, and ``count_include_pad`` where there is no padding. An average
+with both, and with a window that ``ceil_mode`` adds, gets its padding from an explicit zero pad in front.
+``divisor_override`` is refused: ONNX has no such attribute. Needs shapes (:func:`robustq.models.own.values.probe`).
+
+Why: PyTorch divides by the pixels of a window that lie in the image or its padding. onnxruntime's QLinearAveragePool
+(1.32) divides by the whole window, also beyond the padding; its float kernel does as PyTorch. PyTorch drops an added
+window that lies in the padding alone, onnxruntime does not.
 """
 
 from __future__ import annotations
