@@ -1,7 +1,7 @@
 """Rewrites pooling layers so that every runtime uses the same windows and divisors.
 
-Contract: ``ceil_mode`` is dropped where it adds no window, and ``count_include_pad`` where there is no padding. An average
-with both, and with a window that ``ceil_mode`` adds, gets its padding from an explicit zero pad in front.
+Contract: ``ceil_mode`` is dropped where it adds no window, and ``count_include_pad`` where there is no padding. An
+average with both, and with a window that ``ceil_mode`` adds, gets its padding from an explicit zero pad in front.
 ``divisor_override`` is refused: ONNX has no such attribute. Needs shapes (:func:`robustq.models.own.values.probe`).
 
 Why: PyTorch divides by the pixels of a window that lie in the image or its padding. onnxruntime's QLinearAveragePool
