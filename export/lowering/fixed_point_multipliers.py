@@ -135,7 +135,7 @@ class _Rewriting:
         factor = x.step / step
         # Beyond twice the largest code no rounding of the multiplier brings a value back.
         span = np.minimum(x.largest, 2 * largest / factor)
-        entering = x if (factor == 1).all() else self._multiply(x, factor, span, 2.0**-FRACTION, name=node.name)
+        entering = self._multiply(x, factor, span, 2.0**-FRACTION, name=node.name)
         narrow, name = bool(_attribute(node, "narrow")), f"{node.name}_codes"
         self._emit_quantizer(entering.name, name, 1.0, width, _pixels_first(x.shape), signed=signed, narrow=narrow)
         return _Tensor(name, step, np.array(largest), x.shape)
@@ -235,6 +235,9 @@ class _Rewriting:
     def _multiply(self, x: _Tensor, factor: Floats, span: Floats, tolerance: float, *, name: str) -> _Tensor:
         """``x`` times ``factor``, wrong by at most ``tolerance`` for codes up to ``span``."""
         places = _exponent(float(np.max(span)) / tolerance) - 1  # rounding is wrong by half a place
+        if (np.rint(factor * 2.0**places) == 2.0**places).all():
+            # hls4ml (1.3.0) drops a product by 1, and the quantizer behind it as well.
+            return replace(x, step=x.step / factor)
         multiplier = self._fixed_point(f"{name}_multiplier", factor, places, signed=False)
         self._emit("Mul", [x.name, multiplier], f"{name}_product", self.shapes[x.name])
         return _Tensor(f"{name}_product", x.step / factor, x.largest * factor, x.shape)

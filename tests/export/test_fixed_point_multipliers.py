@@ -104,6 +104,19 @@ def test_logits_are_those_of_the_closed_form(other_branch: float, products: int)
     assert np.abs(found - expected)[clear].max() < bound * 2.0**-FRACTION
 
 
+@pytest.mark.parametrize("step", [0.41, 0.47])
+def test_no_product_is_by_one(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both inputs of the sum come to the step of the quantizer behind it, for some steps but for a float64 rounding;
+    hls4ml drops a product by 1 together with the quantizer behind it.
+    """
+    monkeypatch.setitem(globals(), "SUM", step)
+    model = residual(other_branch=0.029)
+    fixed_point_multipliers(model)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    multipliers = [values for name, values in constants.items() if name.endswith("_multiplier")]
+    assert len(multipliers) == 6 and not any((values == 1).all() for values in multipliers)
+
+
 def test_every_type_is_written_in_the_graph() -> None:
     """What hls4ml reads: whole codes, powers of two, constants on their grids, one layout, all shapes."""
     model = copy.deepcopy(parsed(4, "qonnx"))
