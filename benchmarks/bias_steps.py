@@ -6,7 +6,8 @@
 A network is trained naturally from scratch at each width and folded. Each column compares the test images with the
 unfolded network: how many get another class, and the mean logit difference as a share of the logit range. "Finer" is
 what exported files hold. "Accumulator" is Brevitas' Int32Bias. "Float" is a qcdq file with float32 biases under the
-installed onnxruntime, without and with its optimisations, which round such biases to the accumulator's step.
+installed onnxruntime, without and with its optimisations, which round such biases to the accumulator's step (with
+multiplied weight codes).
 """
 
 from __future__ import annotations
