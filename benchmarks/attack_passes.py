@@ -29,12 +29,11 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from robustq import progress  # noqa: E402
-from robustq.attacks.ascent import Model, input_gradient  # noqa: E402
+from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
-from robustq.workflow.attacking import attack_model  # noqa: E402
-from robustq.workflow.crafting import crafted_fast  # noqa: E402
-from robustq.workflow.opening import Opened, open_attackable  # noqa: E402
-from robustq.workflow.setting import data_for, pick_device  # noqa: E402
+from robustq.workflow.attack import attack_model, crafted_fast  # noqa: E402
+from robustq.workflow.open_model import Opened, open_attackable  # noqa: E402
+from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
 Pass = Callable[[Model, Tensor, Tensor], Tensor]
 

@@ -32,15 +32,15 @@ from torch import Tensor
 
 from robustq import progress
 from robustq.attacks import Streams, apgd, apgd_targeted, fab_targeted, square
-from robustq.attacks.ascent import Model
 from robustq.attacks.ball import round_to_uint8
+from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.evaluation.campaign import DIAGNOSIS
 from robustq.evaluation.evaluate import run_suite
+from robustq.evaluation.evaluator import DIAGNOSIS
 from robustq.evaluation.result import Evaluation
-from robustq.workflow.opening import open_attackable
-from robustq.workflow.setting import DEFAULT_EPSILON, data_for, pick_device
+from robustq.workflow.open_model import open_attackable
+from robustq.workflow.setup import DEFAULT_EPSILON, data_for, pick_device
 
 LOG = logging.getLogger(__name__)
 

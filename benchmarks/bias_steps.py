@@ -28,7 +28,7 @@ from robustq.export.formats import build
 from robustq.export.lowering.graph import GraphIndex
 from robustq.export.parity import RUNS, Agreement, compare, logits_of
 from robustq.export.session import OnnxModel
-from robustq.models.folding import fold
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
 from robustq.workflow.run import run_recipe
@@ -67,7 +67,7 @@ def _row(options: argparse.Namespace, bits: int, seed: int) -> str:
     x = to_float(images)
     expected = logits_of(model, x, label="unfolded")
     clean = (expected.argmax(1) == labels).float().mean().item()
-    with mock.patch("robustq.models.folding.bias_steps", return_value=1):
+    with mock.patch("robustq.models.quant.folding.bias_steps", return_value=1):
         coarse = fold(model, spec)
     answers = [logits_of(folded, x, label="folded") for folded in (fold(model, spec), coarse)]
     found = [compare(expected, one) for one in [*answers, *_float_bias_answers(model, spec, x)]]

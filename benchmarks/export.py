@@ -24,8 +24,8 @@ from torch import nn
 
 from robustq.export.formats import build
 from robustq.export.session import OnnxModel, optimised_layers
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 
 

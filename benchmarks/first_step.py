@@ -29,8 +29,8 @@ import os, sys, time
 from robustq.cli.program import main
 from robustq.cli.process import prepare
 prepare()
-import robustq.workflow.training
-from robustq.hardening.descent import Descent
+import robustq.workflow.train
+from robustq.hardening.optimization import Descent
 moments = [time.time()]
 step = Descent.step
 def timed(self, *inputs, **named):

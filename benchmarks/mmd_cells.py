@@ -34,8 +34,8 @@ from robustq.attacks.losses import margin
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct
-from robustq.hardening.inspection import inspect_network
-from robustq.workflow.training import train_model
+from robustq.hardening.monitor import inspect_network
+from robustq.workflow.train import train_model
 
 EPSILON = 8 / 255
 STEP = 2 / 255

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from robustq import progress
-from robustq.workflow.exporting import export_model
-from robustq.workflow.training import harden_model
+from robustq.workflow.export import export_model
+from robustq.workflow.train import harden_model
 
 
 def main() -> None:

@@ -48,16 +48,16 @@ import torch
 from torch import Tensor, nn
 
 from robustq import progress
+from robustq.attacks.generators import Streams
 from robustq.attacks.pgd import pgd
-from robustq.attacks.streams import Streams
 from robustq.checkpoint import load_model
 from robustq.data import to_float
 from robustq.errors import RobustqError
 from robustq.export.formats import build, check_format
 from robustq.export.parity import Agreement, compare, logits_of
-from robustq.models.folding import fold
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
-from robustq.workflow.setting import data_for
+from robustq.workflow.setup import data_for
 
 RUNNERS = Path(__file__).parent / "runners"
 FOR_HLS4ML = "qonnx --for hls4ml"

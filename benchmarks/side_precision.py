@@ -20,11 +20,11 @@ from torch.nn import functional
 
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
-from robustq.hardening.methods.crafting import crafting
+from robustq.hardening.methods.method import crafting
 from robustq.hardening.precision import computed_in
-from robustq.models.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.shared_weights import SharedWeights
-from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER
+from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
+from robustq.models.quant.weights_once import SharedWeights
+from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER
 
 
 def main() -> None:

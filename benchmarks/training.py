@@ -36,13 +36,13 @@ import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from robustq.data import Batch  # noqa: E402
-from robustq.hardening.descent import Descent  # noqa: E402
 from robustq.hardening.methods.registry import build_method  # noqa: E402
 from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E402
-from robustq.models.calibration import calibrate  # noqa: E402
+from robustq.hardening.optimization import Descent  # noqa: E402
+from robustq.models.quant.calibration import calibrate  # noqa: E402
 from robustq.models.spec import ModelSpec, build_model  # noqa: E402
 from robustq.recipe import load_recipe  # noqa: E402
-from robustq.recipe_faults import BFLOAT16, FLOAT32, INTEGER, TF32  # noqa: E402
+from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER, TF32  # noqa: E402
 
 Step = Callable[[], object]
 

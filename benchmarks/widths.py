@@ -20,7 +20,7 @@ import torch
 
 from robustq import progress
 from robustq.data import load_dataset
-from robustq.models.quantizers import learned_thresholds
+from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
 from robustq.workflow.run import run_recipe

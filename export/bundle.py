@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError
-from robustq.inputs import check_export_folder
-from robustq.outputs import sha256
+from robustq.files import check_export_folder, sha256
 
 MODEL = "model.pt"
 RECORD = "bundle.json"

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.evaluation.evaluate import evaluate
-from robustq.evaluation.named_attack import NamedAttack
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.suites import RECHECK
+from robustq.evaluation.suites import RECHECK, NamedAttack
 from robustq.export.first_difference import first_difference
 from robustq.export.formats import FORMATS, build
 from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of, parity

@@ -26,7 +26,7 @@ def export_qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """Standard ONNX: every quantizer is QuantizeLinear - Clip - DequantizeLinear, weights and biases are integers.
 
     Args:
-        folded: what :func:`robustq.models.folding.fold` returned.
+        folded: what :func:`robustq.models.quant.folding.fold` returned.
         spec: what it is.
     """
     from brevitas.export import export_onnx_qcdq

@@ -8,23 +8,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from robustq.workflow.attacking import attack_model
-    from robustq.workflow.describing import describe_file
-    from robustq.workflow.exporting import export_model, recheck_bundle
+    from robustq.workflow.attack import attack_model
+    from robustq.workflow.export import export_model, recheck_bundle
+    from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
-    from robustq.workflow.replaying import replay_pictures
-    from robustq.workflow.resuming import resume_run
-    from robustq.workflow.training import harden_model, train_model
+    from robustq.workflow.replay import replay_pictures
+    from robustq.workflow.resume import resume_run
+    from robustq.workflow.train import harden_model, train_model
 
 _HOMES = {
-    "train_model": "robustq.workflow.training",
-    "harden_model": "robustq.workflow.training",
-    "attack_model": "robustq.workflow.attacking",
-    "describe_file": "robustq.workflow.describing",
-    "export_model": "robustq.workflow.exporting",
-    "recheck_bundle": "robustq.workflow.exporting",
-    "replay_pictures": "robustq.workflow.replaying",
-    "resume_run": "robustq.workflow.resuming",
+    "train_model": "robustq.workflow.train",
+    "harden_model": "robustq.workflow.train",
+    "attack_model": "robustq.workflow.attack",
+    "describe_file": "robustq.workflow.info",
+    "export_model": "robustq.workflow.export",
+    "recheck_bundle": "robustq.workflow.export",
+    "replay_pictures": "robustq.workflow.replay",
+    "resume_run": "robustq.workflow.resume",
     "quickstart": "robustq.workflow.quickstart",
 }
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import ModelFileError, RobustqError, UsageError
-from robustq.models.blocks import SIGN_NORMS
-from robustq.models.quantizers import FLOAT_BITS
+from robustq.files import file_when_whole
+from robustq.models.quant.binary import SignNorm
+from robustq.models.quant.quantizers import FLOAT_BITS
+from robustq.models.resnet import SIGN_NORMS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
 from robustq.models.state_dict import find_state_dict, is_bare_state_dict
-from robustq.models.thresholds import SignNorm
-from robustq.outputs import file_when_whole
 from robustq.torch_file import read_checkpoint
 
 FORMAT = "robustq-model"
@@ -43,7 +43,7 @@ class _Sink:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` into a file that takes its name when it is whole (:func:`robustq.outputs.file_when_whole`).
+    """``torch.save`` into a file that takes its name when it is whole (:func:`robustq.files.file_when_whole`).
 
     Raises:
         OSError: it cannot be written; ``path`` is as it was.

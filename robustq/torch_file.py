@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from robustq.errors import ModelFileError
-from robustq.inputs import check_model_file
+from robustq.files import check_model_file
 
 # What torch wrote before 1.6 begins with this pickled number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

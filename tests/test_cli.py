@@ -19,7 +19,7 @@ from robustq import cli
 from robustq.checkpoint import load_model, save_model
 from robustq.export.bundle import RECORD
 from robustq.export.formats import build
-from robustq.outputs import sha256
+from robustq.files import sha256
 
 
 class Outcome:
@@ -169,7 +169,7 @@ def test_a_file_that_failed_parity_has_another_name_and_says_so_first(
                 tensor.CopyFrom(numpy_helper.from_array(4 * numpy_helper.to_array(tensor), scale))
         return model
 
-    monkeypatch.setattr("robustq.workflow.exporting.build", wrong)
+    monkeypatch.setattr("robustq.workflow.export.build", wrong)
     exported = run("export", digits_w4a4, "--no-recheck", "--images", "40", "--out", "bundle", "--json")
     assert exported.code == 1
     (file,) = Path("bundle").glob("*.onnx")

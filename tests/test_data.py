@@ -32,7 +32,7 @@ from robustq.data import (
 )
 from robustq.data.augment import crop_and_flip, draw_crops_and_flips
 from robustq.data.folder import imagenet_class_names
-from robustq.data.stratify import named_parts, stratified_parts, stratified_places
+from robustq.data.splits import named_parts, stratified_parts, stratified_places
 from robustq.errors import DataError, RobustqError, RobustqWarning, UsageError
 
 BOTH = Augment(crop_padding=2, flip=True)

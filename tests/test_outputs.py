@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from robustq.checkpoint import save_atomically
-from robustq.outputs import PARTIAL, file_when_whole, remove_partials, write_text_atomically
+from robustq.files import PARTIAL, file_when_whole, remove_partials, write_text_atomically
 
 
 @contextmanager

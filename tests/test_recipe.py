@@ -19,12 +19,11 @@ import robustq
 from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening.weights import put_back
-from robustq.models.calibration import calibrate
+from robustq.hardening.state import put_back
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
-from robustq.recipe_claims import PAPER_TABLES, by_table
-from robustq.recipe_faults import check_settings
+from robustq.recipe.schema import PAPER_TABLES, by_table, check_settings
 from robustq.workflow.run import prepare
 
 RECIPES = Path(robustq.__file__).parent / "recipes"

@@ -5,7 +5,7 @@ the weight codes are multiplied by m and their scale is divided by m; the Clip t
 represented weights are the same up to one float32 rounding. Why: QLinearConv and QGemm add the bias to the accumulator
 as it is. Where the bias counts in another unit, onnxruntime from 1.27 on leaves the layer in float, and older versions
 add the wrong bias without a word; folding makes biases of narrow weights finer than their accumulator
-(:func:`robustq.models.folding.bias_steps`).
+(:func:`robustq.models.quant.folding.bias_steps`).
 """
 
 from __future__ import annotations

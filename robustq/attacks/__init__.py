@@ -18,18 +18,14 @@ from types import MappingProxyType
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd, apgd_targeted
-from robustq.attacks.corners import random_corners
+from robustq.attacks.base import Counted
 from robustq.attacks.fab import fab, fab_targeted
 from robustq.attacks.feature_space import feature_space
-from robustq.attacks.fgsm import fgsm
-from robustq.attacks.noise import gaussian_noise, uniform_noise
-from robustq.attacks.pgd import bim, pgd
-from robustq.attacks.pgd_plus_plus import pgd_plus_plus
+from robustq.attacks.generators import Streams
+from robustq.attacks.noise import gaussian_noise, random_corners, uniform_noise
+from robustq.attacks.pgd import bim, fgsm, pgd, pgd_plus_plus, tpgd
 from robustq.attacks.rays import rays
-from robustq.attacks.spending import Counted
 from robustq.attacks.square import square
-from robustq.attacks.streams import Streams
-from robustq.attacks.tpgd import tpgd
 from robustq.attacks.transfer import transfer
 
 ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(

@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model, input_gradient, step_length
 from robustq.attacks.ball import project
-from robustq.attacks.hunt import Criterion, Hunt
+from robustq.attacks.base import Criterion, Hunt, Model, input_gradient, step_length
+from robustq.attacks.generators import Streams, streams_for
 from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, targeted_dlr
-from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 MOMENTUM = 0.75

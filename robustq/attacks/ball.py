@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustq.attacks.streams import Streams, streams_for
+from robustq.attacks.generators import Streams, streams_for
 from robustq.errors import UsageError
 
 LEVEL_TOLERANCE = 1e-4

@@ -12,11 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model, input_gradient, step_length
 from robustq.attacks.ball import project, uniform_start
-from robustq.attacks.hunt import Criterion, Hunt
-from robustq.attacks.spending import asked_about
-from robustq.attacks.streams import Streams, streams_for
+from robustq.attacks.base import Criterion, Hunt, Model, asked_about, input_gradient, step_length
+from robustq.attacks.generators import Streams, streams_for
 from robustq.errors import UsageError
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]

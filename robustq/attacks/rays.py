@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model
 from robustq.attacks.ball import check_epsilon, project
-from robustq.attacks.hunt import Criterion, Hunt, misclassified
+from robustq.attacks.base import Criterion, Hunt, Model, misclassified
 from robustq.errors import UsageError
 
 TOLERANCE = 1e-3

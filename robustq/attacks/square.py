@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model
 from robustq.attacks.ball import check_epsilon, project
-from robustq.attacks.hunt import Criterion, Hunt
+from robustq.attacks.base import Criterion, Hunt, Model
+from robustq.attacks.generators import Streams, streams_for
 from robustq.attacks.losses import margin
-from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd
-from robustq.attacks.ascent import Model, step_length
-from robustq.attacks.hunt import Criterion, Hunt
+from robustq.attacks.base import Criterion, Hunt, Model, asked_about, step_length
+from robustq.attacks.generators import Streams, streams_for
 from robustq.attacks.losses import Loss, cross_entropy
-from robustq.attacks.spending import asked_about
-from robustq.attacks.streams import Streams, streams_for
 from robustq.errors import UsageError
 
 

@@ -7,10 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.completion import SUITES, one_of
-from robustq.cli.finish import finish, radius
-from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
+from robustq.cli.options import (
+    SUITES,
+    Data,
+    Device,
+    Epsilon,
+    FileOut,
+    Images,
+    Json,
+    OwnModel,
+    Seed,
+    SkipBadImages,
+    finish,
+    one_of,
+    radius,
+)
+from robustq.cli.process import Quiet, Verbose
 
 
 def attack(
@@ -81,8 +93,7 @@ def attack(
     Example: robustq attack export-out/resnet20-w4a4-odgq-integer
     """
     from robustq.errors import UsageError
-    from robustq.inputs import check_attackable, check_model_file
-    from robustq.outputs import check_new
+    from robustq.files import check_attackable, check_model_file, check_new
     from robustq.report.attack import attack_lines
 
     check_attackable(model)
@@ -104,12 +115,12 @@ def attack(
 
     def job() -> dict[str, Any]:
         if replay is not None:
-            from robustq.workflow.replaying import replay_pictures
+            from robustq.workflow.replay import replay_pictures
 
             return replay_pictures(
                 model, replay, data=data, own_model=own_model, skip_bad_images=skip_bad_images, device=device
             )
-        from robustq.workflow.attacking import attack_model
+        from robustq.workflow.attack import attack_model
 
         return attack_model(
             model,

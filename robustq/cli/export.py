@@ -7,10 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.completion import BATCH_NORM, CONSUMERS, FORMATS, PIXELS, one_of
-from robustq.cli.finish import finish, radius, shortfalls
-from robustq.cli.loudness import Quiet, Verbose
-from robustq.cli.options import BundleOut, Data, Device, Epsilon, FileOut, Images, Json, OwnModel, Seed, SkipBadImages
+from robustq.cli.options import (
+    BATCH_NORM,
+    CONSUMERS,
+    FORMATS,
+    PIXELS,
+    BundleOut,
+    Data,
+    Device,
+    Epsilon,
+    FileOut,
+    Images,
+    Json,
+    OwnModel,
+    Seed,
+    SkipBadImages,
+    finish,
+    one_of,
+    radius,
+    shortfalls,
+)
+from robustq.cli.process import Quiet, Verbose
 
 
 def export(
@@ -70,7 +87,7 @@ def export(
 
     Example: robustq export --format qonnx
     """
-    from robustq.inputs import check_model_file
+    from robustq.files import check_model_file
     from robustq.report.text import export_lines
 
     if model is not None:
@@ -78,7 +95,7 @@ def export(
     wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
-        from robustq.workflow.exporting import export_model
+        from robustq.workflow.export import export_model
 
         return export_model(
             model,
@@ -118,14 +135,14 @@ def recheck(
 
     Same answers as PyTorch, integer layers, accuracy under attack, counted under onnxruntime.
     """
-    from robustq.inputs import check_export_folder
+    from robustq.files import check_export_folder
     from robustq.report.text import recheck_lines
 
     check_export_folder(bundle)
     wanted_epsilon = radius(epsilon)
 
     def job() -> dict[str, Any]:
-        from robustq.workflow.exporting import recheck_bundle
+        from robustq.workflow.export import recheck_bundle
 
         return recheck_bundle(
             bundle,

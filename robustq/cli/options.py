@@ -1,13 +1,111 @@
-"""Options that several commands share: one wording and one meaning each."""
+"""Options that several commands take, and how a command ends.
+
+What the shell may complete. Written down here where the rooms that know would load torch: a key press cannot wait.
+
+tests/cli/test_completion.py compares these names with the rooms' own.
+
+What every command ends with: run the job with stdout kept clean, print the result, fail when a check fell short.
+
+Options that several commands share: one wording and one meaning each.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from robustq.cli.completion import DATA, DEVICES, one_of, recipe, setting
+from robustq.cli.process import applied
+from robustq.errors import CheckFailedError
+
+ARCHITECTURES = ("resnet8", "resnet20", "resnet20-a", "resnet18")
+FORMATS = ("qonnx", "qcdq", "integer", "packed", "float")
+PIXELS = ("float", "uint8")
+BATCH_NORM = ("fold", "keep")
+CONSUMERS = ("finn", "hls4ml")
+SUITES = ("paper", "recheck", "standard", "full")
+DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
+DEVICES = ("cpu", "cuda", "cuda:0")
+
+Complete = Callable[[str], list[str]]
+
+
+def one_of(names: tuple[str, ...]) -> Complete:
+    """A completer of fixed names; where none fits, the shell goes on with files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
+
+
+def recipe(incomplete: str) -> list[str]:
+    """Names of the recipes that come with robustq."""
+    from robustq.recipe import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def setting(incomplete: str) -> list[str]:
+    """Keys of a recipe, as --set takes them."""
+    from robustq.recipe.schema import KEYS
+
+    return [f"{key}=" for key in KEYS if key.startswith(incomplete) and "=" not in incomplete]
+
+
+def radius(text: str | None) -> float | None:
+    """An ``--epsilon`` as typed, as a number in [0, 1]; None stays None."""
+    from robustq.recipe import parse_epsilon
+
+    return None if text is None else parse_epsilon(text)
+
+
+def shortfalls(result: dict[str, Any]) -> str | None:
+    """What a result says did not hold, in one line; None when all held."""
+    return "; ".join(result["shortfalls"]) or None
+
+
+def finish(
+    job: Callable[[], dict[str, Any]],
+    as_json: bool,
+    lines: Callable[[dict[str, Any]], list[str]],
+    *,
+    out: Path | None = None,
+    shortfall: Callable[[dict[str, Any]], str | None] | None = None,
+) -> None:
+    """Run ``job`` with stdout kept clean, print its result, and exit with 1 when a check fell short."""
+    import contextlib
+
+    from robustq.files import check_new, write_text_atomically
+
+    if out is not None:
+        check_new(out)
+    # Exporters print to stdout now and then; a JSON document must stand there alone.
+    with applied(), contextlib.redirect_stdout(sys.stderr):
+        result = job()
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(out, json.dumps(result, indent=2) + "\n")
+    _print(json.dumps(result, indent=2) if as_json else "\n".join(lines(result)))
+    fault = shortfall(result) if shortfall is not None else None
+    if fault is not None:
+        raise CheckFailedError(fault)
+
+
+def _print(text: str) -> None:
+    try:
+        typer.echo(text)
+    except BrokenPipeError as error:
+        # Whoever read our output has seen enough (robustq recipes | head -1): exit as the shell's own tools do, and
+        # keep Python from complaining when it ends. Left to typer, this would be exit 1, a check that fell short.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + 13) from error
+
 
 Seed = Annotated[int, typer.Option(help="Decides everything random; the data split never moves.", min=0, max=2**32 - 1)]
 Device = Annotated[

@@ -1,26 +1,50 @@
-"""The program: the commands by name, and the exit code and one line that each fault ends with."""
+"""The command line: commands, and how errors end.
+
+robustq --version: its own version and those that a result depends on, without loading any of them.
+
+The program: the commands by name, and the exit code and one line that each fault ends with.
+"""
 
 from __future__ import annotations
 
 import errno
+import platform
 import sys
 import traceback
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, NoReturn
 
 import typer
 
 from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
-from robustq.cli.harden import harden
-from robustq.cli.info import info
-from robustq.cli.interrupts import Interrupts
-from robustq.cli.loudness import Quiet, Verbose, is_verbose, start
-from robustq.cli.process import prepare
-from robustq.cli.quickstart import quickstart
-from robustq.cli.recipes import recipes
-from robustq.cli.train import train
-from robustq.cli.version import show_version
+from robustq.cli.info import info, quickstart, recipes
+from robustq.cli.process import Interrupts, Quiet, Verbose, is_verbose, prepare, start
+from robustq.cli.train import harden, train
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
+
+PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", "numpy")
+
+
+def version_lines() -> list[str]:
+    """Robustq's version, then Python's and those of the packages below it."""
+    below = [f"{name} {_version(name)}" for name in PACKAGES]
+    return [f"robustq {_version('robustq')}", " · ".join([f"python {platform.python_version()}", *below])]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def show_version(wanted: bool) -> None:
+    """The option's callback: print and stop."""
+    if wanted:
+        typer.echo("\n".join(version_lines()))
+        raise typer.Exit
+
 
 _FULL, _FORBIDDEN = "free the place or name another one", "name a place that may be read and written"
 _WAYS_OUT = {

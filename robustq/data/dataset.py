@@ -8,8 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.data.splits import Split, TensorSplit
-from robustq.data.stratify import HOLDOUT_SEED, SUBSET_SEED, count_classes, stratified_parts, stratified_places
+from robustq.data.splits import (
+    HOLDOUT_SEED,
+    SUBSET_SEED,
+    Split,
+    TensorSplit,
+    count_classes,
+    stratified_parts,
+    stratified_places,
+)
 from robustq.data.streamed import StreamedSplit
 from robustq.errors import DataError, UsageError
 

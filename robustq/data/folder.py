@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from robustq.data.dataset import Dataset, assemble, training_parts
-from robustq.data.image_file import image_header, read_image
-from robustq.data.splits import TensorSplit
-from robustq.data.stratify import named_parts
-from robustq.data.streamed import StreamedSplit, default_workers
+from robustq.data.splits import TensorSplit, named_parts
+from robustq.data.streamed import StreamedSplit, default_workers, image_header, read_image
 from robustq.errors import DataError, RobustqWarning
 from robustq.progress import bar
 

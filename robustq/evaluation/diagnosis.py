@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from robustq.attacks import apgd, fgsm, pgd_plus_plus
-from robustq.attacks.ascent import input_gradient
+from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.data.splits import evenly_spaced
 from robustq.evaluation import flags
-from robustq.evaluation.campaign import DIAGNOSIS, Campaign, Trial
+from robustq.evaluation.accuracy import Comparison, compare_kept
+from robustq.evaluation.evaluator import DIAGNOSIS, Campaign, Trial
 from robustq.evaluation.flags import Check
-from robustq.evaluation.named_attack import NamedAttack
-from robustq.evaluation.paired import Comparison, compare_kept
-from robustq.evaluation.suites import CROSS_ENTROPY, NOISE, Suite
+from robustq.evaluation.suites import CROSS_ENTROPY, NOISE, NamedAttack, Suite
 from robustq.evaluation.target import DRAWS, Target
 
 IMAGES = 500

@@ -14,17 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model
 from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
+from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.errors import RobustqError, UsageError
 from robustq.evaluation.accuracy import answers, predict
-from robustq.evaluation.campaign import DIAGNOSIS, Campaign, Trial
 from robustq.evaluation.diagnosis import diagnose
+from robustq.evaluation.evaluator import DIAGNOSIS, Campaign, Trial
 from robustq.evaluation.flags import Check
-from robustq.evaluation.named_attack import NamedAttack
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.suites import SUITES, Suite
+from robustq.evaluation.suites import SUITES, NamedAttack, Suite
 from robustq.evaluation.target import AS_TRAINED, Target, settled
 
 

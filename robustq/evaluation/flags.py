@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.paired import Comparison
+from robustq.evaluation.accuracy import Comparison, wilson_interval
 
 HARNESS_KEPT = 0.005
 """Share of the images that a network without any defence may keep in a ball that is large enough."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.campaign import Trial
+from robustq.evaluation.evaluator import Trial
 from robustq.evaluation.flags import MASKED, NOT_FOUND, NOT_JUDGED, Check
 
 ENOUGH_IMAGES = 200

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import Model
+from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
 from robustq.evaluation.accuracy import answers
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.feature_layer import feature_layer_of
+from robustq.models.state_dict import feature_layer_of
 
 FeatureName = Literal["pooled", "unpooled", "conv", "logits"]
 FEATURES: tuple[str, ...] = ("pooled", "unpooled", "conv", "logits")
@@ -21,7 +21,7 @@ class FeatureTap:
     """Calls a network and returns one of its features beside the logits.
 
     Args:
-        model: a network whose global pooling is known (:func:`robustq.models.feature_layer.feature_layer_of`):
+        model: a network whose global pooling is known (:func:`robustq.models.state_dict.feature_layer_of`):
             ``avgpool`` in our networks, found on the graph of a user's own.
         feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same
             tensor, flattened (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustq.hardening.memory import largest_that_fits, runs_out
+from robustq.hardening.diagnosis import largest_that_fits, runs_out
 from robustq.hardening.metrics import process_peak
 from robustq.hardening.trainer import Training
 
@@ -38,7 +38,7 @@ def forecast(training: Training) -> Forecast:
     """Rehearse: a few steps and a part of the monitor's work, after which ``training`` is as it was, bit for bit.
 
     Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: memory runs out (see :mod:`robustq.hardening.memory`).
+        torch.OutOfMemoryError, MemoryError, RuntimeError: memory runs out (see :mod:`robustq.hardening.diagnosis`).
     """
     before = copied(training.state_dict())
     standing = training.standing

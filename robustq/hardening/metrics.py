@@ -1,16 +1,121 @@
-"""An epoch's row of metrics.jsonl."""
+"""Metrics of an epoch: running means, rows of metrics.jsonl, TensorBoard.
+
+Sums over an epoch's batches, for its row in metrics.jsonl.
+
+A run's metrics for TensorBoard, in the folder ``tensorboard`` beside metrics.jsonl; only on request.
+
+An epoch's row of metrics.jsonl.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from robustq.hardening.inspection import Inspection
-from robustq.hardening.monitor import Watched
+from robustq.errors import UsageError
+from robustq.hardening.monitor import Inspection, Watched
+
+
+class Totals:
+    """Sums of the loss, its terms and the right answers, kept on the device so that no batch waits for the host.
+
+    Args:
+        device: where the batches are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._device = device
+
+    def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, y: Tensor) -> None:
+        """Count one batch: scalar means ``loss`` and ``terms``, ``logits`` (B, K), labels ``y`` (B,)."""
+        values = {"loss": loss.detach(), **terms}
+        for name, value in values.items():
+            self._add(name, value * len(y))
+        self._add("train_accuracy", (logits.argmax(dim=1) == y).sum())
+        self._count += len(y)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
+
+    def means(self) -> dict[str, float]:
+        """Means over the images so far, by name."""
+        return {name: value.item() / self._count for name, value in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as they stand."""
+        return {"count": self._count, "sums": dict(self._sums)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` gave."""
+        self._count = int(state["count"])
+        self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
+
+
+FOLDER = "tensorboard"
+
+
+def check_tensorboard() -> None:
+    """Make sure that TensorBoard's writer is there, before a run counts on it.
+
+    Raises:
+        UsageError: the package is missing.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError(
+            "tensorboard = true needs the package tensorboard, which is not installed: pip install tensorboard, or "
+            "leave it out (metrics.jsonl has the same numbers)"
+        )
+
+
+class Board:
+    """Event files that say what metrics.jsonl says.
+
+    Event files only grow, and a process that dies may have written an epoch that resume.pt knows nothing of. So each
+    process begins with new ones: it removes those of the run's earlier processes and writes all rows again.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / FOLDER
+        self._writer: Any = None
+        self._written = 0
+
+    def follow(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows that are not there yet: every number under its key, at the epoch of its row.
+
+        Args:
+            rows: all of the run so far.
+        """
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for old in self._folder.glob("events.out.tfevents.*"):
+                old.unlink()
+            self._writer = SummaryWriter(str(self._folder))
+        for row in rows[self._written :]:
+            for key, value in row.items():
+                if key != "epoch" and isinstance(value, int | float):
+                    self._writer.add_scalar(key, value, row["epoch"])
+        self._written = len(rows)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Give the files back."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
 
 OF_THE_MACHINE = ("seconds", "images_per_second", "loading_share", "peak_memory_bytes")
 """Keys whose values belong to the machine and the moment; all others are the same whenever the run is."""

@@ -1,22 +1,175 @@
-"""Watches clean and robust accuracy on held-out training images, so that the best checkpoint can be kept.
+"""Watching a run: accuracy on held-out images, signs of masking, collapse.
+
+What a network looks like from inside, on images that it has not been trained on: does it resist, or only mask?
+
+Robust accuracy says how much is left; these four say how. Features that grow without bound and margins that grow with
+them saturate the loss, so that gradients vanish and attacks that follow them fail on a network that is not robust
+(arXiv:1802.00420; the flags ``zero gradient`` and ``logit scale`` of docs/flags.md are raised on the finished model).
+
+Catastrophic overfitting noticed: robust accuracy that falls and stays down while the training loss looks fine.
+
+Single-step training can lose all robustness against PGD within one epoch (arXiv:2001.03994, section 5.3), and hardly
+ever finds it again; more epochs then only cost time. A drop counts as a collapse when the accuracy
+
+- is below half of the best so far: training that overfits slowly, or an epoch at a high learning rate, loses points,
+  not half; and
+- the best was more than any constant answer reaches, beyond chance: a network in its first epochs may give one class to
+  all images, which no attack changes, and looks less robust as soon as it learns; and
+- lies below it beyond chance: the upper end of its 95% Wilson interval is under the lower end of the best one's, so
+  that a few held-out images cannot stop a run; and
+- does so in :data:`EPOCHS` epochs running: a single bad one, from which training recovers by itself, shows up wherever
+  BatchNorm's running statistics lag behind a large step.
+
+Watches clean and robust accuracy on held-out training images, so that the best checkpoint can be kept.
 
 Single-step training can collapse (catastrophic overfitting, arXiv:2001.03994): robust accuracy against PGD falls to
-zero within an epoch while the training loss looks fine (:mod:`robustq.hardening.collapse`). The test images take no
+zero within an epoch while the training loss looks fine (:mod:`robustq.hardening.monitor`). The test images take no
 part in this choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustq.attacks import pgd
-from robustq.evaluation.accuracy import correct
-from robustq.hardening.inspection import Inspection, inspect_network
+from robustq.errors import UsageError
+from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.hardening.features import FeatureTap
+
+BATCH = 64
+"""Images at a time: each needs a backward pass, and a run whose monitor only counts must not need more memory for it
+than a small batch of training does."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Means over the images.
+
+    Args:
+        feature_norm: L2 norm of the features that enter global pooling, average-pooled; None for a network whose global
+            pooling is not known.
+        logit_margin: logit of the label minus the highest other one; negative where the answer is wrong.
+        input_gradient_norm: L2 norm of the gradient of one image's cross-entropy with respect to its pixels in [0, 1].
+        zero_gradients: share of images in [0, 1] whose gradient is exactly zero in every pixel.
+    """
+
+    feature_norm: float | None
+    logit_margin: float
+    input_gradient_norm: float
+    zero_gradients: float
+
+
+def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = BATCH) -> Inspection:
+    """One forward and one backward pass over the images; no gradient of a weight is computed or touched.
+
+    Args:
+        model: images -> logits (n, K) of K > 1 classes, in eval mode: the gradient of an image must not depend on those
+            beside it.
+        x: (N, C, H, W) float32 in [0, 1] on the model's device, N at least 1.
+        y: (N,) int64.
+        batch_size: images a pass; decides nothing but the memory.
+    """
+    tap = _tap(model)
+    sums = dict.fromkeys(("feature_norm", "logit_margin", "input_gradient_norm", "zero_gradients"), 0.0)
+    for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
+        images = images.detach().requires_grad_()
+        with torch.enable_grad():
+            logits, features = (model(images), None) if tap is None else tap(images)
+            (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), images)
+        right = logits.detach().gather(1, labels[:, None])[:, 0]
+        others = logits.detach().scatter(1, labels[:, None], float("-inf"))
+        norms = gradient.flatten(1).norm(dim=1)
+        sums["logit_margin"] += (right - others.amax(dim=1)).sum().item()
+        sums["input_gradient_norm"] += norms.sum().item()
+        # Of the entries and not of the norm, whose squares underflow for gradients below 1e-23.
+        sums["zero_gradients"] += int((gradient.flatten(1) == 0).all(dim=1).sum())
+        if features is not None:
+            sums["feature_norm"] += features.detach().norm(dim=1).sum().item()
+    means = {name: total / len(x) for name, total in sums.items()}
+    return Inspection(
+        None if tap is None else means["feature_norm"],
+        means["logit_margin"],
+        means["input_gradient_norm"],
+        means["zero_gradients"],
+    )
+
+
+def _tap(model: nn.Module) -> FeatureTap | None:
+    try:
+        return FeatureTap(model, "pooled")
+    except UsageError:
+        return None
+
+
+EPOCHS = 2
+"""Epochs in a row that have to be down."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A collapse of robust accuracy.
+
+    Args:
+        epoch: the epoch after which it was certain, counted from 1.
+        robust: PGD-10 accuracy on the held-out images after it, in [0, 1].
+        best_epoch, best: of the highest one before.
+        planned: epochs of the recipe.
+    """
+
+    epoch: int
+    robust: float
+    best_epoch: int
+    best: float
+    planned: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line: what happened, where the good weights are, what to do."""
+        return (
+            f"robust accuracy collapsed (catastrophic overfitting): PGD-10 {self.robust:.1%} on held-out images in "
+            f"epoch {self.epoch}, {self.best:.1%} in epoch {self.best_epoch}; stopped after {self.epoch} of "
+            f"{self.planned} epochs, best.pt is of epoch {self.best_epoch}; lower lr or epsilon, take another method, "
+            "or train on regardless in a new run with --set stop_on_collapse=false"
+        )
+
+
+def find_collapse(robust: Sequence[float | None], *, images: int, chance: float, planned: int) -> Collapse | None:
+    """Whether the last epoch of ``robust`` makes a collapse certain.
+
+    Args:
+        robust: PGD-10 accuracy after each epoch so far, in [0, 1]; None where it is not watched.
+        images: that it was counted on.
+        chance: share of the most frequent class among them, in [0, 1].
+        planned: epochs of the recipe.
+    """
+    counted = [accuracy for accuracy in robust if accuracy is not None]
+    if len(counted) != len(robust) or len(counted) <= EPOCHS:
+        return None
+    before, recent = counted[:-EPOCHS], counted[-EPOCHS:]
+    best = max(before)
+    if _interval(best, images)[0] <= chance or not all(_is_down(accuracy, best, images) for accuracy in recent):
+        return None
+    best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as best.pt's
+    return Collapse(len(counted), recent[-1], best_epoch, best, planned)
+
+
+def _is_down(accuracy: float, best: float, images: int) -> bool:
+    return accuracy < best / 2 and _interval(accuracy, images)[1] < _interval(best, images)[0]
+
+
+def _interval(accuracy: float, images: int) -> tuple[float, float]:
+    return wilson_interval(round(accuracy * images), images)
+
 
 PGD_STEPS = 10
 

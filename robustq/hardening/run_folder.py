@@ -1,4 +1,8 @@
-"""The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json, and resume.pt until then.
+"""A run's folder and its lock.
+
+One writer for a run folder: a kernel lock, which ends with the process that holds it, however that ends.
+
+The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json, and resume.pt until then.
 
 resume.pt is the only truth about a run that has not finished. metrics.jsonl, last.pt and best.pt are written after it,
 from it; whatever moment a process is killed at, :meth:`RunFolder.reopen` brings them in line again.
@@ -7,20 +11,89 @@ from it; whatever moment a process is killed at, :meth:`RunFolder.reopen` brings
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import socket
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from filelock import FileLock, Timeout
+
 from robustq.checkpoint import save_atomically, save_state
-from robustq.errors import ModelFileError, OutputExistsError, UsageError
-from robustq.hardening.board import Board
-from robustq.hardening.run_lock import RunLock, check_not_running
-from robustq.models.own.factory import runs_user_code
+from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
+from robustq.files import check_new, folder_when_whole, remove_partials, write_text_atomically
+from robustq.hardening.metrics import Board
+from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
-from robustq.outputs import check_new, folder_when_whole, remove_partials, write_text_atomically
 from robustq.progress import note
 from robustq.torch_file import read_checkpoint
+
+LOCK = "run.lock"
+"""The lock file in the folder; its text (process, host, since when) is for people only, what counts is the lock."""
+
+
+class RunLock:
+    """Held from :meth:`acquire` to :meth:`release`, or to the end of the process.
+
+    Args:
+        folder: an existing run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / LOCK
+        self._lock = FileLock(self._path, thread_local=False)
+
+    def acquire(self) -> None:
+        """Take the lock or fail at once.
+
+        Raises:
+            RunLockedError: another run holds it; names its process and host.
+        """
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise RunLockedError(
+                f"{self._folder} is being written by {_holder(self._path)}; wait until it has ended, or stop it "
+                "(Ctrl-C or kill saves first)"
+            ) from error
+        about = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
+        }
+        # In place: a renamed file would carry the name away from the lock.
+        self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+
+    def release(self) -> None:
+        """Give it back and take the file away."""
+        if self._lock.is_locked:
+            # Before the lock is given up: whoever opened the file just now sees that it has no name any more.
+            self._path.unlink(missing_ok=True)
+            self._lock.release()
+
+
+def check_not_running(folder: Path) -> None:
+    """Refuse a folder that another run is writing.
+
+    Raises:
+        RunLockedError: names its process and host.
+    """
+    if (folder / LOCK).exists():
+        lock = RunLock(folder)
+        lock.acquire()
+        lock.release()
+
+
+def _holder(path: Path) -> str:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {about['process']} on {about['host']} (since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"  # it took the lock a moment ago and has not said who it is
+
 
 RUNS = Path("runs")
 LAST_HARDENED = "last-hardened"
@@ -33,7 +106,7 @@ VERSION = 1
 class RunFolder:
     """A run folder that this process, and no other, writes. Use it in a ``with`` block, which gives the lock back.
 
-    It is the trainer's :class:`robustq.hardening.standing.Keeper`.
+    It is the trainer's :class:`robustq.hardening.state.Keeper`.
 
     Args:
         path: where.
@@ -113,7 +186,7 @@ class RunFolder:
         return resume_command(self.path, self.config)
 
     def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:
-        """See :meth:`robustq.hardening.standing.Keeper.save`.
+        """See :meth:`robustq.hardening.state.Keeper.save`.
 
         Raises:
             OSError: a file cannot be written; the state saved before is as it was.

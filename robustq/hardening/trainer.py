@@ -18,19 +18,13 @@ from torch import Tensor, nn
 
 from robustq.data import Augment, Batch, Split
 from robustq.errors import NotFiniteError, RunStoppedError
-from robustq.hardening.average import IMAGES
-from robustq.hardening.collapse import Collapse, find_collapse
-from robustq.hardening.descent import Descent
-from robustq.hardening.finite import FiniteWatch, find_fault
-from robustq.hardening.inspection import BATCH
+from robustq.hardening.averaging import IMAGES
+from robustq.hardening.diagnosis import FiniteWatch, find_fault
 from robustq.hardening.methods.method import Method
-from robustq.hardening.metrics import epoch_row, forget_peak_memory
-from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.schedule import learning_rate
-from robustq.hardening.standing import Keeper, Standing
-from robustq.hardening.stop import StopRequest
-from robustq.hardening.totals import Totals
-from robustq.hardening.weights import put_back, taken_out
+from robustq.hardening.metrics import Totals, epoch_row, forget_peak_memory
+from robustq.hardening.monitor import BATCH, Collapse, Monitor, Watched, find_collapse
+from robustq.hardening.optimization import Descent, learning_rate
+from robustq.hardening.state import Keeper, Standing, StopRequest, put_back, taken_out
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import RobustqError, UsageError
-from robustq.models.backward_rules import Network, backward_rule, rounds_plainly
+from robustq.models.quant.straight_through import Network, backward_rule, rounds_plainly
 
 FEWEST = 16
 """Images for which a network of any number of them is compiled: torch makes further graphs for fewer, each in as many
@@ -33,7 +33,7 @@ class CompiledNetwork:
 
     Args:
         model: in eval mode; it must stay as it is, with its hooks, weights and modes, but for what stands in the place
-            of a layer's arithmetic (:mod:`robustq.models.integer_convolution`).
+            of a layer's arithmetic (:mod:`robustq.models.quant.integer_convolution`).
         backend: of torch.compile.
     """
 
@@ -52,7 +52,7 @@ class CompiledNetwork:
         return self._own(x)
 
     def under_rule(self, rule: str) -> Network:
-        """The same, differentiated by a rule of :mod:`robustq.models.backward_rules`."""
+        """The same, differentiated by a rule of :mod:`robustq.models.quant.straight_through`."""
         # Compiled apart: what torch finds again it finds by code, whatever hooks a rule has put up.
         forward = self._sized()
 

@@ -8,10 +8,16 @@ from typing import Any
 import brevitas.nn as qnn
 from torch import Tensor, nn
 
-from robustq.models.binary import BinaryActQuant, BinaryWeightQuant, FoldedBinaryWeightQuant
-from robustq.models.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.normalise import Normalisation, Normalise
-from robustq.models.quantizers import (
+from robustq.models.quant.binary import (
+    BinaryActQuant,
+    BinaryWeightQuant,
+    ChannelThresholds,
+    FoldedBinaryWeightQuant,
+    SignNorm,
+)
+from robustq.models.quant.exact_layers import ExactConv2d, ExactLinear
+from robustq.models.quant.quantizers import (
     ActQuant,
     BiasQuant,
     BranchQuant,
@@ -21,8 +27,7 @@ from robustq.models.quantizers import (
     WeightQuant,
     Widths,
 )
-from robustq.models.rectifier import QuantReLU
-from robustq.models.thresholds import ChannelThresholds, SignNorm
+from robustq.models.quant.relu import QuantReLU
 
 OUTER_BITS = 8
 """Width of the first and the last layer, and of every residual branch, in a quantized network."""
@@ -35,8 +40,8 @@ class Layers:
     Args:
         widths: bit widths of the inner layers.
         folded: leave BatchNorm out and give every convolution a bias (int32 when quantized): the network that
-            :func:`robustq.models.folding.fold` fills. Activations then carry their scale along, which int32 biases
-            need.
+            :func:`robustq.models.quant.folding.fold` fills. Activations then carry their scale along, which int32
+            biases need.
         normalisation: mean and standard deviation that stand in front of everything, in float.
         shared_sum_scale: quantize both inputs of a residual sum by one quantizer, which FINN needs to move the scale
             behind the sum; not for binary activations.

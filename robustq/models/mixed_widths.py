@@ -18,7 +18,7 @@ from torch import nn
 
 from robustq.errors import UsageError
 from robustq.models.layers import weight_quantizer
-from robustq.models.quantizers import BiasQuant, FixedScaling, LearnedThreshold
+from robustq.models.quant.quantizers import BiasQuant, FixedScaling, LearnedThreshold
 
 WEIGHT_BITS = (8, 4, 3, 2, 1)
 ACT_BITS = (8, 4, 3, 2)

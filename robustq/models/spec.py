@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from robustq.errors import ModelFileError, UsageError
+from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_own
 from robustq.models.layers import Layers
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.normalise import Normalisation
-from robustq.models.own.factory import TORCHVISION, check_permission, float_network, is_own
-from robustq.models.quantizers import Widths
+from robustq.models.quant.quantizers import Widths
 from robustq.models.resnet import ResNet
 
 
@@ -156,7 +156,7 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
 
     Args:
         spec: what to build.
-        folded: build the BatchNorm-free form that :func:`robustq.models.folding.fold` fills (our networks only).
+        folded: build the BatchNorm-free form that :func:`robustq.models.quant.folding.fold` fills (our networks only).
         own_model: the ``module:function`` whose code the user allows to run.
 
     Raises:
@@ -169,7 +169,7 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
         raise UsageError("1 bit has no blocks with shared_sum_scale; set it to false, or choose 8, 4, 3 or 2 bits")
     if is_own(spec.architecture):
         # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
-        from robustq.models.own.network import quantized_graph
+        from robustq.models.fx.build import quantized_graph
 
         graph = quantized_graph(
             float_network(spec.architecture, classes=spec.classes),

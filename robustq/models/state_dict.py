@@ -1,10 +1,19 @@
-"""Weights as people save them: a bare state dict, inside a training checkpoint, or with the prefix of a wrapper."""
+"""State dicts: reading, names, and what the layers of a network are.
+
+Weights as people save them: a bare state dict, inside a training checkpoint, or with the prefix of a wrapper.
+
+What the layers of a network are made of, read from the network itself.
+
+Which layer of a network the features enter that ODG-Q aligns.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor, nn
+
+from robustq.models.quant.quantizers import FLOAT_BITS
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
 """Keys below which training scripts keep the weights, beside the optimiser and the epoch."""
@@ -63,3 +72,42 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _has(name: str, part: str) -> bool:
     return name.startswith(part) or f".{part}" in name
+
+
+def describe_layers(model: nn.Module) -> list[dict[str, Any]]:
+    """One row per convolution and linear layer, in order: ``name kind shape weight_bits``."""
+    return [
+        {
+            "name": name,
+            "kind": "conv" if isinstance(layer, nn.Conv2d) else "linear",
+            "shape": list(layer.weight.shape),
+            "weight_bits": weight_bits(layer),
+        }
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+
+
+def weight_bits(layer: nn.Module) -> int:
+    """Width of a layer's weights; 32 where nothing quantizes them."""
+    quantizer: Any = getattr(layer, "weight_quant", None)
+    if quantizer is None or not quantizer.is_quant_enabled:
+        return FLOAT_BITS
+    return int(quantizer.bit_width())
+
+
+FEATURE_LAYER = "feature_layer"
+"""Where the graph of a user's own network says it, in ``meta``."""
+
+_OURS = "avgpool"
+"""Its name in the networks of this project, as in torchvision's ResNets."""
+
+
+def feature_layer_of(model: nn.Module) -> str | None:
+    """The name of the layer that the features of ``model`` enter, or None where nobody knows one."""
+    # Asked of ``meta`` and not of the class: Brevitas' graphs load sympy, which takes as long as torch.
+    meta = getattr(model, "meta", None)
+    if isinstance(meta, dict) and FEATURE_LAYER in meta:
+        found: str | None = meta[FEATURE_LAYER]
+        return found
+    return _OURS if _OURS in dict(model.named_modules()) else None

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from robustq.recipe import format_epsilon
-from robustq.report.attack import attack_lines
-from robustq.report.numbers import bounded, percent, scientific, size
+from robustq.report.attack import attack_lines, bounded, percent, scientific, size
 
 
 def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:

@@ -14,18 +14,18 @@ from robustq.checkpoint import save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.hardening.memory import runs_out
+from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
+from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.methods.registry import resolved_settings
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec
-from robustq.outputs import folder_when_whole, free_path, sha256, write_text_atomically
 from robustq.progress import detail, note
 from robustq.recipe import Recipe
-from robustq.recipe_faults import check_settings
-from robustq.report.recipe import toml_lines
+from robustq.recipe.schema import check_settings
+from robustq.report.info import toml_lines
 from robustq.workflow.run import EVALUATION_BATCH, accuracy_on_test
-from robustq.workflow.setting import versions
+from robustq.workflow.setup import versions
 
 
 def quantize_only(

@@ -15,12 +15,12 @@ from robustq.data import load_dataset
 from robustq.evaluation.evaluate import evaluate
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK
+from robustq.files import check_place, free_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS
-from robustq.outputs import check_place, free_path, write_text_atomically
 from robustq.progress import note
-from robustq.workflow.exporting import export_model, recheck_bundle
-from robustq.workflow.setting import pick_device
-from robustq.workflow.training import harden_model, train_model
+from robustq.workflow.export import export_model, recheck_bundle
+from robustq.workflow.setup import pick_device
+from robustq.workflow.train import harden_model, train_model
 
 FLOAT, NATURAL, PTQ, HARDENED = (
     "digits/resnet8-float-natural",

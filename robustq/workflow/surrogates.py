@@ -19,16 +19,16 @@ from robustq.checkpoint import load_model, load_weights
 from robustq.data import DATASET_NAMES, Dataset, to_float
 from robustq.errors import ModelFileError
 from robustq.hardening.run_folder import RESULT, RUNS
-from robustq.models.calibration import calibrate
-from robustq.models.own.factory import runs_user_code
-from robustq.models.quantizers import FLOAT_BITS
+from robustq.models.fx.factory import runs_user_code
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note, notes_of
-from robustq.report.numbers import duration
-from robustq.workflow.opening import Opened, ready
-from robustq.workflow.resuming import resume_run
-from robustq.workflow.setting import check_fit
-from robustq.workflow.training import train_model
+from robustq.report.attack import duration
+from robustq.workflow.open_model import Opened, ready
+from robustq.workflow.resume import resume_run
+from robustq.workflow.setup import check_fit
+from robustq.workflow.train import train_model
 
 SURROGATES = RUNS / "surrogates"
 SEED = 1000

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import input_gradient
+from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import Loss, cross_entropy, kl, margin
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 3.0], [-40.0, 60.0, 10.0]])

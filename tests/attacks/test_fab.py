@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from robustq.attacks import Streams, fab, fab_targeted
-from robustq.attacks.planes import onto_plane
+from robustq.attacks.fab import onto_plane
 
 
 def by_linear_programming(point: Tensor, normal: Tensor, value: float) -> float | None:

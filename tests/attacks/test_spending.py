@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, transfer, uniform_noise
-from robustq.attacks.spending import asked_about
+from robustq.attacks.base import asked_about
 from robustq.errors import UsageError
 
 

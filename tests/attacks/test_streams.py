@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from robustq.attacks.streams import Streams, streams_for
+from robustq.attacks.generators import Streams, streams_for
 from robustq.errors import UsageError
 
 

@@ -88,5 +88,5 @@ def test_tpgd_from_the_same_random_start(monkeypatch: pytest.MonkeyPatch) -> Non
     with monkeypatch.context() as patched:
         patched.setattr(torch, "randn_like", same)
         theirs = torchattacks.TPGD(model, eps=EPSILON, alpha=STEP, steps=STEPS)(x)
-    monkeypatch.setattr(importlib.import_module("robustq.attacks.tpgd"), "uniform_start", lambda *args, **more: start)
+    monkeypatch.setattr(importlib.import_module("robustq.attacks.pgd"), "uniform_start", lambda *args, **more: start)
     assert_same(tpgd(model, x, y, epsilon=EPSILON, step_size=STEP, steps=STEPS), theirs)

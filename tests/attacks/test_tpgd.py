@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks import tpgd
-from robustq.attacks.ascent import input_gradient
+from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy, kl
 from robustq.errors import UsageError
 

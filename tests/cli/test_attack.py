@@ -13,7 +13,8 @@ import torch
 
 from robustq.models.compiled import CompiledNetwork, check_compiler
 from robustq.report.attack import attack_lines
-from robustq.workflow import attacking, crafting
+from robustq.workflow import attack as attacking
+from robustq.workflow import attack as crafting
 from tests.cli.conftest import Run
 from tests.evaluation.budgets import small
 
@@ -207,7 +208,7 @@ def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4:
 
 
 def test_require_fails_on_a_flag(run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustq.workflow.attacking.attack_model", lambda *_, **__: found())
+    monkeypatch.setattr("robustq.workflow.attack.attack_model", lambda *_, **__: found())
     fallen = run("attack", digits_w4a4, "--require", "0.1")
     assert fallen.code == 1
     assert fallen.err.strip().endswith("flags raised: logit scale")
@@ -264,7 +265,7 @@ def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
         raise DataError("digits is not there")
 
     whole = run("attack", digits_float, "--replay", pictures, "--json").json
-    monkeypatch.setattr("robustq.workflow.replaying.data_for", gone)
+    monkeypatch.setattr("robustq.workflow.replay.data_for", gone)
     told = run("attack", digits_float, "--replay", pictures, "--json")
     assert told.code == 0
     assert told.json["ball_checked"] is False and told.json["clean_accuracy"] is None

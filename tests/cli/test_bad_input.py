@@ -22,7 +22,7 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.models.spec import build_model
-from robustq.workflow.setting import open_source
+from robustq.workflow.setup import open_source
 from tests.cli.conftest import Outcome, Run
 
 FAST_TRAIN = ("--set", "epochs=1", "--set", "train_images=100", "--device", "cpu")
@@ -402,9 +402,9 @@ def test_a_default_place_that_cannot_be_written_is_found_before_the_work(
     monkeypatch.setattr(
         os, "access", lambda _, mode, **__: mode == os.R_OK
     )  # root may write everywhere, so a mode would not do
-    monkeypatch.setattr("robustq.workflow.training.load_dataset", no_work)
-    monkeypatch.setattr("robustq.workflow.training.open_source", no_work)
-    monkeypatch.setattr("robustq.workflow.exporting.load_model", no_work)
+    monkeypatch.setattr("robustq.workflow.train.load_dataset", no_work)
+    monkeypatch.setattr("robustq.workflow.train.open_source", no_work)
+    monkeypatch.setattr("robustq.workflow.export.load_model", no_work)
     arguments: dict[str, tuple[str | Path, ...]] = {
         "train": ("--data", "digits", "--architecture", "resnet8"),
         "harden": (digits_w4a4,),

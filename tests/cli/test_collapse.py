@@ -67,7 +67,7 @@ TRAIN = ("train", "--data", "digits", "--arch", "resnet8", *TINY, "--set", "epoc
 
 
 def test_tensorboard_is_asked_for_before_anything_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustq.hardening.board.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("robustq.hardening.metrics.importlib.util.find_spec", lambda name: None)
     refused = run(*TRAIN)
     assert refused.code == 2
     assert refused.err.strip().splitlines()[-1].startswith("robustq: tensorboard = true needs the package tensorboard")
@@ -79,7 +79,7 @@ def test_tensorboard_has_the_rows_of_metrics(run: Run, monkeypatch: pytest.Monke
     module.SummaryWriter = Notes
     monkeypatch.setattr(Notes, "made", [], raising=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr("robustq.hardening.board.importlib.util.find_spec", lambda name: module)
+    monkeypatch.setattr("robustq.hardening.metrics.importlib.util.find_spec", lambda name: module)
     done = run(*TRAIN, "--json")
     assert done.code == 0, done.err
     folder = Path(done.json["run"])

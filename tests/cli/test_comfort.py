@@ -22,8 +22,8 @@ import robustq
 from robustq import progress
 from robustq.checkpoint import load_model
 from robustq.errors import RobustqWarning
+from robustq.files import sha256
 from robustq.hardening.methods.registry import resolved_recipe
-from robustq.outputs import sha256
 from robustq.recipe import load_recipe, recipe_names
 from tests.cli.conftest import Run
 
@@ -217,11 +217,11 @@ def test_long_jobs_show_progress(
 @pytest.mark.parametrize(
     ("stopped_at", "arguments"),
     [
-        pytest.param("robustq.workflow.exporting.prove", ("export", "--images", "5"), marks=pytest.mark.slow),
-        ("robustq.workflow.exporting.write_record", ("export", "--images", "5", "--no-recheck")),
-        ("robustq.workflow.attacking.run_suite", ("attack", *FEW, "--out", "found.json")),
-        ("robustq.outputs.os.fsync", ("attack", *FEW, "--out", "found.json")),
-        ("robustq.workflow.training.quantize", ("harden", "--bits", "2", *FAST_TRAIN)),
+        pytest.param("robustq.workflow.export.prove", ("export", "--images", "5"), marks=pytest.mark.slow),
+        ("robustq.workflow.export.write_record", ("export", "--images", "5", "--no-recheck")),
+        ("robustq.workflow.attack.run_suite", ("attack", *FEW, "--out", "found.json")),
+        ("robustq.files.os.fsync", ("attack", *FEW, "--out", "found.json")),
+        ("robustq.workflow.train.quantize", ("harden", "--bits", "2", *FAST_TRAIN)),
     ],
 )
 def test_ctrl_c_leaves_nothing_half_written(

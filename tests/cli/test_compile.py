@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from robustq.hardening import compiled, descent
-from robustq.hardening.compiled import CompiledForward
-from robustq.models import integer_convolution
+from robustq.hardening import optimization as descent
+from robustq.hardening import precision as compiled
+from robustq.hardening.precision import CompiledForward
+from robustq.models.quant import integer_convolution
 from tests.cli.conftest import Run
 
 TRAIN = (

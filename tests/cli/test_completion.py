@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from robustq.cli import completion
+from robustq.cli import options as completion
 from robustq.data import DATASET_NAMES
 from robustq.evaluation.suites import SUITES
 from robustq.export.formats import CONSUMERS, FORMATS
 from robustq.models.spec import ARCHITECTURES
 from robustq.recipe import recipe_names
-from robustq.recipe_faults import KEYS
+from robustq.recipe.schema import KEYS
 
 PROGRAM = "#!{python}\nfrom robustq.cli import main\nmain()\n"
 

@@ -79,7 +79,7 @@ def test_ctrl_c_that_a_library_turns_into_another_error_is_still_ctrl_c(
         except KeyboardInterrupt:
             raise AttributeError("partially initialized module") from None
 
-    monkeypatch.setattr("robustq.workflow.training.train_model", half_imported)
+    monkeypatch.setattr("robustq.workflow.train.train_model", half_imported)
     stopped = run(*TRAIN)
     assert stopped.code == 130
     assert last_line(stopped).startswith("robustq: stopped")

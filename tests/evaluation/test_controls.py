@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.attacks.ascent import Model
+from robustq.attacks.base import Model
 from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.target import AS_TRAINED, Target

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from robustq.evaluation import flags
+from robustq.evaluation.accuracy import Comparison
 from robustq.evaluation.flags import Check
-from robustq.evaluation.paired import Comparison
 
 SAME = Comparison(1000, 0, 0)
 

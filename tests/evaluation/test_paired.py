@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from robustq.errors import UsageError
-from robustq.evaluation.paired import Comparison, compare_kept
+from robustq.evaluation.accuracy import Comparison, compare_kept
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (4, 0), (0, 7), (30, 12), (100, 0), (50, 50)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robustq.errors import UsageError
-from robustq.evaluation.pictures import Pictures, check_ball, digest
+from robustq.evaluation.adversarial_images import Pictures, check_ball, digest
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct
 from robustq.evaluation.evaluate import evaluate, run_suite, suite_called
-from robustq.evaluation.named_attack import NamedAttack
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.suites import RECHECK, Suite
+from robustq.evaluation.suites import RECHECK, NamedAttack, Suite
 from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, settled
 from tests.evaluation.budgets import small
 from tests.evaluation.nets import Net, ResizedAndPadded, Scaled, trained

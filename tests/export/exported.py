@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.export.formats import FORMATS, build
-from robustq.models.folding import fold
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
 from tests.models.small_nets import digits, small_spec, trained
 

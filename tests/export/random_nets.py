@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from robustq.errors import ExportError
 from robustq.export.formats import build
 from robustq.export.recheck import prove
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
+from robustq.models.fx.build import quantized_graph
 from robustq.models.mixed_widths import set_layer_bits
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths, learned_thresholds
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import Widths, learned_thresholds
 from robustq.models.spec import ModelSpec
 
 ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (

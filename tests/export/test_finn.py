@@ -12,7 +12,7 @@ import pytest
 from benchmarks.runtimes import RUNTIMES, prepare, run
 from robustq.export.formats import build
 from robustq.export.parity import compare, logits_of
-from robustq.models.folding import fold
+from robustq.models.quant.folding import fold
 from tests.export.exported import net
 from tests.models.small_nets import small_spec, trained
 

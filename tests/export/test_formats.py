@@ -27,7 +27,7 @@ from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.qonnx_file import execute
 from robustq.export.session import OnnxModel, optimised_layers
 from robustq.export.torch_export import INPUT, OPSET, OUTPUT, export_qcdq
-from robustq.models.folding import fold
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from tests.export import hand_made as hm
 from tests.export.exported import INTEGER, QUANTIZED, RUNNABLE, SLOW_WIDTH, WIDTHS, exported, net, parsed, written

@@ -15,10 +15,10 @@ from robustq.export.formats import build
 from robustq.export.parity import Agreement, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.session import OnnxModel, optimised_layers
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths
+from robustq.models.fx.build import quantized_graph
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import Widths
 from robustq.models.spec import ModelSpec
 from tests.models.own.own_nets import CLASSES, NETS, SIDE, folded_of, pixels
 

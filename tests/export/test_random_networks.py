@@ -23,10 +23,10 @@ from robustq.export.formats import FORMATS, build
 from robustq.export.parity import bound_of, parity
 from robustq.export.session import optimised_layers
 from robustq.models import spec as specs
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
 from robustq.models.layers import Layers
-from robustq.models.quantizers import learned_thresholds
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.resnet import ResNet
 from robustq.models.spec import ModelSpec, build_model
 from tests.export.random_nets import outcome

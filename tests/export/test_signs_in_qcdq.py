@@ -12,8 +12,8 @@ from torch import nn
 
 from robustq.errors import ExportError
 from robustq.export.signs_in_qcdq import signs_in_qcdq
-from robustq.models.binary import BinaryActQuant
-from robustq.models.folding import fold
+from robustq.models.quant.binary import BinaryActQuant
+from robustq.models.quant.folding import fold
 from tests.export.exported import net
 from tests.models.small_nets import perturbed, small_spec
 

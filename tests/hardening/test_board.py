@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from robustq.errors import UsageError
-from robustq.hardening import board
-from robustq.hardening.board import Board, check_tensorboard
+from robustq.hardening import metrics as board
+from robustq.hardening.metrics import Board, check_tensorboard
 
 ROWS: list[dict[str, Any]] = [
     {"epoch": 1, "loss": 2.0, "holdout_pgd10_accuracy": None, "peak_memory_of": "process", "lr": 0.1},

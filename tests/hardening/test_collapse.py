@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.hardening.collapse import Collapse, find_collapse
-from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.monitor import Collapse, Monitor, Watched, find_collapse
+from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
 from tests.hardening.memory_keeper import MemoryKeeper
 from tests.hardening.test_resume import begun

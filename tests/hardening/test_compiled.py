@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening import descent
-from robustq.hardening.compiled import WORTH_COMPILING, CompiledForward, better_compiled, compile_advice, compiling_pays
-from robustq.hardening.descent import Descent
+from robustq.hardening import optimization as descent
 from robustq.hardening.methods.registry import build_method
+from robustq.hardening.optimization import Descent
+from robustq.hardening.precision import (
+    WORTH_COMPILING,
+    CompiledForward,
+    better_compiled,
+    compile_advice,
+    compiling_pays,
+)
 from robustq.models.compiled import EXACT
-from robustq.models.rectifier import QuantReLU
+from robustq.models.quant.relu import QuantReLU
 from robustq.recipe import Recipe, load_recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.descent import Descent
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.optimizer import build_optimizer
+from robustq.hardening.optimization import Descent, build_optimizer
 from robustq.recipe import Recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
 
@@ -57,7 +56,7 @@ def test_short_cuts_change_nothing(
     batch = next(split().batches(BATCH, device=CPU, seed=7))
     # One step: later ones would meet weights that differ in their last bits, where a sign or a rounding may turn.
     outcome = fast.step(batch, epoch=0)
-    monkeypatch.setattr("robustq.hardening.methods.crafting.only_input_gradients", lambda _: nullcontext())
+    monkeypatch.setattr("robustq.hardening.methods.method.only_input_gradients", lambda _: nullcontext())
     x_adv = plainly.perturb(batch.x, batch.y, batch.places)
     expected = plainly.loss(batch.x, x_adv, batch.y, batch.places)
     optimizer.zero_grad()

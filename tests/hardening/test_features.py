@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.models.calibration import calibrate
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 
 

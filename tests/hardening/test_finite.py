@@ -14,13 +14,13 @@ from torch.nn import functional
 
 from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import NotFiniteError
-from robustq.hardening import descent, trainer
-from robustq.hardening.compiled import CompiledForward
-from robustq.hardening.finite import FiniteWatch, watching_layers
-from robustq.hardening.inspection import Inspection
+from robustq.hardening import optimization as descent
+from robustq.hardening import trainer
+from robustq.hardening.diagnosis import FiniteWatch, watching_layers
 from robustq.hardening.methods.method import Method, Stateless, Step
-from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.monitor import Inspection, Monitor, Watched
+from robustq.hardening.precision import CompiledForward
+from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from robustq.hardening import forecast as forecasting
-from robustq.hardening.descent import Descent
 from robustq.hardening.forecast import copied, forecast
+from robustq.hardening.optimization import Descent
 from robustq.hardening.run_folder import RESUME, RunFolder
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.state import StopRequest
 from robustq.models.spec import ModelSpec
 from tests.hardening.memory_keeper import MemoryKeeper
 from tests.hardening.test_resume import begun, same, uninterrupted

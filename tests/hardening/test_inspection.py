@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.hardening.inspection import inspect_network
-from robustq.hardening.monitor import Monitor
-from robustq.models.calibration import calibrate
+from robustq.hardening.monitor import Monitor, inspect_network
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 
 

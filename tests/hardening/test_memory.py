@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import Augment, TensorSplit
+from robustq.hardening.diagnosis import is_out_of_memory, largest_that_fits, runs_out
 from robustq.hardening.forecast import what_fits
-from robustq.hardening.memory import is_out_of_memory, largest_that_fits, runs_out
 from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.monitor import Monitor

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from robustq.hardening.inspection import Inspection
 from robustq.hardening.metrics import OF_THE_MACHINE, epoch_row, forget_peak_memory, peak_memory
-from robustq.hardening.monitor import Watched
+from robustq.hardening.monitor import Inspection, Watched
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from robustq.hardening.optimizer import build_optimizer
-from robustq.models.quantizers import learned_thresholds
+from robustq.hardening.optimization import build_optimizer
+from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import build_model
 from robustq.recipe import load_recipe
 from tests.models.small_nets import small_spec

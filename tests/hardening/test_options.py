@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from robustq.data import Augment
 from robustq.errors import RecipeError, RunStoppedError
-from robustq.hardening.average import IMAGES as REESTIMATED
+from robustq.hardening.averaging import IMAGES as REESTIMATED
 from robustq.hardening.awp import worst_weights
 from robustq.hardening.methods.method import CrossEntropy
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.methods.registry import build_method
 from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
 from robustq.models.batch_norm import batch_statistics
 from robustq.recipe import Recipe, load_recipe

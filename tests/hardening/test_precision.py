@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import RecipeError
-from robustq.hardening.descent import Descent
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.hardening.methods.crafting import crafting
+from robustq.hardening.methods.method import crafting
 from robustq.hardening.methods.registry import build_method
+from robustq.hardening.optimization import Descent
 from robustq.hardening.precision import advice, computed_in
-from robustq.models import integer_convolution
-from robustq.models.calibration import calibrate
-from robustq.models.quantizers import BranchQuant, learned_thresholds
-from robustq.models.rectifier import QuantReLU
+from robustq.models.quant import integer_convolution
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.quantizers import BranchQuant, learned_thresholds
+from robustq.models.quant.relu import QuantReLU
 from robustq.recipe import Recipe, load_recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
 from tests.models.test_tf32 import flags

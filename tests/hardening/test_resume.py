@@ -15,16 +15,15 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import ModelFileError, RunStoppedError
 from robustq.hardening import trainer
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.methods.rslad import Rslad
-from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher, Teacher
+from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, Rslad, Teacher
 from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.monitor import Monitor
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
-from robustq.models.calibration import calibrate
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
-from robustq.recipe_faults import METHODS
+from robustq.recipe.schema import METHODS
 from tests.hardening.memory_keeper import MemoryKeeper
 
 CPU = torch.device("cpu")

@@ -17,8 +17,7 @@ import torch
 
 from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, OutputExistsError, RobustqError, RunLockedError, UsageError
-from robustq.hardening.run_folder import RESUME, RunFolder, check_new_run, resume_command
-from robustq.hardening.run_lock import LOCK
+from robustq.hardening.run_folder import LOCK, RESUME, RunFolder, check_new_run, resume_command
 from robustq.models.spec import ModelSpec, build_model
 
 SPEC = ModelSpec("resnet8", 32, 32, 10, 1, 8, "digits", 0.1, tuple("0123456789"))
@@ -125,7 +124,7 @@ def test_a_second_run_is_told_who_is_there(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from robustq.hardening.run_lock import RunLock
+from robustq.hardening.run_folder import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 if sys.argv[2] == "fork":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from robustq.hardening.schedule import learning_rate
+from robustq.hardening.optimization import learning_rate
 from robustq.recipe import Recipe
 
 

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.data import Augment, Batch, TensorSplit
-from robustq.hardening.inspection import Inspection
 from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.methods.registry import build_method
 from robustq.hardening.metrics import OF_THE_MACHINE
-from robustq.hardening.monitor import Monitor, Watched
-from robustq.hardening.optimizer import build_optimizer
-from robustq.hardening.stop import StopRequest
+from robustq.hardening.monitor import Inspection, Monitor, Watched
+from robustq.hardening.optimization import build_optimizer
+from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Trained, Training
-from robustq.models.calibration import calibrate
-from robustq.models.quantizers import learned_thresholds
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
 from tests.hardening.memory_keeper import MemoryKeeper

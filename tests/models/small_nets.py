@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from robustq.checkpoint import load_weights
 from robustq.data import load_dataset, to_float
-from robustq.models.calibration import calibrate
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 
 NAMES = tuple("0123456789")

@@ -16,7 +16,11 @@ from robustq.attacks import Streams, apgd
 from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
-from robustq.models.backward_rules import (
+from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
+from robustq.models.quant.straight_through import (
     RULES,
     activation_quantizers,
     backward_rule,
@@ -24,10 +28,6 @@ from robustq.models.backward_rules import (
     staircase_slope,
     under_rule,
 )
-from robustq.models.binary import BinaryActQuant, BinaryWeightQuant
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
-from robustq.models.quantizers import ActQuant, BranchQuant, PixelQuant
 from tests.models.own.own_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from robustq.checkpoint import load_weights
 from robustq.data import to_float
 from robustq.errors import ModelFileError
-from robustq.models.binary import BinaryActQuant, BinaryWeightQuant, FusedSign
-from robustq.models.calibration import calibrate
+from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant, FusedSign, SignNorm
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import build_model
-from robustq.models.thresholds import SignNorm
 from tests.models.small_nets import digits, perturb_batch_norm, small_spec
 
 

@@ -15,15 +15,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch import config as functorch_config
 
-from robustq.attacks.ascent import input_gradient, input_gradients
+from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
-from robustq.models.backward_rules import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
 from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler, compile_forward
-from robustq.models.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.quantizers import BranchQuant
-from robustq.models.rectifier import _Relu
-from robustq.models.shared_weights import SharedWeights
+from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
+from robustq.models.quant.quantizers import BranchQuant
+from robustq.models.quant.relu import _Relu
+from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
+from robustq.models.quant.weights_once import SharedWeights
 from tests.models.test_backward_rules import input_slope, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")

@@ -18,12 +18,12 @@ from torch.nn import functional
 from robustq.data import to_float
 from robustq.errors import ExportError
 from robustq.models import spec as spec_module
-from robustq.models.calibration import calibrate
-from robustq.models.folding import LARGEST_BIAS_CODE, Grid, bias_steps, fold
 from robustq.models.layers import Layers
-from robustq.models.quantizers import learned_thresholds
+from robustq.models.quant.binary import SignNorm
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import LARGEST_BIAS_CODE, Grid, bias_steps, fold
+from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
-from robustq.models.thresholds import SignNorm
 from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec, trained
 
 CHANNELS = 8

@@ -10,9 +10,9 @@ import torch
 from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
 
-from robustq.models.binary import BinaryWeightQuant
-from robustq.models.fused_weights import FusedWeightQuant
-from robustq.models.quantizers import WeightQuant
+from robustq.models.quant.binary import BinaryWeightQuant
+from robustq.models.quant.fused import FusedWeightQuant
+from robustq.models.quant.quantizers import WeightQuant
 
 BITS = (8, 4, 3, 2)
 

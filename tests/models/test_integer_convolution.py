@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from robustq.hardening.methods.crafting import crafting, only_input_gradients
-from robustq.models import integer_convolution
-from robustq.models.calibration import calibrate
-from robustq.models.integer_convolution import IntegerConvolutions, convolve_codes, is_available
-from robustq.models.quantizers import ActQuant, BranchQuant, WeightQuant
-from robustq.models.rectifier import QuantReLU
-from robustq.models.shared_weights import SharedWeights
+from robustq.hardening.methods.method import crafting, only_input_gradients
+from robustq.models.quant import integer_convolution
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.integer_convolution import IntegerConvolutions, convolve_codes, is_available
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, WeightQuant
+from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.weights_once import SharedWeights
 from robustq.models.spec import ModelSpec, build_model
 
 needs_instructions = pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from robustq.models.layers import Layers
-from robustq.models.quantizers import Widths
+from robustq.models.quant.quantizers import Widths
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 BITS = st.sampled_from([8, 4, 3, 2, 1])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.layers import Layers
-from robustq.models.quantizers import BITS, PIXEL_SCALE, LearnedThreshold, Widths, learned_thresholds
+from robustq.models.quant.quantizers import BITS, PIXEL_SCALE, LearnedThreshold, Widths, learned_thresholds
 from tests.models.small_nets import digits, perturbed, small_spec
 
 QUANTIZED = (8, 4, 3, 2)

@@ -13,8 +13,8 @@ from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from robustq.checkpoint import describe_state_dict
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.state_dict import find_state_dict
 from tests.models.small_nets import perturb_batch_norm, small_spec

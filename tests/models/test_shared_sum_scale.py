@@ -16,10 +16,10 @@ from robustq.errors import ModelFileError, UsageError
 from robustq.export.formats import build
 from robustq.export.parity import bound_of, parity
 from robustq.export.session import optimised_layers
-from robustq.models.calibration import best_threshold, calibrate
-from robustq.models.folding import fold
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths
+from robustq.models.fx.build import quantized_graph
+from robustq.models.quant.calibration import best_threshold, calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import Widths
 from robustq.models.spec import ModelSpec, build_model
 from tests.export import hand_made as hm
 from tests.models.small_nets import digits, perturb_batch_norm, small_spec

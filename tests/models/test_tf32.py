@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from robustq.models.tf32 import forbid_tf32, tf32
-from robustq.workflow.setting import pick_device
+from robustq.hardening.precision import forbid_tf32, tf32
+from robustq.workflow.setup import pick_device
 
 
 def flags() -> tuple[bool, bool]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from robustq.models.thresholds import ChannelThresholds
+from robustq.models.quant.binary import ChannelThresholds
 
 NUMBERS = st.one_of(st.floats(-4.0, 4.0), st.sampled_from([0.0, 1e-12, -1e-12, 1e-300, 5e-324, -1.0, 1.0]))
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import robustq
 from robustq.data import to_float
 from robustq.evaluation.target import Target
-from robustq.models.backward_rules import RULES, under_rule
 from robustq.models.compiled import CompiledNetwork
-from robustq.models.integer_convolution import is_available
-from robustq.workflow import crafting
-from robustq.workflow.crafting import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
-from robustq.workflow.opening import Opened, open_attackable
+from robustq.models.quant.integer_convolution import is_available
+from robustq.models.quant.straight_through import RULES, under_rule
+from robustq.workflow import attack as crafting
+from robustq.workflow.attack import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
+from robustq.workflow.open_model import Opened, open_attackable
 from tests.models.small_nets import digits
 from tests.models.test_backward_rules import input_slope
 

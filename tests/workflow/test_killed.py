@@ -26,8 +26,8 @@ import pytest
 import torch
 
 from robustq.checkpoint import load_model
+from robustq.files import PARTIAL
 from robustq.hardening.metrics import OF_THE_MACHINE
-from robustq.outputs import PARTIAL
 
 EPOCHS = 24  # more than all kills together let pass
 KEYS = (f"epochs={EPOCHS}", "train_images=100", "batch_size=64", "monitor_images=4")
@@ -123,7 +123,7 @@ def command_line(arguments: list[str], folder: str, doom: Doom | None, file_size
 def server() -> Iterator[ForkServerContext]:
     """Forks processes that have torch and Brevitas loaded already: that many starts would else take minutes."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["robustq.workflow.resuming", "robustq.workflow.training", "torch._dynamo"])
+    context.set_forkserver_preload(["robustq.workflow.resume", "robustq.workflow.train", "torch._dynamo"])
     yield context
 
 

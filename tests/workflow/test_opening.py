@@ -19,8 +19,8 @@ from robustq.evaluation.accuracy import correct, predict
 from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
-from robustq.workflow import attacking
-from robustq.workflow.opening import Opened, is_dynamic, open_attackable
+from robustq.workflow import attack as attacking
+from robustq.workflow.open_model import Opened, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 
 CPU = torch.device("cpu")

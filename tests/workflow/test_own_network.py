@@ -10,7 +10,7 @@ import torch
 
 import robustq
 from robustq.errors import ModelFileError, UsageError
-from robustq.workflow.describing import describe_file
+from robustq.workflow.info import describe_file
 
 CODE = """
 from torch import nn

@@ -19,7 +19,7 @@ from robustq.data import Batch
 from robustq.errors import DataError, ModelFileError, OutputError, RunStoppedError, UsageError
 from robustq.hardening.metrics import OF_THE_MACHINE
 from robustq.hardening.trainer import Training
-from robustq.workflow import setting
+from robustq.workflow import setup as setting
 
 KEYS = ("epochs=2", "train_images=150", "batch_size=64", "monitor_images=10")
 REHEARSED = 3
@@ -179,7 +179,7 @@ def test_what_changed_since_is_told(
     signal_at(0)
     source.write_bytes(b"another model")
     now = setting.versions()
-    monkeypatch.setattr("robustq.workflow.resuming.versions", lambda: {**now, "torch": "9.9"})
+    monkeypatch.setattr("robustq.workflow.resume.versions", lambda: {**now, "torch": "9.9"})
     progress.show(True)
     try:
         robustq.resume_run("run")

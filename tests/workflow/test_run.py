@@ -13,11 +13,12 @@ from torch import Tensor
 
 import robustq
 from robustq.errors import NotFiniteError, OutOfMemoryError, OutputError, RunStoppedError
+from robustq.files import free_path
 from robustq.hardening.methods.method import Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.run_folder import RUNS, RunFolder
-from robustq.outputs import free_path
-from robustq.workflow import announcing, run
+from robustq.workflow import log as announcing
+from robustq.workflow import run
 
 KEYS = ("epochs=2", "train_images=150", "batch_size=64", "monitor_images=10")
 

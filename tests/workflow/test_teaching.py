@@ -18,11 +18,11 @@ from robustq import progress
 from robustq.checkpoint import load_model, save_model
 from robustq.data import Augment, Batch, load_dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, RunStoppedError, UsageError
-from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher
+from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.teaching import open_teacher, with_teacher
+from robustq.workflow.run import open_teacher, with_teacher
 
 KEYS = ("epochs=2", "train_images=100", "batch_size=64", "monitor_images=10", "warmup_epochs=0")
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.data import to_float
-from robustq.models.own.factory import float_network
-from robustq.workflow.exporting import export_model
-from robustq.workflow.training import harden_model
+from robustq.models.fx.factory import float_network
+from robustq.workflow.export import export_model
+from robustq.workflow.train import harden_model
 from tests.models.small_nets import digits
 
 SIDE = 64

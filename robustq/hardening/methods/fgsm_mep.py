@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import crafting, mode_faults, normalised
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step
-from robustq.recipe_faults import number_faults
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, crafting, mode_faults, normalised
+from robustq.recipe.schema import number_faults
 
 _ROWS_AT_ONCE = 1024
 """Images whose start is drawn at a time: the draw is made on the CPU, which need not hold a training set of numbers."""

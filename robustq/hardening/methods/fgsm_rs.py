@@ -12,9 +12,8 @@ from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import crafting, mode_faults
-from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
-from robustq.recipe_faults import number_faults
+from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_faults, task_step
+from robustq.recipe.schema import number_faults
 
 
 @dataclass(frozen=True, kw_only=True)

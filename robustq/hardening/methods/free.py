@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
-from robustq.recipe_faults import number_faults
+from robustq.recipe.schema import number_faults
 
 
 @dataclass(frozen=True, kw_only=True)

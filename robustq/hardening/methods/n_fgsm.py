@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.attacks.ascent import input_gradient
+from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import crafting, mode_faults
-from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
-from robustq.recipe_faults import number_faults
+from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_faults, task_step
+from robustq.recipe.schema import number_faults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
-from robustq.hardening.methods.crafting import crafting, normalised
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, crafting, normalised, task_step
 from robustq.hardening.methods.mmd import mmd
-from robustq.recipe_faults import shown, unknown_value
+from robustq.recipe.schema import shown, unknown_value
 
 MOST_DOMAINS = 256
 """Each domain keeps a perturbation per slot of the batch; the paper goes to 16."""

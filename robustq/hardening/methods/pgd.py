@@ -13,9 +13,17 @@ from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import AUTO, crafting, length_faults, mode_faults, step_length
-from robustq.hardening.methods.method import AdversarialTraining, Step, task_step
-from robustq.recipe_faults import number_faults
+from robustq.hardening.methods.method import (
+    AUTO,
+    AdversarialTraining,
+    Step,
+    crafting,
+    length_faults,
+    mode_faults,
+    step_length,
+    task_step,
+)
+from robustq.recipe.schema import number_faults
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Post-training quantization, the cheap way that hardening is compared with: no step of training.
 
-Activation scales are calibrated (:mod:`robustq.models.calibration`), then the biases are corrected: rounding a layer's
-weights moves the mean of its outputs, and the bias takes that back (Nagel et al., arXiv:1906.04721, section 4.2),
-measured on images by Brevitas' ``bias_correction_mode``. Neither knows of attacks: the result is undefended.
+Activation scales are calibrated (:mod:`robustq.models.quant.calibration`), then the biases are corrected: rounding a
+layer's weights moves the mean of its outputs, and the bias takes that back (Nagel et al., arXiv:1906.04721, section
+4.2), measured on images by Brevitas' ``bias_correction_mode``. Neither knows of attacks: the result is undefended.
 """
 
 from __future__ import annotations

@@ -20,11 +20,10 @@ from robustq.hardening.methods.natural import Natural, NaturalSettings
 from robustq.hardening.methods.odgq import Odgq, OdgqSettings
 from robustq.hardening.methods.pgd import Pgd, PgdSettings
 from robustq.hardening.methods.ptq import PtqSettings
-from robustq.hardening.methods.rslad import Rslad, RsladSettings
-from robustq.hardening.methods.teacher import Teacher
+from robustq.hardening.methods.rslad import Rslad, RsladSettings, Teacher
 from robustq.hardening.methods.trades import Trades, TradesSettings
 from robustq.recipe import Recipe
-from robustq.recipe_faults import check_settings
+from robustq.recipe.schema import check_settings
 
 SETTINGS: dict[str, type] = {
     "natural": NaturalSettings,

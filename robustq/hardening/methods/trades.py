@@ -13,9 +13,17 @@ from torch import Tensor
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
 from robustq.errors import RecipeError
-from robustq.hardening.methods.crafting import AUTO, crafting, length, length_faults, mode_faults, step_length
-from robustq.hardening.methods.method import AdversarialTraining, Step
-from robustq.recipe_faults import number_faults
+from robustq.hardening.methods.method import (
+    AUTO,
+    AdversarialTraining,
+    Step,
+    crafting,
+    length,
+    length_faults,
+    mode_faults,
+    step_length,
+)
+from robustq.recipe.schema import number_faults
 
 
 @dataclass(frozen=True, kw_only=True)

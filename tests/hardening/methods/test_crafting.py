@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.hardening.methods.crafting import MODES, crafting
-from robustq.models.quantizers import learned_thresholds
+from robustq.hardening.methods.method import MODES, crafting
+from robustq.models.quant.quantizers import learned_thresholds
 from tests.models.test_shared_weights import images, network
 
 

@@ -18,9 +18,9 @@ from robustq.hardening.methods.fgsm_mep import FgsmMep
 from robustq.hardening.methods.free import Free
 from robustq.hardening.methods.method import CrossEntropy, Method
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.teacher import AskedTeacher
+from robustq.hardening.methods.rslad import AskedTeacher
 from robustq.recipe import Recipe
-from robustq.recipe_faults import METHODS
+from robustq.recipe.schema import METHODS
 from tests.hardening.methods import methods_reference as reference
 from tests.hardening.methods.test_odgq import EPSILON, SAMPLES, SHAPE, SLOTS, Twin, assert_close, images, running, twins
 

@@ -19,7 +19,7 @@ from robustq.hardening.methods.method import Step
 from robustq.hardening.methods.mmd import mmd
 from robustq.hardening.methods.odgq import Odgq, OdgqSettings
 from robustq.hardening.methods.registry import build_method, resolved_settings
-from robustq.models.calibration import calibrate
+from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
 from tests.hardening.methods import odgq_reference as reference

@@ -18,12 +18,12 @@ from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening.methods.ptq import correct_biases, norms_behind
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
 from robustq.models.resnet import ResNet
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.recipe_faults import TRAINING_KEYS
+from robustq.recipe.schema import TRAINING_KEYS
 
 IMAGES = 256
 

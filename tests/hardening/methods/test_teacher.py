@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from robustq.attacks.losses import kl
 from robustq.data import Augment, TensorSplit
-from robustq.hardening.methods import teacher as module
-from robustq.hardening.methods.teacher import AskedTeacher, CachedTeacher
+from robustq.hardening.methods import rslad as module
+from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
 
 CPU = torch.device("cpu")
 IMAGES = 11

@@ -9,11 +9,11 @@ from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.models.calibration import calibrate
-from robustq.models.folding import fold_layer
-from robustq.models.own.folding import fold_graph
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths
+from robustq.models.fx.build import quantized_graph
+from robustq.models.fx.fold import fold_graph
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold_layer
+from robustq.models.quant.quantizers import Widths
 from tests.models.small_nets import perturb_batch_norm
 
 SIDE = 12

@@ -13,8 +13,8 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.folding import fold
-from robustq.models.own.factory import check_permission, float_network, is_own, runs_user_code, torchvision_names
+from robustq.models.fx.factory import check_permission, float_network, is_own, runs_user_code, torchvision_names
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 
 SPEC = ModelSpec("torchvision:squeezenet1_1", 32, 32, 4, 3, 32, "cifar10", None, ("a", "b", "c", "d"))

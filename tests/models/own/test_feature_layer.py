@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.feature_layer import feature_layer_of
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths
+from robustq.models.fx.build import quantized_graph
+from robustq.models.quant.quantizers import Widths
 from robustq.models.spec import build_model
+from robustq.models.state_dict import feature_layer_of
 from tests.models.own.own_nets import CLASSES, SIDE, float_net, graph_of
 from tests.models.small_nets import small_spec
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
-from robustq.models.calibration import calibrate
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths, learned_thresholds
+from robustq.models.fx.build import quantized_graph
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.quantizers import Widths, learned_thresholds
 from tests.models.own.own_nets import CLASSES, NETS, SIDE, float_net, graph_of, pixels
 
 ALL = sorted(NETS)

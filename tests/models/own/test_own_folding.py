@@ -10,11 +10,11 @@ import torch
 from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 
-from robustq.models.exact_layers import ExactConv2d, ExactLinear
-from robustq.models.folding import fold_layer
-from robustq.models.own.folding import fold_graph
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths, learned_thresholds
+from robustq.models.fx.build import quantized_graph
+from robustq.models.fx.fold import fold_graph
+from robustq.models.quant.exact_layers import ExactConv2d, ExactLinear
+from robustq.models.quant.folding import fold_layer
+from robustq.models.quant.quantizers import Widths, learned_thresholds
 from tests.models.own.own_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
 
 ALL = sorted(NETS)

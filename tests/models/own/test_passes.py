@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import UsageError
-from robustq.models.own.passes.clamps_to_rectifiers import clamps_to_rectifiers
-from robustq.models.own.passes.fixed_pooling import fixed_pooling
-from robustq.models.own.passes.fixed_reshapes import fixed_reshapes
-from robustq.models.own.passes.functions_to_modules import functions_to_modules
-from robustq.models.own.passes.means_to_pooling import means_to_pooling
-from robustq.models.own.passes.one_module_a_call import one_module_a_call
-from robustq.models.own.passes.out_of_place import out_of_place
-from robustq.models.own.passes.pooling_windows import pooling_windows
-from robustq.models.own.passes.rectifiers_first import rectifiers_first
-from robustq.models.own.tracing import trace
-from robustq.models.own.values import probe
+from robustq.models.fx.passes import (
+    clamps_to_rectifiers,
+    functions_to_modules,
+    one_module_a_call,
+    out_of_place,
+    rectifiers_first,
+)
+from robustq.models.fx.shapes import fixed_pooling, fixed_reshapes, means_to_pooling, pooling_windows
+from robustq.models.fx.trace import probe, trace
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
 
 from robustq.errors import UsageError
-from robustq.models.own.network import quantized_graph
-from robustq.models.quantizers import Widths
+from robustq.models.fx.build import quantized_graph
+from robustq.models.quant.quantizers import Widths
 
 
 class Base(nn.Module):

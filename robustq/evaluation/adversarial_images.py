@@ -1,0 +1,157 @@
+"""Adversarial images as a small .npz: the proof of a robust accuracy, which anyone can replay, and a regression test.
+
+Arrays: ``x_adv`` uint8 (N, C, H, W), the worst picture found of each image; ``labels`` int64 (N,); ``places`` int64
+(N,), where the images stand in the data set's test part; ``attack`` (N,) text, what found each (``clean``: the image is
+wrong as it is); ``broken`` bool (N,), whether the judge was wrong on it; ``epsilon``; ``data`` text; ``clean_sha256``
+text, of the uint8 clean images and the int64 labels; ``about`` JSON text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustq.attacks.ball import LEVEL_TOLERANCE
+from robustq.errors import UsageError
+from robustq.files import file_when_whole
+
+_TYPES = {
+    "x_adv": "u1",
+    "labels": "i8",
+    "places": "i8",
+    "attack": "U",
+    "broken": "b1",
+    "epsilon": "f8",
+    "data": "U",
+    "clean_sha256": "U",
+    "about": "U",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The content of such a file.
+
+    Args:
+        x_adv: uint8 (N, C, H, W).
+        labels, places: int64 (N,).
+        attack: N names.
+        broken: bool (N,).
+        epsilon: radius in [0, 1].
+        data: name of the data set.
+        clean_sha256: see :func:`digest`.
+        about: model, suite, seed and accuracies of the evaluation that found them.
+    """
+
+    x_adv: Tensor
+    labels: Tensor
+    places: Tensor
+    attack: tuple[str, ...]
+    broken: Tensor
+    epsilon: float
+    data: str
+    clean_sha256: str
+    about: dict[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with file_when_whole(path) as file:
+            np.savez_compressed(
+                file,
+                x_adv=self.x_adv.numpy(),
+                labels=self.labels.numpy(),
+                places=self.places.numpy(),
+                attack=np.array(self.attack, dtype=np.str_),
+                broken=self.broken.numpy(),
+                epsilon=np.float64(self.epsilon),
+                data=np.str_(self.data),
+                clean_sha256=np.str_(self.clean_sha256),
+                about=np.str_(json.dumps(self.about)),
+            )
+
+    @classmethod
+    def load(cls, path: Path) -> Pictures:
+        """Read the file; nothing in it is executed.
+
+        Raises:
+            UsageError: it is missing, damaged, or another kind of file.
+        """
+        advice = "give the .npz that 'robustq attack --out FILE' or --save-adversarial wrote"
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file; {advice}")
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: np.asarray(archive[name]) for name in _TYPES}
+            about = json.loads(str(arrays["about"]))
+        except KeyError as error:
+            raise UsageError(f"{path}: lacks {error.args[0].split()[0]}; {advice}") from error
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UsageError(f"{path}: cannot be read ({reason}); {advice}") from error
+        for name, kind in _TYPES.items():
+            if arrays[name].dtype.kind != np.dtype(kind).kind:
+                raise UsageError(f"{path}: {name} is {arrays[name].dtype}; {advice}")
+        count = len(arrays["x_adv"]) if arrays["x_adv"].ndim == 4 else 0
+        rows = [
+            len(arrays[name]) if arrays[name].ndim == 1 else -1 for name in ("labels", "places", "attack", "broken")
+        ]
+        epsilon = float(arrays["epsilon"]) if arrays["epsilon"].ndim == 0 else math.nan
+        if count == 0 or rows != [count] * 4 or not 0.0 <= epsilon <= 1.0 or not isinstance(about, dict):
+            raise UsageError(f"{path}: its arrays do not fit together; {advice}")
+        return cls(
+            torch.from_numpy(arrays["x_adv"]),
+            torch.from_numpy(arrays["labels"].astype(np.int64)),
+            torch.from_numpy(arrays["places"].astype(np.int64)),
+            tuple(arrays["attack"].tolist()),
+            torch.from_numpy(arrays["broken"]),
+            epsilon,
+            str(arrays["data"]),
+            str(arrays["clean_sha256"]),
+            about,
+        )
+
+
+def digest(images: Tensor, labels: Tensor) -> str:
+    """SHA-256 (hex) of clean images, uint8 (N, C, H, W), and their labels, int64 (N,), both in C order."""
+    seen = hashlib.sha256(images.contiguous().cpu().numpy().tobytes())
+    seen.update(labels.to(torch.int64).contiguous().cpu().numpy().tobytes())
+    return seen.hexdigest()
+
+
+def check_ball(pictures: Pictures, images: Tensor) -> None:
+    """Make sure that every picture lies in the epsilon-ball of its clean image.
+
+    Args:
+        pictures: as loaded.
+        images: uint8 (N, C, H, W), the clean images at ``pictures.places``.
+
+    Raises:
+        UsageError: one does not; it is named. Or the shapes differ.
+    """
+    if images.shape != pictures.x_adv.shape:
+        raise UsageError(
+            f"the pictures have shape {tuple(pictures.x_adv.shape)} and their clean images {tuple(images.shape)}; "
+            "give the --data they were made of"
+        )
+    allowed = math.floor(255 * pictures.epsilon + LEVEL_TOLERANCE)
+    levels = (pictures.x_adv.int() - images.cpu().int()).abs().flatten(1).amax(dim=1)
+    outside = (levels > allowed).nonzero()[:, 0]
+    if len(outside):
+        first = int(outside[0])
+        raise UsageError(
+            f"{len(outside)} pictures leave the ball: that of test image {int(pictures.places[first])} by "
+            f"{int(levels[first])} levels, {allowed} are allowed; the file was changed or is of other data"
+        )

@@ -1,0 +1,1 @@
+"""Quantizers and layers of quantized networks: widths, scales, backward rules, calibration, folding."""

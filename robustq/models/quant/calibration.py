@@ -1,0 +1,108 @@
+"""Sets every activation scale of a quantized network from a few training images, once, before the first step.
+
+Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach
+it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones. A
+quantizer that is called more than once takes the activations of all its calls so far together. Clipping
+for the least squared error is the idea of ACIQ (Banner et al., arXiv:1810.05723), here by search instead of a closed
+form. Low widths need it: clipping at the maximum would leave a 2-bit activation almost always zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustq.models.batch_norm import batch_statistics, running_statistics
+from robustq.models.quant.binary import SignNorm
+from robustq.models.quant.quantizers import LearnedThreshold
+
+GRID = torch.linspace(0.02, 1.0, 50)
+"""Candidate thresholds, as fractions of the largest magnitude seen."""
+
+SAMPLES = 100_000
+"""Activations looked at per layer (evenly spaced over the tensor); more moves no threshold by a grid step."""
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -> None:
+    """Set the learned activation thresholds of ``model`` in place; its mode stays as it was.
+
+    So do its BatchNorm statistics, but for a binary network that was filled with wider weights: its signs leave sums of
+    another size, and the BatchNorms in front of signs are new. All of them take the statistics of ``images`` then.
+
+    Args:
+        model: a quantized network; one without learned thresholds (float) is left alone.
+        images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
+        from_scratch: normalise with the statistics of ``images``, since a fresh network's running statistics mean
+            nothing.
+    """
+    handles = []
+    is_binary = any(isinstance(module, SignNorm) for module in model.modules())
+    for module in model.modules():
+        if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
+            handles.append(module.register_forward_pre_hook(_take_statistics))
+        threshold = _own_threshold(module)
+        if threshold is not None:
+            handles.append(module.register_forward_pre_hook(_setter(module, threshold)))
+    try:
+        with batch_statistics(model) if from_scratch else running_statistics(model):
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
+    """The clipping threshold with the least mean squared error over ``values`` (any shape), in their unit.
+
+    Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1),
+    as Brevitas counts them. Values that are all zero give 1.0.
+    """
+    flat = _samples(values)
+    largest = flat.abs().max().item()
+    if largest == 0.0:
+        return 1.0
+    low, high = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+    steps = -low if signed else high
+    errors = []
+    for fraction in GRID.tolist():
+        scale = fraction * largest / steps
+        codes = (flat / scale).round_().clamp_(low, high)
+        errors.append((codes * scale - flat).square_().mean().item())
+    return float(GRID[errors.index(min(errors))].item() * largest)
+
+
+def _samples(values: Tensor) -> Tensor:
+    """About :data:`SAMPLES` of the values, as float32 (M,), contiguous: else each pass fetches a cache line a value."""
+    flat = values.detach().flatten().float()
+    return flat[:: max(flat.numel() // SAMPLES, 1)].contiguous()
+
+
+def _take_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    x = getattr(inputs[0], "value", inputs[0])
+    norm.running_mean.copy_(x.mean(dim=(0, 2, 3)))  # type: ignore[operator]
+    norm.running_var.copy_(x.var(dim=(0, 2, 3)))  # type: ignore[operator]
+
+
+def _own_threshold(module: nn.Module) -> LearnedThreshold | None:
+    """The learned threshold of an activation layer (QuantReLU, QuantIdentity), None for anything else."""
+    proxy = getattr(module, "act_quant", None)
+    fused = getattr(proxy, "fused_activation_quant_proxy", None)
+    scaling = getattr(getattr(fused, "tensor_quant", None), "scaling_impl", None)
+    return scaling if isinstance(scaling, LearnedThreshold) else None
+
+
+def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    fused: Any = module.act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
+
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(_samples(fused.activation_impl(inputs[0])))
+        values = torch.cat(seen)
+        threshold.set_threshold(best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed))
+
+    return hook

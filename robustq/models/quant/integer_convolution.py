@@ -1,0 +1,380 @@
+"""Convolutions of codes in integers.
+
+What this machine's processor has instructions for, as far as torch tells.
+
+Convolutions of codes, in whole numbers, for passes from which no weight learns.
+
+Activations behind a quantizer and weights lie on grids, so that a convolution of them is a sum of whole numbers times
+one scale a channel. Processors with instructions for it (VNNI) form such sums exactly, and three times as fast as a
+float32 convolution rounds its own (docs/results/training-cost.md). The way back multiplies the gradient with the
+weights in bfloat16, where the processor has fast instructions for that too: no code turns there.
+
+The kernel is oneDNN's, by the names under which torch.compile calls it: they are no public interface, so that nothing
+is done before one small convolution has come out right (:func:`is_available`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import brevitas.nn as qnn
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from robustq.models.batch_norm import running_statistics
+from robustq.models.quant.binary import FusedSign
+from robustq.models.quant.exact_layers import ExactConv2d
+from robustq.models.quant.fused import FusedIntQuant
+
+
+def lacks_bfloat16() -> bool:
+    """Whether it would imitate products of bfloat16, slowly; False where nothing is known (other than x86)."""
+    found = _capabilities()
+    return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def slows_bfloat16() -> bool:
+    """Whether it multiplies bfloat16 at half the pace of float32, by instructions of its own.
+
+    So do Intel's cores whose pace lies in AMX, where that is hidden, as in many a virtual machine
+    (docs/results/training-cost.md). They are known by 16-bit floats of the other kind, which came with AMX.
+    """
+    found = _capabilities()
+    made_for_amx = str(found.get("cpu_name", "")).startswith("Intel") and bool(found.get("avx512_fp16"))
+    return made_for_amx and not found.get("amx_bf16")
+
+
+def adds_up_bytes() -> bool:
+    """Whether it adds products of 8-bit numbers up in 32 bits (VNNI), where pairs of them would overflow 16."""
+    found = _capabilities()
+    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
+
+
+def _capabilities() -> Mapping[str, Any]:
+    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return known
+
+
+LARGEST_CODE = 255
+"""Of what enters: the kernel takes uint8."""
+
+WEIGHT_BITS = 8
+"""And int8."""
+
+
+class IntegerConvolutions:
+    """Those convolutions of one network whose inputs are codes of at most 8 bits, or signs.
+
+    Args:
+        model: its Brevitas convolutions are looked at; any network.
+        example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer, in the mode that
+            the network is in; nothing of it changes by that.
+        way_back: what gradients and weights are multiplied in; None: the fastest.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, *, way_back: torch.dtype | None = None) -> None:
+        way_back = way_back or (torch.float32 if lacks_bfloat16() or slows_bfloat16() else torch.bfloat16)
+        self._layers = [_Layer(conv, grid, way_back) for conv, grid in _on_grids(model, example)]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it a pass in which no weight asks for a gradient computes these convolutions in whole numbers; weights
+        and scales must stay as they are.
+        """
+        try:
+            for layer in self._layers:
+                layer.begin()
+            yield
+        finally:
+            for layer in self._layers:
+                layer.end()
+
+
+class _Layer:
+    """What stands in the place of one convolution's arithmetic. It lives as long as the layer does: a compiled network
+    would be compiled anew for an object that it has not seen.
+    """
+
+    def __init__(self, conv: Any, grid: _Grid, way_back: torch.dtype) -> None:
+        self._conv = conv
+        self._grid = grid
+        self._way_back = way_back
+        self._scale: Any = None
+        self._inverse: Any = None
+        self._codes: Any = None
+        self._weight_scale: Any = None
+        self._exact: Any = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        weight = self._conv.quant_weight()
+        self._weight_scale = weight.scale.reshape(-1).contiguous()
+        self._codes = (weight.value / weight.scale).round_().to(torch.int8)
+        self._scale = self._grid.scale()
+        self._inverse = _inverse(self._scale)
+        if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
+            self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
+            self._weight_scale = torch.ones_like(self._weight_scale)
+        self._conv.inner_forward_impl = self
+
+    def end(self) -> None:
+        vars(self._conv).pop("inner_forward_impl", None)  # what the instance had hidden: the method of its class
+        self._scale = self._inverse = self._codes = self._weight_scale = self._exact = None
+
+    def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
+        conv, values = self._conv, getattr(x, "value", x)
+        if (conv.weight.requires_grad and torch.is_grad_enabled()) or values.dtype != torch.float32:
+            return type(conv).inner_forward_impl(conv, x, weight, bias)
+        y = _Convolve.apply(
+            values,
+            self._scale,
+            self._inverse,
+            getattr(weight, "value", weight),
+            self._codes,
+            self._weight_scale,
+            self._exact,
+            *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
+            conv.groups,
+            -self._grid.lowest,
+            self._way_back,
+        )
+        return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """What a value is multiplied by and rounded to find its code again: finite of every scale, 0 too."""
+    return scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)
+
+
+class _Convolve(torch.autograd.Function):
+    """The convolution of scale * codes with weights; x gets the gradient of that, before which weights and the gradient
+    that comes in are rounded to the type of the way back. Where exact, the bias is added as the device adds it, code by
+    code (:mod:`robustq.models.quant.exact_layers`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        inverse: Tensor,
+        weight: Tensor,
+        weight_codes: Tensor,
+        weight_scale: Tensor,
+        exact: list[Tensor] | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        groups: int,
+        zero_point: int,
+        way_back: torch.dtype,
+    ) -> Tensor:
+        # Not divided, which takes longer: x is a code's multiple of the scale already, so that rounding finds it.
+        codes = (x * inverse).round_()
+        codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
+        unit = scale if exact is None else torch.ones_like(scale)
+        how = (stride, padding, dilation, groups, zero_point)
+        sums: Tensor = convolve_codes(codes, unit, weight_codes, weight_scale, *how)
+        if exact is None:
+            return sums
+        steps, bias, step = exact
+        return (sums * steps + bias) * step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        g = grads[0].to(ctx.way_back)
+        # The input is only asked for its shape and its layout: where that is another than the gradient's, it is copied.
+        # Compiled code forgets the layout that torch.empty is asked for (torch 2.15), but not the order of dimensions.
+        images, channels, *size = ctx.shape
+        shape = torch.empty((images, *size, channels), dtype=g.dtype, device=g.device).permute(0, 3, 1, 2)
+        of_x, _, _ = torch.ops.aten.convolution_backward(
+            *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
+            [True, False, False],
+        )
+        return (of_x.to(grads[0].dtype), *[None] * 12)
+
+
+_packed = WeakTensorKeyDictionary()
+"""Weight codes -> how they are to be convolved, and what the kernel made of them for that: a step's passes share it."""
+
+_ZERO = torch.zeros(1, dtype=torch.int64)
+"""The zero point of weights."""
+
+
+def convolve_codes(
+    codes: Tensor,
+    scale: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    zero_point: int = 0,
+) -> Tensor:
+    """The convolution of two tensors of codes, times their scales.
+
+    Args:
+        codes: (N, C, H, W) uint8, each ``zero_point`` more than what it stands for; zeros are around it.
+        scale: scalar float32, of one code.
+        weight_codes: (K, C / groups, kh, kw) int8.
+        weight_scale: (K,) float32.
+        stride, padding, dilation, groups: as of a convolution in two dimensions.
+
+    Returns:
+        (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
+    """
+    answer: Tensor = torch.ops.robustq.convolve_codes(
+        codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups, zero_point
+    )
+    return answer
+
+
+def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
+    (stride, padding, dilation, groups, zero_point), one, onednn = how, float(scale), torch.ops.onednn
+    packing = (one, zero_point, stride, padding, dilation, groups, list(codes.shape))
+    told = (packing, weight_codes._version)
+    if weight_codes not in _packed or _packed[weight_codes][0] != told:
+        _packed[weight_codes] = (told, onednn.qconv_prepack(weight_codes, weight_scale, *packing))
+    _, packed = _packed[weight_codes]
+    sums: Tensor = onednn.qconv_pointwise(
+        *(codes.contiguous(memory_format=torch.channels_last), one, zero_point, packed, weight_scale, _ZERO, None),
+        *(stride, padding, dilation, groups, 1.0, 0, torch.float32, "none", [], ""),
+    )
+    return sums
+
+
+def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
+    stride, padding, dilation, *_ = how
+    size = [
+        (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    # Not its len, which would bind compiled code to this number of images.
+    made = torch.empty(codes.shape[0], len(weight_codes), *size, device=codes.device)
+    return made.contiguous(memory_format=torch.channels_last)
+
+
+# Not torch.library.custom_op, whose first call loads torch's compiler: 1.4 seconds and 158 MB.
+_Library: Any = torch.library.Library
+_operators = _Library("robustq", "FRAGMENT")
+_operators.define(
+    "convolve_codes(Tensor codes, Tensor scale, Tensor weight_codes, Tensor weight_scale, "
+    "int[] stride, int[] padding, int[] dilation, int groups, int zero_point) -> Tensor"
+)
+_operators.impl("convolve_codes", _on_cpu, "CPU")
+_operators.impl("convolve_codes", _shape_of, "Meta")
+
+
+@cache
+def is_available() -> bool:
+    """Whether this CPU has instructions for it and torch has the kernel, which adds up the largest codes rightly."""
+    if not adds_up_bytes():
+        return False
+    codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
+    weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    weights[::2] = -127
+    for zero_point in (0, 1):
+        how = ([1, 1], [1, 1], [1, 1], 1)
+        try:
+            sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), *how, zero_point)
+        except (RuntimeError, AttributeError, TypeError):
+            return False  # another torch, with other names or arguments
+        if not torch.equal(sums.double(), functional.conv2d(codes.double() - zero_point, weights.double(), padding=1)):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """What a quantizer's values are multiples of, from ``lowest`` times that on."""
+
+    quantizer: Any
+    lowest: int
+
+    @classmethod
+    def of(cls, quantizer: Any) -> _Grid | None:
+        """None where no codes come out that are as many as the kernel knows."""
+        if isinstance(quantizer, FusedSign):
+            return cls(quantizer, -1)
+        if isinstance(quantizer, FusedIntQuant) and quantizer.codes[1] - quantizer.codes[0] <= LARGEST_CODE:
+            return cls(quantizer, quantizer.codes[0])
+        return None
+
+    def scale(self) -> Tensor:
+        """Scalar, as it is now."""
+        if isinstance(self.quantizer, FusedSign):
+            return torch.tensor(self.quantizer.unit)
+        scale: Tensor = self.quantizer.scaling_impl(torch.zeros(()), self.quantizer.threshold_steps)
+        return scale
+
+
+def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, _Grid]]:
+    """The convolutions that take codes, with the grid on which these lie."""
+    made: dict[int, tuple[_Grid, Tensor, int]] = {}  # the tensor too: an id is only unique while that lives
+    entering: dict[Any, _Grid | None] = {}
+
+    def remember(output: Any, grid: _Grid | None) -> None:
+        tensor = getattr(output, "value", output)
+        if grid is not None:
+            made[id(tensor)] = (grid, tensor, tensor._version)
+
+    def grid_of(entering: Any) -> _Grid | None:
+        tensor = getattr(entering, "value", entering)
+        grid, _, version = made.get(id(tensor), (None, None, None))
+        return grid if tensor._version == version else None  # else written to since
+
+    def quantized(layer: Any, _: Any, output: Any) -> None:
+        remember(output, _Grid.of(getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)))
+
+    def pooled(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        remember(output, grid_of(inputs[0]))  # the largest code of a few is a code
+
+    def entered(layer: Any, inputs: tuple[Any, ...]) -> None:
+        found = grid_of(inputs[0])
+        # A layer that is called twice may meet two grids.
+        entering[layer] = found if entering.get(layer, found) == found else None
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, qnn.QuantConv2d):
+            handles.append(module.register_forward_pre_hook(entered))
+        elif isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
+            handles.append(module.register_forward_hook(quantized))
+        elif isinstance(module, nn.MaxPool2d):
+            handles.append(module.register_forward_hook(pooled))
+    try:
+        # In the mode that it trains in: dropout hands the very tensor on when it is off, and other values when not.
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), running_statistics(model):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(layer, grid) for layer, grid in entering.items() if grid is not None and _is_fit(layer)]
+
+
+@torch.no_grad()
+def _is_fit(layer: Any) -> bool:
+    """Whether the kernel can take the weights: signed codes of at most 8 bits, one scale a channel, zeros around."""
+    if not layer.weight_quant.is_quant_enabled or layer.input_quant.is_quant_enabled:
+        return False
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return False
+    weight = layer.quant_weight()
+    whole = bool(weight.signed) and float(weight.bit_width) <= WEIGHT_BITS and bool((weight.zero_point == 0).all())
+    return whole and weight.scale.numel() == layer.out_channels

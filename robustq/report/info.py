@@ -1,0 +1,197 @@
+"""The lines of `robustq info` and of a recipe.
+
+What ``robustq info`` says, as lines.
+
+Recipes as text: the list of them, and one as TOML.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
+from robustq.recipe.schema import PAPER_TABLES
+from robustq.report.attack import bounded, percent, size
+
+
+def description_lines(found: dict[str, Any]) -> list[str]:
+    """A few lines for any kind of file; ``--json`` has the rest."""
+    lines = [f"FAILED  {fall}" for fall in _failures(found)]
+    lines.append(f"{found['kind']}  {found['path']}")
+    if "label" in found or "architecture" in found:
+        lines += _network(found)
+    if found["kind"] == "onnx":
+        lines += _onnx(found)
+    if found.get("layers"):
+        lines += _layers(found["layers"])
+    if found["kind"] == "model":
+        lines += [f"info    {_entry(key, value)}" for key, value in found["info"].items() if value is not None]
+    if found["kind"] == "export folder":
+        lines += _export(found)
+    if found["kind"] == "run folder":
+        lines += _run(found)
+    digests = found.get("sha256")
+    if isinstance(digests, str):
+        digests = {size(found["size_bytes"]): digests}
+    lines += [f"sha256  {digest}  {name}" for name, digest in (digests or {}).items()]
+    return lines
+
+
+def _failures(found: dict[str, Any]) -> list[str]:
+    """Checks that an exported file did not pass."""
+    if found["kind"] == "export folder":
+        failures: list[str] = found["file_failures"]
+        return failures
+    return found["failed"] if found["kind"] == "onnx" else []
+
+
+def _entry(key: str, value: Any) -> str:
+    """One entry of a model file's info, such as ``holdout clean accuracy 71.9%``."""
+    if key.endswith("accuracy") and isinstance(value, float):
+        value = percent(value)
+    if isinstance(value, dict):
+        value = ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return " ".join(f"{key.replace('_', ' ')} {value}".split())
+
+
+def _network(found: dict[str, Any]) -> list[str]:
+    is_float = found["weight_bits"] == 32
+    width = "float" if is_float else f"{found['weight_bits']}-bit weights, {found['act_bits']}-bit activations"
+    lines = [f"network {found['architecture']} · {found['parameters']:,} parameters · {width}"]
+    shape = f"{found['classes']} classes, {found['channels']} channels"
+    if "image_size" in found:
+        shape += f", {found['image_size']}x{found['image_size']} pixels"
+    if found.get("data"):
+        shape = f"{found['data']} ({shape})"
+    lines.append(f"data    {shape}")
+    if found.get("epsilon") is not None:
+        lines.append(f"radius  {format_epsilon(found['epsilon'])}")
+    return lines
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    """Neighbours of one width share a line."""
+    lines = []
+    for bits, same in groupby(layers, key=lambda layer: layer["weight_bits"]):
+        names = [layer["name"] for layer in same]
+        span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)} layers)"
+        width = "weights of unknown width" if bits is None else "float" if bits == 32 else f"{bits}-bit weights"
+        lines.append(f"layers  {width}: {span}")
+    return lines
+
+
+def _onnx(found: dict[str, Any]) -> list[str]:
+    spec = found["spec"] or {}
+    lines = [f"format  {found['format'] or 'not written by robustq'} · {found['producer']}"]
+    if spec:
+        epsilon = spec.get("epsilon")
+        lines.append(
+            f"network {spec.get('architecture')} on {spec.get('data')}"
+            + (f" · radius {format_epsilon(epsilon)}" if isinstance(epsilon, int | float) else "")
+        )
+    for what in ("inputs", "outputs"):
+        shown = ", ".join(f"{one['name']} {one['type'].lower()} {one['shape']}" for one in found[what])
+        lines.append(f"{what.ljust(7)} {shown}")
+    lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
+    return lines
+
+
+def _export(found: dict[str, Any]) -> list[str]:
+    integer, in_float = found.get("integer_layers", []), found.get("float_layers", [])
+    lines = [f"format  {found['format']} · {len(integer)} of {len(integer) + len(in_float)} layers run as integers"]
+    recheck = found.get("recheck")
+    if recheck:
+        lines.append(f"clean   {bounded(recheck['clean_accuracy'], recheck['clean_interval'])}")
+        lines.append(
+            f"robust  at most {bounded(recheck['robust_accuracy'], recheck['interval'])} at "
+            f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
+        )
+        lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
+    return lines + [f"equal   answers proved in {one}" for one in found.get("equal_in", [])]
+
+
+def _run(found: dict[str, Any]) -> list[str]:
+    result = found["result"]
+    recipe = (found["config"] or {}).get("recipe", {})
+    lines = [f"recipe  {recipe.get('name')} ({recipe.get('method')})"]
+    if result is None:
+        return [*lines, "state   not finished: the folder has no result.json"]
+    lines.append(f"clean   {percent(result.get('clean_accuracy'))} on {result.get('test_images')} test images")
+    epochs = result.get("epochs_done", result.get("epochs"))
+    lines.append(
+        f"held    clean {percent(result.get('holdout_clean_accuracy'))}, PGD-10 "
+        f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {epochs})"
+    )
+    return lines + [f"FAILED  {fall}" for fall in result.get("shortfalls", [])]
+
+
+_OPEN = {
+    "data": "what model.pt or --data says",
+    "architecture": "what model.pt or --architecture says",
+    "weight_bits": "what --bits says, else model.pt",
+    "act_bits": "what --bits says, else model.pt",
+    "shared_sum_scale": "what model.pt says, else false",
+    "epsilon": "what --epsilon or model.pt says, else 8/255",
+    "crop_padding": "an eighth of the images' side",
+    "flip": "true for photographs known by name, else false",
+}
+"""What settles a key that a recipe leaves open."""
+
+
+def list_lines(recipes: Sequence[dict[str, Any]], tables: Mapping[str, Sequence[str]]) -> list[str]:
+    """A name and a sentence for each: the rows of the paper's tables first, in its order, then the others.
+
+    Args:
+        recipes: as JSON lists them.
+        tables: table -> names of its rows; a recipe that several tables share stands in each.
+    """
+    summaries = {recipe["name"]: recipe["summary"] for recipe in recipes}
+    sections = {
+        f"Table {table} of arXiv:2210.08701: {PAPER_TABLES[table][0]}": names for table, names in tables.items()
+    }
+    in_tables = {name for names in tables.values() for name in names}
+    sections["Others"] = [name for name in summaries if name not in in_tables]
+    lines = []
+    for head, names in sections.items():
+        width = max(map(len, names), default=0)
+        lines += ["", head, *(f"  {name.ljust(width)}  {summaries[name]}" for name in names)] if names else []
+    return lines[1:]
+
+
+def toml_lines(recipe: dict[str, Any]) -> list[str]:
+    """One recipe as TOML: every value that it settles, and in comments what settles the others."""
+    lines = [f"# {' '.join(recipe['name'].split())}", *_claims(recipe)]
+    for key, value in recipe.items():
+        if key in ("name", "settings", *CLAIMS):
+            continue
+        lines.append(f"# {key}: {_OPEN[key]}" if value is None else f"{key} = {_toml(key, value)}")
+    if recipe["settings"]:
+        lines += ["", f"[{recipe['method']}]"]
+        lines += [f"{key} = {_toml(key, value)}" for key, value in recipe["settings"].items()]
+    return lines
+
+
+def _claims(recipe: dict[str, Any]) -> list[str]:
+    """Comments, since they are true of this recipe and not of what is made of it."""
+    lines = [f"# row {row} of Table {table} of arXiv:2210.08701" for table, row in recipe.get("paper_rows", {}).items()]
+    evidence = recipe.get("evidence", {})
+    if evidence:
+        figures = ", ".join(f"{name} {value:g}" for name, value in evidence["figures"].items())
+        lines.append(f"# evidence: {figures} (seed {evidence['seed']}, {evidence['hardware']})")
+        lines.append(f"#   {' '.join(evidence['command'].split())}")
+    return lines
+
+
+def _toml(key: str, value: object) -> str:
+    if key == "epsilon" and isinstance(value, float):
+        levels = f"{round(value * 255)}/255"
+        return f'"{levels}"' if parse_epsilon(levels) == value else repr(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; DEL alone may stand as it is there and not here.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)

@@ -1,0 +1,104 @@
+"""info: what a model file, an ONNX file, an export folder or a run folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from robustq.checkpoint import FORMAT, describe_state_dict, load_model
+from robustq.errors import ModelFileError
+from robustq.export.bundle import MODEL, open_bundle
+from robustq.export.description import describe_onnx
+from robustq.files import check_model_file, sha256
+from robustq.models.spec import ModelSpec
+from robustq.models.state_dict import describe_layers, find_state_dict
+from robustq.torch_file import read_checkpoint
+
+
+def describe_file(path: Path | str, *, own_model: str | None = None) -> dict[str, Any]:
+    """Say what lies at ``path``; nothing is run but a look at the file, and the user's own code where it is named.
+
+    Args:
+        path: a .pt, an .onnx, an export folder or a run folder.
+        own_model: the ``module:function`` that built the network, where it is the user's own.
+
+    Returns:
+        ``path kind`` (``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``) and what that kind has:
+        ``architecture data epsilon weight_bits act_bits parameters layers info accuracies flags sha256`` and more.
+
+    Raises:
+        ModelFileError: nothing there, or nothing that robustq knows.
+    """
+    path = Path(path)
+    found: dict[str, Any] = {"path": str(path.absolute())}
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return {**found, "kind": "run folder", **_run(path, own_model)}
+        return {**found, "kind": "export folder", **_bundle(path, own_model)}
+    check_model_file(path)
+    size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
+    if path.suffix == ".onnx":
+        return {**found, "kind": "onnx", **size, **describe_onnx(path)}
+    content = read_checkpoint(path)
+    state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
+    if state is None:
+        return {**found, "kind": "model", **size, **_model(path, own_model)}
+    architecture, classes, channels = describe_state_dict(state, path)
+    parameters = sum(value.numel() for value in state.values())
+    spec = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}
+    return {**found, "kind": "state dict", **size, **spec, "weight_bits": 32, "act_bits": 32}
+
+
+def _model(path: Path, own_model: str | None) -> dict[str, Any]:
+    network, spec, info = load_model(path, own_model=own_model)
+    return {**_network(network, spec), "info": {key: value for key, value in info.items() if _is_plain(value)}}
+
+
+def _network(network: nn.Module, spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "label": spec.label,
+        **json.loads(json.dumps(spec.to_dict())),  # tuples as lists, as --json prints them
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "layers": describe_layers(network),
+    }
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _bundle(path: Path, own_model: str | None) -> dict[str, Any]:
+    bundle = open_bundle(path)
+    network, spec, _ = load_model(path / MODEL, own_model=own_model)
+    about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
+    return {**_network(network, spec), **bundle.record, **about}
+
+
+def _run(path: Path, own_model: str | None) -> dict[str, Any]:
+    config, result = (_read_json(path / name) for name in ("config.json", "result.json"))
+    found: dict[str, Any] = {"finished": result is not None, "config": config, "result": result}
+    checkpoint = path / "best.pt"
+    if checkpoint.is_file():
+        found = {**_model(checkpoint, own_model), **found, "sha256": {"best.pt": sha256(checkpoint)}}
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFileError(
+            f"{path}: is not valid JSON ({error}); the run that wrote it was probably cut off"
+        ) from error
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path}: holds no table; give a run folder that robustq wrote")
+    return content

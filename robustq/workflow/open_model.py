@@ -1,0 +1,115 @@
+"""The thing under attack, as named on the command line: its judge and its differentiable source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from robustq.attacks.base import Model
+from robustq.attacks.feature_space import Features
+from robustq.checkpoint import load_model
+from robustq.errors import ModelFileError, UsageError
+from robustq.evaluation.target import AS_TRAINED, Target
+from robustq.export.bundle import open_bundle
+from robustq.export.session import OnnxModel
+from robustq.files import check_attackable
+from robustq.hardening.features import FeatureTap
+from robustq.models.quant.folding import fold
+from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
+from robustq.models.spec import ModelSpec
+from robustq.progress import note
+
+DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
+"""Operations whose scale follows the whole batch: the answer to an image depends on the images beside it."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model file or an export folder, ready to be attacked.
+
+    Args:
+        path: as it was named.
+        network: as trained, on the CPU, in eval mode.
+        source: the differentiable network whose gradients are used, on the device; the folded one of a deployed file.
+        judge: whose answers count.
+        deployed: the .onnx that onnxruntime runs, or None.
+        spec: what it is.
+        checkpoint: the model.pt that says so.
+        failures: checks that the deployed file did not pass when it was exported, a line each.
+    """
+
+    path: Path
+    network: nn.Module
+    source: nn.Module
+    judge: Model
+    deployed: Path | None
+    spec: ModelSpec
+    checkpoint: Path
+    failures: list[str]
+
+    def target(self) -> Target:
+        """What attacks may use, without other networks."""
+        return Target(
+            judge=self.judge,
+            sources=_sources(self.source),
+            features=_features(self.source),
+            image_by_image=self.deployed is not None and is_dynamic(self.deployed),
+        )
+
+
+def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> Opened:
+    """Open a .pt that robustq wrote, or an export folder.
+
+    Raises:
+        RobustqError: it cannot be read, or not be attacked.
+    """
+    path = check_attackable(Path(model))
+    deployed, checkpoint, failures = None, path, []
+    if path.is_dir() or path.suffix == ".onnx":
+        bundle = open_bundle(path)
+        if bundle.format == "qonnx":
+            raise ModelFileError(
+                f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
+            )
+        deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
+        tell_failures(failures)
+    network, spec, _ = load_model(checkpoint, own_model=own_model)
+    source = ready(fold(network, spec) if deployed is not None else network, device)
+    judge = OnnxModel(deployed) if deployed else source
+    return Opened(path, network, source, judge, deployed, spec, checkpoint, failures)
+
+
+def tell_failures(failures: list[str]) -> None:
+    """Say at once, before anything is counted on a file, which checks it did not pass."""
+    for failure in failures:
+        note(f"FAILED  {failure}")
+
+
+def ready(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network itself, to be attacked or transferred from: as in training on its device in convolutions' fastest
+    layout, in eval mode, and without gradients of weights, which no attack wants.
+    """
+    return network.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
+
+
+def _sources(source: nn.Module) -> dict[str, Model]:
+    """One differentiable model per backward rule; a network without quantizers has one rule."""
+    others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(source) else []
+    return {AS_TRAINED: source, **{rule: under_rule(source, rule) for rule in others}}
+
+
+def is_dynamic(path: Path) -> bool:
+    """Whether an .onnx file quantizes activations by what its batch holds."""
+    return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def _features(source: nn.Module) -> Features | None:
+    """The features that training aligns, where the network has a layer for them."""
+    try:
+        return FeatureTap(source, "pooled")
+    except UsageError:
+        return None

@@ -1,0 +1,301 @@
+"""What a job is set up from: recipe, data, starting model, bit widths.
+
+What every job settles first: the device, the data behind a model, and what this run was made with.
+
+Which bit widths a job was asked for: options over the recipe over what the model has.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
+from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, usual_augment
+from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
+from robustq.hardening.methods.registry import SETTINGS
+from robustq.hardening.precision import forbid_tf32
+from robustq.models.batch_norm import needs_two_images
+from robustq.models.mixed_widths import read_layer_bits
+from robustq.models.normalise import Normalisation, parse_normalisation
+from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
+from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
+from robustq.models.state_dict import find_state_dict
+from robustq.progress import detail
+from robustq.recipe import Recipe, format_epsilon, load_recipe
+from robustq.recipe.schema import Vocabulary
+from robustq.torch_file import read_checkpoint
+
+DEFAULT_EPSILON = 8 / 255
+"""Radius when neither option, recipe nor model says one: the usual one for CIFAR-10."""
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called ``name``, by default a GPU where there is one, which then computes float32 in float32
+    (:func:`robustq.hardening.precision.forbid_tf32`).
+
+    Raises:
+        UsageError: an unknown name, or a GPU that is not there.
+    """
+    if name is None:
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device '{name}'; give cpu, cuda or cuda:0") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise UsageError(f"device '{name}' is not there ({count} GPUs found); use --device cpu")
+        forbid_tf32()
+    elif device.type != "cpu":
+        raise UsageError(f"device '{name}' is not supported; give cpu, cuda or cuda:0")
+    return device
+
+
+def read_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """A recipe with every key and value checked: see :func:`robustq.recipe.load_recipe`."""
+    return load_recipe(name, overrides, vocabulary=Vocabulary(SETTINGS, tuple(ARCHITECTURES), BITS))
+
+
+def tell_evaluation(
+    spec: ModelSpec, *, data: Dataset, images: int, epsilon: float, seed: int, device: torch.device
+) -> None:
+    """What --verbose says before an attack: every setting as it was resolved."""
+    detail(f"setting {spec.label} on {data.name}: {images:,} of {len(data.test):,} test images")
+    detail(f"setting epsilon {format_epsilon(epsilon)} ({epsilon:.6f}) · seed {seed} · {device}")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("robustq", "torch", "brevitas", "onnx", "onnxruntime", "qonnx")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def augmentation(recipe: Recipe, data: Dataset) -> Augment:
+    """The recipe's augmentation, gaps filled by the data (see :func:`robustq.data.usual_augment`).
+
+    Raises:
+        RecipeError: crops that may lie wholly in the padding.
+    """
+    usual = usual_augment(data.name, data.image_size)
+    padding = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
+    if padding >= data.image_size:
+        raise RecipeError(
+            f"crop_padding = {padding} is no less than the side of {data.name}'s images ({data.image_size} pixels), so "
+            "that a crop could miss the image; give less"
+        )
+    return Augment(crop_padding=padding, flip=usual.flip if recipe.flip is None else recipe.flip)
+
+
+def data_for(
+    spec: ModelSpec, data: str | None, path: Path, *, train_images: int = 0, skip_bad_images: bool = False
+) -> Dataset:
+    """The data a model was made for, or ``data`` in its place; folders are read at the model's image size.
+
+    Raises:
+        DataError: as :func:`robustq.data.load_dataset`; the model's data moved away; classes, channels or image size
+            differ from the model's.
+    """
+    name = data or spec.data
+    if data is None and name not in DATASET_NAMES and not os.path.exists(name):
+        raise DataError(f"{path} was made on {name}, which is not there; say where it lies now: --data NEW")
+    resized = name == "imagenet" or Path(name).is_dir()
+    loaded = load_dataset(
+        name,
+        train_images=train_images,
+        image_size=spec.image_size if resized else None,
+        skip_bad_images=skip_bad_images,
+    )
+    check_fit(spec, loaded, path)
+    return loaded
+
+
+def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
+    """Refuse data of another shape than the model's.
+
+    Raises:
+        DataError: classes, channels or image size differ.
+    """
+    for what, wanted, got in (
+        ("classes", spec.classes, data.classes),
+        ("channels", spec.channels, data.channels),
+        ("pixels a side", spec.image_size, data.image_size),
+    ):
+        if wanted != got:
+            raise DataError(
+                f"{path} was made for {wanted} {what}, {data.name} has {got}; give the data it was trained on"
+            )
+
+
+def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Recipe) -> None:
+    """Refuse a batch size that leaves one image over where the network cannot be trained on one image.
+
+    The other way out, to drop that image, would leave out a different one each epoch and change every other run.
+
+    Raises:
+        RecipeError: BatchNorm would have to normalise one value per channel.
+    """
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    if images % recipe.batch_size == 1 and needs_two_images(model, shape):
+        raise RecipeError(
+            f"batch_size = {recipe.batch_size} leaves a last batch of one image ({images} training images), which "
+            f"BatchNorm cannot normalise at {spec.image_size}x{spec.image_size} pixels; add --set batch_size="
+            f"{recipe.batch_size + 1 if images % (recipe.batch_size + 1) != 1 else recipe.batch_size + 2}"
+        )
+
+
+def open_source(
+    path: Path,
+    data: str | None,
+    *,
+    image_size: int | None = None,
+    architecture: str | None = None,
+    own_model: str | None = None,
+    trust_pickle: bool = False,
+    skip_bad_images: bool = False,
+) -> tuple[dict[str, torch.Tensor], ModelSpec]:
+    """Weights and spec of a robustq model file or of a bare float state dict (which needs ``data``).
+
+    Args:
+        path: the file.
+        data: name, folder or file; None: what a model file says.
+        image_size: side of the images of a folder, for a state dict, which does not say it.
+        architecture: of a state dict whose names do not say it; a model file must have the same.
+        own_model: the ``module:function`` whose code the user allows to run.
+        trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+
+    A state dict may lie inside a training checkpoint (``{"state_dict": ...}``) and carry the prefix of DataParallel.
+
+    Raises:
+        ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or of NaN.
+        DataError: the data do not fit a bare state dict.
+    """
+    content = read_checkpoint(path, trust_pickle=trust_pickle)
+    state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
+    if state is None:
+        model, spec, _ = load_model(path, own_model=own_model)
+        if architecture is not None and architecture != spec.architecture:
+            raise UsageError(
+                f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
+            )
+        return model.state_dict(), spec
+    chosen = own_model or architecture
+    if chosen is not None:
+        check_architecture(chosen)
+    found, classes, channels = describe_state_dict(state, path) if chosen is None else (chosen, None, None)
+    check_finite(state, path)
+    if data is None:
+        shown = found if classes is None else f"{found}, {classes} classes"
+        raise ModelFileError(
+            f"{path}: is a bare state dict ({shown}) and does not say which data it was trained on; "
+            "add --data NAME, FOLDER or FILE.npz"
+        )
+    loaded = load_dataset(data, image_size=image_size, skip_bad_images=skip_bad_images)
+    spec = ModelSpec(
+        found,
+        FLOAT_BITS,
+        FLOAT_BITS,
+        loaded.classes if classes is None else classes,
+        loaded.channels if channels is None else channels,
+        loaded.image_size,
+        loaded.name,
+        None,
+        loaded.class_names,
+    )
+    check_fit(spec, loaded, path)
+    return state, spec
+
+
+def chosen_normalisation(text: str | None, *, channels: int) -> Normalisation | None:
+    """What ``--normalisation`` says; None without it.
+
+    Raises:
+        UsageError: as :func:`robustq.models.normalise.parse_normalisation`.
+    """
+    return None if text is None else parse_normalisation(text, channels=channels)
+
+
+def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:
+    """``source`` with the normalisation that its weights were trained with.
+
+    Raises:
+        UsageError: ``text`` is no normalisation, or contradicts what a model file says of itself.
+    """
+    wanted = chosen_normalisation(text, channels=source.channels)
+    if text is None or wanted == source.normalisation:
+        return source
+    if source.normalisation is not None or not source.widths.is_float:
+        known = "none" if source.normalisation is None else f"{source.normalisation}"
+        raise UsageError(f"{path} was trained with the normalisation {known}; leave --normalisation {text} out")
+    return replace(source, normalisation=wanted)
+
+
+LayerBits = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthOptions:
+    """What the user asked for; None leaves it to the recipe and the model.
+
+    Args:
+        bits: of weights and activations.
+        weight_bits, act_bits: of one of them, over ``bits``.
+        bits_per_layer: TOML file of layer names and widths.
+    """
+
+    bits: int | None = None
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    bits_per_layer: Path | None = None
+
+    def check(self) -> None:
+        """Refuse widths outside the table before anything is read.
+
+        Raises:
+            UsageError: a width that no network can have, or float beside another width.
+        """
+        given = [one for one in (self.bits, self.weight_bits, self.act_bits) if one is not None]
+        for one in given:
+            Widths(one, one)
+        if self.bits is not None or (self.weight_bits is not None and self.act_bits is not None):
+            Widths(self.weight_bits or self.bits or 0, self.act_bits or self.bits or 0)
+
+    def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, LayerBits]:
+        """The network's widths and those of single layers.
+
+        Args:
+            recipe: its widths count where no option is given.
+            source: what is quantized; a float one has no say. A quantized one's single layers keep their widths when
+                nothing is asked for. None: the network is trained from scratch, in float unless told otherwise.
+
+        Raises:
+            UsageError: nothing says the widths, or the file of single layers is no good.
+        """
+        own = None if source is None or source.widths.is_float else source
+        layer_bits = () if self.bits_per_layer is None else tuple(read_layer_bits(self.bits_per_layer).items())
+        weight_bits = self.weight_bits or self.bits or recipe.weight_bits
+        act_bits = self.act_bits or self.bits or recipe.act_bits
+        if weight_bits is None and act_bits is None and own is not None:
+            return own.widths, layer_bits or own.layer_bits
+        if own is not None:
+            weight_bits, act_bits = weight_bits or own.weight_bits, act_bits or own.act_bits
+        if self.weight_bits is None and self.act_bits is None:  # a recipe may name one width for both
+            weight_bits, act_bits = weight_bits or act_bits, act_bits or weight_bits
+        if weight_bits is None and act_bits is None:
+            if source is None:
+                return Widths(FLOAT_BITS, FLOAT_BITS), layer_bits
+            raise UsageError(
+                "the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2, 1)"
+            )
+        for wanted, other, option in ((weight_bits, act_bits, "--weight-bits"), (act_bits, weight_bits, "--act-bits")):
+            if wanted is None:
+                raise UsageError(f"only one of weights and activations has a width ({other} bits); add {option}")
+        assert weight_bits is not None and act_bits is not None
+        return Widths(weight_bits, act_bits), layer_bits
