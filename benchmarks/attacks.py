@@ -31,7 +31,7 @@ from pyautoattack.square import SquareAttack
 from torch import Tensor
 
 from robustq import progress
-from robustq.attacks import Streams, apgd, apgd_targeted, fab_targeted, square
+from robustq.attacks import ImageGenerators, apgd, apgd_targeted, fab_targeted, square
 from robustq.attacks.ball import round_to_uint8
 from robustq.attacks.base import Model
 from robustq.data import to_float
@@ -112,7 +112,7 @@ def left(model: Model, x: Tensor, y: Tensor, batch_size: int) -> int:
 def pairs(model: Model, x: Tensor, y: Tensor, *, epsilon: float, options: argparse.Namespace) -> dict[str, object]:
     """Each attack of AutoAttack's standard suite beside ours with the same budget."""
     steps, queries, seed = options.steps, options.queries, options.seed
-    streams = Streams.of(seed, range(len(x)))
+    streams = ImageGenerators.of(seed, range(len(x)))
     same = {"norm": "Linf", "eps": epsilon, "seed": seed, "device": x.device}
     attacks: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "APGD-CE": (

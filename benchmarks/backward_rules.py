@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustq.attacks import Streams, apgd
+from robustq.attacks import ImageGenerators, apgd
 from robustq.attacks.losses import margin
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
@@ -41,7 +41,7 @@ def main() -> None:
     x = to_float(pixels)
 
     def kept(rule: str) -> Tensor:
-        streams = Streams.of(options.seed, range(len(x)))
+        streams = ImageGenerators.of(options.seed, range(len(x)))
         source, epsilon = under_rule(model, rule), options.epsilon / 255
         x_adv = apgd(source, x, y, epsilon=epsilon, steps=options.steps, loss=margin, generator=streams)
         with torch.no_grad():

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq import progress
-from robustq.attacks import Streams, fgsm, pgd
+from robustq.attacks import ImageGenerators, fgsm, pgd
 from robustq.attacks.losses import margin
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
@@ -151,7 +151,7 @@ def measure(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, A
         y: (N,) int64.
         seed: of the random starts.
     """
-    streams = Streams.of(seed, range(len(x)))
+    streams = ImageGenerators.of(seed, range(len(x)))
     right = {"clean": correct(model, x, y, batch_size=BATCH)}
     for name, attack in {"fgsm": fgsm, **_RANDOM}.items():
         found = []

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq import progress
-from robustq.attacks.generators import Streams
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.pgd import pgd
 from robustq.checkpoint import load_model
 from robustq.data import to_float
@@ -356,7 +356,7 @@ def open_case(path: Path, *, data: str | None, images: int, epsilon: float | Non
     folded = fold(network, spec)
     x = to_float(pixels)
     if epsilon is not None:
-        streams = Streams.of(0, range(len(x)), attack="pgd")
+        streams = ImageGenerators.of(0, range(len(x)), attack="pgd")
         found = pgd(folded, x, labels, epsilon=epsilon, steps=20, generator=streams)
         x = torch.cat([x, (found * 255).round() / 255])
     return Case(folded, spec, x, logits_of(folded, x, label="PyTorch"))

@@ -19,7 +19,7 @@ import robustq
 from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
-from robustq.hardening.state import put_back
+from robustq.hardening.state import restore
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
@@ -264,7 +264,7 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     assert recipe.summary
     net = (recipe.architecture or "resnet8", recipe.weight_bits or 4, recipe.act_bits or 4, recipe.data)
     (model, before), spec, data = network(*net), spec_of(*net, recipe.epsilon), stand_in(recipe.data)
-    put_back(model, before)
+    restore(model, before)
     recipe = replace(recipe, batch_size=4, lr=0.001)  # two batches, the second one short
     if recipe.method == "rslad":
         save_model(tmp_path / "teacher.pt", model, spec)

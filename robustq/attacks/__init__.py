@@ -5,7 +5,7 @@ Every attack is a plain function `attack(model, x, y, *, epsilon, ...) -> x_adv`
 - x_adv has the shape, dtype and device of x, carries no gradient, and lies inside the ball and inside [0, 1];
 - at epsilon 0 it is x, bit for bit;
 - randomness comes from the CPU generator it is given (the global CPU generator without one), or from random streams
-  that belong to the images (`streams.Streams`), so that results do not depend on the device;
+  that belong to the images (`generators.ImageGenerators`), so that results do not depend on the device;
 - the model is called as it stands: no mode, flag or parameter is changed and no `.grad` is left on it. A forward pass
   in train mode moves BatchNorm's running statistics all the same, so put the model into the mode you mean to attack.
 """
@@ -21,7 +21,7 @@ from robustq.attacks.apgd import apgd, apgd_targeted
 from robustq.attacks.base import Counted
 from robustq.attacks.fab import fab, fab_targeted
 from robustq.attacks.feature_space import feature_space
-from robustq.attacks.generators import Streams
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.noise import gaussian_noise, random_corners, uniform_noise
 from robustq.attacks.pgd import bim, fgsm, pgd, pgd_plus_plus, tpgd
 from robustq.attacks.rays import rays
@@ -53,7 +53,7 @@ ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
 __all__ = [
     "ATTACKS",
     "Counted",
-    "Streams",
+    "ImageGenerators",
     "apgd",
     "apgd_targeted",
     "bim",

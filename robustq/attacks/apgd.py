@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project
-from robustq.attacks.base import Criterion, Hunt, Model, input_gradient, step_length
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model, input_gradient, step_length
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, targeted_dlr
 from robustq.errors import UsageError
 
@@ -30,7 +30,7 @@ def apgd(
     restarts: int = 1,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """APGD on any loss: sign ascent with momentum whose step size, 2 epsilon at first, is halved at checkpoints.
 
@@ -40,7 +40,7 @@ def apgd(
     step nor the highest loss have changed since. Each run starts at a random point that touches the ball's edge: noise,
     uniform in the ball, divided by its largest pixel.
 
-    Images that the model misclassifies are returned as they are. The others are dropped as they break (`hunt.Hunt`).
+    Images that the model misclassifies are returned as they are. The others are dropped as they break (`AttackState`).
 
     Args:
         model: images -> logits, differentiable with respect to the images.
@@ -53,7 +53,7 @@ def apgd(
         restarts: how many runs, at least 1; each attacks what the ones before left.
         stop_when_broken: drop images from the batch when they break. Which images break does not change by it;
             without it every image gets all steps and the picture with the highest margin.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams, for the starts.
 
     Returns:
@@ -65,8 +65,8 @@ def apgd(
             gradient with respect to the images.
     """
     _check(epsilon=epsilon, steps=steps, runs=restarts, what="restarts")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for restart in range(restarts):
         start = streams.child("apgd", restart)
         _run(hunt, lambda logits, rows: loss(logits, y[rows]), start, epsilon=epsilon, steps=steps)
@@ -84,7 +84,7 @@ def apgd_targeted(
     target_classes: int = 9,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """APGD towards one class after the other, the highest of the clean logits first (APGD-T of AutoAttack).
 
@@ -98,8 +98,8 @@ def apgd_targeted(
             there are fewer.
     """
     _check(epsilon=epsilon, steps=steps, runs=target_classes, what="target_classes")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for rank, target in enumerate(likely_targets(hunt.clean_logits, y, count=target_classes)):
         start = streams.child("apgd", rank)
 
@@ -171,7 +171,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits (n, K), rows of the batch (n,)) -> losses (n,)."""
 
 
-def _run(hunt: Hunt, objective: Objective, streams: Streams, *, epsilon: float, steps: int) -> None:
+def _run(hunt: AttackState, objective: Objective, streams: ImageGenerators, *, epsilon: float, steps: int) -> None:
     rows = hunt.standing
     if not len(rows):
         return
@@ -191,7 +191,9 @@ def _run(hunt: Hunt, objective: Objective, streams: Streams, *, epsilon: float, 
             last_check = number
 
 
-def _begin(hunt: Hunt, objective: Objective, rows: Tensor, x: Tensor, x_adv: Tensor, *, epsilon: float) -> _Climb:
+def _begin(
+    hunt: AttackState, objective: Objective, rows: Tensor, x: Tensor, x_adv: Tensor, *, epsilon: float
+) -> _Climb:
     slope = input_gradient(hunt.model_for(rows), x_adv, lambda logits: objective(logits, rows))
     losses = _comparable(slope.losses)
     nothing = torch.zeros_like(losses)
@@ -222,7 +224,7 @@ def _step(climb: _Climb, *, epsilon: float, momentum: float) -> None:
     climb.previous, climb.x_adv = now, project(moved, x, epsilon=epsilon)
 
 
-def _look(hunt: Hunt, objective: Objective, climb: _Climb, *, with_gradient: bool) -> _Climb:
+def _look(hunt: AttackState, objective: Objective, climb: _Climb, *, with_gradient: bool) -> _Climb:
     """Ask the model about the points reached, drop what broke, and remember the best points."""
     rows = climb.rows
     if with_gradient:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.errors import UsageError
 
 LEVEL_TOLERANCE = 1e-4
@@ -45,7 +45,7 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 
 
 @torch.no_grad()
-def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | Streams | None = None) -> Tensor:
+def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
     """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
 
     Args:
@@ -61,8 +61,8 @@ def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | Str
         UsageError: epsilon outside [0, 1], or streams of another number of images.
     """
     check_epsilon(epsilon)
-    if isinstance(generator, Streams):
-        noise = streams_for(generator, x).uniform(tuple(x.shape[1:])).to(x)
+    if isinstance(generator, ImageGenerators):
+        noise = image_generators(generator, x).uniform(tuple(x.shape[1:])).to(x)
     else:
         noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x)
     return project(x + epsilon * (2.0 * noise - 1.0), x, epsilon=epsilon)

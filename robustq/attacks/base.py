@@ -89,7 +89,7 @@ Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) float in [0, 1] -> logits (N, K) float. An nn.Module is one."""
 
 
-class Slope(NamedTuple):
+class LossAndGradient(NamedTuple):
     """What one forward and backward pass tells an attack; all detached.
 
     gradient: (N, C, H, W), of the loss of each image with respect to that image.
@@ -102,7 +102,7 @@ class Slope(NamedTuple):
     logits: Tensor
 
 
-def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor]) -> Slope:
+def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor]) -> LossAndGradient:
     """Differentiate `objective(model(x))` with respect to `x` only; works under `torch.no_grad` too.
 
     Parameters get no `.grad`. A NaN in the gradient becomes 0, that is no step there: it would turn the pixel into NaN,
@@ -121,7 +121,9 @@ def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor
     return slope
 
 
-def input_gradients(model: Model, x: Tensor, objectives: Sequence[Callable[[Tensor], Tensor]]) -> Iterator[Slope]:
+def input_gradients(
+    model: Model, x: Tensor, objectives: Sequence[Callable[[Tensor], Tensor]]
+) -> Iterator[LossAndGradient]:
     """The same for several objectives: one forward pass, and a backward pass for each as it is asked for.
 
     Args, result and errors are those of `input_gradient`.
@@ -142,7 +144,7 @@ def input_gradients(model: Model, x: Tensor, objectives: Sequence[Callable[[Tens
                 "the model gives logits without a gradient with respect to the images; attack its differentiable "
                 "PyTorch form instead, and judge the images that this finds on the model itself"
             )
-        yield Slope(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
+        yield LossAndGradient(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
 
 
 def step_length(step_size: float | None, *, epsilon: float, steps: int) -> float:
@@ -169,7 +171,7 @@ evaluation counts rounded pictures, and on the deployed file. Without one the at
 """
 
 
-class Hunt:
+class AttackState:
     """A batch under attack; asks the model once about the clean images.
 
     Args:

@@ -16,8 +16,16 @@ from torch import Tensor
 
 from robustq.attacks.apgd import likely_targets
 from robustq.attacks.ball import project
-from robustq.attacks.base import Criterion, Hunt, Model, input_gradient, input_gradients, misclassified, step_length
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import (
+    AttackState,
+    Criterion,
+    Model,
+    input_gradient,
+    input_gradients,
+    misclassified,
+    step_length,
+)
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import targeted_margin
 from robustq.errors import UsageError
 
@@ -74,7 +82,7 @@ def fab(
     restarts: int = 1,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """FAB towards the nearest class: a small misclassified change, rather than the worst one of a given size.
 
@@ -91,7 +99,7 @@ def fab(
         steps: per run, at least 1; each costs a forward pass with a backward pass for every class, and a forward pass.
         restarts: how many runs, at least 1.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams, for the starts of the runs after the first.
 
     Returns:
@@ -103,8 +111,8 @@ def fab(
             gradient with respect to the images.
     """
     _check(epsilon=epsilon, steps=steps, runs=restarts, what="restarts")
-    streams = streams_for(generator, x)
-    walk = _Walk.begin(Hunt(model, x, y, criterion=criterion, stop=stop_when_broken))
+    streams = image_generators(generator, x)
+    walk = _Walk.begin(AttackState(model, x, y, criterion=criterion, stop=stop_when_broken))
     for restart in range(restarts):
         start = streams.child("fab", restart) if restart else None
         _run(walk, partial(_nearest_boundary, hunt=walk.hunt), start, epsilon=epsilon, steps=steps)
@@ -122,7 +130,7 @@ def fab_targeted(
     restarts: int = 1,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """FAB with the boundary towards one class after the other, the highest of the clean logits first (FAB-T).
 
@@ -136,8 +144,8 @@ def fab_targeted(
     """
     _check(epsilon=epsilon, steps=steps, runs=restarts, what="restarts")
     _check(epsilon=epsilon, steps=steps, runs=target_classes, what="target_classes")
-    streams = streams_for(generator, x)
-    walk = _Walk.begin(Hunt(model, x, y, criterion=criterion, stop=stop_when_broken))
+    streams = image_generators(generator, x)
+    walk = _Walk.begin(AttackState(model, x, y, criterion=criterion, stop=stop_when_broken))
     for rank, target in enumerate(likely_targets(walk.hunt.clean_logits, y, count=target_classes)):
         for restart in range(restarts):
             start = streams.child("fab", rank, restart) if restart else None
@@ -149,12 +157,12 @@ def fab_targeted(
 class _Walk:
     """A hunt, the nearest misclassified picture of each image (N, C, H, W), and its distance (N,), inf for none."""
 
-    hunt: Hunt
+    hunt: AttackState
     nearest: Tensor
     distance: Tensor
 
     @classmethod
-    def begin(cls, hunt: Hunt) -> _Walk:
+    def begin(cls, hunt: AttackState) -> _Walk:
         return cls(hunt, hunt.x.clone(), torch.full((len(hunt.x),), torch.inf, device=hunt.x.device))
 
 
@@ -162,13 +170,13 @@ Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(pictures (n, C, H, W), rows (n,)) -> how much another class leads (n,), and its gradient (n, D)."""
 
 
-def _boundary_to(target: Tensor, pictures: Tensor, rows: Tensor, *, hunt: Hunt) -> tuple[Tensor, Tensor]:
+def _boundary_to(target: Tensor, pictures: Tensor, rows: Tensor, *, hunt: AttackState) -> tuple[Tensor, Tensor]:
     lead = partial(targeted_margin, y=hunt.y[rows], target=target[rows])
     slope = input_gradient(hunt.model_for(rows), pictures, lead)
     return slope.losses, slope.gradient.flatten(1)
 
 
-def _nearest_boundary(pictures: Tensor, rows: Tensor, *, hunt: Hunt) -> tuple[Tensor, Tensor]:
+def _nearest_boundary(pictures: Tensor, rows: Tensor, *, hunt: AttackState) -> tuple[Tensor, Tensor]:
     """That of the class whose linearised boundary is nearest in L-infinity, |lead| / ||gradient||_1."""
     labels = hunt.y[rows]
     classes = range(hunt.clean_logits.shape[1])
@@ -185,7 +193,7 @@ def _nearest_boundary(pictures: Tensor, rows: Tensor, *, hunt: Hunt) -> tuple[Te
     return value, plane
 
 
-def _run(walk: _Walk, boundary: Boundary, start: Streams | None, *, epsilon: float, steps: int) -> None:
+def _run(walk: _Walk, boundary: Boundary, start: ImageGenerators | None, *, epsilon: float, steps: int) -> None:
     hunt = walk.hunt
     rows = hunt.standing
     if not len(rows):
@@ -201,7 +209,7 @@ def _run(walk: _Walk, boundary: Boundary, start: Streams | None, *, epsilon: flo
         rows, now = _judge(walk, rows, now, epsilon=epsilon)
 
 
-def _around(x: Tensor, streams: Streams, *, radius: Tensor) -> Tensor:
+def _around(x: Tensor, streams: ImageGenerators, *, radius: Tensor) -> Tensor:
     noise = (2.0 * streams.uniform(tuple(x.shape[1:])) - 1.0).to(x)
     largest = noise.flatten(1).abs().amax(dim=1).clamp(min=1e-12)
     return (x + (radius / largest)[:, None, None, None] * noise).clamp(0.0, 1.0)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project, uniform_start
-from robustq.attacks.base import Criterion, Hunt, Model, asked_about, input_gradient, step_length
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model, asked_about, input_gradient, step_length
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.errors import UsageError
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -36,14 +36,14 @@ def feature_space(
     steps: int = 50,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """PGD that moves features: away from those of the clean image, or towards those of another image.
 
     From a uniform start of the ball (at the clean image itself the distance has no slope), each step goes along the
     sign of the gradient of ||f(x_t) - f(x)||^2, or against that of ||f(x_t) - f(guide)||^2. All points of the way
     count. Images that the model misclassifies are returned as they are, the others are dropped as they break
-    (`hunt.Hunt`).
+    (`AttackState`).
 
     Args:
         model: images -> logits; asked about the clean images and the last points.
@@ -57,7 +57,7 @@ def feature_space(
         steps: how many, at least 1; each costs a forward and a backward pass of an image that stands, and the attack
             three forward passes more.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams, for the start.
 
     Returns:
@@ -71,8 +71,8 @@ def feature_space(
     step = step_length(step_size, epsilon=epsilon, steps=steps)
     if guides is not None and guides.shape != x.shape:
         raise UsageError(f"guides have shape {tuple(guides.shape)} and images {tuple(x.shape)}; give one for each")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     rows = hunt.standing
     if not len(rows):
         return hunt.x_adv

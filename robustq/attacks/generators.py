@@ -28,20 +28,20 @@ _FIRST = _signed(0xBF58476D1CE4E5B9)
 _SECOND = _signed(0x94D049BB133111EB)
 
 
-class Streams:
+class ImageGenerators:
     """One independent stream of random numbers per image. A value: asked again, it gives the same numbers.
 
     Ask a `child` for other numbers (of the next restart, of the next step), and index it for fewer images.
 
     Args:
-        keys: (N,) int64 on the CPU, one per image; `Streams.of` makes good ones.
+        keys: (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
     """
 
     def __init__(self, keys: Tensor) -> None:
         self.keys = keys
 
     @classmethod
-    def of(cls, seed: int, numbers: Tensor | range, *, attack: str = "") -> Streams:
+    def of(cls, seed: int, numbers: Tensor | range, *, attack: str = "") -> ImageGenerators:
         """The streams of images by their number in the data set.
 
         Args:
@@ -55,16 +55,16 @@ class Streams:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, rows: Tensor | slice) -> Streams:
+    def __getitem__(self, rows: Tensor | slice) -> ImageGenerators:
         """The streams of some of the images: a slice, a bool mask (N,), or indices (n,), on any device."""
-        return Streams(self.keys[rows if isinstance(rows, slice) else rows.cpu()])
+        return ImageGenerators(self.keys[rows if isinstance(rows, slice) else rows.cpu()])
 
-    def child(self, *labels: int | str) -> Streams:
+    def child(self, *labels: int | str) -> ImageGenerators:
         """Independent streams of the same images, one for each sequence of labels."""
         keys = self.keys
         for label in labels:
             keys = _mix(_mix(keys) + _word("child", label))
-        return Streams(keys)
+        return ImageGenerators(keys)
 
     def bits(self, shape: tuple[int, ...] = ()) -> Tensor:
         """(N, *shape) int64 on the CPU, all 64 bits random."""
@@ -94,7 +94,7 @@ class Streams:
         return ((-2.0 * (1.0 - first).log()).sqrt() * (2.0 * math.pi * second).cos()).to(torch.float32)
 
 
-def streams_for(generator: torch.Generator | Streams | None, x: Tensor) -> Streams:
+def image_generators(generator: torch.Generator | ImageGenerators | None, x: Tensor) -> ImageGenerators:
     """The streams of a batch: those that were given, or new ones from one draw of the generator.
 
     Args:
@@ -104,12 +104,12 @@ def streams_for(generator: torch.Generator | Streams | None, x: Tensor) -> Strea
     Raises:
         UsageError: streams of another number of images.
     """
-    if isinstance(generator, Streams):
+    if isinstance(generator, ImageGenerators):
         if len(generator) != len(x):
             raise UsageError(f"{len(generator)} random streams and {len(x)} images; give one stream per image")
         return generator
     seed = int(torch.randint(2**62, (), generator=generator))
-    return Streams.of(seed, range(len(x)))
+    return ImageGenerators.of(seed, range(len(x)))
 
 
 def _mix(z: Tensor) -> Tensor:

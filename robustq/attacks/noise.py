@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon, project, uniform_start
-from robustq.attacks.base import Criterion, Hunt, Model
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.errors import UsageError
 
 
@@ -27,7 +27,7 @@ def gaussian_noise(
     epsilon: float,
     sigma: float | None = None,
     bounded: bool = True,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """Gaussian noise: x + sigma * N(0, 1) per pixel, projected into the epsilon-ball and [0, 1].
 
@@ -55,15 +55,15 @@ def gaussian_noise(
     sigma = epsilon if sigma is None else sigma
     if not 0.0 <= sigma <= 1.0:
         raise UsageError(f"sigma is {sigma}; give a number from 0 to 1, in the unit of the images (8/255, not 8)")
-    if isinstance(generator, Streams):
-        noise = streams_for(generator, x).normal(tuple(x.shape[1:])).to(x)
+    if isinstance(generator, ImageGenerators):
+        noise = image_generators(generator, x).normal(tuple(x.shape[1:])).to(x)
     else:
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
     return project(x + sigma * noise, x, epsilon=epsilon if bounded else 1.0)
 
 
 def uniform_noise(
-    model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator | Streams | None = None
+    model: Model, x: Tensor, y: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None
 ) -> Tensor:
     """Uniform noise: x + U(-epsilon, epsilon) per pixel, clamped to [0, 1].
 
@@ -93,7 +93,7 @@ def random_corners(
     corners: int = 20,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """Ask the model about x +- epsilon with random signs per pixel, clamped to [0, 1]; needs no gradient.
 
@@ -106,7 +106,7 @@ def random_corners(
         epsilon: radius of the ball, 0 to 1.
         corners: how many, at least 1; each costs one forward pass of an image that stands, and the attack one more.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams.
 
     Returns:
@@ -119,8 +119,8 @@ def random_corners(
     check_epsilon(epsilon)
     if corners < 1:
         raise UsageError(f"corners is {corners}; give at least 1")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for corner in range(corners):
         rows = hunt.standing
         if not len(rows):

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon, project, uniform_start
-from robustq.attacks.base import Criterion, Hunt, Model, input_gradient, step_length
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model, input_gradient, step_length
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy, kl, rescaled_cross_entropy
 from robustq.errors import UsageError
 
@@ -37,7 +37,9 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits (n, K), their rows in the batch (n,) int64) -> losses (n,), one per image."""
 
 
-def sign_ascent(hunt: Hunt, start: Tensor, objective: Objective, *, epsilon: float, step: float, steps: int) -> Tensor:
+def sign_ascent(
+    hunt: AttackState, start: Tensor, objective: Objective, *, epsilon: float, step: float, steps: int
+) -> Tensor:
     """x_{t+1} = project(x_t + step * sign(grad_x objective(h(x_t)))); every point of the way, the start and the end
     included, is offered to the hunt.
 
@@ -107,7 +109,7 @@ def pgd(
     random_start: bool = True,
     keep_best: bool = False,
     stop_when_broken: bool = False,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """PGD: x_0 uniform in the ball; x_{t+1} = project(x_t + step_size * sign(grad_x loss(h(x_t), y))); returns x_steps.
 
@@ -127,7 +129,7 @@ def pgd(
         keep_best: return per image not the last iterate but a misclassified one if any was met (start and end
             included), of these or else of all the one with the highest loss. Costs one forward pass more.
         stop_when_broken: drop images from the batch when they break, and attack none that the model misclassifies
-            anyway, so that the cost falls as images fall; all points of the way count (`hunt.Hunt`), as with
+            anyway, so that the cost falls as images fall; all points of the way count (`AttackState`), as with
             `keep_best`, and the picture kept of an image that stands is the one with the highest margin. Costs two
             forward passes more. Not what the paper's tables count, which is the last iterate.
         generator: a CPU generator, or streams, for the start.
@@ -141,7 +143,7 @@ def pgd(
     """
     step = step_length(step_size, epsilon=epsilon, steps=steps)
     if stop_when_broken:
-        hunt, streams = Hunt(model, x, y), streams_for(generator, x)
+        hunt, streams = AttackState(model, x, y), image_generators(generator, x)
         rows = hunt.standing
         start = uniform_start(hunt.x[rows], epsilon=epsilon, generator=streams[rows]) if random_start else hunt.x[rows]
         return sign_ascent(
@@ -225,7 +227,7 @@ def tpgd(
     start: float = 1 / 255,
     rho: float | None = None,
     stop_when_broken: bool = False,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """TPGD: x_{t+1} = project(x_t + step_size * sign(grad_x KL(softmax h(x) || softmax h(x_t)))); returns x_steps.
 
@@ -263,7 +265,7 @@ def tpgd(
     if rho is not None and not rho > 0.0:
         raise UsageError(f"rho is {rho}; give a positive number, or None for KL alone")
     if stop_when_broken:
-        hunt, streams = Hunt(model, x, y), streams_for(generator, x)
+        hunt, streams = AttackState(model, x, y), image_generators(generator, x)
         rows = hunt.standing
         near = uniform_start(hunt.x[rows], epsilon=start, generator=streams[rows])
         return sign_ascent(
@@ -299,13 +301,13 @@ def pgd_plus_plus(
     loss: Loss = rescaled_cross_entropy,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """PGD from a uniform start of the ball, on `losses.rescaled_cross_entropy`; all points of the way count.
 
     The factor on the logits is that of the paper's Hessian norm scaling, anew at each step (see the loss for what
     differs from the paper). Images that the model misclassifies are returned as they are, the others are dropped as
-    they break (`hunt.Hunt`).
+    they break (`AttackState`).
 
     Args:
         model: images -> logits, differentiable with respect to the images.
@@ -317,7 +319,7 @@ def pgd_plus_plus(
             two forward passes more.
         loss: another loss, such as `losses.cross_entropy`: the same attack without rescaling, to compare with.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams, for the start.
 
     Returns:
@@ -329,7 +331,7 @@ def pgd_plus_plus(
             a gradient with respect to the images.
     """
     step = step_length(step_size, epsilon=epsilon, steps=steps)
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     start = uniform_start(hunt.x[hunt.standing], epsilon=epsilon, generator=streams.child("pgd++")[hunt.standing])
     return sign_ascent(hunt, start, lambda logits, rows: loss(logits, y[rows]), epsilon=epsilon, step=step, steps=steps)

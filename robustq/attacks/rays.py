@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon, project
-from robustq.attacks.base import Criterion, Hunt, Model, misclassified
+from robustq.attacks.base import AttackState, Criterion, Model, misclassified
 from robustq.errors import UsageError
 
 TOLERANCE = 1e-3
@@ -46,7 +46,7 @@ def rays(
         epsilon: radius of the ball, 0 to 1.
         queries: per image that stands, at least 1; the clean image is asked about once more.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient: a picture that breaks the image if one was met.
@@ -58,7 +58,7 @@ def rays(
         check_epsilon(epsilon)
         if queries < 1:
             raise UsageError(f"queries is {queries}; give at least 1")
-        hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+        hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
         search = _Search.begin(hunt.standing, x[0].numel() if len(x) else 0)
         for _ in range(queries - 1):
             if not len(search.rows):
@@ -109,7 +109,7 @@ class _Search:
         return self if bool(which.all()) else _Search(*(getattr(self, field.name)[which] for field in fields(self)))
 
 
-def _ask(hunt: Hunt, search: _Search, *, epsilon: float) -> _Search:
+def _ask(hunt: AttackState, search: _Search, *, epsilon: float) -> _Search:
     """One query for each image: the next one of its search for a radius, or the first one along a new direction."""
     rows, x = search.rows, hunt.x[search.rows]
     distance = torch.where(search.searching, (search.low + search.high) / 2, search.radius)

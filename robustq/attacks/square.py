@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon, project
-from robustq.attacks.base import Criterion, Hunt, Model
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import margin
 from robustq.errors import UsageError
 
@@ -32,7 +32,7 @@ def square(
     schedule: int | None = None,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """Square Attack in the L-infinity ball; needs no gradient, so that the deployed file itself can be attacked.
 
@@ -54,7 +54,7 @@ def square(
         p_init: share of the picture that the first squares cover, above 0 and up to 1.
         schedule: over how many queries the squares shrink to their smallest, at least 1; None: what fits the pictures.
         stop_when_broken: drop images from the batch when they break; which ones break does not change by it.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams.
 
     Returns:
@@ -73,8 +73,8 @@ def square(
     schedule = schedule_of(x[0].numel() if len(x) else 1) if schedule is None else schedule
     if schedule < 1:
         raise UsageError(f"schedule is {schedule}; give a number of queries, or None for what fits the pictures")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     rows = hunt.standing
     if not len(rows):
         return hunt.x_adv
@@ -126,7 +126,7 @@ def _side(p_init: float, *, query: int, schedule: int, height: int, width: int) 
     return min(max(wanted, 1), height, width)
 
 
-def _squares(streams: Streams, side: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+def _squares(streams: ImageGenerators, side: int, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
     """One square per image: its signs (n, C, 1, 1), and where it is (n, 1, H, W) bool."""
     channels, height, width = shape
     signs = streams.signs((channels, 1, 1)).to(like)

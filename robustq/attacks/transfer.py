@@ -1,4 +1,4 @@
-"""Pictures found on other models (Papernot et al. 2016, arXiv:1605.07277): what a masked gradient cannot hide."""
+"""Adversarial images found on other models (Papernot et al. 2016, arXiv:1605.07277)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd
-from robustq.attacks.base import Criterion, Hunt, Model, asked_about, step_length
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.base import AttackState, Criterion, Model, asked_about, step_length
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy
 from robustq.errors import UsageError
 
@@ -25,7 +25,7 @@ def transfer(
     loss: Loss = cross_entropy,
     stop_when_broken: bool = True,
     criterion: Criterion | None = None,
-    generator: torch.Generator | Streams | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
     """Attack each surrogate with APGD and ask the model about the picture with the surrogate's highest margin.
 
@@ -41,7 +41,7 @@ def transfer(
         steps: of APGD on each surrogate, at least 1.
         loss: as for `apgd`.
         stop_when_broken: leave images that broke out of the next surrogate's attack.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`hunt.Criterion`).
+        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
         generator: a CPU generator, or streams, for the starts.
 
     Returns:
@@ -55,8 +55,8 @@ def transfer(
     step_length(None, epsilon=epsilon, steps=steps)
     if not surrogates:
         raise UsageError("transfer has no surrogates; give at least one model to find pictures on")
-    streams = streams_for(generator, x)
-    hunt = Hunt(model, x, y, criterion=criterion, stop=stop_when_broken)
+    streams = image_generators(generator, x)
+    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for number, surrogate in enumerate(surrogates):
         rows = hunt.standing
         if not len(rows):

@@ -38,7 +38,7 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
-class Pictures:
+class AdversarialImages:
     """The content of such a file.
 
     Args:
@@ -83,7 +83,7 @@ class Pictures:
             )
 
     @classmethod
-    def load(cls, path: Path) -> Pictures:
+    def load(cls, path: Path) -> AdversarialImages:
         """Read the file; nothing in it is executed.
 
         Raises:
@@ -131,7 +131,7 @@ def digest(images: Tensor, labels: Tensor) -> str:
     return seen.hexdigest()
 
 
-def check_ball(pictures: Pictures, images: Tensor) -> None:
+def check_ball(pictures: AdversarialImages, images: Tensor) -> None:
     """Make sure that every picture lies in the epsilon-ball of its clean image.
 
     Args:

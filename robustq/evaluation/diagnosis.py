@@ -18,7 +18,7 @@ from robustq.attacks.losses import cross_entropy, margin
 from robustq.data.splits import evenly_spaced
 from robustq.evaluation import flags
 from robustq.evaluation.accuracy import Comparison, compare_kept
-from robustq.evaluation.evaluator import DIAGNOSIS, Campaign, Trial
+from robustq.evaluation.evaluator import DIAGNOSIS, AttackResult, Evaluator
 from robustq.evaluation.flags import Check
 from robustq.evaluation.suites import CROSS_ENTROPY, NOISE, NamedAttack, Suite
 from robustq.evaluation.target import DRAWS, Target
@@ -43,7 +43,7 @@ MARGIN = _extra("apgd-margin", 50, loss=margin)
 LARGE = (_extra("apgd-ce", 20), _extra("apgd-margin", 20, loss=margin))
 
 
-def diagnose(target: Target, campaign: Campaign, *, suite: Suite, different: int, random: float) -> list[Check]:
+def diagnose(target: Target, campaign: Evaluator, *, suite: Suite, different: int, random: float) -> list[Check]:
     """Look for every kind of masking that the table of docs/flags.md names.
 
     Args:
@@ -60,7 +60,7 @@ def diagnose(target: Target, campaign: Campaign, *, suite: Suite, different: int
 
 
 class _Diagnosis:
-    def __init__(self, target: Target, campaign: Campaign, suite: Suite) -> None:
+    def __init__(self, target: Target, campaign: Evaluator, suite: Suite) -> None:
         self.target, self.campaign, self.suite = target, campaign, suite
         self.stages = list(campaign.trials)
         self.places = evenly_spaced(len(campaign.x), IMAGES)
@@ -83,7 +83,7 @@ class _Diagnosis:
         ]
         return sorted(found, key=lambda check: flags.FLAG_NAMES.index(check.name))
 
-    def _against_control(self, pgd: Trial) -> list[Check]:
+    def _against_control(self, pgd: AttackResult) -> list[Check]:
         """The flags harness and noise."""
         control, campaign = self.target.control, self.campaign
         if control is None:
@@ -91,7 +91,7 @@ class _Diagnosis:
         rows = self.places.to(campaign.x.device)
         epsilon, taken = campaign.epsilon, None
         while True:
-            undefended = Campaign(
+            undefended = Evaluator(
                 control,
                 campaign.x[rows],
                 campaign.y[rows],
@@ -101,10 +101,10 @@ class _Diagnosis:
             )
             clean = int(undefended.clean.sum())
             if taken is None:
-                lost = undefended.run(PGD, control, undefended.clean_places)
-                taken = Comparison(len(rows), len(lost.broken_places), 0)
+                lost = undefended.run(PGD, control, undefended.clean_indices)
+                taken = Comparison(len(rows), len(lost.broken_indices), 0)
             for attack in (FIFTY, MARGIN):
-                undefended.run(attack, control, undefended.standing_places)
+                undefended.run(attack, control, undefended.remaining_indices)
             kept = int(undefended.standing.sum())
             # Where the ball is small for the data (MNIST at 8/255), even a network without defence stands.
             if kept <= flags.HARNESS_KEPT * len(rows) or epsilon >= LARGE_BALL:
@@ -117,13 +117,13 @@ class _Diagnosis:
             flags.noise(compare_kept(alike, pgd.kept, images=len(rows)), control=taken),
         ]
 
-    def _step_order(self, pgd: Trial) -> Check:
+    def _step_order(self, pgd: AttackResult) -> Check:
         one = self.campaign.run(FGSM, self.target.source, self.few)
         reference = next((trial for trial in self.stages if trial.name == CROSS_ENTROPY), None)
         steps = next(attack.settings["steps"] for attack in self.suite.attacks if attack.name == CROSS_ENTROPY)
         if reference is None or steps != FIFTY.settings["steps"]:
             reference = self.campaign.run(FIFTY, self.target.source, self.few)
-        kept = _among(reference.kept_places, self.few)
+        kept = _among(reference.kept_indices, self.few)
         hundred = self.campaign.run(HUNDRED, self.target.source, kept)
         more = self._completed(
             reference, hundred, HUNDRED, points=flags.MORE_STEPS_POINTS, images=len(self.places), among=self.few
@@ -133,7 +133,7 @@ class _Diagnosis:
     def _large_ball(self) -> Check:
         campaign, images = self.campaign, len(self.places)
         rows = self.places.to(campaign.x.device)
-        large = Campaign(
+        large = Evaluator(
             campaign.judge,
             campaign.x[rows],
             campaign.y[rows],
@@ -143,7 +143,7 @@ class _Diagnosis:
         )
         for source in self.target.sources.values():
             for attack in LARGE:
-                large.run(attack, source, large.standing_places)
+                large.run(attack, source, large.remaining_indices)
         return flags.large_ball(
             kept=int(large.standing.sum()),
             images=images,
@@ -160,12 +160,12 @@ class _Diagnosis:
             zero += int((slope.gradient == 0.0).flatten(1).all(dim=1).sum())
         return flags.zero_gradient(zero=zero, images=len(self.few))
 
-    def _logit_scale(self, pgd: Trial) -> Check:
+    def _logit_scale(self, pgd: AttackResult) -> Check:
         """Plain cross-entropy is both attacks that used it: a stronger attack must not pass for a better scale."""
         rescaled = self.campaign.run(RESCALED, self.target.source, self.few, label="pgd20 on rescaled logits")
         reference, images = self._trial(CROSS_ENTROPY), len(self.places)
-        plain = pgd.kept & ~torch.isin(self.few, reference.broken_places)
-        left = (int(plain.sum()) / images, len(rescaled.kept_places) / images)
+        plain = pgd.kept & ~torch.isin(self.few, reference.broken_indices)
+        left = (int(plain.sum()) / images, len(rescaled.kept_indices) / images)
         return flags.logit_scale(compare_kept(plain, rescaled.kept, images=images), left=left)
 
     def _loss(self) -> Check:
@@ -175,7 +175,7 @@ class _Diagnosis:
             if attack.after == CROSS_ENTROPY and attack.attack is not pgd_plus_plus:
                 trial = self._trial(attack.name)
                 against = self._completed(reference, trial, attack, points=flags.LOSS_POINTS, images=images)
-                left = len(reference.kept_places) / images
+                left = len(reference.kept_indices) / images
                 found.append((attack.name, against, (left, left - against.difference)))
         return flags.loss(found)
 
@@ -183,27 +183,27 @@ class _Diagnosis:
         """What random search broke, before any gradient was asked for, is now attacked with gradients."""
         campaign = self.campaign
         blind = [attack.name for attack in self.suite.attacks if attack.asks == "judge"]
-        by_search = _union(trial.broken_places for trial in self.stages if trial.name in blind)
-        seen = _union(trial.broken_places for trial in self.stages if trial.stage == "white-box")
+        by_search = _union(trial.broken_indices for trial in self.stages if trial.name in blind)
+        seen = _union(trial.broken_indices for trial in self.stages if trial.stage == "white-box")
         missed = by_search[~torch.isin(by_search, seen)]
         for source in self.target.sources.values():
             for attack in (FIFTY, MARGIN):
-                missed = campaign.run(attack, source, missed).kept_places
-        left = int((~torch.isin(campaign.clean_places, torch.cat([seen, by_search]))).sum()) + len(missed)
+                missed = campaign.run(attack, source, missed).kept_indices
+        left = int((~torch.isin(campaign.clean_indices, torch.cat([seen, by_search]))).sum()) + len(missed)
         return flags.gradient_free(broken=len(missed), left=left, images=len(campaign.x))
 
     def _transfer(self) -> list[Check]:
         found = []
         for name in self.target.surrogates:
             trials = [trial for trial in self.stages if trial.stage == "transfer" and trial.name.endswith(f": {name}")]
-            broken = sum(len(trial.broken_places) for trial in trials)
+            broken = sum(len(trial.broken_indices) for trial in trials)
             found.append((name, Comparison(len(self.campaign.x), broken, 0)))
         return [flags.transfer(found)] if found else []
 
     def _completed(
         self,
-        first: Trial,
-        second: Trial,
+        first: AttackResult,
+        second: AttackResult,
         attack: NamedAttack,
         *,
         points: float,
@@ -213,16 +213,16 @@ class _Diagnosis:
         """Two attacks, the second run only on what the first left: what it would have left of the others is asked only
         where the answer matters.
         """
-        most = Comparison(images, len(second.broken_places), 0)
+        most = Comparison(images, len(second.broken_indices), 0)
         if not most.exceeds(points):
             return most
-        others = first.broken_places if among is None else _among(first.broken_places, among)
+        others = first.broken_indices if among is None else _among(first.broken_indices, among)
         rest = self.campaign.run(
             attack, self.target.source, others, label=f"{attack.name}, the others", stage=DIAGNOSIS
         )
-        return Comparison(images, most.only_first, len(rest.kept_places))
+        return Comparison(images, most.only_first, len(rest.kept_indices))
 
-    def _trial(self, name: str) -> Trial:
+    def _trial(self, name: str) -> AttackResult:
         return next(trial for trial in self.stages if trial.name == name)
 
 

@@ -20,7 +20,7 @@ from robustq.data import to_float
 from robustq.errors import RobustqError, UsageError
 from robustq.evaluation.accuracy import answers, predict
 from robustq.evaluation.diagnosis import diagnose
-from robustq.evaluation.evaluator import DIAGNOSIS, Campaign, Trial
+from robustq.evaluation.evaluator import DIAGNOSIS, AttackResult, Evaluator
 from robustq.evaluation.flags import Check
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import SUITES, NamedAttack, Suite
@@ -100,7 +100,7 @@ def run_suite(
         x, y = to_float(images.to(device)), labels.to(device)
         _probe(target.judge, x)
         target, random = settled(target, x, batch_size=batch_size)
-        campaign = Campaign(target.judge, x, y, epsilon=epsilon, batch_size=batch_size, seed=seed)
+        campaign = Evaluator(target.judge, x, y, epsilon=epsilon, batch_size=batch_size, seed=seed)
         if not 0 <= int(labels.min()) <= int(labels.max()) < campaign.classes:
             raise UsageError(
                 f"labels go from {int(labels.min())} to {int(labels.max())}, the model answers with "
@@ -145,26 +145,26 @@ def suite_called(name: str) -> Suite:
     return SUITES[name]
 
 
-def _attack(campaign: Campaign, target: Target, suite: Suite) -> None:
+def _attack(campaign: Evaluator, target: Target, suite: Suite) -> None:
     everything = torch.arange(len(campaign.x))
-    reference: Trial | None = None
+    reference: AttackResult | None = None
     for attack in suite.attacks:
         if attack.asks == "surrogates":
             for name, surrogate in target.surrogates.items():
-                places = campaign.standing_places
+                places = campaign.remaining_indices
                 campaign.run(attack, target.asked, places, label=f"{attack.name}: {name}", surrogate=surrogate)
         elif attack.asks == "features":
             if target.features is not None:
-                campaign.run(attack, target.source, campaign.standing_places, features=target.features)
+                campaign.run(attack, target.source, campaign.remaining_indices, features=target.features)
         elif attack.asks == "judge":
-            campaign.run(attack, target.asked, campaign.standing_places)
+            campaign.run(attack, target.asked, campaign.remaining_indices)
         else:
             # A column of a table has one gradient, the one that training used.
             rules = list(target.sources.items())[: None if suite.drops_broken else 1]
             for number, (rule, model) in enumerate(rules):
-                places = campaign.standing_places if suite.drops_broken else everything
+                places = campaign.remaining_indices if suite.drops_broken else everything
                 if number == 0 and attack.after is not None and reference is not None:
-                    places = reference.kept_places
+                    places = reference.kept_indices
                 label = attack.name if number == 0 else f"{attack.name} ({rule})"
                 trial = campaign.run(attack, model, places, label=label)
                 reference = trial if reference is None else reference
@@ -175,7 +175,7 @@ def _attack(campaign: Campaign, target: Target, suite: Suite) -> None:
 
 
 def _shortcomings(
-    target: Target, suite: Suite, campaign: Campaign, *, epsilon: float, random: float
+    target: Target, suite: Suite, campaign: Evaluator, *, epsilon: float, random: float
 ) -> tuple[list[str], list[str]]:
     """Why no verdict can be given, and what else is worth knowing."""
     left_out, notes = [], []

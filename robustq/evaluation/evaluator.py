@@ -13,7 +13,7 @@ from torch import Tensor
 from robustq.attacks.ball import round_to_uint8
 from robustq.attacks.base import Counted, Model
 from robustq.attacks.feature_space import Features
-from robustq.attacks.generators import Streams
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.evaluation.accuracy import answers, classes
@@ -28,7 +28,7 @@ CLEAN, NONE = "clean", "none"
 
 
 @dataclass(frozen=True)
-class Trial:
+class AttackResult:
     """One attack on some of the images.
 
     Args:
@@ -52,12 +52,12 @@ class Trial:
     seconds: float
 
     @property
-    def kept_places(self) -> Tensor:
+    def kept_indices(self) -> Tensor:
         """(k,) int64: the images that are right under this attack."""
         return self.places[self.kept]
 
     @property
-    def broken_places(self) -> Tensor:
+    def broken_indices(self) -> Tensor:
         """(b,) int64: the images that it broke."""
         return self.places[~self.kept]
 
@@ -75,7 +75,7 @@ class Trial:
         }
 
 
-class Campaign:
+class Evaluator:
     """Runs attacks one after the other and remembers the worst of them for each image.
 
     Args:
@@ -105,17 +105,17 @@ class Campaign:
         self.standing = self.clean.clone()
         self.x_adv = x.clone()
         self.found_by = [NONE if right else CLEAN for right in self.clean.tolist()]
-        self.trials: list[Trial] = []
+        self.trials: list[AttackResult] = []
         self._margins = torch.full((len(x),), -torch.inf)
         self._asked = 0
 
     @property
-    def standing_places(self) -> Tensor:
+    def remaining_indices(self) -> Tensor:
         """(k,) int64: the images that nothing has broken."""
         return self.standing.nonzero()[:, 0]
 
     @property
-    def clean_places(self) -> Tensor:
+    def clean_indices(self) -> Tensor:
         """(k,) int64: the images that are right without attack."""
         return self.clean.nonzero()[:, 0]
 
@@ -129,7 +129,7 @@ class Campaign:
         stage: str | None = None,
         features: Features | None = None,
         surrogate: Model | None = None,
-    ) -> Trial:
+    ) -> AttackResult:
         """Attack the images at ``places`` through ``model``, and count on the judge.
 
         Args:
@@ -160,7 +160,7 @@ class Campaign:
                 queries += int(counted.queries.sum())
                 steps += int(counted.gradient_steps.sum())
         self.standing[places[~kept]] = False
-        trial = Trial(
+        trial = AttackResult(
             name=name,
             stage=stage or attack.stage,
             places=places,
@@ -204,7 +204,7 @@ class Campaign:
             x,
             y,
             epsilon=self.epsilon,
-            generator=Streams.of(self.seed, places, attack=attack.name),
+            generator=ImageGenerators.of(self.seed, places, attack=attack.name),
             criterion=breaks,
             **others,
         )

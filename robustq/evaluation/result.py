@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.evaluator import Trial
+from robustq.evaluation.evaluator import AttackResult
 from robustq.evaluation.flags import MASKED, NOT_FOUND, NOT_JUDGED, Check
 
 ENOUGH_IMAGES = 200
@@ -45,7 +45,7 @@ class Evaluation:
     seconds: float
     x_adv: Tensor
     found_by: tuple[str, ...]
-    trials: Sequence[Trial] = ()
+    trials: Sequence[AttackResult] = ()
     checks: Sequence[Check] = field(default=())
     left_out: Sequence[str] = ("this suite does not hunt for gradient masking",)
     notes: Sequence[str] = ()

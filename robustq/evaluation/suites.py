@@ -33,7 +33,7 @@ from robustq.attacks import (
     uniform_noise,
 )
 from robustq.attacks.base import Criterion, Model
-from robustq.attacks.generators import Streams
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
 
 Asks = Literal["judge", "source", "surrogates", "features"]
@@ -73,7 +73,7 @@ class NamedAttack:
         y: Tensor,
         *,
         epsilon: float,
-        generator: torch.Generator | Streams,
+        generator: torch.Generator | ImageGenerators,
         criterion: Criterion | None = None,
         **others: Any,
     ) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from robustq.data import Batch
-from robustq.hardening.state import put_back
+from robustq.hardening.state import restore
 
 IMAGES = 4096
 """Training images for BatchNorm's statistics; more moves a channel's mean by less than 1/64 of its deviation."""
@@ -30,7 +30,7 @@ class Average:
 
     ``torch.optim.swa_utils.AveragedModel`` will not do: it copies the network, and Brevitas' quantizers with it, which
     are then other objects than those that state dicts and calibration know (see
-    :func:`robustq.hardening.state.put_back`), for one judgement an epoch.
+    :func:`robustq.hardening.state.restore`), for one judgement an epoch.
 
     Args:
         model: whose parameters are averaged, learned activation thresholds (as logarithms) included.
@@ -66,7 +66,7 @@ class Average:
             update_bn((batch.x for batch in batches), model)
             yield
         finally:
-            put_back(model, before)
+            restore(model, before)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages and the number of steps."""

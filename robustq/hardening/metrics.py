@@ -23,7 +23,7 @@ from robustq.errors import UsageError
 from robustq.hardening.monitor import Inspection, Watched
 
 
-class Totals:
+class RunningMeans:
     """Sums of the loss, its terms and the right answers, kept on the device so that no batch waits for the host.
 
     Args:
@@ -76,7 +76,7 @@ def check_tensorboard() -> None:
         )
 
 
-class Board:
+class TensorBoardLogger:
     """Event files that say what metrics.jsonl says.
 
     Event files only grow, and a process that dies may have written an epoch that resume.pt knows nothing of. So each

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
 from robustq.files import check_new, folder_when_whole, remove_partials, write_text_atomically
-from robustq.hardening.metrics import Board
+from robustq.hardening.metrics import TensorBoardLogger
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
@@ -106,7 +106,7 @@ VERSION = 1
 class RunFolder:
     """A run folder that this process, and no other, writes. Use it in a ``with`` block, which gives the lock back.
 
-    It is the trainer's :class:`robustq.hardening.state.Keeper`.
+    It is the trainer's :class:`robustq.hardening.state.Checkpointer`.
 
     Args:
         path: where.
@@ -118,7 +118,7 @@ class RunFolder:
         self.path = path
         self.config = config
         self._lock = lock
-        self._board = Board(path) if config["recipe"].get("tensorboard") else None
+        self._board = TensorBoardLogger(path) if config["recipe"].get("tensorboard") else None
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], state: dict[str, Any]) -> Self:
@@ -186,7 +186,7 @@ class RunFolder:
         return resume_command(self.path, self.config)
 
     def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:
-        """See :meth:`robustq.hardening.state.Keeper.save`.
+        """See :meth:`robustq.hardening.state.Checkpointer.save`.
 
         Raises:
             OSError: a file cannot be written; the state saved before is as it was.

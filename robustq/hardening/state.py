@@ -25,7 +25,7 @@ from robustq.progress import note
 
 
 @torch.no_grad()
-def put_back(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy ``weights`` into the very tensors of ``model``.
 
     ``model.load_state_dict`` will not do for a network in training: Brevitas then makes its quantizers anew, learned
@@ -44,7 +44,7 @@ def put_back(model: nn.Module, weights: dict[str, Tensor]) -> None:
         value.copy_(weights[name])
 
 
-def taken_out(model: nn.Module) -> dict[str, Tensor]:
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the weights and running statistics of ``model``, on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
@@ -90,7 +90,7 @@ class StopRequest:
 
 
 @dataclass
-class Standing:
+class TrainState:
     """How far a run has come.
 
     Args:
@@ -132,7 +132,7 @@ class Standing:
         self.rows.append(row)
         is_best = self.best is None or watched.rank >= self.best.rank
         if is_best:
-            self.best_epoch, self.best, self.best_weights = self.epoch, watched, taken_out(model)
+            self.best_epoch, self.best, self.best_weights = self.epoch, watched, snapshot(model)
         return is_best
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class Standing:
         )
 
 
-class Keeper(Protocol):
+class Checkpointer(Protocol):
     """Where the state of a run is kept."""
 
     def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:

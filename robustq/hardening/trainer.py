@@ -21,10 +21,10 @@ from robustq.errors import NotFiniteError, RunStoppedError
 from robustq.hardening.averaging import IMAGES
 from robustq.hardening.diagnosis import FiniteWatch, find_fault
 from robustq.hardening.methods.method import Method
-from robustq.hardening.metrics import Totals, epoch_row, forget_peak_memory
+from robustq.hardening.metrics import RunningMeans, epoch_row, forget_peak_memory
 from robustq.hardening.monitor import BATCH, Collapse, Monitor, Watched, find_collapse
 from robustq.hardening.optimization import Descent, learning_rate
-from robustq.hardening.state import Keeper, Standing, StopRequest, put_back, taken_out
+from robustq.hardening.state import Checkpointer, StopRequest, TrainState, restore, snapshot
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
@@ -87,8 +87,8 @@ class Training:
         self.device = device
         self.descent = Descent(model, method, recipe)
         self._judged: dict[str, Tensor] | None = None
-        self.standing = Standing()
-        self.totals = Totals(device)
+        self.standing = TrainState()
+        self.totals = RunningMeans(device)
         self._clock = 0.0
 
     @property
@@ -131,9 +131,9 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back (or forth) to what :meth:`state_dict` gave, whatever happened in between."""
-        self.standing = Standing.from_dict(state["standing"])
+        self.standing = TrainState.from_dict(state["standing"])
         self.totals.load_state_dict(state["totals"])
-        put_back(self.model, state["model"])
+        restore(self.model, state["model"])
         self.descent.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state_dict(state["method"])
         if self.descent.average is not None:
@@ -144,7 +144,7 @@ class Training:
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
 
-    def run(self, keeper: Keeper, stop: StopRequest) -> Trained:
+    def run(self, keeper: Checkpointer, stop: StopRequest) -> Trained:
         """Train to the last epoch, or until robust accuracy collapses; the network is left in eval mode with the
         weights of the epoch that ended last.
 
@@ -199,7 +199,7 @@ class Training:
         self._judged = None
         if self.standing.step == 0:
             self.method.begin_epoch(self.standing.epoch)
-            self.totals = Totals(self.device)
+            self.totals = RunningMeans(self.device)
         return self._batches(skip=self.standing.step)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -242,7 +242,7 @@ class Training:
         count = min(math.ceil(IMAGES / self.recipe.batch_size), whole)
         return self.descent.average.in_place_of(self.model, islice(self._batches(skip=0), count))
 
-    def _end_epoch(self, keeper: Keeper) -> Watched:
+    def _end_epoch(self, keeper: Checkpointer) -> Watched:
         standing = self.standing
         means = self.totals.means()
         self._count_seconds()
@@ -263,7 +263,7 @@ class Training:
                 device=self.device,
             )
             is_best = standing.end_epoch(row, watched, self.model)
-            self._judged = None if self.descent.average is None else taken_out(self.model)
+            self._judged = None if self.descent.average is None else snapshot(self.model)
         keeper.save(self.state_dict(), epoch_ended=True, is_best=is_best)
         return watched
 
@@ -272,7 +272,7 @@ class Training:
         self.standing.epoch_seconds += now - self._clock
         self._clock = now
 
-    def _check_finite(self, watch: FiniteWatch, keeper: Keeper) -> None:
+    def _check_finite(self, watch: FiniteWatch, keeper: Checkpointer) -> None:
         if watch.fine(self.model):
             return
         seen = self.standing.step

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_own
+from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_custom
 from robustq.models.layers import Layers
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.normalise import Normalisation
@@ -145,7 +145,7 @@ def check_architecture(name: str) -> str:
     Raises:
         UsageError: neither; the nearest known name is given.
     """
-    if name not in ARCHITECTURES and not is_own(name):
+    if name not in ARCHITECTURES and not is_custom(name):
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")
     return name
@@ -167,7 +167,7 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
     check_permission(spec.architecture, own_model)
     if spec.shared_sum_scale and spec.widths.is_binary:
         raise UsageError("1 bit has no blocks with shared_sum_scale; set it to false, or choose 8, 4, 3 or 2 bits")
-    if is_own(spec.architecture):
+    if is_custom(spec.architecture):
         # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.fx.build import quantized_graph
 

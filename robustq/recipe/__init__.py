@@ -22,16 +22,16 @@ from robustq.recipe.schema import (
     SAME,
     TRAINING_KEYS,
     Vocabulary,
-    evidence_faults,
+    evidence_errors,
     find_faults,
-    paper_rows_faults,
+    paper_rows_errors,
 )
 
 UNDEFENDED = frozenset({"natural", "ptq"})
 """Methods that know of no attack."""
 
 
-CLAIMS: Mapping[str, Callable[[object], list[str]]] = {"paper_rows": paper_rows_faults, "evidence": evidence_faults}
+CLAIMS: Mapping[str, Callable[[object], list[str]]] = {"paper_rows": paper_rows_errors, "evidence": evidence_errors}
 """Keys by which a recipe speaks of itself and on which no run depends -> what is wrong with a value of them."""
 
 

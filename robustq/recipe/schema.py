@@ -136,13 +136,13 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
         RecipeError: a key that ``kind`` does not have (the nearest is named), a value of another type than the
             default's, or one that ``kind`` itself refuses.
     """
-    faults = settings_faults(settings, kind, table=table)
+    faults = settings_errors(settings, kind, table=table)
     if faults:
         raise RecipeError("; ".join(faults))
     return kind(**settings)
 
 
-def settings_faults(settings: Mapping[str, Any], kind: type, *, table: str) -> list[str]:
+def settings_errors(settings: Mapping[str, Any], kind: type, *, table: str) -> list[str]:
     """What is wrong with a method's table, in words; empty when :func:`check_settings` takes it."""
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(kind)}
     faults = []
@@ -168,7 +168,7 @@ def unknown_value(key: str, value: object, known: Sequence[Any]) -> str:
     return f"{key} = {shown(value)} is unknown; known: {', '.join(map(str, known))}{nearest}"
 
 
-def number_faults(
+def number_errors(
     key: str, value: float, *, low: float, high: float, whole: bool = False, above: bool = False
 ) -> list[str]:
     """What is wrong with a number of a method's table, in words: nothing, or one fault.
@@ -268,7 +268,7 @@ def _faults_above(flat: dict[str, Any], settings: Mapping[str, Any], vocabulary:
         if type(flat.get(key)) is int and flat[key] not in vocabulary.bits:
             faults.append(unknown_value(key, flat[key], vocabulary.bits))
     if isinstance(method, str) and method in vocabulary.settings:
-        faults += settings_faults(settings, vocabulary.settings[method], table=method)
+        faults += settings_errors(settings, vocabulary.settings[method], table=method)
     return faults
 
 
@@ -332,7 +332,7 @@ def _of(table: str, recipes: Sequence[Claiming]) -> list[Claiming]:
     return [recipe for recipe in recipes if table in recipe.paper_rows]
 
 
-def paper_rows_faults(rows: object) -> list[str]:
+def paper_rows_errors(rows: object) -> list[str]:
     """What is wrong with ``paper_rows = { I = 10, V = 6 }`` (table -> row, from 1, in the paper's order), in words."""
     if not isinstance(rows, dict):
         return [f"paper_rows = {shown(rows)} is not a table such as {{ I = 10, V = 6 }}"]
@@ -345,7 +345,7 @@ def paper_rows_faults(rows: object) -> list[str]:
     return faults
 
 
-def evidence_faults(evidence: object) -> list[str]:
+def evidence_errors(evidence: object) -> list[str]:
     """What is wrong with an ``[evidence]`` table, in words."""
     if not isinstance(evidence, dict):
         return [f"evidence = {shown(evidence)} is not a table with {', '.join(EVIDENCE)}"]

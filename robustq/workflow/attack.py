@@ -26,7 +26,7 @@ from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.adversarial_images import Pictures, digest
+from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.evaluate import check_radius, run_suite, suite_called
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import Suite
@@ -274,9 +274,9 @@ def _worse(known: Evaluation | None, found: Evaluation, epsilon: float) -> Evalu
     return min(candidates, key=lambda one: one.robust_accuracy, default=None)
 
 
-def _pictures(found: Evaluation, x: Tensor, y: Tensor, data: Dataset, result: dict[str, Any]) -> Pictures:
+def _pictures(found: Evaluation, x: Tensor, y: Tensor, data: Dataset, result: dict[str, Any]) -> AdversarialImages:
     told = ("model", "judge", "label", "suite", "seed", "clean_accuracy", "robust_accuracy", "verdict")
-    return Pictures(
+    return AdversarialImages(
         x_adv=found.x_adv,
         labels=y,
         places=evenly_spaced(len(data.test), len(x)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from robustq.data import to_float
 from robustq.errors import DataError, UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.evaluation.adversarial_images import Pictures, check_ball, digest
+from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
 from robustq.evaluation.flags import NOT_JUDGED
 from robustq.evaluation.target import one_by_one
 from robustq.models.spec import ModelSpec
@@ -48,7 +48,7 @@ def replay_pictures(
     Raises:
         RobustqError: bad input, other data than the file was made of, or a picture outside the ball.
     """
-    pictures = Pictures.load(Path(file))
+    pictures = AdversarialImages.load(Path(file))
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)
     _check_size(pictures, opened.spec, Path(file))
@@ -89,7 +89,7 @@ def replay_pictures(
     }
 
 
-def _check_size(pictures: Pictures, spec: ModelSpec, file: Path) -> None:
+def _check_size(pictures: AdversarialImages, spec: ModelSpec, file: Path) -> None:
     wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(pictures.x_adv.shape[1:])
     if got != wanted:
         raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
@@ -98,7 +98,7 @@ def _check_size(pictures: Pictures, spec: ModelSpec, file: Path) -> None:
 
 
 def _clean_images(
-    pictures: Pictures, file: Path, opened: Opened, data: str | None, *, skip_bad_images: bool
+    pictures: AdversarialImages, file: Path, opened: Opened, data: str | None, *, skip_bad_images: bool
 ) -> Tensor | None:
     """The clean images behind the pictures, with the ball checked; None where their data cannot be had.
 

@@ -35,7 +35,7 @@ from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, Teacher
 from robustq.hardening.metrics import check_tensorboard
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
-from robustq.hardening.state import StopRequest, put_back
+from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Trained, Training
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
@@ -234,7 +234,7 @@ def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Data
                     f"{training.recipe.batch_size:,} on {training.device}; {what_fits(training)}, as a new run; "
                     f"or free memory and go on: {command}"
                 )
-            put_back(training.model, training.standing.best_weights)
+            restore(training.model, training.standing.best_weights)
             right, count = accuracy_on_test(training.model, data, device=training.device)
             result = _result(folder, spec, training, outcome[0], right, count)
             folder.finish(result)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks import Streams, apgd, apgd_targeted, pgd
+from robustq.attacks import ImageGenerators, apgd, apgd_targeted, pgd
 from robustq.attacks.apgd import checkpoints, likely_targets
 from robustq.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 from robustq.data import to_float
@@ -92,7 +92,7 @@ def test_every_point_is_that_of_algorithm_1(loss: Callable[[Tensor, Tensor], Ten
     generator = torch.Generator().manual_seed(8)
     x = torch.rand(6, 1, 3, 3, generator=generator, dtype=torch.float64)
     y = torch.zeros(6, dtype=torch.int64)
-    streams = Streams.of(0, range(6))
+    streams = ImageGenerators.of(0, range(6))
     seen: list[Tensor] = []
 
     def watched(pictures: Tensor) -> Tensor:
@@ -124,7 +124,14 @@ def test_start_touches_the_edge_of_the_ball() -> None:
         return curved(pictures)
 
     x = torch.full((5, 1, 3, 3), 0.5)
-    apgd(watched, x, torch.zeros(5, dtype=torch.int64), epsilon=EPSILON, steps=1, generator=Streams.of(0, range(5)))
+    apgd(
+        watched,
+        x,
+        torch.zeros(5, dtype=torch.int64),
+        epsilon=EPSILON,
+        steps=1,
+        generator=ImageGenerators.of(0, range(5)),
+    )
     edge = (seen[1] - x).abs().flatten(1).amax(dim=1)
     # One rounding of a float32 number near 0.5.
     torch.testing.assert_close(edge, torch.full((5,), EPSILON), rtol=0, atol=1e-7)
@@ -146,7 +153,7 @@ def test_targeted_runs_ascend_the_target_of_each_image() -> None:
         asked.append(tuple(target.tolist()))
         return targeted_dlr(logits, labels, target)
 
-    apgd_targeted(curved, x, y, epsilon=EPSILON, steps=3, loss=watched, generator=Streams.of(0, range(6)))
+    apgd_targeted(curved, x, y, epsilon=EPSILON, steps=3, loss=watched, generator=ImageGenerators.of(0, range(6)))
     order = curved(x)[:, 1:].argsort(dim=1, descending=True) + 1
     assert asked == [tuple(order[:, rank].tolist()) for rank in range(3) for _ in range(4)]
 
@@ -161,7 +168,7 @@ def test_apgd_is_at_least_as_strong_as_pgd_on_a_4_bit_network() -> None:
         with torch.no_grad():
             return int((model(x_adv).argmax(dim=1) == y).sum())
 
-    streams = Streams.of(0, range(32))
+    streams = ImageGenerators.of(0, range(32))
     plain = left(pgd(model, x, y, epsilon=epsilon, steps=20, keep_best=True, generator=streams))
     entropy = left(apgd(model, x, y, epsilon=epsilon, steps=20, generator=streams))
     untargeted = left(apgd(model, x, y, epsilon=epsilon, steps=20, loss=margin, generator=streams))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import ATTACKS, Counted, Streams
+from robustq.attacks import ATTACKS, Counted, ImageGenerators
 from robustq.attacks.ball import uniform_start
 from robustq.attacks.losses import dlr, margin, targeted_margin
 from robustq.errors import UsageError
@@ -325,7 +325,7 @@ def batchwise(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("case", sorted(RANDOM))
 def test_stream_belongs_to_its_image(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    streams = Streams.of(3, range(100, 124), attack=case)
+    streams = ImageGenerators.of(3, range(100, 124), attack=case)
     together = attack_with(case, batchwise, x[:24], y[:24], epsilon=4 / 255, generator=streams)
     for rows in (torch.arange(5, 6), torch.arange(23, -1, -2)):
         part = attack_with(case, batchwise, x[rows], y[rows], epsilon=4 / 255, generator=streams[rows])
@@ -338,7 +338,7 @@ def test_stream_belongs_to_its_image(case: str, images: tuple[Tensor, Tensor]) -
 def test_streams_of_other_images_are_refused(case: str, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
     with pytest.raises(UsageError, match="3 random streams and 4 images"):
-        attack_with(case, batchwise, x[:4], y[:4], epsilon=EPSILON, generator=Streams.of(0, range(3)))
+        attack_with(case, batchwise, x[:4], y[:4], epsilon=EPSILON, generator=ImageGenerators.of(0, range(3)))
 
 
 @pytest.mark.parametrize("case", sorted(HUNTING | STOPPING))
@@ -398,7 +398,7 @@ def test_what_stops_breaks_all_that_the_last_iterate_broke_and_costs_less(
     case: str, images: tuple[Tensor, Tensor]
 ) -> None:
     x, y = images
-    streams = Streams.of(0, range(len(x)), attack=case) if case in RANDOM else None
+    streams = ImageGenerators.of(0, range(len(x)), attack=case) if case in RANDOM else None
     more: dict[str, Any] = {} if streams is None else {"generator": streams}
     broken, spent = [], []
     for stop in (True, False):
@@ -435,7 +435,7 @@ def test_criterion_has_the_last_word(case: str, images: tuple[Tensor, Tensor]) -
     def left(pictures: Tensor) -> int:
         return int((batchwise((pictures * 63).round() / 63).argmax(dim=1) == y).sum())
 
-    # Pictures that stopped just behind the boundary fall back when they are rounded.
+    # Adversarial images that stopped just behind the boundary fall back when they are rounded.
     assert left(x_adv) <= left(plain)
 
 
@@ -504,7 +504,7 @@ def test_impossible_apgd_settings_are_refused(case: str, named: str, images: tup
 @pytest.mark.parametrize("case", sorted(RANDOM - {"gaussian_noise", "uniform_noise"}))
 def test_other_batch_sizes_count_alike(case: str, trained: nn.Module, images: tuple[Tensor, Tensor]) -> None:
     x, y = images
-    streams = Streams.of(0, range(len(x)), attack=case)
+    streams = ImageGenerators.of(0, range(len(x)), attack=case)
     together = attack_with(case, trained, x, y, epsilon=EPSILON, generator=streams)
     parts = [
         attack_with(case, trained, x[rows], y[rows], epsilon=EPSILON, generator=streams[rows])

@@ -17,7 +17,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from robustq.attacks import Streams, apgd, apgd_targeted, fab, fab_targeted, fgsm, square
+from robustq.attacks import ImageGenerators, apgd, apgd_targeted, fab, fab_targeted, fgsm, square
 from robustq.attacks.losses import dlr
 from robustq.data import to_float
 from tests.models.small_nets import digits, small_spec, trained
@@ -114,8 +114,8 @@ PAIRS: dict[str, tuple[Attack, Attack]] = {
 }
 
 
-def streams(x: Tensor, seed: int) -> Streams:
-    return Streams.of(seed, range(len(x)))
+def streams(x: Tensor, seed: int) -> ImageGenerators:
+    return ImageGenerators.of(seed, range(len(x)))
 
 
 def compare(name: str, model: nn.Module, *, images: int, epsilon: float, budget: int, seeds: int) -> None:

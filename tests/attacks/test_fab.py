@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
-from robustq.attacks import Streams, fab, fab_targeted
+from robustq.attacks import ImageGenerators, fab, fab_targeted
 from robustq.attacks.fab import onto_plane
 
 
@@ -123,7 +123,7 @@ def test_restarts_start_around_the_image_inside_the_ball() -> None:
         return linear(pictures)
 
     epsilon = 0.25
-    streams = Streams.of(0, range(20))
+    streams = ImageGenerators.of(0, range(20))
     fab_targeted(
         watched,
         _X,

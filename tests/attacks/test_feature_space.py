@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks import Counted, Streams, feature_space, transfer
+from robustq.attacks import Counted, ImageGenerators, feature_space, transfer
 from robustq.attacks.ball import uniform_start
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
@@ -32,7 +32,7 @@ def model(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_first_step(guided: bool) -> None:
-    streams = Streams.of(0, range(6))
+    streams = ImageGenerators.of(0, range(6))
     start = uniform_start(X, epsilon=EPSILON, generator=streams.child("feature space"))
     guides = X.flip(0) if guided else None
     seen: list[Tensor] = []
@@ -67,12 +67,14 @@ def test_features_of_a_layer_of_a_trained_network_break_it() -> None:
         epsilon=32 / 255,
         features=counted.sharing(tap),
         steps=20,
-        generator=Streams.of(0, range(60)),
+        generator=ImageGenerators.of(0, range(60)),
     )
     with torch.no_grad():
         before, after = (int((network(pictures).argmax(dim=1) == y).sum()) for pictures in (x, x_adv))
         moved = (tap(x_adv)[1] - tap(x)[1]).norm(dim=1)
-        noise = (tap(uniform_start(x, epsilon=32 / 255, generator=Streams.of(1, range(60))))[1] - tap(x)[1]).norm(dim=1)
+        noise = (
+            tap(uniform_start(x, epsilon=32 / 255, generator=ImageGenerators.of(1, range(60))))[1] - tap(x)[1]
+        ).norm(dim=1)
     assert after <= before - 15
     assert float(moved.median()) >= 2 * float(noise.median())
     assert int(counted.gradient_steps.max()) == 20
@@ -97,7 +99,9 @@ def test_transfer_asks_the_model_about_one_picture_of_each_surrogate() -> None:
         asked.append(x.clone())
         return model(x).detach()
 
-    transfer(judge, X, Y, epsilon=EPSILON, surrogates=[other, third], steps=10, generator=Streams.of(0, range(6)))
+    transfer(
+        judge, X, Y, epsilon=EPSILON, surrogates=[other, third], steps=10, generator=ImageGenerators.of(0, range(6))
+    )
     assert len(asked) == 3
     assert torch.equal(asked[0], X)
     for surrogate, pictures in zip((other, third), asked[1:], strict=True):
@@ -121,7 +125,15 @@ def test_what_one_surrogate_broke_the_next_one_is_not_asked_about() -> None:
 
     flat = torch.full((4, 1, 4, 4), 0.5)
     flat[2:] = 0.2
-    transfer(weak, flat, Y[:4], epsilon=EPSILON, surrogates=[weak, second], steps=5, generator=Streams.of(0, range(4)))
+    transfer(
+        weak,
+        flat,
+        Y[:4],
+        epsilon=EPSILON,
+        surrogates=[weak, second],
+        steps=5,
+        generator=ImageGenerators.of(0, range(4)),
+    )
     assert set(images_asked) == {2}
 
 

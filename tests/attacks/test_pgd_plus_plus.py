@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks import Streams, pgd, pgd_plus_plus
+from robustq.attacks import ImageGenerators, pgd, pgd_plus_plus
 from robustq.attacks.losses import cross_entropy, rescaled_cross_entropy, unsaturating_factor
 from robustq.data import to_float
 from tests.models.small_nets import digits, small_spec, trained
@@ -60,7 +60,7 @@ def test_rescaling_attacks_what_cross_entropy_cannot() -> None:
         with torch.no_grad():
             return int((network(x_adv).argmax(dim=1) == y).sum())
 
-    epsilon, streams = 24 / 255, Streams.of(0, range(100))
+    epsilon, streams = 24 / 255, ImageGenerators.of(0, range(100))
     undefended = left(pgd_plus_plus(network, x, y, epsilon=epsilon, generator=streams))
     rescaled = left(pgd_plus_plus(saturated, x, y, epsilon=epsilon, generator=streams))
     plain = left(pgd_plus_plus(saturated, x, y, epsilon=epsilon, loss=cross_entropy, generator=streams))

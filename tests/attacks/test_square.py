@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks import ATTACKS, Streams, random_corners, square
+from robustq.attacks import ATTACKS, ImageGenerators, random_corners, square
 from robustq.attacks.square import schedule_of, share
 from robustq.errors import UsageError
 
@@ -31,7 +31,7 @@ def asked_by(attack: str, **settings: int | float) -> list[Tensor]:
         seen.append(pictures.clone())
         return sure(pictures)
 
-    result = ATTACKS[attack](watched, X, Y, epsilon=EPSILON, generator=Streams.of(0, range(6)), **settings)
+    result = ATTACKS[attack](watched, X, Y, epsilon=EPSILON, generator=ImageGenerators.of(0, range(6)), **settings)
     return [*seen, result]
 
 
@@ -119,7 +119,7 @@ def test_pixels_stay_in_the_unit_interval() -> None:
         return torch.stack([score + 9, score * 0], dim=1)
 
     for attack in (partial(square, queries=30), random_corners):
-        attack(model, dark, torch.zeros(2, dtype=torch.int64), epsilon=0.3, generator=Streams.of(0, range(2)))
+        attack(model, dark, torch.zeros(2, dtype=torch.int64), epsilon=0.3, generator=ImageGenerators.of(0, range(2)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from robustq.attacks.generators import Streams, streams_for
+from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.errors import UsageError
 
 
@@ -17,13 +17,13 @@ def test_numbers_are_those_of_splitmix64() -> None:
         [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
         [6457827717110365317, 3203168211198807973, 9817491932198370423],
     ]
-    numbers = Streams(torch.tensor([0, 1234567])).bits((3,))
+    numbers = ImageGenerators(torch.tensor([0, 1234567])).bits((3,))
     assert [[value % 2**64 for value in row] for row in numbers.tolist()] == published
 
 
 def test_numbers_depend_on_seed_image_attack_and_label_only() -> None:
-    streams = Streams.of(0, range(10), attack="square")
-    again = Streams.of(0, torch.tensor([7, 3]), attack="square")
+    streams = ImageGenerators.of(0, range(10), attack="square")
+    again = ImageGenerators.of(0, torch.tensor([7, 3]), attack="square")
     assert torch.equal(again.uniform((4, 5)), streams.uniform((4, 5))[[7, 3]])
     assert torch.equal(streams[torch.tensor([7, 3])].keys, again.keys)
     assert torch.equal(streams[2:4].keys, streams.keys[2:4])
@@ -31,9 +31,9 @@ def test_numbers_depend_on_seed_image_attack_and_label_only() -> None:
     assert torch.equal(streams[mask].child("a", 1).keys, streams.child("a").child(1).keys[mask])
     keys = [
         streams.keys,
-        Streams.of(1, range(10), attack="square").keys,
-        Streams.of(0, range(10), attack="rays").keys,
-        Streams.of(0, range(10, 20), attack="square").keys,
+        ImageGenerators.of(1, range(10), attack="square").keys,
+        ImageGenerators.of(0, range(10), attack="rays").keys,
+        ImageGenerators.of(0, range(10, 20), attack="square").keys,
         streams.child(1).keys,
         streams.child("1").keys,
         streams.child(1, 1).keys,
@@ -43,7 +43,7 @@ def test_numbers_depend_on_seed_image_attack_and_label_only() -> None:
 
 
 def test_uniform_numbers_fill_the_interval_evenly() -> None:
-    uniform = Streams.of(5, range(50)).uniform((40, 50))
+    uniform = ImageGenerators.of(5, range(50)).uniform((40, 50))
     assert uniform.shape == (50, 40, 50)
     assert uniform.dtype == torch.float32
     assert 0.0 <= float(uniform.min()) < 1e-4 and 1 - 1e-4 < float(uniform.max()) < 1.0
@@ -51,14 +51,14 @@ def test_uniform_numbers_fill_the_interval_evenly() -> None:
     counts = torch.histc(uniform, bins=16, min=0, max=1)
     assert float((counts - 6250).abs().max()) <= 5 * 77
     # Neighbours, images and children are uncorrelated: five standard errors of 1 / sqrt(n).
-    other = Streams.of(5, range(50)).child(0).uniform((40, 50))
+    other = ImageGenerators.of(5, range(50)).child(0).uniform((40, 50))
     for a, b in ((uniform[:, :, 1:], uniform[:, :, :-1]), (uniform[1:], uniform[:-1]), (uniform, other)):
         pair = torch.stack([a.flatten(), b.flatten()]).double()
         assert abs(float(torch.corrcoef(pair)[0, 1])) <= 5 / math.sqrt(a.numel())
 
 
 def test_signs_normals_and_integers() -> None:
-    streams = Streams.of(6, range(100))
+    streams = ImageGenerators.of(6, range(100))
     signs = streams.signs((1000,))
     assert set(signs.flatten().tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) <= 5 / math.sqrt(100_000)
@@ -78,21 +78,21 @@ def test_signs_normals_and_integers() -> None:
 
 
 def test_empty_shapes() -> None:
-    assert Streams.of(0, range(0)).uniform((3, 2)).shape == (0, 3, 2)
-    assert Streams.of(0, range(4)).uniform().shape == (4,)
+    assert ImageGenerators.of(0, range(0)).uniform((3, 2)).shape == (0, 3, 2)
+    assert ImageGenerators.of(0, range(4)).uniform().shape == (4,)
 
 
 def test_streams_for_a_generator() -> None:
     x = torch.zeros(3, 1, 2, 2)
     generator = torch.Generator().manual_seed(1)
-    first, second = streams_for(generator, x), streams_for(generator, x)
+    first, second = image_generators(generator, x), image_generators(generator, x)
     assert len(set(torch.cat([first.keys, second.keys]).tolist())) == 6
-    assert torch.equal(streams_for(torch.Generator().manual_seed(1), x).keys, first.keys)
-    assert streams_for(first, x) is first
+    assert torch.equal(image_generators(torch.Generator().manual_seed(1), x).keys, first.keys)
+    assert image_generators(first, x) is first
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        globally = streams_for(None, x)
-        assert not torch.equal(streams_for(None, x).keys, globally.keys)
+        globally = image_generators(None, x)
+        assert not torch.equal(image_generators(None, x).keys, globally.keys)
     assert len(globally) == 3
     with pytest.raises(UsageError, match="3 random streams and 2 images"):
-        streams_for(first, x[:2])
+        image_generators(first, x[:2])

@@ -110,7 +110,7 @@ def test_what_masks_does_hide_most_images_from_cross_entropy() -> None:
     for factor, left in ((1e3, 0.6), (1e-3, 0.05)):
         (kept,) = (trial for trial in scaled(factor).trials if trial.name == "apgd-ce")
         # With random corners before it; alone it would leave 93% and 11%.
-        assert len(kept.kept_places) / 359 > left
+        assert len(kept.kept_indices) / 359 > left
 
 
 def test_a_network_without_defence_falls_and_is_not_flagged() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from robustq.errors import UsageError
-from robustq.evaluation.adversarial_images import Pictures, check_ball, digest
+from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
 
 
 @pytest.fixture
@@ -20,20 +20,20 @@ def clean() -> torch.Tensor:
 
 
 @pytest.fixture
-def pictures(clean: torch.Tensor) -> Pictures:
+def pictures(clean: torch.Tensor) -> AdversarialImages:
     labels = torch.arange(5)
     x_adv = (clean.int() + 8).clamp(max=255).to(torch.uint8)
     found_by = ("clean", "apgd-ce", "none", "square", "apgd-ce")
     broken = torch.tensor([True, True, False, True, True])
     about = {"model": "m.pt", "seed": 0}
     places = torch.tensor([0, 2, 4, 6, 9])
-    return Pictures(x_adv, labels, places, found_by, broken, 8 / 255, "digits", digest(clean, labels), about)
+    return AdversarialImages(x_adv, labels, places, found_by, broken, 8 / 255, "digits", digest(clean, labels), about)
 
 
-def test_what_is_saved_is_loaded(pictures: Pictures, tmp_path: Path) -> None:
+def test_what_is_saved_is_loaded(pictures: AdversarialImages, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "found.npz"
     pictures.save(path)
-    again = Pictures.load(path)
+    again = AdversarialImages.load(path)
     for name in ("x_adv", "labels", "places", "broken"):
         assert torch.equal(getattr(again, name), getattr(pictures, name)), name
         assert getattr(again, name).dtype == getattr(pictures, name).dtype
@@ -41,7 +41,7 @@ def test_what_is_saved_is_loaded(pictures: Pictures, tmp_path: Path) -> None:
         assert getattr(again, name) == getattr(pictures, name), name
 
 
-def test_images_of_few_changes_take_few_bytes(clean: torch.Tensor, pictures: Pictures, tmp_path: Path) -> None:
+def test_images_of_few_changes_take_few_bytes(clean: torch.Tensor, pictures: AdversarialImages, tmp_path: Path) -> None:
     many = torch.zeros(1000, 3, 32, 32, dtype=torch.uint8)
     column = torch.zeros(1000, dtype=torch.int64)
     large = replace(
@@ -59,7 +59,7 @@ def test_digest_follows_every_pixel_and_label(clean: torch.Tensor) -> None:
     assert digest(clean, labels) == digest(clean.clone(), labels.int())
 
 
-def test_a_picture_outside_the_ball_is_named(clean: torch.Tensor, pictures: Pictures) -> None:
+def test_a_picture_outside_the_ball_is_named(clean: torch.Tensor, pictures: AdversarialImages) -> None:
     check_ball(pictures, clean)
     moved = pictures.x_adv.clone()
     moved[3, 0, 1, 1] = clean[3, 0, 1, 1] - 9 if clean[3, 0, 1, 1] > 100 else clean[3, 0, 1, 1] + 9
@@ -96,12 +96,14 @@ def rewritten(path: Path, **changed: Any) -> None:
         ({"attack": np.array([None] * 5, dtype=object)}, "cannot be read"),
     ],
 )
-def test_another_file_is_refused(pictures: Pictures, tmp_path: Path, changed: dict[str, Any], told: str) -> None:
+def test_another_file_is_refused(
+    pictures: AdversarialImages, tmp_path: Path, changed: dict[str, Any], told: str
+) -> None:
     path = tmp_path / "found.npz"
     pictures.save(path)
     rewritten(path, **changed)
     with pytest.raises(UsageError, match=told):
-        Pictures.load(path)
+        AdversarialImages.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 broken", b"\x93NUMPY nonsense", b"text"])
@@ -109,17 +111,17 @@ def test_damage_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "found.npz"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="cannot be read") as told:
-        Pictures.load(path)
+        AdversarialImages.load(path)
     assert "\n" not in str(told.value)
 
 
-def test_truncation_and_absence_are_one_line(pictures: Pictures, tmp_path: Path) -> None:
+def test_truncation_and_absence_are_one_line(pictures: AdversarialImages, tmp_path: Path) -> None:
     path = tmp_path / "found.npz"
     pictures.save(path)
     whole = path.read_bytes()
     for length in (10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(UsageError, match=r"cannot be read|lacks"):
-            Pictures.load(path)
+            AdversarialImages.load(path)
     with pytest.raises(UsageError, match="no such file"):
-        Pictures.load(tmp_path / "none.npz")
+        AdversarialImages.load(tmp_path / "none.npz")

@@ -169,7 +169,7 @@ def test_broken_images_are_dropped_from_later_attacks() -> None:
     for trial in found.trials:
         assert len(trial.places) == standing
         standing = trial.standing
-        assert standing == len(trial.kept_places)
+        assert standing == len(trial.kept_indices)
     assert standing == int(found.robust.sum()) < int(found.clean.sum())
     # FGSM takes one gradient of each image that it meets, PGD five.
     steps = {trial.name: trial.gradient_steps for trial in found.trials}

@@ -14,7 +14,7 @@ import pytest
 
 from robustq.errors import UsageError
 from robustq.hardening import metrics as board
-from robustq.hardening.metrics import Board, check_tensorboard
+from robustq.hardening.metrics import TensorBoardLogger, check_tensorboard
 
 ROWS: list[dict[str, Any]] = [
     {"epoch": 1, "loss": 2.0, "holdout_pgd10_accuracy": None, "peak_memory_of": "process", "lr": 0.1},
@@ -55,7 +55,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[Notes]:
 
 
 def test_each_row_is_written_once_and_only_its_numbers(notes: list[Notes], tmp_path: Path) -> None:
-    writing = Board(tmp_path)
+    writing = TensorBoardLogger(tmp_path)
     assert notes == []  # nothing before the first epoch
     writing.follow(ROWS[:1])
     writing.follow(ROWS)
@@ -75,8 +75,8 @@ def test_another_process_begins_anew_with_what_the_run_knows(notes: list[Notes],
     (tmp_path / "tensorboard").mkdir()
     mine = tmp_path / "tensorboard" / "mine.txt"
     mine.write_text("mine")
-    Board(tmp_path).follow(ROWS)  # and dies; its second row is in no saved state
-    Board(tmp_path).follow(ROWS[:1])
+    TensorBoardLogger(tmp_path).follow(ROWS)  # and dies; its second row is in no saved state
+    TensorBoardLogger(tmp_path).follow(ROWS[:1])
     assert sorted(path.name for path in mine.parent.iterdir()) == [notes[1].file.name, "mine.txt"]
     assert notes[1].scalars == notes[0].scalars[:2]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import Streams, apgd
+from robustq.attacks import ImageGenerators, apgd
 from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
@@ -267,7 +267,7 @@ def test_a_binarised_network_whose_straight_through_gradient_is_useless() -> Non
     model = signs_only()
     images, y = digits()
     x, y = to_float(images)[:100], y[:100]
-    streams = Streams.of(0, range(len(x)))
+    streams = ImageGenerators.of(0, range(len(x)))
 
     def left(source: Any) -> int:
         x_adv = apgd(source, x, y, epsilon=24 / 255, steps=20, loss=margin, generator=streams)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Stateless, Step
-from robustq.recipe.schema import number_faults
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class DqSettings:
     orthogonality_weight: float = 3e-4
 
     def __post_init__(self) -> None:
-        faults = number_faults("dq.orthogonality_weight", self.orthogonality_weight, low=0, high=1000)
+        faults = number_errors("dq.orthogonality_weight", self.orthogonality_weight, low=0, high=1000)
         if faults:
             raise RecipeError("; ".join(faults))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.errors import RecipeError
-from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, crafting, mode_faults, normalised
-from robustq.recipe.schema import number_faults
+from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, crafting, mode_errors, normalised
+from robustq.recipe.schema import number_errors
 
 _ROWS_AT_ONCE = 1024
 """Images whose start is drawn at a time: the draw is made on the CPU, which need not hold a training set of numbers."""
@@ -48,11 +48,11 @@ class FgsmMepSettings:
     batch_norm: str = "train"
 
     def __post_init__(self) -> None:
-        faults = number_faults("fgsm-mep.step_scale", self.step_scale, low=0, high=1000, above=True)
-        faults += number_faults("fgsm-mep.momentum", self.momentum, low=0, high=1)
-        faults += number_faults("fgsm-mep.mse_weight", self.mse_weight, low=0, high=100_000)
-        faults += number_faults("fgsm-mep.reset_epochs", self.reset_epochs, low=1, high=100_000, whole=True)
-        faults += mode_faults("fgsm-mep.batch_norm", self.batch_norm)
+        faults = number_errors("fgsm-mep.step_scale", self.step_scale, low=0, high=1000, above=True)
+        faults += number_errors("fgsm-mep.momentum", self.momentum, low=0, high=1)
+        faults += number_errors("fgsm-mep.mse_weight", self.mse_weight, low=0, high=100_000)
+        faults += number_errors("fgsm-mep.reset_epochs", self.reset_epochs, low=1, high=100_000, whole=True)
+        faults += mode_errors("fgsm-mep.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))
 

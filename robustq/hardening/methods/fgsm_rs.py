@@ -12,8 +12,8 @@ from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.errors import RecipeError
-from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_faults, task_step
-from robustq.recipe.schema import number_faults
+from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_errors, task_step
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,8 @@ class FgsmRsSettings:
     batch_norm: str = "train"
 
     def __post_init__(self) -> None:
-        faults = number_faults("fgsm-rs.step_scale", self.step_scale, low=0, high=1000, above=True)
-        faults += mode_faults("fgsm-rs.batch_norm", self.batch_norm)
+        faults = number_errors("fgsm-rs.step_scale", self.step_scale, low=0, high=1000, above=True)
+        faults += mode_errors("fgsm-rs.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from robustq.errors import RecipeError
 from robustq.hardening.methods.method import PLAIN_CROSS_ENTROPY, CrossEntropy, Step, task_step
-from robustq.recipe.schema import number_faults
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class FreeSettings:
     step_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        faults = number_faults("free.repeats", self.repeats, low=1, high=1000, whole=True)
-        faults += number_faults("free.step_scale", self.step_scale, low=0, high=1000, above=True)
+        faults = number_errors("free.repeats", self.repeats, low=1, high=1000, whole=True)
+        faults += number_errors("free.step_scale", self.step_scale, low=0, high=1000, above=True)
         if faults:
             raise RecipeError("; ".join(faults))
 

@@ -79,7 +79,7 @@ def only_input_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def mode_faults(key: str, mode: str) -> list[str]:
+def mode_errors(key: str, mode: str) -> list[str]:
     """What is wrong with a BatchNorm mode, in words: nothing, or one fault."""
     return [] if mode in MODES else [unknown_value(key, mode, MODES)]
 
@@ -106,7 +106,7 @@ def length(value: str | float) -> float:
     return parse_epsilon(value)
 
 
-def length_faults(key: str, value: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> list[str]:
+def length_errors(key: str, value: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> list[str]:
     """What is wrong with a length of a method's table, in words: nothing, or one fault.
 
     Args:

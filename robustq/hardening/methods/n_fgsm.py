@@ -14,8 +14,8 @@ from torch import Tensor
 from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
 from robustq.errors import RecipeError
-from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_faults, task_step
-from robustq.recipe.schema import number_faults
+from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_errors, task_step
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +33,9 @@ class NFgsmSettings:
     batch_norm: str = "train"
 
     def __post_init__(self) -> None:
-        faults = number_faults("n-fgsm.noise_scale", self.noise_scale, low=0, high=1000)
-        faults += number_faults("n-fgsm.step_scale", self.step_scale, low=0, high=1000, above=True)
-        faults += mode_faults("n-fgsm.batch_norm", self.batch_norm)
+        faults = number_errors("n-fgsm.noise_scale", self.noise_scale, low=0, high=1000)
+        faults += number_errors("n-fgsm.step_scale", self.step_scale, low=0, high=1000, above=True)
+        faults += mode_errors("n-fgsm.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))
 

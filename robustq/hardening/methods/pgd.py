@@ -18,12 +18,12 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     Step,
     crafting,
-    length_faults,
-    mode_faults,
+    length_errors,
+    mode_errors,
     step_length,
     task_step,
 )
-from robustq.recipe.schema import number_faults
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class PgdSettings:
     batch_norm: str = "eval"
 
     def __post_init__(self) -> None:
-        faults = number_faults("pgd.steps", self.steps, low=1, high=1000, whole=True)
-        faults += length_faults("pgd.step_size", self.step_size, words=(AUTO,))
-        faults += mode_faults("pgd.batch_norm", self.batch_norm)
+        faults = number_errors("pgd.steps", self.steps, low=1, high=1000, whole=True)
+        faults += length_errors("pgd.step_size", self.step_size, words=(AUTO,))
+        faults += mode_errors("pgd.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))
 

@@ -30,12 +30,12 @@ from robustq.hardening.methods.method import (
     Step,
     crafting,
     length,
-    length_faults,
-    mode_faults,
+    length_errors,
+    mode_errors,
     step_length,
 )
 from robustq.progress import bar
-from robustq.recipe.schema import number_faults, shown, unknown_value
+from robustq.recipe.schema import number_errors, shown, unknown_value
 
 BATCH = 500
 """Images that the teacher is shown at a time when its answers are cached; the same in every run, for the same bits."""
@@ -156,11 +156,11 @@ class RsladSettings:
     batch_norm: str = "eval"
 
     def __post_init__(self) -> None:
-        faults = number_faults("rslad.steps", self.steps, low=1, high=1000, whole=True)
-        faults += length_faults("rslad.step_size", self.step_size, words=(AUTO,))
-        faults += length_faults("rslad.start_size", self.start_size, least=1 / 255)
-        faults += number_faults("rslad.clean_weight", self.clean_weight, low=0, high=1)
-        faults += mode_faults("rslad.batch_norm", self.batch_norm)
+        faults = number_errors("rslad.steps", self.steps, low=1, high=1000, whole=True)
+        faults += length_errors("rslad.step_size", self.step_size, words=(AUTO,))
+        faults += length_errors("rslad.start_size", self.start_size, least=1 / 255)
+        faults += number_errors("rslad.clean_weight", self.clean_weight, low=0, high=1)
+        faults += mode_errors("rslad.batch_norm", self.batch_norm)
         if self.teacher_sees not in TEACHER_SEES:
             faults.append(unknown_value("rslad.teacher_sees", self.teacher_sees, TEACHER_SEES))
         if self.teacher != str(self.teacher):

@@ -19,11 +19,11 @@ from robustq.hardening.methods.method import (
     Step,
     crafting,
     length,
-    length_faults,
-    mode_faults,
+    length_errors,
+    mode_errors,
     step_length,
 )
-from robustq.recipe.schema import number_faults
+from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class TradesSettings:
     batch_norm: str = "eval"
 
     def __post_init__(self) -> None:
-        faults = number_faults("trades.kl_weight", self.kl_weight, low=0, high=100_000)
-        faults += number_faults("trades.steps", self.steps, low=1, high=1000, whole=True)
-        faults += length_faults("trades.step_size", self.step_size, words=(AUTO,))
-        faults += length_faults("trades.start_size", self.start_size, least=1 / 255)
-        faults += mode_faults("trades.batch_norm", self.batch_norm)
+        faults = number_errors("trades.kl_weight", self.kl_weight, low=0, high=100_000)
+        faults += number_errors("trades.steps", self.steps, low=1, high=1000, whole=True)
+        faults += length_errors("trades.step_size", self.step_size, words=(AUTO,))
+        faults += length_errors("trades.start_size", self.start_size, least=1 / 255)
+        faults += mode_errors("trades.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))
 

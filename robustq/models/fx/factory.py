@@ -21,14 +21,14 @@ OUR_CODE = "torchvision"
 """The one module name before the colon that needs no permission: it is a library, and only its model list is read."""
 
 
-def is_own(architecture: str) -> bool:
+def is_custom(architecture: str) -> bool:
     """Whether ``architecture`` names a network that robustq did not write: it has a colon."""
     return ":" in architecture
 
 
 def runs_user_code(architecture: str) -> bool:
     """Whether building ``architecture`` imports a module that the user must have named on this command line."""
-    return is_own(architecture) and not architecture.startswith(TORCHVISION)
+    return is_custom(architecture) and not architecture.startswith(TORCHVISION)
 
 
 def check_permission(architecture: str, named: str | None) -> None:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from robustq.errors import ExportError
 from robustq.models.batch_norm import running_statistics
-from robustq.models.fx.factory import is_own
+from robustq.models.fx.factory import is_custom
 from robustq.models.quant.binary import ChannelThresholds, SignNorm
 from robustq.models.resnet import PaddedShortcut
 from robustq.models.spec import ModelSpec, build_model
@@ -62,7 +62,7 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
         ExportError: a BatchNorm does not follow a convolution, so that it cannot be folded, or float32 cannot hold what
             folding gives; the layer is named.
     """
-    if is_own(spec.architecture):
+    if is_custom(spec.architecture):
         # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
         from robustq.models.fx.fold import fold_graph
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.fx.factory import check_permission, float_network, is_own, runs_user_code, torchvision_names
+from robustq.models.fx.factory import check_permission, float_network, is_custom, runs_user_code, torchvision_names
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 
@@ -68,7 +68,7 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_names() -> None:
-    assert is_own("torchvision:resnet18") and is_own("nets:build") and not is_own("resnet18")
+    assert is_custom("torchvision:resnet18") and is_custom("nets:build") and not is_custom("resnet18")
     assert (
         runs_user_code("nets:build") and not runs_user_code("torchvision:resnet18") and not runs_user_code("resnet20")
     )
