@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from robustq.export.formats import HLS4ML, build
 from robustq.export.runtime_limits import contents, not_for
-from tests.export.exported import net, parsed
+from tests.export.exported import SLOW_WIDTH, net, parsed
 
 OLD = "onnxruntime up to 1.20.1, also -web and -node"
 WEB = "onnxruntime-web 1.30.0 with graph optimisation"
@@ -37,7 +37,10 @@ def runtimes(sentences: list[str]) -> list[str]:
     return [one.split(": ", 1)[0] for one in sentences]
 
 
-@pytest.mark.parametrize(("name", "bits"), EXPECTED)
+CASES = [pytest.param(*case, marks=pytest.mark.slow if case[1] == SLOW_WIDTH else ()) for case in EXPECTED]
+
+
+@pytest.mark.parametrize(("name", "bits"), CASES)
 def test_runtimes_that_a_file_is_not_for(name: str, bits: int) -> None:
     assert runtimes(not_for(parsed(bits, name), net(bits).spec)) == EXPECTED[name, bits]
 
@@ -65,7 +68,7 @@ def test_element_types_decide_and_not_the_format(name: str) -> None:
     assert runtimes(not_for(model, net(1).spec)) == [OPENVINO]
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 1])
+@pytest.mark.parametrize("bits", [4, pytest.param(SLOW_WIDTH, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("name", ["integer", "packed"])
 def test_no_sum_of_bytes_is_written(name: str, bits: int) -> None:
     """The table has no row for it, though onnxruntime before 1.23 would refuse such a file."""
