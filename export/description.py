@@ -12,7 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from robustq.errors import ModelFileError
-from robustq.export.lowering.folded_constants import folded_constants
+from robustq.export.lowering.constants import folded_constants
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
