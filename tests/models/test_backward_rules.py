@@ -24,8 +24,8 @@ from robustq.models.quant.straight_through import (
     RULES,
     activation_quantizers,
     backward_rule,
-    sign_slope,
-    staircase_slope,
+    sign_derivative,
+    staircase_derivative,
     under_rule,
 )
 from tests.models.own.own_nets import folded_of, graph_of, pixels
@@ -131,7 +131,7 @@ def test_signed_quantizer_has_two_ends() -> None:
 def test_staircase_integrates_to_its_steps() -> None:
     # Far from the ends each code is one step high, so that the smooth staircase follows the real one.
     u = torch.linspace(3.0, 10.0, 7001, dtype=torch.float64)
-    slope = staircase_slope(u, lowest=-500, highest=500)
+    slope = staircase_derivative(u, lowest=-500, highest=500)
     for first in range(7):
         part = slope[first * 1000 : (first + 1) * 1000 + 1]
         assert float(torch.trapezoid(part, dx=0.001)) == pytest.approx(1.0, abs=2e-3)
@@ -146,7 +146,7 @@ def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wa
     upper = 1 / (1 + torch.exp(-(highest + 0.5 - u) / width))
     lower = 1 / (1 + torch.exp(-(u - lowest + 0.5) / width)) if lowest else 1.0
     expected = (1 - wave * torch.cos(2 * math.pi * u)) * upper * lower
-    torch.testing.assert_close(staircase_slope(u, lowest=lowest, highest=highest), expected)
+    torch.testing.assert_close(staircase_derivative(u, lowest=lowest, highest=highest), expected)
 
 
 def test_sign_passes_through_or_fades_like_tanh() -> None:
@@ -163,7 +163,7 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
         * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     )
     x[1, 2] = 0.0
-    slope = sign_slope(x)
+    slope = sign_derivative(x)
     for image in range(2):
         for channel in range(3):
             part = x[image, channel]
@@ -173,8 +173,8 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
     # A feature is a place of its own: the image is what it is compared with, as it is for (N, C, 1, 1).
     flat = x[:, :, 0, 0]
     t = flat.abs().mean(dim=1, keepdim=True) / 2
-    torch.testing.assert_close(sign_slope(flat), (1 - (flat / t).tanh() ** 2) / t)
-    assert torch.equal(sign_slope(flat[:, :, None, None]).flatten(1), sign_slope(flat))
+    torch.testing.assert_close(sign_derivative(flat), (1 - (flat / t).tanh() ** 2) / t)
+    assert torch.equal(sign_derivative(flat[:, :, None, None]).flatten(1), sign_derivative(flat))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -188,7 +188,7 @@ def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     model = Rounds()
     x = torch.tensor([[-0.3, 0.6, 1.2]])
     expected = {"straight-through": torch.zeros(1, 3), "pass-through": torch.full((1, 3), 12.0)}
-    expected["smooth"] = 12.0 * sign_slope(4 * x) if function is torch.sign else torch.full((1, 3), 12.0)
+    expected["smooth"] = 12.0 * sign_derivative(4 * x) if function is torch.sign else torch.full((1, 3), 12.0)
     with backward_rule(model, rule):
         leaf = x.clone().requires_grad_()
         out = model(leaf)

@@ -18,12 +18,11 @@ from torch._functorch import config as functorch_config
 from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
-from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler, compile_forward
+from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler, compile_forward
 from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.quant.quantizers import BranchQuant
-from robustq.models.quant.relu import _Relu
+from robustq.models.quant.quantizers import BranchQuant, _Relu
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
-from robustq.models.quant.weights_once import SharedWeights
 from tests.models.test_backward_rules import input_slope, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
@@ -52,7 +51,7 @@ def test_answers_and_gradients_are_the_networks_own_from_one_graph_each(name: st
     with SharedWeights(model).quantized_once():
         fast = CompiledNetwork(model, backend=counter)
         asked = fast if rule == STRAIGHT_THROUGH else fast.under_rule(rule)
-        for count in (40, 39, 23, FEWEST):
+        for count in (40, 39, 23, MIN_IMAGES):
             images = x[:count].clone()
             logits, slope = input_slope(under_rule(model, rule), images)
             ours = input_slope(asked, images)
@@ -84,7 +83,7 @@ def test_few_images_go_through_the_network_as_it_is_written(rule: str) -> None:
     model, x = network("resnet8-4")
     counter = CompileCounterWithBackend("eager")
     asked = CompiledNetwork(model, backend=counter).under_rule(rule)
-    for count in (FEWEST - 1, 1, 0):
+    for count in (MIN_IMAGES - 1, 1, 0):
         ours, theirs = input_slope(asked, x[:count]), input_slope(under_rule(model, rule), x[:count])
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
@@ -121,7 +120,7 @@ def test_plain_rounding_is_watched_where_there_is_any() -> None:
             logits: Tensor = (x * 8.0).round().flatten(1)[:, :10]
             return logits
 
-    model, x = Rounding(), torch.rand(FEWEST, 1, 8, 8)
+    model, x = Rounding(), torch.rand(MIN_IMAGES, 1, 8, 8)
     counter = CompileCounterWithBackend("eager")
     fast = CompiledNetwork(model, backend=counter)
     assert not input_slope(fast, x.clone())[1].any()
@@ -164,7 +163,7 @@ def test_a_network_that_cannot_be_had_in_one_piece_is_refused() -> None:
     model = Broken().eval()
     for rule in RULES:
         with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-            input_slope(CompiledNetwork(model, backend="eager").under_rule(rule), torch.rand(FEWEST, 1, 8, 8))
+            input_slope(CompiledNetwork(model, backend="eager").under_rule(rule), torch.rand(MIN_IMAGES, 1, 8, 8))
 
 
 def test_a_network_that_counts_its_images_is_refused() -> None:
@@ -174,7 +173,7 @@ def test_a_network_that_counts_its_images_is_refused() -> None:
             return logits
 
     with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-        CompiledNetwork(Counting(), backend="eager")(torch.rand(FEWEST, 1, 8, 8))
+        CompiledNetwork(Counting(), backend="eager")(torch.rand(MIN_IMAGES, 1, 8, 8))
 
 
 def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_end() -> None:
@@ -188,7 +187,7 @@ def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_en
 
     model = Restless()
     fast = CompiledNetwork(model, backend="eager")
-    x = torch.rand(FEWEST, 1, 8, 8)
+    x = torch.rand(MIN_IMAGES, 1, 8, 8)
     for number in range(1, 15):
         with torch.no_grad():
             assert torch.equal(fast(x), x.flatten(1)[:, :10] * float(number))
@@ -200,7 +199,9 @@ def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
             return x.detach().flatten(1)[:, :10]
 
     with pytest.raises(UsageError, match="gives logits without a gradient"):
-        input_gradient(CompiledNetwork(Detached(), backend="eager"), torch.rand(FEWEST, 1, 8, 8), lambda y: y.sum(1))
+        input_gradient(
+            CompiledNetwork(Detached(), backend="eager"), torch.rand(MIN_IMAGES, 1, 8, 8), lambda y: y.sum(1)
+        )
 
 
 def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:

@@ -16,8 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quant.fused import FusedIntQuant, _inside_anywhere, _inside_compiled_on_cpu, _inside_on_cpu
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant, learned_thresholds
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant, QuantReLU, learned_thresholds
 
 
 class StockActQuant(ActQuant):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from robustq.errors import UsageError
-from robustq.models.normalise import IMAGENET, Normalise, parse_normalisation
+from robustq.models.layers import IMAGENET, Normalise, parse_normalisation
 from robustq.models.spec import build_model
 from tests.models.small_nets import small_spec
 

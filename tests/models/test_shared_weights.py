@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.spec import build_model
 from tests.models.small_nets import small_spec
 
