@@ -20,8 +20,8 @@ from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import BranchQuant, QuantReLU, learned_thresholds
 from robustq.recipe import Recipe, load_recipe
+from tests.hardening.test_tf32 import flags
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
-from tests.models.test_tf32 import flags
 
 HALF = torch.bfloat16
 

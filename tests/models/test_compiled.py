@@ -19,11 +19,12 @@ from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler, compile_forward
+from robustq.models.quant.fused import _CompiledReLU
 from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.quant.quantizers import BranchQuant, _Relu
+from robustq.models.quant.quantizers import BranchQuant
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
-from tests.models.test_backward_rules import input_slope, network
+from tests.models.test_straight_through import input_slope, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
 
@@ -193,27 +194,6 @@ def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_en
             assert torch.equal(fast(x), x.flatten(1)[:, :10] * float(number))
 
 
-def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
-    class Detached(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.detach().flatten(1)[:, :10]
-
-    with pytest.raises(UsageError, match="gives logits without a gradient"):
-        input_gradient(
-            CompiledNetwork(Detached(), backend="eager"), torch.rand(MIN_IMAGES, 1, 8, 8), lambda y: y.sum(1)
-        )
-
-
-def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("C++ compile error")
-
-    model, x = network("resnet8-32")
-    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
-    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-        input_slope(CompiledNetwork(model, backend=backend), x.clone())
-
-
 def test_a_compiler_is_tried_on_little() -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no compiler today")
@@ -263,10 +243,31 @@ def test_compiled_code(name: str, rule: str) -> None:
 
 
 def test_a_relu_before_a_watched_quantizer_has_its_own_gradient() -> None:
-    """Compiled it is another function (rectifier.py)."""
+    """In compiled code it is another function."""
     x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0, torch.inf], requires_grad=True)
     g = torch.tensor([1.0, -2.0, 3.0, 4.0, -5.0, 6.0])
-    (ours,) = torch.autograd.grad(_Relu.apply(x), x, g)
+    (ours,) = torch.autograd.grad(_CompiledReLU.apply(x), x, g)
     (theirs,) = torch.autograd.grad(x.relu(), x, g)
     assert torch.equal(ours, theirs)
-    assert torch.equal(_Relu.apply(x), x.relu())
+    assert torch.equal(_CompiledReLU.apply(x), x.relu())
+
+
+def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().flatten(1)[:, :10]
+
+    with pytest.raises(UsageError, match="gives logits without a gradient"):
+        input_gradient(
+            CompiledNetwork(Detached(), backend="eager"), torch.rand(MIN_IMAGES, 1, 8, 8), lambda y: y.sum(1)
+        )
+
+
+def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("C++ compile error")
+
+    model, x = network("resnet8-32")
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
+        input_slope(CompiledNetwork(model, backend=backend), x.clone())

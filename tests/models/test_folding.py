@@ -111,7 +111,7 @@ def conv_outputs(model: Any, folded: Any) -> tuple[Tensor, Tensor, Tensor]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, 2])
 def test_codes_stay_and_a_negative_gamma_flips_them(bits: int) -> None:
     model = one_conv_model(bits)
     folded: Any = fold(model, one_conv_spec(bits))
@@ -121,13 +121,6 @@ def test_codes_stay_and_a_negative_gamma_flips_them(bits: int) -> None:
     folded_codes, folded_scale = parameters_of(folded.conv)
     assert torch.equal(folded_codes, codes * gain.sign().reshape(-1, 1, 1, 1))
     assert torch.equal(folded_scale.float(), (scale * gain.abs()).float())  # exact: float64, then one rounding
-
-
-def test_the_last_layer_keeps_its_codes_and_scales() -> None:
-    model = one_conv_model(4)
-    folded: Any = fold(model, one_conv_spec(4))
-    for before, after in zip(parameters_of(model.fc), parameters_of(folded.fc), strict=True):
-        assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("bits", [8, 2])
@@ -155,11 +148,6 @@ def check_half_step(model: Any, bits: int) -> None:
     size = torch.maximum(unfolded.abs().amax(dim=(0, 2, 3)), torch.maximum(shift.abs(), mean))
     bound = 0.5 * step + 64 * 2.0**-24 * size
     assert ((after - unfolded).abs().amax(dim=(0, 2, 3)) <= bound).all()
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_drift_of_one_layer_is_at_most_half_an_accumulator_step(bits: int) -> None:
-    check_half_step(one_conv_model(bits), bits)
 
 
 @pytest.mark.parametrize("bits", [8, 2])
@@ -235,15 +223,11 @@ def with_channel(model: Any, channel: int, **values: float) -> Any:
 
 OFF = [
     pytest.param({"gamma": 0.0, "beta": 0.7}, 0.7, id="zero gamma"),
-    pytest.param({"gamma": 0.0, "beta": -0.7}, -0.7, id="zero gamma, negative bias"),
     pytest.param({"gamma": 0.0, "beta": 0.0}, 0.0, id="zero gamma and bias"),
-    pytest.param({"gamma": 1e-12, "beta": 0.7}, 0.7, id="tiny gamma"),
     pytest.param({"gamma": -1e-12, "beta": 0.7}, 0.7, id="tiny negative gamma"),
     pytest.param({"gamma": 1e-45, "beta": 0.0, "mean": 0.0}, 0.0, id="gamma below float32's range, no bias"),
-    pytest.param({"gamma": 1e-39, "beta": 1e-44, "mean": 0.0}, 0.0, id="gamma and bias below float32's range"),
     pytest.param({"gamma": 0.0, "beta": 1e-42, "mean": 0.0}, 0.0, id="bias below float32's range"),
     pytest.param({"gamma": 1.0, "beta": 0.7, "mean": 0.0, "weight": 0.0}, 0.7, id="dead weights"),
-    pytest.param({"gamma": 1.0, "beta": 0.0, "mean": 0.0, "weight": 0.0}, 0.0, id="dead weights, no bias"),
     pytest.param({"gamma": 1.0, "beta": 0.5, "mean": 0.5, "var": 1.0, "weight": 0.0}, None, id="dead weights, mean"),
 ]
 
@@ -288,26 +272,15 @@ def test_the_largest_bias_code_is_2_to_the_30(share: float, kept: bool) -> None:
     assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 * 18 / 2**30 + 2.0**-22)
 
 
-def test_a_channel_with_zero_variance_folds() -> None:
-    model = with_channel(one_conv_model(4), 2, var=0.0)
-    folded: Any = fold(model, one_conv_spec(4))
-    codes, _ = parameters_of(model.conv)
-    gain, _ = gain_and_shift(model.bn)
-    assert gain[2].abs() > 100  # 1 / sqrt(eps)
-    assert torch.equal(parameters_of(folded.conv)[0], codes * gain.sign().reshape(-1, 1, 1, 1))
-    check_half_step(model, 4)
-
-
 # --- whole networks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
-def test_float_folding_is_exact_up_to_float_rounding(architecture: str) -> None:
-    spec = small_spec(32, architecture=architecture)
+def test_float_folding_is_exact_up_to_float_rounding() -> None:
+    spec = small_spec(32)
     model = perturbed(spec)
     with torch.no_grad():
         before, after = model(images()), fold(model, spec)(images())
-    # Weights in float64, rounded once; then up to 21 layers of float32 sums, each right to about 1e-6.
+    # Weights in float64, rounded once; then nine layers of float32 sums, each right to about 1e-6.
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * before.std().item())
 
 
@@ -325,7 +298,7 @@ def test_a_trained_network_keeps_its_answers(bits: int) -> None:
     assert (after - before).abs().mean() < (0.01 if bits == 8 else 0.1) * before.std()
 
 
-@pytest.mark.parametrize(("bits", "mode"), [(32, "train"), (4, "train"), (4, "eval"), (4, "mixed")])
+@pytest.mark.parametrize(("bits", "mode"), [(32, "train"), (4, "eval"), (4, "mixed")])
 def test_the_model_stays_as_it_was(bits: int, mode: str) -> None:
     model = perturbed(small_spec(bits)).train(mode != "eval")
     if mode == "mixed":
@@ -344,38 +317,7 @@ def test_the_model_stays_as_it_was(bits: int, mode: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_twin_has_gradients_into_the_images() -> None:
-    folded = fold(perturbed(small_spec(4)), small_spec(4))
-    x = images().requires_grad_()
-    folded(x).square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-
-
 # --- refused ---------------------------------------------------------------------------------------------------------
-
-
-def refused(model: nn.Module, name: str) -> None:
-    with pytest.raises(ExportError, match=rf"^{name} does not follow a convolution of its own; .*cannot be folded$"):
-        fold(model, small_spec(4))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_batch_norm_on_the_pixels_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.pixels = nn.Sequential(nn.BatchNorm2d(1), model.get_submodule("pixels"))
-    refused(model, r"pixels\.0")
-
-
-def test_a_batch_norm_after_a_relu_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.relu = nn.Sequential(model.get_submodule("relu"), nn.BatchNorm2d(16))
-    refused(model, r"relu\.1")
-
-
-def test_a_second_batch_norm_on_one_convolution_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.bn1 = nn.Sequential(model.get_submodule("bn1"), nn.BatchNorm2d(16))
-    refused(model, r"bn1\.1")
 
 
 class Sum(nn.Module):
@@ -390,16 +332,22 @@ class Sum(nn.Module):
         return summed
 
 
-def test_two_batch_norms_beside_one_another_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("layer", "replacement", "named"),
+    [
+        ("pixels", lambda old: nn.Sequential(nn.BatchNorm2d(1), old), r"pixels\.0"),
+        ("relu", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"relu\.1"),
+        ("bn1", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"bn1\.1"),
+        ("bn1", lambda old: Sum(), r"bn1\.two"),
+        ("fc", lambda old: nn.Sequential(old, nn.BatchNorm1d(10)), r"fc\.1"),
+    ],
+)
+def test_a_batch_norm_without_a_convolution_of_its_own_is_refused(layer: str, replacement: Any, named: str) -> None:
     model = perturbed(small_spec(4))
-    model.bn1 = Sum()
-    refused(model, r"bn1\.two")
-
-
-def test_a_batch_norm_on_the_logits_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.fc = nn.Sequential(model.get_submodule("fc"), nn.BatchNorm1d(10))
-    refused(model, r"fc\.1")
+    setattr(model, layer, replacement(model.get_submodule(layer)))
+    with pytest.raises(ExportError, match=rf"^{named} does not follow a convolution of its own; .*cannot be folded$"):
+        fold(model, small_spec(4))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # --- what folding changes in a whole network -------------------------------------------------------------------------
@@ -508,10 +456,8 @@ def check_every_layer(model: Any, folded: Any) -> None:
     [
         ("resnet8", 4, 4),
         ("resnet8", 1, 1),
-        ("resnet8", 1, 4),
         ("resnet8", 2, 1),
         ("resnet20-a", 3, 3),
-        pytest.param("resnet20", 8, 2, marks=pytest.mark.slow),
     ],
 )
 def test_bias_rounding_explains_all_that_folding_changes(architecture: str, weight_bits: int, act_bits: int) -> None:
@@ -545,16 +491,6 @@ def test_bias_rounding_explains_all_in_random_networks(
     calibrate(model, images())
     off_ties(model)
     check_bias_rounding_explains_all(model, spec)
-
-
-def test_a_finer_bias_is_nearer_than_the_accumulators_step() -> None:
-    """At 2 bits a bias rounded to the accumulator's step (127 of these) would be wrong by up to half of it."""
-    model = one_conv_model(2)
-    folded: Any = fold(model, one_conv_spec(2))
-    unfolded, after, input_scale = conv_outputs(model, folded)
-    accumulator = (input_scale * parameters_of(folded.conv)[1]).reshape(-1, 1, 1)
-    error = ((after - unfolded).abs() / accumulator).amax(dim=(0, 2, 3))
-    assert (error < 0.5 / 127 + 1e-3).all()  # float32 sums beside it
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -65,10 +64,3 @@ def test_activations(bits: int, kind: str, shape: tuple[int, ...], threshold: fl
     assert y.isfinite().all() and y.shape == shape
     assert len(y.unique()) <= 2**bits
     assert y.min() >= (-1 if bits == 1 else 0)
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3, 2, 1])
-def test_every_pixel_has_its_own_code_at_every_width(bits: int) -> None:
-    pixels = (torch.arange(256, dtype=torch.uint8).float() / 255).reshape(1, 1, 16, 16)
-    quantized: Any = Layers(Widths(bits, bits), folded=True).pixels()(pixels)
-    assert torch.equal(quantized.int().flatten().long(), torch.arange(256))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.layers import Layers
-from robustq.models.quant.quantizers import BITS, PIXEL_SCALE, LearnedThreshold, Widths, learned_thresholds
-from tests.models.small_nets import digits, perturbed, small_spec
+from robustq.models.quant.quantizers import LearnedThreshold, Widths, learned_thresholds
+from tests.models.small_nets import perturbed, small_spec
 
 QUANTIZED = (8, 4, 3, 2)
 
@@ -64,12 +64,6 @@ def test_weights_are_symmetric_narrow_range_with_one_scale_per_channel(bits: int
         assert len(channel.unique()) <= 2**bits - 1
 
 
-@pytest.mark.parametrize("bits", QUANTIZED)
-def test_negated_weights_have_negated_codes(bits: int) -> None:
-    weight = random_weight()
-    assert torch.equal(conv_with(-weight, bits).quant_weight().value, -conv_with(weight, bits).quant_weight().value)
-
-
 def test_ties_of_weights_round_to_even() -> None:
     # The largest magnitude 7 makes the scale of a 4-bit channel exactly 1.
     weight = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 6.5, 0.0]).reshape(1, 1, 3, 3)
@@ -94,12 +88,6 @@ def test_the_gradient_passes_straight_through_the_weights() -> None:
     assert torch.equal(gradient[1:], torch.tensor([5.0, -2.0, 0.0]))
     # d scale / d w_max = 1/3, and d y / d scale = code - w / scale for each of the others: 5 * -0.4 and -2 * 0.2.
     assert gradient[0].item() == pytest.approx((5 * (0 - 0.4) - 2 * (-1 + 1.2)) / 3, rel=1e-5)  # float32
-
-
-def test_the_first_and_the_inner_width() -> None:
-    assert layers(4).conv(1, 2, kernel_size=3, outer=True).quant_weight().bit_width == 8  # type: ignore[operator]
-    assert layers(4).conv(1, 2, kernel_size=3).quant_weight().bit_width == 4  # type: ignore[operator]
-    assert layers(4).linear(3, 2).quant_weight().bit_width == 8  # type: ignore[operator]
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -131,21 +119,6 @@ def test_branches_are_signed_8_bit(threshold: float) -> None:
     y = layer(spread())
     assert torch.equal(y, (spread() / scale).round().clamp(-128, 127) * scale)  # exact: same operations
     assert (y / scale).round().aminmax() == (-128.0, 127.0)
-
-
-def test_pooled_features_are_unsigned_8_bit() -> None:
-    layer = layers(2).pooled()
-    threshold_of(layer).set_threshold(0.9)
-    scale = scale_of(layer, 255)
-    assert torch.equal(layer(spread()), (spread() / scale).round().clamp(0, 255) * scale)  # exact: same operations
-
-
-def test_every_pixel_is_its_own_code() -> None:
-    codes = torch.arange(256)
-    quantized = layers(4, folded=True).pixels()((codes.to(torch.uint8).float() / 255).reshape(1, 1, 16, 16))
-    assert torch.equal(quantized.int().flatten().long(), codes)
-    assert quantized.scale.item() == torch.tensor(PIXEL_SCALE).item()
-    assert torch.equal(quantized.value.flatten(), codes * torch.tensor(PIXEL_SCALE))
 
 
 def test_between_pixels_the_nearest_wins_and_outside_they_clip() -> None:
@@ -226,14 +199,6 @@ def test_the_gradient_factor_counts_the_elements_of_one_image() -> None:
     assert fourfold.item() == pytest.approx(4 * once.item(), rel=1e-5)  # float32 sums in another order
 
 
-def test_without_a_gradient_for_the_threshold_images_still_get_theirs() -> None:
-    layer = layers(4).relu()
-    threshold_of(layer).log_threshold.requires_grad_(False)
-    x = torch.full((1, 1, 2, 2), 0.5, requires_grad=True)
-    layer(x).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
-
-
 def test_a_threshold_of_zero_becomes_a_small_positive_one() -> None:
     threshold = LearnedThreshold(4, signed=False)
     threshold.set_threshold(0.0)
@@ -265,32 +230,7 @@ def test_no_forward_changes_the_model(bits: int, grad: bool, mode: str) -> None:
     assert bool(changed) == (mode == "train")
 
 
-def test_forwards_in_train_mode_leave_the_answers_of_eval_mode() -> None:
-    model = perturbed(small_spec(4))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # then train mode's statistics do not reach eval mode
-    x = digits()[0][:8].float() / 255
-    with torch.no_grad():
-        before = model(x)
-        model.train()
-        for _ in range(3):
-            model(x * 3)
-        model.eval()
-        assert torch.equal(model(x), before)
-
-
 # --- widths ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("weights", BITS)
-@pytest.mark.parametrize("activations", BITS)
-def test_widths_mix_but_for_float(weights: int, activations: int) -> None:
-    if (weights == 32) == (activations == 32):
-        assert Widths(weights, activations).is_float == (weights == 32)
-    else:
-        with pytest.raises(UsageError, match=f"weight bits {weights} with activation bits {activations}"):
-            Widths(weights, activations)
 
 
 @pytest.mark.parametrize("bits", [-4, 0, 5, 7, 16, 64])

@@ -19,7 +19,7 @@ from robustq.workflow import attack as crafting
 from robustq.workflow.attack import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
 from robustq.workflow.open_model import Opened, open_attackable
 from tests.models.small_nets import digits
-from tests.models.test_backward_rules import input_slope
+from tests.models.test_straight_through import input_slope
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,6 @@ from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
 from robustq.models.quant.straight_through import (
     RULES,
-    activation_quantizers,
     backward_rule,
     sign_derivative,
     staircase_derivative,
@@ -77,12 +76,6 @@ def test_forward_is_bit_for_bit_the_same_and_all_is_restored(name: str, rule: st
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_every_activation_quantizer_is_covered() -> None:
-    model, _ = network("resnet8-4")
-    layers = [m for m in model.modules() if isinstance(m, qnn.QuantReLU | qnn.QuantIdentity)]
-    assert len(activation_quantizers(model)) == len(layers) >= 10
 
 
 def layer_slopes(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
@@ -196,15 +189,6 @@ def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     assert torch.equal(out, 3.0 * function(4.0 * x))
     torch.testing.assert_close(slope, expected[rule])
     assert torch.equal(torch.autograd.grad(model(leaf).sum(), leaf)[0], torch.zeros(1, 3))
-
-
-def test_all_is_restored_after_an_error() -> None:
-    model, x = network("resnet8-4")
-    before = input_slope(model, x)[1]
-    with pytest.raises(ZeroDivisionError), backward_rule(model, "pass-through"):
-        raise ZeroDivisionError
-    assert torch.equal(input_slope(model, x)[1], before)
-    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_unknown_rules_and_quantizers_are_refused() -> None:
