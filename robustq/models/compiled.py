@@ -89,8 +89,7 @@ class CompiledNetwork:
 def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     """Logits of the compiled network; None once torch has reached its limit of recompilations.
 
-    Args:
-        backward: run the backward pass too, so that it is compiled here and not in the middle of an attack.
+    ``backward`` runs the backward pass too, so that it is compiled here and not in the middle of an attack.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
@@ -127,12 +126,9 @@ def compile_forward(
     cuda_graphs: bool = False,
     backend: Any = "inductor",
 ) -> Callable[..., Any]:
-    """A forward pass that is compiled at its first call.
+    """A module's forward pass that is compiled at its first call, with arguments of torch.compile.
 
-    Args:
-        forward: a module's.
-        dynamic, fullgraph, backend: of torch.compile.
-        cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
+    ``cuda_graphs`` records the kernels of a pass on a GPU once and replays them together.
     """
     options: dict[str, Any] | None = None
     if backend == "inductor":
@@ -144,11 +140,7 @@ def compile_forward(
 
 
 def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
-    """Compile a sum of two numbers.
-
-    Raises:
-        UsageError: torch.compile does not work on this machine.
-    """
+    """Compile a sum of two numbers; UsageError if torch.compile does not work on this machine."""
 
     def double(x: Tensor) -> Tensor:
         return x + x

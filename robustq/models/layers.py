@@ -43,9 +43,6 @@ class Normalise(nn.Module):
 
     It stays in float, and epsilon stays a distance between pixels. Its constants are part of the spec, not of the
     weights.
-
-    Args:
-        normalisation: mean and standard deviation, as many numbers each as the images have channels.
     """
 
     mean: Tensor

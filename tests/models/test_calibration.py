@@ -39,7 +39,7 @@ def mean_squared_error(values: Tensor, threshold: float, *, bits: int, signed: b
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "heavy", "uniform", "tiny"])
-@pytest.mark.parametrize(("bits", "signed"), [(8, False), (4, False), (3, False), (2, False), (8, True), (4, True)])
+@pytest.mark.parametrize(("bits", "signed"), [(8, False), (2, False), (8, True)])
 def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) -> None:
     values = samples(kind)
     largest = values.abs().max().item()
@@ -106,14 +106,6 @@ def test_each_threshold_is_the_best_for_what_the_quantized_network_feeds_it(bits
         assert threshold.log_threshold.item() == pytest.approx(math.log(best), abs=1e-6), name  # one float32 rounding
 
 
-def test_images_decide() -> None:
-    dark, bright = fresh(4), fresh(4)
-    calibrate(dark, images() * 0.1)
-    calibrate(bright, images())
-    first = "relu.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl"
-    assert learned_thresholds(dark)[first].log_threshold < learned_thresholds(bright)[first].log_threshold
-
-
 @pytest.mark.parametrize("from_scratch", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 def test_mode_weights_and_statistics_stay(mode: str, from_scratch: bool) -> None:
@@ -129,14 +121,6 @@ def test_mode_weights_and_statistics_stay(mode: str, from_scratch: bool) -> None
     assert changed and all(name.endswith("log_threshold") for name in changed)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_hooks_go_when_the_forward_fails() -> None:
-    model = fresh(4).train()
-    with pytest.raises(RuntimeError):
-        calibrate(model, torch.rand(2, 3, 8, 8))  # three channels into a network of one
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert all(module.training for module in model.modules())
 
 
 def test_from_scratch_does_not_look_at_the_running_statistics() -> None:
@@ -164,10 +148,3 @@ def test_dead_activations_get_a_threshold_of_one() -> None:
     calibrate(model, images())
     assert all(threshold.log_threshold.item() == 0.0 for threshold in learned_thresholds(model).values())
     assert model(images()).isfinite().all()
-
-
-def test_a_float_network_is_left_alone() -> None:
-    model = fresh(32)
-    before = copy.deepcopy(model.state_dict())
-    calibrate(model, images())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,4 +1,4 @@
-"""Backward rules: the forward pass bit for bit, the gradients against their formulas, and what they are for."""
+"""Backward rules: the same forward pass bit for bit, gradients against their formulas, and their use in an attack."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from robustq.models.quant.straight_through import (
 from tests.models.own.own_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 
-NETWORKS = [*(f"resnet8-{bits}" for bits in (32, 8, 4, 2, 1)), "folded-4", "folded-1", "own-4", "own-folded-8"]
+NETWORKS = [*(f"resnet8-{bits}" for bits in (32, 4, 1)), "folded-4", "folded-1", "own-4", "own-folded-8"]
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def test_forward_is_bit_for_bit_the_same_and_all_is_restored(name: str, rule: st
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def layer_slopes(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
+def layer_gradient(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
     layer.eval()
     with backward_rule(layer, rule):
         leaf = x.clone().requires_grad_()
@@ -99,9 +99,9 @@ def test_relu_quantizer_of_two_bits() -> None:
     # Codes 0 .. 3 of scale 0.5: it clips at 1.5 (and rounds up to 1.75).
     layer = scaled(qnn.QuantReLU(act_quant=ActQuant, bit_width=2), 1.5)
     assert layer(X).tolist() == pytest.approx([0, 0, 0, 0, 0, 0.5, 1.0, 1.5, 1.5, 1.5])
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
-    assert layer_slopes(layer, X, "pass-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
-    smooth = layer_slopes(layer, X, "smooth").tolist()
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
+    assert layer_gradient(layer, X, "pass-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+    smooth = layer_gradient(layer, X, "smooth").tolist()
     for x, found in zip(X.tolist(), smooth, strict=True):
         u = x / 0.5
         by_hand = (1 - 0.5 * math.cos(2 * math.pi * u)) / (1 + math.exp(-(3.5 - u) / 0.5)) if x > 0 else 0.0
@@ -111,23 +111,14 @@ def test_relu_quantizer_of_two_bits() -> None:
 def test_signed_quantizer_has_two_ends() -> None:
     # 8 bits, codes -128 .. 127 of scale 1 / 128.
     layer = scaled(qnn.QuantIdentity(act_quant=BranchQuant), 1.0)
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
-    smooth = layer_slopes(layer, X, "smooth")
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
+    smooth = layer_gradient(layer, X, "smooth")
     for x, found in zip(X.tolist(), smooth.tolist(), strict=True):
         u = 128 * x
         t = 255 / 16
         ends = 1 / (1 + math.exp(-(127.5 - u) / t)) / (1 + math.exp(-(u + 128.5) / t))
         assert found == pytest.approx((1 - math.cos(2 * math.pi * u) / 128) * ends, abs=1e-4)  # cos of 800 in float32
-
-
-def test_staircase_integrates_to_its_steps() -> None:
-    # Far from the ends each code is one step high, so that the smooth staircase follows the real one.
-    u = torch.linspace(3.0, 10.0, 7001, dtype=torch.float64)
-    slope = staircase_derivative(u, lowest=-500, highest=500)
-    for first in range(7):
-        part = slope[first * 1000 : (first + 1) * 1000 + 1]
-        assert float(torch.trapezoid(part, dx=0.001)) == pytest.approx(1.0, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +135,10 @@ def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wa
 
 def test_sign_passes_through_or_fades_like_tanh() -> None:
     layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
-    torch.testing.assert_close(layer_slopes(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
+    torch.testing.assert_close(layer_gradient(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
     width = X.abs().mean() / 2
-    torch.testing.assert_close(layer_slopes(layer, X, "smooth"), (1 - (X / width).tanh() ** 2) / width)
+    torch.testing.assert_close(layer_gradient(layer, X, "smooth"), (1 - (X / width).tanh() ** 2) / width)
 
 
 def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
@@ -171,7 +162,7 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("function", [torch.round, torch.Tensor.floor, torch.ceil, torch.trunc, torch.sign])
+@pytest.mark.parametrize("function", [torch.round, torch.Tensor.floor, torch.sign])
 def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     class Rounds(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -191,15 +182,13 @@ def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     assert torch.equal(torch.autograd.grad(model(leaf).sum(), leaf)[0], torch.zeros(1, 3))
 
 
-def test_unknown_rules_and_quantizers_are_refused() -> None:
+def test_an_unknown_rule_is_refused() -> None:
     model, _ = network("resnet8-4")
     with (
         pytest.raises(UsageError, match="'clipped' is unknown; known: straight-through"),
         backward_rule(model, "clipped"),
     ):
         pass
-    with pytest.raises(UsageError, match="unknown"):
-        under_rule(model, "clipped")
 
 
 def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
@@ -209,8 +198,8 @@ def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
 
     layer = qnn.QuantIdentity(act_quant=ActQuant, bit_width=8)
     layer.act_quant.fused_activation_quant_proxy.tensor_quant = Halves()
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0] * 10
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0] * 10
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
     with pytest.raises(UsageError, match="is a Halves, which has no smooth form"), backward_rule(layer, "smooth"):
         pass
     assert not any(module._forward_hooks for module in layer.modules())

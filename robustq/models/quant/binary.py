@@ -17,16 +17,33 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from robustq.models.quant.fused import binary_weights
+
+class _SignTimesMean(torch.autograd.Function):
+    """alpha sign(w) with alpha = mean |w| and sign(0) = +1, differentiated straight through the sign and by the mean.
+
+    With incoming gradients g for the values and h for alpha, over the n weights of a channel:
+    g + sign(w) (sum of g sign(w), plus h) / n, where the second part is 0 for a weight of 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(-1, *[1] * (w.dim() - 1))
+        y = torch.where(w >= 0, alpha, -alpha)
+        ctx.save_for_backward(w)
+        return y, alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        g, of_alpha = grads
+        signed = torch.where(w >= 0, g, -g).reshape(len(w), -1)
+        total = (signed.sum(dim=1).reshape(of_alpha.shape) + of_alpha) / signed.shape[1]
+        return g + w.sign() * total, None
 
 
 class StraightThroughBinaryQuant(nn.Module):
-    """Brevitas' BinaryQuant, except that the gradient is not multiplied by the scale.
-
-    Args:
-        scaling_impl: Brevitas' computation of the same scale.
-        scaling_min_val: smallest scale.
-    """
+    """Brevitas' BinaryQuant, except that the gradient is not multiplied by the scale (`_SignTimesMean`)."""
 
     def __init__(self, scaling_impl: nn.Module, scaling_min_val: float) -> None:
         super().__init__()
@@ -37,7 +54,7 @@ class StraightThroughBinaryQuant(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
         """(C, ...) float -> +-scale of the same shape, the scales, zero point and bit width."""
-        y, scale = binary_weights(x, smallest=self.smallest)
+        y, scale = _SignTimesMean.apply(x, self.smallest)
         return y, scale, self.zero_point, self.bit_width
 
 
@@ -86,10 +103,7 @@ class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
 
     The values are stock Brevitas'. Its gradient is that of a clip; ours is that of Bi-Real Net's surrogate, 2 x + x^2
     below 0 and 2 x - x^2 above (arXiv:1808.00278, section 3.3): 2 - 2 |x| within 1, 0 beyond (docs/results/widths.md).
-
-    Args:
-        scaling_impl: gives the scale, which is constant.
-        scaling_init: that constant.
+    The scale is the constant ``scaling_init``.
     """
 
     def __init__(self, scaling_impl: nn.Module, scaling_init: float) -> None:
@@ -130,9 +144,6 @@ class ChannelThresholds(nn.Module):
     The sign of gain * x + shift only depends on the side of a threshold that x lies on (FINN, arXiv:1612.07119, section
     4.2.2). For a quantized x the threshold is half-way between two codes, so that no rounding changes the sign. Gains
     are the BatchNorm's own, so that the sign's gradient is clipped at the same x; 0 in a channel of constant sign.
-
-    Args:
-        channels: C.
     """
 
     gain: Tensor

@@ -135,13 +135,7 @@ def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
-    """Brevitas' integer quantizer for one scale per tensor and zero point 0.
-
-    Args:
-        bit_width: width of the codes.
-        signed: two's complement, or from 0 on.
-        others: as of ``RescalingIntQuant``.
-    """
+    """Brevitas' integer quantizer for one scale per tensor, zero point 0, and signed codes or codes from 0 on."""
 
     def __init__(
         self,
@@ -189,12 +183,7 @@ class _CompiledReLU(torch.autograd.Function):
 
 
 class FusedReLUQuant(nn.Module):
-    """A ReLU and its quantizer as one function, in place of Brevitas' FusedActivationQuantProxy.
-
-    Args:
-        activation_impl: the ReLU; exporters and calibration find it here.
-        tensor_quant: the quantizer after it, with codes from 0 on.
-    """
+    """A ReLU and its quantizer as one function, in place of Brevitas' FusedActivationQuantProxy and with its names."""
 
     def __init__(self, activation_impl: nn.ReLU, tensor_quant: FusedIntQuant) -> None:
         super().__init__()
@@ -252,10 +241,7 @@ class _QuantizeToLargest(torch.autograd.Function):
 class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
     """Brevitas' integer quantizer for symmetric weights with scales from the channels' largest magnitudes.
 
-    Args:
-        bit_width: width of the codes.
-        scaling_min_val: lower bound of a channel's largest magnitude.
-        others: as of ``RescalingIntQuant``.
+    Magnitudes below ``scaling_min_val`` count as that.
     """
 
     def __init__(
@@ -277,36 +263,6 @@ class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
         y, scale = _QuantizeToLargest.apply(x, self.largest_code, self.smallest)
         bit_width = self.msb_clamp_bit_width_impl()
         return y, scale, self.zero_point_impl(x, scale, bit_width), bit_width
-
-
-class _SignTimesMean(torch.autograd.Function):
-    """alpha sign(w) with alpha = mean |w| and sign(0) = +1, differentiated straight through the sign and by the mean.
-
-    With incoming gradients g for the values and h for alpha, over the n weights of a channel:
-    g + sign(w) (sum of g sign(w), plus h) / n, where the second part is 0 for a weight of 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(_per_channel(w))
-        y = torch.where(w >= 0, alpha, -alpha)
-        ctx.save_for_backward(w)
-        return y, alpha
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        g, of_alpha = grads
-        signed = torch.where(w >= 0, g, -g).reshape(len(w), -1)
-        total = (signed.sum(dim=1).reshape(_per_channel(w)) + of_alpha) / signed.shape[1]
-        return g + w.sign() * total, None
-
-
-def binary_weights(w: Tensor, *, smallest: float) -> tuple[Tensor, Tensor]:
-    """Two-valued weights mean |w| * sign(w) and their scales, which are at least ``smallest``."""
-    y, alpha = _SignTimesMean.apply(w, smallest)
-    return y, alpha
 
 
 def _per_channel(w: Tensor) -> tuple[int, ...]:

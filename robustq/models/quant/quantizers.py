@@ -121,13 +121,11 @@ class BranchQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore
     bit_width = 8
 
 
-class NormalisedQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore[misc]
+class NormalisedQuant(BranchQuant):
     """Signed 8-bit input of a network after a normalisation, one learned scale per tensor.
 
     No single scale holds all normalised pixels exactly: each channel has a grid of its own.
     """
-
-    bit_width = 8
 
 
 class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
@@ -147,10 +145,6 @@ class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
     """Brevitas' QuantReLU over ``ActQuant`` as one function (:class:`robustq.models.quant.fused.FusedReLUQuant`).
 
     Values and gradients of finite numbers are the same; two layers would write the tensor between them to memory.
-
-    Args:
-        bit_width: of the codes.
-        return_quant_tensor: whether to return a QuantTensor.
     """
 
     def __init__(self, *, bit_width: int, return_quant_tensor: bool = False) -> None:

@@ -12,11 +12,7 @@ from torch import nn
 
 
 class SharedWeights:
-    """The quantized weights of one network.
-
-    Args:
-        model: any network; layers other than Brevitas' stay as they are.
-    """
+    """The quantized weights of one network; layers other than Brevitas' stay as they are."""
 
     def __init__(self, model: nn.Module) -> None:
         self._layers = [

@@ -47,9 +47,8 @@ Derivative = Callable[[Tensor, tuple[Any, ...]], Tensor | None]
 """(a quantizer's input, its output tuple) -> derivative in the input's shape; None for 1."""
 
 WAVE = 0.5
-"""Ripple of the smooth staircase of up to 4 codes: how much steeper than the mean it is half-way between two codes, and
-flatter at the codes. With more codes it falls like 1 / codes: a perturbation then moves an activation by many codes,
-and the ripple is only noise in the gradient (docs/results/attacks.md)."""
+"""Ripple of the smooth staircase's derivative for up to 4 codes. It falls like 1 / codes beyond: a perturbation then
+moves an activation by many codes, and the ripple is only noise in the gradient (docs/results/attacks.md)."""
 
 EDGE = 1 / 16
 """Width of the smooth staircase's ends, as a share of its codes, and at least half a code."""
@@ -93,10 +92,7 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
 
 
 def under_rule(model: nn.Module, rule: str) -> Network:
-    """The network as a callable whose gradient follows a rule; a call leaves the network itself as it was.
-
-    Args and errors are those of `backward_rule`.
-    """
+    """The network as a callable with the gradient of a rule; arguments and errors as of `backward_rule`."""
     _check_rule(rule)
 
     def ruled(x: Tensor) -> Tensor:
@@ -113,12 +109,7 @@ def _check_rule(rule: str) -> None:
 
 
 def rounds_plainly(model: nn.Module, x: Tensor) -> bool:
-    """Whether the network calls torch.round or its like outside its quantizers.
-
-    Args:
-        model: the network; it is called once.
-        x: (N, C, H, W) images.
-    """
+    """Whether the network calls torch.round or its like outside its quantizers; one call with images (N, C, H, W)."""
     watched = _PlainRounding(PASS_THROUGH)
     with torch.enable_grad(), watched:
         model(x.detach().clone().requires_grad_())
@@ -147,11 +138,10 @@ def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
     """The derivative of a smooth staircase with one step per code, and smooth ends.
 
-    (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the first
-    factor is the derivative of the soft rounding u - w sin(2 pi u) / (2 pi), largest where a small change flips the
-    code, with w = `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond; the others let the gradient fade out where the
-    quantizer clips, over t = max((highest - lowest) EDGE, 1/2) codes. An unsigned quantizer (lowest 0) has no lower
-    end: the ReLU in front of it is that end.
+    (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the soft
+    rounding u - w sin(2 pi u) / (2 pi), steepest where a small change flips the code, and ends of width
+    t = max((highest - lowest) EDGE, 1/2). w is `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond. Without the last
+    factor for an unsigned quantizer (lowest 0): the ReLU in front of it is that end.
 
     Args:
         codes: any shape, the activations in units of the scale, before rounding (zero point added).
