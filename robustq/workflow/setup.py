@@ -217,7 +217,7 @@ def chosen_normalisation(text: str | None, *, channels: int) -> Normalisation | 
     """What ``--normalisation`` says; None without it.
 
     Raises:
-        UsageError: as :func:`robustq.models.normalise.parse_normalisation`.
+        UsageError: as :func:`robustq.models.layers.parse_normalisation`.
     """
     return None if text is None else parse_normalisation(text, channels=channels)
 

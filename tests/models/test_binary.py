@@ -150,7 +150,7 @@ def test_directions(gain: float, shift: float, direction: float) -> None:
 
 
 def test_gradients_are_the_batch_norms() -> None:
-    """What a sign behind it cuts off stays what training cut off; a scaled threshold would switch gradients off."""
+    """A sign clips the same gradients as in training; scaled thresholds would switch gradients off."""
     gain, shift = torch.tensor([0.5, -3.0], dtype=torch.float64), torch.tensor([0.2, -0.1], dtype=torch.float64)
     layer = ChannelThresholds(2)
     layer.set_affine(gain, shift, scale=0.01, lowest=-128, highest=127)

@@ -75,7 +75,7 @@ def images() -> Tensor:
 
 
 def values_at_thresholds(model: nn.Module, x: Tensor) -> dict[str, tuple[LearnedThreshold, Tensor]]:
-    """Layer name -> (its threshold, the tensor that it quantizes) in one eval forward of the model as it stands."""
+    """Layer name -> (its threshold, the tensor that it quantizes) in one eval forward of the model."""
     found: dict[str, tuple[LearnedThreshold, Tensor]] = {}
     handles = []
     for name, module in model.named_modules():

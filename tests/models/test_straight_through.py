@@ -44,12 +44,12 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return (fold(model, spec) if kind == "folded" else model), to_float(digits()[0][:40])
 
 
-def input_slope(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_gradient(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     logits = model(leaf)
     weight = torch.arange(1, logits.shape[1] + 1) * torch.tensor(1.0)
-    (slope,) = torch.autograd.grad((logits * weight).sum(), leaf)
-    return logits.detach(), slope
+    (gradient,) = torch.autograd.grad((logits * weight).sum(), leaf)
+    return logits.detach(), gradient
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -59,20 +59,20 @@ def test_forward_is_bit_for_bit_the_same_and_all_is_restored(name: str, rule: st
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         silent = model(x)
-    logits, slope = input_slope(model, x)
+    logits, gradient = logits_and_gradient(model, x)
     with backward_rule(model, rule):
-        ruled_logits, ruled_slope = input_slope(model, x)
+        ruled_logits, ruled_gradient = logits_and_gradient(model, x)
         with torch.no_grad():
             assert torch.equal(model(x), silent)
     assert torch.equal(ruled_logits, logits)
-    assert torch.equal(input_slope(under_rule(model, rule), x)[1], ruled_slope)
+    assert torch.equal(logits_and_gradient(under_rule(model, rule), x)[1], ruled_gradient)
     # Straight-through is the network's own gradient, and a float network has no other.
     same = rule == "straight-through" or name == "resnet8-32"
-    assert torch.equal(ruled_slope, slope) is same
-    assert ruled_slope.isfinite().all()
-    again = input_slope(model, x)
+    assert torch.equal(ruled_gradient, gradient) is same
+    assert ruled_gradient.isfinite().all()
+    again = logits_and_gradient(model, x)
     assert torch.equal(again[0], logits)
-    assert torch.equal(again[1], slope)
+    assert torch.equal(again[1], gradient)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -83,8 +83,8 @@ def layer_gradient(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
     with backward_rule(layer, rule):
         leaf = x.clone().requires_grad_()
         out = layer(leaf)
-        (slope,) = torch.autograd.grad(out.sum(), leaf)
-    return slope
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    return gradient
 
 
 def scaled(layer: Any, threshold: float) -> Any:
@@ -147,13 +147,13 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
         * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     )
     x[1, 2] = 0.0
-    slope = sign_derivative(x)
+    gradient = sign_derivative(x)
     for image in range(2):
         for channel in range(3):
             part = x[image, channel]
             t = part.abs().mean() / 2
             expected = (1 - (part / t).tanh() ** 2) / t if t > 0 else torch.zeros_like(part)
-            torch.testing.assert_close(slope[image, channel], expected)
+            torch.testing.assert_close(gradient[image, channel], expected)
     # A feature is a place of its own: the image is what it is compared with, as it is for (N, C, 1, 1).
     flat = x[:, :, 0, 0]
     t = flat.abs().mean(dim=1, keepdim=True) / 2
@@ -176,9 +176,9 @@ def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     with backward_rule(model, rule):
         leaf = x.clone().requires_grad_()
         out = model(leaf)
-        (slope,) = torch.autograd.grad(out.sum(), leaf)
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert torch.equal(out, 3.0 * function(4.0 * x))
-    torch.testing.assert_close(slope, expected[rule])
+    torch.testing.assert_close(gradient, expected[rule])
     assert torch.equal(torch.autograd.grad(model(leaf).sum(), leaf)[0], torch.zeros(1, 3))
 
 

@@ -159,7 +159,7 @@ def _inverse(scale: Tensor) -> Tensor:
 class _Convolve(torch.autograd.Function):
     """The convolution of scale * codes with weights; x gets the gradient of that, before which weights and the gradient
     that comes in are rounded to the type of the way back. Where exact, the bias is added as the device adds it, code by
-    code (:mod:`robustq.models.quant.exact_layers`).
+    code (:mod:`robustq.models.quant.folded_layers`).
     """
 
     @staticmethod
