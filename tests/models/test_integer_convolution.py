@@ -262,7 +262,7 @@ def test_nothing_of_it_loads_the_compiler() -> None:
     program = """
 import sys
 import robustq.models.spec
-from robustq.models import integer_convolution
+from robustq.models.quant import integer_convolution
 integer_convolution.is_available()
 sys.exit("torch._dynamo" in sys.modules)
 """
