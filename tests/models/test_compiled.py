@@ -106,7 +106,8 @@ def test_few_images_run_eagerly(rule: str) -> None:
 
 
 @pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")
-@pytest.mark.parametrize("name", ["folded-8", *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folded-8", *SMALL])
 def test_codes_are_convolved_in_integers(name: str) -> None:
     model, x = network(name)
     model = copy.deepcopy(model).requires_grad_(False)
