@@ -23,7 +23,7 @@ from robustq.data import load_dataset, to_float
 from robustq.hardening.methods.method import crafting
 from robustq.hardening.precision import computed_in
 from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER
 
 

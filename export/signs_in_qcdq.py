@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustq.errors import ExportError
 from robustq.models.layers import weight_quantizer
 from robustq.models.quant.binary import ChannelThresholds
-from robustq.models.quant.quantizers import BiasQuant
+from robustq.models.quant.folded_layers import BiasQuant
 
 SIGN_BITS = 2
 """Width of the codes -1, 0 and 1."""

@@ -1,4 +1,4 @@
-"""model.pt: weights and spec in one file, written whole or not at all, read without running any code from it."""
+"""model.pt: weights and spec in one file, written whole or not at all, read without running code from it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ VERSION = 1
 
 
 class _Sink:
-    """A file for torch.save that remembers why a write failed: torch's zip writer answers a full disk with an internal
-    assertion of its own (``unexpected pos 64 vs 0``) in place of the error.
+    """A file for torch.save that keeps the error of a failed write.
+
+    On a full disk torch's zip writer raises an assertion of its own (``unexpected pos 64 vs 0``) instead.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.fault: OSError | None = None
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
         except OSError as error:
-            self.fault = self.fault or error
+            self.error = self.error or error
             raise
 
     def flush(self) -> None:
@@ -53,16 +54,16 @@ def save_atomically(content: Any, path: Path) -> None:
         try:
             torch.save(content, sink)  # type: ignore[arg-type]
         except RuntimeError as error:
-            if sink.fault is not None:
-                raise sink.fault from error
+            if sink.error is not None:
+                raise sink.error from error
             raise
 
 
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
-    """Write ``model`` and its ``spec``; ``info`` holds plain values worth keeping (accuracies, recipe, versions).
+    """Write ``model``, its ``spec``, and ``info``: plain values such as accuracies, recipe and versions.
 
-    numpy's numbers and arrays, paths and subclasses of text become plain values: otherwise the file could not be read
-    back without running code.
+    numpy's numbers and arrays, paths and subclasses of str become plain values; otherwise reading the file would need
+    code.
 
     Raises:
         UsageError: ``info`` holds something else than numbers, text, lists, dicts and tensors.
@@ -71,7 +72,7 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str,
 
 
 def save_state(path: Path, state: dict[str, Tensor], spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
-    """As :func:`save_model`, for weights that no network holds at the moment."""
+    """As :func:`save_model`, for a state dict."""
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -103,15 +104,15 @@ def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, 
 
     Args:
         path: the file.
-        own_model: the ``module:function`` whose code the user allows to run, where the file was built by one.
+        own_model: the ``module:function`` whose code the user allows to run, for a custom network.
 
     Raises:
         ModelFileError: as :func:`read_checkpoint`; also for a bare state dict (use :func:`load_weights`), a file of
-            another version, weights that do not fit the spec, or a network that needs code nobody allowed.
+            another version, weights that do not fit the spec, or a network whose code is not allowed.
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelFileError(f"{path}: {_foreign(content)}")
+        raise ModelFileError(f"{path}: {_describe_foreign(content)}")
     if content.get("version") != VERSION:
         raise ModelFileError(
             f"{path}: is version {content.get('version')!r} of the format, this robustq reads {VERSION}; update robustq"
@@ -120,7 +121,7 @@ def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, 
         spec = ModelSpec.from_dict(content.get("spec"))
         _check_sizes(spec, content.get("state"))
         model = build_model(spec, own_model=own_model)
-    except RobustqError as error:  # an unknown architecture or width is the file's fault here, not the caller's
+    except RobustqError as error:  # an unknown architecture or width is an error of the file here, not of the caller
         raise ModelFileError(f"{path}: {error}") from error
     _load_state(model, content.get("state"), path)
     info = content.get("info")
@@ -128,10 +129,10 @@ def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, 
 
 
 def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int, int]:
-    """(architecture, classes, channels) of a bare float state dict, read from its names and shapes.
+    """(architecture, classes, channels) of a bare float state dict, from its names and shapes.
 
     Raises:
-        ModelFileError: no known architecture has these names; the nearest one is named with what differs.
+        ModelFileError: no known architecture has these names; the nearest one is given with the differences.
     """
     names = set(state)
     differences = {}
@@ -141,8 +142,9 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
         if state["conv1.weight"].dim() != 4 or state["fc.weight"].dim() != 2:
             break
         channels, classes = state["conv1.weight"].shape[1], state["fc.weight"].shape[0]
-        with torch.device("meta"):  # names and shapes alone: a file may claim any number of classes
-            expected = build_model(_float_spec(architecture, classes, channels)).state_dict()
+        spec = ModelSpec(architecture, FLOAT_BITS, FLOAT_BITS, classes, channels, 32, "", None, ())
+        with torch.device("meta"):  # without memory: a file may claim any number of classes
+            expected = build_model(spec).state_dict()
         if {n: v.shape for n, v in expected.items()} == {n: v.shape for n, v in state.items()}:
             return architecture, classes, channels
         wrong = [n for n in expected if n not in names or expected[n].shape != state[n].shape]
@@ -163,8 +165,8 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Copy weights into a network of the same architecture at any width.
 
-    Activation scales, the state's own too, are left to calibration; so are BatchNorms in front of signs, which only
-    binary networks have. Weights of a user's network that its forward never uses (auxiliary heads) are left out.
+    Calibration sets activation scales, also those in ``state``, and BatchNorms in front of signs, which only binary
+    networks have. Entries that a custom network's forward never uses (auxiliary heads) are left out.
 
     Raises:
         ModelFileError: a weight is missing, left over or of another shape.
@@ -198,8 +200,6 @@ def _check_sizes(spec: ModelSpec, state: Any) -> None:
 
 
 def _load_state(model: nn.Module, state: Any, path: Path) -> None:
-    if not is_bare_state_dict(state):
-        raise ModelFileError(f"{path}: holds no weights; train or copy it again")
     own = model.state_dict()
     wrong = [name for name in own if name not in state or own[name].shape != state[name].shape]
     wrong += [name for name in state if name not in own]
@@ -220,11 +220,7 @@ def check_finite(state: dict[str, Tensor], path: Path) -> None:
         raise ModelFileError(f"{path}: {broken[0]} holds NaN or Inf; use an earlier checkpoint")
 
 
-def _float_spec(architecture: str, classes: int, channels: int) -> ModelSpec:
-    return ModelSpec(architecture, FLOAT_BITS, FLOAT_BITS, classes, channels, 32, "", None, ())
-
-
-def _foreign(content: Any) -> str:
+def _describe_foreign(content: Any) -> str:
     if find_state_dict(content) is not None:
         return (
             "is a bare state dict, without the spec that this needs; harden it first (robustq harden FILE --data NAME)"

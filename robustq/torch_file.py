@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote: read without running any code from them, or with it where the user says so."""
+"""Files of ``torch.save``, read without running code from them; with it only where the user allows that."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ import torch
 from robustq.errors import ModelFileError
 from robustq.files import check_model_file
 
-# What torch wrote before 1.6 begins with this pickled number.
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""First bytes of a file by torch before 1.6, a pickled number."""
 
 ADVICE = "save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
 def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
-    """What ``torch.load(weights_only=True)`` gives: tensors and plain containers, never code.
+    """The result of ``torch.load(weights_only=True)``: tensors and plain containers, never code.
 
     Args:
         path: the file.
-        trust_pickle: load a file that holds more than weights as well. That runs whatever code it names, so only for a
-            file whose maker is trusted; its classes are looked for in the working folder too.
+        trust_pickle: load a file that holds more than weights as well. That runs any code it names, so only for files
+            from a trusted source; its classes are imported from the working folder too.
 
     Raises:
         ModelFileError: the file is missing, a folder, empty, truncated, damaged (its checksums differ), not a torch
@@ -66,10 +66,9 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse a zip archive whose bytes changed since it was written, or that torch.save did not write."""
+    """Refuse a zip archive that changed since it was written, or that torch.save did not write."""
     with zipfile.ZipFile(path) as archive:
-        # torch reads on over flipped bits; the archive's own CRC-32 of each record finds them.
-        damaged = archive.testzip()
+        damaged = archive.testzip()  # torch ignores the CRC-32 of a record, and so flipped bits
         names = {name.partition("/")[2] for name in archive.namelist()}
     if damaged is not None:
         raise ModelFileError(f"{path}: is damaged (the checksum of {damaged} differs); copy or train it again")
@@ -90,13 +89,13 @@ def _read_trusted(path: Path) -> Any:
             f"{path}: needs code that cannot be imported here ({_first_line(error)}); start robustq where that code "
             f"lies, or {ADVICE}"
         ) from error
-    except Exception as error:  # whatever the code of the file raises
+    except Exception as error:  # any error of the file's code
         raise _broken(path, error) from error
 
 
 @contextmanager
 def _working_folder_importable() -> Iterator[None]:
-    # An installed command does not have it on its path, `python -m` has. Last, so that nothing installed is hidden.
+    # `python -m` has it on its path, an installed command has not. Last, so that it hides nothing installed.
     here = str(Path.cwd())
     sys.path.append(here)
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustq.checkpoint import (
     FORMAT,
@@ -84,28 +84,6 @@ def test_there_and_back(tmp_path: Path, bits: int) -> None:
         assert torch.equal(loaded(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("bits", [32, 4])
-def test_a_normalisation_comes_back_inside_the_model(tmp_path: Path, bits: int) -> None:
-    plain_spec = small_spec(bits)
-    spec = dataclasses.replace(plain_spec, normalisation=((0.5,), (0.25,)))
-    model = build_model(spec)
-    save_model(tmp_path / "model.pt", model, spec)
-    loaded, loaded_spec, _ = load_model(tmp_path / "model.pt")
-    assert loaded_spec == spec
-    x = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert torch.equal(loaded(x), model(x))
-        if bits == 32:  # the constants are the spec's: the weights alone are those of a network without them
-            plain = build_model(plain_spec)
-            plain.load_state_dict(model.state_dict())
-            assert torch.equal(plain((x - 0.5) / 0.25), model(x))
-
-
-def test_without_info_there_is_an_empty_one(tmp_path: Path) -> None:
-    save_model(tmp_path / "model.pt", build_model(small_spec(4)), small_spec(4))
-    assert load_model(tmp_path / "model.pt")[2] == {}
-
-
 def test_a_model_file_holds_weights_and_plain_values_only(tmp_path: Path) -> None:
     save_model(tmp_path / "model.pt", perturbed(small_spec(4)), small_spec(4), info={"seed": 1})
     content = torch.load(tmp_path / "model.pt", weights_only=True)
@@ -134,26 +112,6 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(tmp_path: 
         save_atomically({"weights": torch.zeros(100_000), "end": Unpicklable()}, path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
-
-
-def test_a_failure_while_writing_a_first_file_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        save_atomically(Unpicklable(), tmp_path / "model.pt")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_name_appears_only_when_the_file_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.pt"
-    save = torch.save
-    seen = []
-
-    def slow_save(content: Any, file: Any) -> None:
-        save(content, file)
-        seen.append(path.exists())
-
-    monkeypatch.setattr(torch, "save", slow_save)
-    save_atomically({"weights": torch.ones(3)}, path)
-    assert seen == [False] and path.exists()
 
 
 def test_info_becomes_plain_values(tmp_path: Path) -> None:
@@ -189,49 +147,35 @@ def test_info_that_cannot_be_kept_is_refused_before_anything_is_written(tmp_path
 # --- files that are no checkpoint ------------------------------------------------------------------------------------
 
 
-def test_a_missing_file(tmp_path: Path) -> None:
-    path = tmp_path / "none.pt"
-    assert refusal(lambda: load_model(path)).startswith(f"{path}: no such file; give a model.pt")
-
-
-def test_a_folder(tmp_path: Path) -> None:
-    assert refusal(lambda: load_model(tmp_path)) == f"{tmp_path}: is a folder; give the .pt file in it"
-
-
-def test_an_empty_file(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
-    path.touch()
-    assert refusal(lambda: load_model(path)).startswith(f"{path}: is empty (0 bytes)")
-
-
-def test_a_truncated_file(tmp_path: Path) -> None:
-    path = written(tmp_path, good())
-    whole = path.read_bytes()
-    for share in (0.01, 0.3, 0.9, 0.999):
-        path.write_bytes(whole[: int(len(whole) * share)])
-        assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
+FOREIGN = "is not a torch file (no checkpoint could be read from it)"
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "said"),
     [
-        b"hello\n",
-        b'{"format": "robustq-model"}',
-        b"1,2,3\n",
-        b"\x89PNG\r\n\x1a\n" + bytes(200),
-        b"\x08\x0a\x12\x07pytorch",
-        bytes(1000),
+        (None, "no such file; give a model.pt"),
+        (b"", "is empty (0 bytes)"),
+        (b"hello\n", FOREIGN),
+        (b"\x89PNG\r\n\x1a\n" + bytes(200), FOREIGN),
+        (b"\x08\x0a\x12\x07pytorch", FOREIGN),
+        (bytes(1000), FOREIGN),
     ],
-    ids=["text", "json", "csv", "png", "onnx", "zeros"],
+    ids=["missing", "empty", "text", "png", "onnx", "zeros"],
 )
-def test_a_foreign_file(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: bytes | None, said: str) -> None:
     path = tmp_path / "model.pt"
-    path.write_bytes(content)
-    assert refusal(lambda: load_model(path)) == f"{path}: is not a torch file (no checkpoint could be read from it)"
+    if content is not None:
+        path.write_bytes(content)
+    assert refusal(lambda: load_model(path)).startswith(f"{path}: {said}")
+    assert refusal(lambda: load_model(tmp_path)).startswith(f"{tmp_path}: is a folder; give the .pt file in it")
 
 
-def test_a_zip_archive_of_something_else(tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
+def test_a_truncated_file_and_a_zip_archive_of_something_else(tmp_path: Path) -> None:
+    path = written(tmp_path, good())
+    whole = path.read_bytes()
+    for share in (0.01, 0.9, 0.999):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
     assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
@@ -273,24 +217,17 @@ def test_any_damage_is_one_line(tmp_path: Path) -> None:
     assert refused > 120
 
 
-@pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_a_flipped_bit_is_found(tmp_path: Path, place: str) -> None:
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     """In the weights torch.load would read on over it, and the network would be another one."""
     path = written(tmp_path, good())
     whole = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
-        records = [record for record in archive.infolist() if "/data/" in record.filename and record.file_size > 100]
-    record = records[{"first": 0, "middle": len(records) // 2, "last": -1}[place]]
-    start = whole.index(fresh_bytes(path, record.filename), record.header_offset)
-    whole[start + record.file_size // 2] ^= 4
+        record = [one for one in archive.infolist() if "/data/" in one.filename and one.file_size > 100][-1]
+        content = archive.read(record.filename)
+    whole[whole.index(content, record.header_offset) + record.file_size // 2] ^= 4
     path.write_bytes(whole)
-    torch.load(path, weights_only=True)  # nothing to notice here
+    torch.load(path, weights_only=True)  # does not notice
     assert f"is damaged (the checksum of {record.filename} differs)" in refusal(lambda: load_model(path))
-
-
-def fresh_bytes(path: Path, record: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(record)
 
 
 # --- files that would run code ---------------------------------------------------------------------------------------
@@ -323,12 +260,6 @@ def test_no_code_of_a_file_runs(tmp_path: Path, kind: str) -> None:
     assert mark.exists()
 
 
-def test_a_whole_module(tmp_path: Path) -> None:
-    path = written(tmp_path, nn.Linear(2, 2))
-    message = refusal(lambda: load_model(path))
-    assert "holds more than weights" in message and "torch.save(model.state_dict(), FILE)" in message
-
-
 # --- files of another content ----------------------------------------------------------------------------------------
 
 
@@ -339,7 +270,7 @@ def test_a_bare_state_dict_says_what_to_do(tmp_path: Path) -> None:
     assert is_bare_state_dict(read_checkpoint(path))
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}, torch.zeros(3), "text", {"format": "other"}])
+@pytest.mark.parametrize("content", [[1, 2], {}, torch.zeros(3), {"format": "other"}])
 def test_other_content(tmp_path: Path, content: Any) -> None:
     path = written(tmp_path, content)
     message = refusal(lambda: load_model(path))
@@ -347,7 +278,7 @@ def test_other_content(tmp_path: Path, content: Any) -> None:
     assert not is_bare_state_dict(content)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [2, "1", None])
 def test_another_version(tmp_path: Path, version: Any) -> None:
     path = written(tmp_path, good(version=version))
     assert f"version {version!r} of the format, this robustq reads {VERSION}" in refusal(lambda: load_model(path))
@@ -358,9 +289,7 @@ def test_another_version(tmp_path: Path, version: Any) -> None:
     [
         ({"architecture": "resnet9"}, "unknown architecture 'resnet9'"),
         ({"weight_bits": 5}, "weight bits 5 are not in the table"),
-        ({"weight_bits": 32}, "weight bits 32 with activation bits 4"),
         ({"classes": 0}, "classes = 0"),
-        ({"class_names": 3}, "class_names = 3"),
     ],
 )
 def test_a_spec_that_cannot_be_built_names_the_file(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -383,12 +312,6 @@ def test_a_spec_larger_than_its_weights_is_refused_before_it_is_built(
     assert f"{name} = 1000000000" in refusal(lambda: load_model(path))
 
 
-@pytest.mark.parametrize("spec", [None, "resnet8", {}])
-def test_no_spec_names_the_file(tmp_path: Path, spec: Any) -> None:
-    path = written(tmp_path, good(spec=spec))
-    assert refusal(lambda: load_model(path)).startswith(f"{path}: spec ")
-
-
 def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if key != name}
 
@@ -400,13 +323,10 @@ def without(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         (lambda state: {**state, "extra": torch.zeros(1)}, "do not fit the spec in 1 entries (extra"),
         (lambda state: {**state, "fc.bias": torch.zeros(11)}, "do not fit the spec in 1 entries (fc.bias"),
         (lambda state: {**state, "fc.bias": torch.full((10,), math.nan)}, "fc.bias holds NaN or Inf"),
-        (lambda state: {**state, "bn1.running_var": torch.full((16,), math.inf)}, "bn1.running_var holds NaN or Inf"),
         (lambda state: {}, "holds no weights"),
-        (lambda state: None, "holds no weights"),
-        (lambda state: [1], "holds no weights"),
         (lambda state: {**state, "fc.bias": [0.0] * 10}, "holds no weights"),
     ],
-    ids=["missing", "left over", "shape", "NaN", "Inf", "empty", "None", "list", "no tensor"],
+    ids=["missing", "left over", "shape", "NaN", "empty", "no tensor"],
 )
 def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], said: str) -> None:
     path = written(tmp_path, good(state=change(good()["state"])))
@@ -417,8 +337,7 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
 # --- bare state dicts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
-@pytest.mark.parametrize(("classes", "channels"), [(10, 1), (7, 3)])
+@pytest.mark.parametrize(("architecture", "classes", "channels"), [("resnet8", 10, 1), ("resnet20", 7, 3)])
 def test_a_bare_state_dict_is_recognised(architecture: str, classes: int, channels: int) -> None:
     spec = ModelSpec(architecture, 32, 32, classes, channels, 32, "cifar10", None, ())
     state = OrderedDict(build_model(spec).state_dict())
@@ -437,32 +356,18 @@ def test_a_bare_state_dict_is_recognised(architecture: str, classes: int, channe
         (lambda state: without(without(state, "bn1.weight"), "bn1.bias"), "2 entries (bn1.weight, bn1.bias"),
     ],
 )
-@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
-def test_a_near_miss_names_what_differs(
-    architecture: str, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], differing: str
+def test_a_near_miss_names_the_differences(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], differing: str
 ) -> None:
-    state = dict(build_model(small_spec(32, architecture=architecture)).state_dict())
+    state = dict(build_model(small_spec(32)).state_dict())
     message = refusal(lambda: describe_state_dict(change(state), Path("weights.pt")))
-    assert f"nearest: {architecture}, which differs in {differing}" in message
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"features.0.weight": torch.zeros(8, 3, 3, 3)},
-        {"conv1.weight": torch.zeros(16), "fc.weight": torch.zeros(10, 64)},
-        {"conv1.weight": torch.zeros(16, 1, 3, 3)},
-    ],
-)
-def test_a_state_dict_of_something_else(state: dict[str, Tensor]) -> None:
-    message = refusal(lambda: describe_state_dict(state, Path("weights.pt")))
-    assert "unknown architecture (no conv1.weight and fc.weight); known: resnet8, resnet20" in message
+    assert f"nearest: resnet8, which differs in {differing}" in message
 
 
 # --- weights from one width to another -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(32, 4), (32, 8), (8, 2), (4, 4), (32, 32), (4, 32)])
+@pytest.mark.parametrize(("given", "wanted"), [(32, 4), (8, 2), (32, 32), (4, 32)])
 def test_weights_go_into_a_network_of_any_width(given: int, wanted: int) -> None:
     source, target = perturbed(small_spec(given)), build_model(small_spec(wanted))
     thresholds = {name: value.clone() for name, value in target.state_dict().items() if name.endswith("log_threshold")}
@@ -473,21 +378,16 @@ def test_weights_go_into_a_network_of_any_width(given: int, wanted: int) -> None
     assert bool(thresholds) == (wanted != 32)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda state: without(state, "conv1.weight"), "conv1.weight"),
-        (lambda state: {**state, "extra.weight": torch.zeros(1)}, "extra.weight"),
-        (lambda state: {**state, "fc.weight": torch.zeros(100, 64)}, "fc.weight"),
-        (lambda state: {**state, "fc.weight": torch.full((10, 64), math.nan)}, "fc.weight holds NaN"),
-    ],
-    ids=["missing", "left over", "classes", "NaN"],
-)
-def test_weights_of_another_network_are_refused(
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str
-) -> None:
+def test_refused_weights_leave_the_network_as_it_was() -> None:
     target = build_model(small_spec(4))
     before = {name: value.clone() for name, value in target.state_dict().items()}
     state = dict(build_model(small_spec(32)).state_dict())
-    assert said in refusal(lambda: load_weights(target, change(state), Path("weights.pt")))
+    for wrong in (without(state, "conv1.weight"), {**state, "conv1.weight": torch.full((16, 1, 3, 3), math.nan)}):
+        assert "conv1.weight" in refusal(lambda wrong=wrong: load_weights(target, wrong, Path("weights.pt")))  # type: ignore[misc]
     assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+@pytest.mark.parametrize("conv1", [{}, {"conv1.weight": torch.zeros(16)}])
+def test_a_state_dict_of_something_else(conv1: dict[str, Tensor]) -> None:
+    message = refusal(lambda: describe_state_dict({**conv1, "fc.weight": torch.zeros(10, 64)}, Path("weights.pt")))
+    assert "unknown architecture (no conv1.weight and fc.weight); known: resnet8, resnet20" in message

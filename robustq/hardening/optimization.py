@@ -25,7 +25,7 @@ from robustq.hardening.awp import worst_weights
 from robustq.hardening.methods.method import Method, Step
 from robustq.hardening.precision import CompiledForward, computed_in, counts_codes
 from robustq.models.quant.quantizers import learned_thresholds
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe import Recipe
 from robustq.recipe.schema import INTEGER
 

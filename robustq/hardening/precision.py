@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.models.compiled import compile_forward, in_one_line
+from robustq.models.compiled import compile_forward, compiler_errors
 from robustq.models.quant.integer_convolution import lacks_bfloat16, slows_bfloat16
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
@@ -99,7 +99,7 @@ class CompiledForward:
         own = vars(self._model).get("forward")
         self._model.forward = self._forward
         try:
-            with in_one_line(instead="train without it: --no-compile"):
+            with compiler_errors(advice="train without it: --no-compile"):
                 yield
         finally:
             del self._model.forward  # what the instance had hidden: the method of its class, or one of its own

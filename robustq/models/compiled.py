@@ -1,4 +1,4 @@
-"""Networks as torch.compile makes their passes, for the steps of training and of attacks; nothing is judged by them."""
+"""Forward and backward passes by torch.compile, for training and attack generation; never for the final count."""
 
 from __future__ import annotations
 
@@ -12,116 +12,110 @@ from torch import Tensor, nn
 from robustq.errors import RobustqError, UsageError
 from robustq.models.quant.straight_through import Network, backward_rule, rounds_plainly
 
-FEWEST = 16
-"""Images for which a network of any number of them is compiled: torch makes further graphs for fewer, each in as many
-seconds as the first."""
+MIN_IMAGES = 16
+"""Smaller batches run eagerly: torch would compile further graphs for them, each as slow as the first."""
 
-EXACT = {"eager_numerics.division_rounding": True}
-"""What inductor is asked for, so that quantizers keep their values: a GPU's compiled division is approximate by
-default, and a quotient beside a rounding tie would get another code."""
+EXACT_DIVISION = {"eager_numerics.division_rounding": True}
+"""Inductor's option that keeps the values of quantizers: a GPU's compiled division is approximate by default, and a
+quotient beside a rounding tie would get another code."""
 
-INSTEAD = "attack without it: --no-compile"
+ADVICE = "attack without it: --no-compile"
 
-_KEPT = " robustq, donated_buffer=False"
+_CACHE_TAG = " robustq, donated_buffer=False"
 
 
 class CompiledNetwork:
-    """One network whose answers and gradients are found by compiled passes, for any number of images.
+    """A network with compiled forward and backward passes for any batch size.
 
-    Each kind of pass is compiled when it is first asked for, in half a minute or so for a small network. Fewer than
-    :data:`FEWEST` images go through the network as it is written.
+    Each kind of pass is compiled at its first call, in about half a minute for a small network. Batches of fewer than
+    :data:`MIN_IMAGES` images run eagerly.
 
     Args:
-        model: in eval mode; it must stay as it is, with its hooks, weights and modes, but for what stands in the place
-            of a layer's arithmetic (:mod:`robustq.models.quant.integer_convolution`).
+        model: in eval mode. Its hooks, weights and modes must not change; the arithmetic of its layers may
+            (:mod:`robustq.models.quant.integer_convolution`).
         backend: of torch.compile.
     """
 
     def __init__(self, model: nn.Module, *, backend: Any = "inductor") -> None:
         self._model = model
         self._backend = backend
-        self._rounding: bool | None = None
-        self._own = self._sized()
+        self._plain_rounding: bool | None = None
+        self._straight_through = self._compile()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, K), differentiated as the network itself is.
+        """Images (N, C, H, W) -> logits (N, K), with the gradient of the network itself.
 
         Raises:
-            UsageError: torch.compile does not work on this machine, or cannot take the network in one piece.
+            UsageError: torch.compile does not work on this machine, or the network has a graph break.
         """
-        return self._own(x)
+        return self._straight_through(x)
 
     def under_rule(self, rule: str) -> Network:
-        """The same, differentiated by a rule of :mod:`robustq.models.quant.straight_through`."""
-        # Compiled apart: what torch finds again it finds by code, whatever hooks a rule has put up.
-        forward = self._sized()
+        """The same network under a backward rule of :mod:`robustq.models.quant.straight_through`."""
+        # A compilation of its own: torch caches by code and ignores the hooks of a rule.
+        forward = self._compile()
 
-        def asked(x: Tensor) -> Tensor:
+        def ruled(x: Tensor) -> Tensor:
             if not (x.requires_grad and torch.is_grad_enabled()):
-                return self._own(x)
-            with backward_rule(self._model, rule, plain_rounding=self._rounds_plainly(x)):
+                return self._straight_through(x)
+            if self._plain_rounding is None:
+                # Asked eagerly: the compiler cannot trace the watch where QuantTensors go from layer to layer.
+                self._plain_rounding = rounds_plainly(self._model, x[:1])
+            with backward_rule(self._model, rule, plain_rounding=self._plain_rounding):
                 return forward(x)
 
-        return asked
+        return ruled
 
-    def _rounds_plainly(self, x: Tensor) -> bool:
-        # The compiler can watch it in our layers, and not where Brevitas' own tensors go from one to the next.
-        if self._rounding is None:
-            self._rounding = rounds_plainly(self._model, x[:1])
-        return self._rounding
-
-    def _sized(self) -> Network:
-        # In one piece: what stands behind a break torch finds again by the code of a layer, under whichever rule that
-        # was compiled first, and the gradient would be that rule's without a word.
+    def _compile(self) -> Network:
+        # fullgraph: after a graph break torch may reuse code that was compiled for another backward rule.
         forward = compile_forward(self._model.forward, dynamic=None, fullgraph=True, backend=self._backend)
-        gone: set[bool] = set()
+        compiled: set[bool] = set()  # whether the passes that were compiled are differentiated
 
-        def sized(x: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
             differentiated = x.requires_grad and torch.is_grad_enabled()
             logits: Tensor | None = None
-            if len(x) >= FEWEST:
-                with in_one_line(instead=INSTEAD, first=differentiated not in gone):
-                    logits = _called(forward, x, back=differentiated and differentiated not in gone)
-                gone.add(differentiated)
+            if len(x) >= MIN_IMAGES:
+                first = differentiated not in compiled
+                with compiler_errors(advice=ADVICE, first=first):
+                    logits = _call(forward, x, backward=differentiated and first)
+                compiled.add(differentiated)
             if logits is None:
                 logits = self._model(x)
             return logits
 
-        return sized
+        return run
 
 
-def _called(forward: Network, x: Tensor, *, back: bool) -> Tensor | None:
-    """The compiled network's logits; None where torch has given it up after too many kinds of calls.
+def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
+    """Logits of the compiled network; None once torch has reached its limit of recompilations.
 
-    Args:
-        back: go the way back too, which is compiled when that is done first, and would be within an attack.
+    ``backward`` runs the backward pass too, so that it is compiled here and not in the middle of an attack.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    _keep_what_is_differentiated()
+    _keep_saved_tensors()
     torch._dynamo.mark_dynamic(x, 0)
     try:
         logits = forward(x)
-        if back and logits.requires_grad:
+        if backward and logits.requires_grad:
             torch.autograd.grad(logits.sum(), x, retain_graph=True, allow_unused=True)
     except FailOnRecompileLimitHit:
         return None
     return logits
 
 
-def _keep_what_is_differentiated() -> None:
-    """Some attacks differentiate a pass more than once, as FAB does for each class; compiled code writes over what it
-    has gone back through, unless it is told not to.
+def _keep_saved_tensors() -> None:
+    """Let compiled graphs be differentiated more than once, as FAB does for each class.
 
-    torch reads this when it compiles and again on every way back, so that it holds for the process; all it costs is
-    memory. Code that was kept on disk is found again without a look at it (torch 2.15), and a second gradient would be
-    garbage without a word: hence the tag, by which only code of this kind is found.
+    By default compiled backward code overwrites saved tensors. torch reads the setting at compilation and at every
+    backward pass, so it is set for the process; it only costs memory. The disk cache of compiled code ignores it (torch
+    2.15), and a second gradient would be garbage: hence the tag in the cache key.
     """
     from torch._functorch import config
 
     config.donated_buffer = False
-    if _KEPT not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += _KEPT
+    if _CACHE_TAG not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _CACHE_TAG
 
 
 def compile_forward(
@@ -132,48 +126,41 @@ def compile_forward(
     cuda_graphs: bool = False,
     backend: Any = "inductor",
 ) -> Callable[..., Any]:
-    """A network's forward pass, compiled when it is called first.
+    """A module's forward pass that is compiled at its first call, with arguments of torch.compile.
 
-    Args:
-        forward: a module's.
-        dynamic, fullgraph, backend: of torch.compile.
-        cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
+    ``cuda_graphs`` records the kernels of a pass on a GPU once and replays them together.
     """
     options: dict[str, Any] | None = None
     if backend == "inductor":
-        options = {**EXACT, "triton.cudagraphs": cuda_graphs}
+        options = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs}
     compiled: Callable[..., Any] = torch.compile(
-        _of_its_own(forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
+        _with_own_code(forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
     )
     return compiled
 
 
 def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
-    """Compile a sum of two numbers.
-
-    Raises:
-        UsageError: torch.compile does not work on this machine.
-    """
+    """Compile a sum of two numbers; UsageError if torch.compile does not work on this machine."""
 
     def double(x: Tensor) -> Tensor:
         return x + x
 
-    with in_one_line(instead=INSTEAD, first=True):
+    with compiler_errors(advice=ADVICE, first=True):
         compile_forward(double, dynamic=False, backend=backend)(torch.ones(1, device=device))
 
 
 @contextmanager
-def in_one_line(*, instead: str, first: bool = False) -> Iterator[None]:
-    """Turn the compiler's failures within it into one line.
+def compiler_errors(*, advice: str, first: bool = False) -> Iterator[None]:
+    """Turn errors of the compiler inside the `with` into a UsageError of one line.
 
     Args:
-        instead: what to do instead.
-        first: nothing but a first call lies within it, all of whose failures are the compiler's.
+        advice: the end of the message.
+        first: the `with` holds only a first call; then every error is the compiler's.
 
     Raises:
         UsageError: torch.compile does not work on this machine, or with this network.
     """
-    # Only here: loading the compiler takes seconds.
+    # Imported here: loading the compiler takes seconds.
     from torch._dynamo.exc import TorchDynamoException
 
     try:
@@ -183,14 +170,14 @@ def in_one_line(*, instead: str, first: bool = False) -> Iterator[None]:
     except Exception as error:
         if not (first or isinstance(error, TorchDynamoException)):
             raise
-        raise UsageError(f"torch.compile does not work here ({_first_line(error)}); {instead}") from error
+        raise UsageError(f"torch.compile does not work here ({_first_line(error)}); {advice}") from error
 
 
-def _of_its_own(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with code that no other network has.
+def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own.
 
-    torch.compile keeps what it has compiled by code, and takes it for another network of the same class whatever hooks
-    that one has: the features of ODG-Q would be missed.
+    torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
+    miss the feature hooks of ODG-Q.
     """
 
     def own(*inputs: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The layers that every architecture is built from: float torch layers at 32 bits, Brevitas layers below."""
+"""Layers that every architecture is built from: float torch layers at 32 bits, Brevitas layers below."""
 
 from __future__ import annotations
 
@@ -6,31 +6,85 @@ from dataclasses import dataclass
 from typing import Any
 
 import brevitas.nn as qnn
+import torch
 from torch import Tensor, nn
 
-from robustq.models.normalise import Normalisation, Normalise
-from robustq.models.quant.binary import (
-    BinaryActQuant,
-    BinaryWeightQuant,
-    ChannelThresholds,
+from robustq.errors import UsageError
+from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant, ChannelThresholds, SignNorm
+from robustq.models.quant.folded_layers import (
+    BiasQuant,
+    ExactConv2d,
+    ExactLinear,
     FoldedBinaryWeightQuant,
-    SignNorm,
+    FoldedWeightQuant,
 )
-from robustq.models.quant.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.quant.quantizers import (
     ActQuant,
-    BiasQuant,
     BranchQuant,
-    FoldedWeightQuant,
     NormalisedQuant,
     PixelQuant,
+    QuantReLU,
     WeightQuant,
     Widths,
 )
-from robustq.models.quant.relu import QuantReLU
 
 OUTER_BITS = 8
 """Width of the first and the last layer, and of every residual branch, in a quantized network."""
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, standard deviation), one number per channel each, of images in [0, 1]."""
+
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Normalisation of torchvision's pretrained weights."""
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel, the first operation of a network that was trained on normalised images.
+
+    It stays in float, and epsilon stays a distance between pixels. Its constants are part of the spec, not of the
+    weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalisation: Normalisation) -> None:
+        super().__init__()
+        for name, values in zip(("mean", "std"), normalisation, strict=True):
+            self.register_buffer(name, torch.tensor(values).reshape(-1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) float32 in [0, 1] -> the same shape, normalised."""
+        return (x - self.mean) / self.std
+
+
+def parse_normalisation(text: str, *, channels: int) -> Normalisation | None:
+    """``imagenet``, ``none``, or ``MEAN/STD`` with comma-separated numbers: ``0.49,0.48,0.45/0.25,0.24,0.26``.
+
+    One number stands for every channel.
+
+    Raises:
+        UsageError: not numbers, another count than ``channels``, or a deviation that is not positive.
+    """
+    advice = "give imagenet, none, or MEAN/STD such as 0.49,0.48,0.45/0.25,0.24,0.26"
+    if text == "none":
+        return None
+    if text == "imagenet":
+        rows: list[tuple[float, ...]] = list(IMAGENET)
+    else:
+        try:
+            rows = [tuple(float(number) for number in half.split(",")) for half in text.split("/")]
+        except ValueError as error:
+            raise UsageError(f"normalisation '{text}' is not numbers; {advice}") from error
+        if len(rows) != 2:
+            raise UsageError(f"normalisation '{text}' has {len(rows)} parts between '/', not 2; {advice}")
+        rows = [row * channels if len(row) == 1 else row for row in rows]
+    mean, std = rows
+    if len(mean) != channels or len(std) != channels:
+        raise UsageError(f"normalisation '{text}' has {len(mean)} and {len(std)} numbers, the data {channels} channels")
+    if not all(abs(value) < 1e6 for value in mean) or not all(0.0 < value < 1e6 for value in std):
+        raise UsageError(f"normalisation '{text}' needs finite means and deviations over 0; {advice}")
+    return mean, std
 
 
 @dataclass(frozen=True)
@@ -39,11 +93,11 @@ class Layers:
 
     Args:
         widths: bit widths of the inner layers.
-        folded: leave BatchNorm out and give every convolution a bias (int32 when quantized): the network that
-            :func:`robustq.models.quant.folding.fold` fills. Activations then carry their scale along, which int32
-            biases need.
-        normalisation: mean and standard deviation that stand in front of everything, in float.
-        shared_sum_scale: quantize both inputs of a residual sum by one quantizer, which FINN needs to move the scale
+        folded: omit BatchNorm and give every convolution a bias (int32 when quantized), as
+            :func:`robustq.models.quant.folding.fold` needs it. Activations then are QuantTensors, whose scale the
+            folding reads.
+        normalisation: mean and standard deviation that are applied first, in float.
+        shared_sum_scale: quantize both inputs of a residual sum by one quantizer, so that FINN can move the scale
             behind the sum; not for binary activations.
     """
 
@@ -53,7 +107,7 @@ class Layers:
     shared_sum_scale: bool = False
 
     def pixels(self) -> nn.Module:
-        """Input quantizer: scale 1/255, so that uint8 pixels stay as they are; behind a normalisation, learned."""
+        """Input quantizer: constant scale 1/255, so that uint8 pixels are codes; learned after a normalisation."""
         if self.normalisation is not None:
             normalise = Normalise(self.normalisation)
             return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
@@ -83,11 +137,11 @@ class Layers:
         return layer
 
     def batch_norm(self, channels: int) -> nn.Module:
-        """BatchNorm, or nothing in a folded network."""
+        """BatchNorm; nothing in a folded network."""
         return nn.Identity() if self.folded else nn.BatchNorm2d(channels)
 
     def sign_norm(self, channels: int) -> nn.Module:
-        """BatchNorm in front of a sign; folded, its thresholds."""
+        """BatchNorm in front of a sign; its thresholds in a folded network."""
         return ChannelThresholds(channels) if self.folded else SignNorm(channels)
 
     def sign(self) -> nn.Module:
@@ -95,7 +149,7 @@ class Layers:
         return self._quantizer(BinaryActQuant)
 
     def relu(self) -> nn.Module:
-        """ReLU and the unsigned activation quantizer; 8 bit in a binary network, which has one, before pooling."""
+        """ReLU and the unsigned activation quantizer; 8 bit in a binary network."""
         if self.widths.is_float:
             return nn.ReLU()
         bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
@@ -103,15 +157,15 @@ class Layers:
         return layer
 
     def branch(self) -> nn.Module:
-        """Signed 8-bit quantizer of what meets a residual sum, and in a binary network of the sum itself."""
+        """Signed 8-bit quantizer of an input of a residual sum, and in a binary network of the sum itself."""
         return nn.Identity() if self.widths.is_float else self._quantizer(BranchQuant)
 
     def pooled(self) -> nn.Module:
-        """Quantizer of the pooled features, the last layer's 8-bit input (they are averages of values after a ReLU)."""
+        """Unsigned 8-bit quantizer of the pooled features, the input of the last layer."""
         return nn.Identity() if self.widths.is_float else self._quantizer(ActQuant, bit_width=OUTER_BITS)
 
     def linear(self, in_features: int, out_features: int) -> nn.Module:
-        """The last layer, with bias; its float bias becomes int32 when folded."""
+        """The last layer, with a bias, which is int32 when folded."""
         if self.widths.is_float:
             return nn.Linear(in_features, out_features)
         linear_type = ExactLinear if self.folded else qnn.QuantLinear
@@ -133,6 +187,6 @@ def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:
 
 
 def plain(x: Tensor) -> Tensor:
-    """The tensor itself when ``x`` is a Brevitas QuantTensor (sums and pooling need no scales), else ``x``."""
+    """The tensor inside a Brevitas QuantTensor (sums and pooling need no scale), or ``x`` itself."""
     value: Tensor = getattr(x, "value", x)
     return value

@@ -1,14 +1,8 @@
-"""ResNet-20 and ResNet-18 and their blocks.
+"""Residual networks (He et al., arXiv:1512.03385) and their blocks, at every width.
 
-Residual blocks and shortcuts: what a ResNet is made of, at every width.
-
-Names are torchvision's (``conv1``, ``bn1``, ``downsample.0``), so that float weights load at every width.
-
-Residual networks of He et al. (arXiv:1512.03385): ResNet-8 and ResNet-20 for small images, ResNet-18 for large ones.
-
-Module names are torchvision's (``layer1.0.conv1``, ``downsample.0``, ``fc``), so that its ResNet-18 weights load.
-Shortcuts that change the shape are 1x1 projections with BatchNorm (option B): ResNet-20 then has 21 convolutions.
-Checkpoints with the parameter-free shortcuts of section 4.2 (option A) have architectures of their own.
+ResNet-8 and ResNet-20 take small images, ResNet-18 large ones. Module names are torchvision's (``layer1.0.conv1``,
+``downsample.0``, ``fc``), so that its ResNet-18 weights load. Shortcuts that change the shape are 1x1 projections with
+BatchNorm (option B), which gives ResNet-20 21 convolutions, or parameter-free (option A, section 3.3).
 """
 
 from __future__ import annotations
@@ -22,17 +16,16 @@ from torch.nn import functional
 from robustq.models.layers import Layers, plain
 
 Shortcut = Literal["projection", "padding"]
-"""Shortcuts that change the shape: option B or option A of He et al. (arXiv:1512.03385, section 3.3)."""
+"""Shortcuts that change the shape: option B or option A."""
 
 SIGN_NORMS = ("norm1", "norm2")
-"""Layers of a binary block that no other has."""
+"""Layers that only binary blocks have."""
 
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a residual sum; every convolution branch is quantized to 8 bits before the sum.
 
-    With ``layers.shared_sum_scale`` the shortcut passes through the quantizer of the convolution branch too, an
-    identity shortcut included.
+    With ``layers.shared_sum_scale`` the quantizer of the convolution branch quantizes the shortcut too.
     """
 
     def __init__(
@@ -61,13 +54,12 @@ class BasicBlock(nn.Module):
 
 
 class BinaryBlock(nn.Module):
-    """The same block with signs for activations: BatchNorm - sign - convolution, twice (XNOR-Net, arXiv:1603.05279).
+    """A block of binary activations: BatchNorm - sign - convolution, twice (XNOR-Net, arXiv:1603.05279).
 
-    Each convolution has a shortcut of its own (Bi-Real Net, arXiv:1808.00278): a sign keeps one bit of a value, the
-    8-bit residual stream beside it keeps the rest. As there, no ReLU cuts the stream's negative half off, and
-    projection shortcuts are not binary: they are 8 bit. Unlike there, a ReLU stands behind each convolution's
-    BatchNorm, before the sum: without it nothing but signs bends what the network computes (docs/results/widths.md).
-    ``norm1`` and ``norm2`` are not in the float network; calibration sets their statistics.
+    As in Bi-Real Net (arXiv:1808.00278) each convolution has a shortcut of its own, an 8-bit residual stream that no
+    ReLU clips, and projection shortcuts are not binary but 8 bit. Unlike there, a ReLU follows each convolution's
+    BatchNorm, before the sum: otherwise signs are the only non-linearity (docs/results/widths.md).
+    ``norm1`` and ``norm2`` do not exist in the float network; calibration sets their statistics.
     """
 
     def __init__(
@@ -98,7 +90,7 @@ class BinaryBlock(nn.Module):
 
 
 class PaddedShortcut(nn.Module):
-    """Option A: every ``stride``-th pixel, with as many zero channels before as behind. It has no parameters."""
+    """Option A: every ``stride``-th pixel, and as many zero channels before as behind. It has no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: int) -> None:
         super().__init__()
@@ -125,10 +117,7 @@ def _downsample(
 
 
 def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
-    """The padded shortcut; in a folded quantized network as a 1x1 convolution of zeros and ones.
-
-    Its values are the same, exactly; integer kernels can slice no pixels and pad no channels, but they can convolve.
-    """
+    """The padded shortcut; in a folded quantized network an equal 1x1 convolution, which integer kernels can run."""
     shortcut = PaddedShortcut(in_channels, out_channels, stride=stride)
     if not layers.folded or layers.widths.is_float:
         return shortcut
@@ -145,11 +134,11 @@ def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int
 class ResNet(nn.Module):
     """Stem, stages of residual blocks, global average pooling, one linear layer.
 
-    Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The tensor that enters ``avgpool`` is the
-    feature that ODG-Q aligns.
+    Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The input of ``avgpool`` is the feature
+    that ODG-Q aligns.
 
     Args:
-        layers: makes the layers; signs for activations ask for binary blocks.
+        layers: makes the layers; binary activations give binary blocks.
         blocks: blocks of each stage; every stage but the first halves the image.
         widths: channels of each stage.
         channels, classes: shape of the task.
@@ -175,8 +164,8 @@ class ResNet(nn.Module):
         self.pixels = layers.pixels()
         self.conv1 = layers.conv(channels, width, kernel_size=kernel_size, stride=stride, outer=True)
         self.bn1 = layers.batch_norm(width)
-        self.relu = layers.branch() if layers.widths.is_binary else layers.relu()  # signs want both halves
-        # After the quantizer: a maximum of codes is a code, and onnxruntime pools codes as they are.
+        self.relu = layers.branch() if layers.widths.is_binary else layers.relu()  # signs need negative values too
+        # After the quantizer, where onnxruntime pools integer codes.
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if large_images else nn.Identity()
         self._stages = [f"layer{number}" for number in range(1, len(blocks) + 1)]
         for name, count, out_width in zip(self._stages, blocks, widths, strict=True):
@@ -190,7 +179,7 @@ class ResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.pooled = layers.pooled()
         self.fc = layers.linear(width, classes)
-        if not layers.folded:  # folding fills a folded network, but for the constants of padded shortcuts
+        if not layers.folded:  # folding sets all weights but those of padded shortcuts, which must stay
             _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:

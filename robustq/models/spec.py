@@ -1,4 +1,4 @@
-"""What a model file says of its network besides the weights, and the network built from it."""
+"""ModelSpec: the description of a network in its model file, and the network built from it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import nn
 
 from robustq.errors import ModelFileError, UsageError
 from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_custom
-from robustq.models.layers import Layers
+from robustq.models.layers import Layers, Normalisation
 from robustq.models.mixed_widths import set_layer_bits
-from robustq.models.normalise import Normalisation
 from robustq.models.quant.quantizers import Widths
 from robustq.models.resnet import ResNet
 
@@ -24,15 +23,16 @@ class ModelSpec:
     """Everything needed to rebuild, harden, attack and export a network, in plain JSON types.
 
     Args:
-        architecture: a key of :data:`ARCHITECTURES`, or ``torchvision:NAME``, or ``module:function`` of the user's own.
+        architecture: a key of :data:`ARCHITECTURES`, or of a custom network ``torchvision:NAME`` or
+            ``module:function``.
         weight_bits, act_bits: widths of the inner layers; 32 is float.
         classes, channels, image_size: shape of the task; images are square.
-        data: the data set the network was trained on, as the user named it (a name, a folder or an .npz file).
-        epsilon: radius of the threat model it was trained for, in [0, 1]; None when it was trained without one.
+        data: the data set that the network was trained on, as the user named it (a name, a folder or an .npz file).
+        epsilon: radius of the threat model that it was trained for, in [0, 1]; None when trained without one.
         class_names: one name per class.
-        normalisation: (mean, std) per channel applied inside the model before the input quantizer, or None.
-        layer_bits: (layer name, bits) of layers whose width is their own; a table in JSON.
-        feature_layer: the layer that the features enter which are aligned; None: found on the network.
+        normalisation: (mean, std) per channel that the model applies before the input quantizer, or None.
+        layer_bits: (layer name, bits) of layers with a width of their own; a table in JSON.
+        feature_layer: the layer whose input is the features to align; None: found on the network.
         shared_sum_scale: whether one quantizer serves both inputs of each residual sum.
     """
 
@@ -52,7 +52,11 @@ class ModelSpec:
 
     @property
     def widths(self) -> Widths:
-        """The bit widths, checked against the table."""
+        """The bit widths.
+
+        Raises:
+            UsageError: a width outside the table.
+        """
         return Widths(self.weight_bits, self.act_bits)
 
     @property
@@ -68,50 +72,60 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: Any) -> ModelSpec:
-        """Rebuild a spec from what a model file holds.
+        """The spec of a model file.
 
         Raises:
             ModelFileError: a key is missing or has another type, usually because another program wrote the file.
         """
         if not isinstance(stored, dict):
             raise ModelFileError(f"spec is {type(stored).__name__}, not a table; this is not a robustq model file")
-        needed = [one.name for one in fields(cls) if one.default is MISSING]
-        missing = [name for name in needed if name not in stored]
+        missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in stored]
         if missing:
             raise ModelFileError(f"spec lacks {', '.join(missing)}; write the model file again with robustq")
         known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
-        for name in ("weight_bits", "act_bits", "classes", "channels", "image_size"):
-            if not isinstance(known[name], int) or isinstance(known[name], bool) or known[name] < 1:
-                raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be a whole number of at least 1")
-        if not isinstance(known["architecture"], str) or not isinstance(known["data"], str):
-            raise ModelFileError("spec names no architecture or no data set; write the model file again with robustq")
-        epsilon = known["epsilon"]
-        if epsilon is not None and not (_is_number(epsilon) and 0.0 <= epsilon <= 1.0):
-            raise ModelFileError(f"spec says epsilon = {epsilon!r}; it must be a number in [0, 1], or None")
-        names = known["class_names"]
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise ModelFileError(f"spec says class_names = {names!r}; they must be a list of texts")
-        known["class_names"] = tuple(names)
+        for name, (is_valid, requirement) in _REQUIREMENTS.items():
+            if name in known and not is_valid(known[name]):
+                raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be {requirement}")
+        known["class_names"] = tuple(known["class_names"])
+        known["layer_bits"] = tuple(known.get("layer_bits", {}).items())
         if known.get("normalisation") is not None:
             known["normalisation"] = _mean_and_std(known["normalisation"], known["channels"])
-        own = known.get("layer_bits", {})
-        if not isinstance(own, dict) or not all(isinstance(key, str) and _is_bits(own[key]) for key in own):
-            raise ModelFileError(f"spec says layer_bits = {own!r}; it must map layer names to whole numbers")
-        known["layer_bits"] = tuple(own.items())
-        if not isinstance(known.get("feature_layer"), str | None):
-            raise ModelFileError(f"spec says feature_layer = {known['feature_layer']!r}; it must be a layer's name")
-        shared = known.get("shared_sum_scale", False)
-        if not isinstance(shared, bool):
-            raise ModelFileError(f"spec says shared_sum_scale = {shared!r}; it must be true or false")
         return cls(**known)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_bits(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_integer(value) or isinstance(value, float)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_Requirement = tuple[Callable[[Any], bool], str]
+_SIZE: _Requirement = (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1")
+_REQUIREMENTS: dict[str, _Requirement] = {
+    "architecture": (_is_text, "a text"),
+    **dict.fromkeys(("weight_bits", "act_bits", "classes", "channels", "image_size"), _SIZE),
+    "data": (_is_text, "a text"),
+    "epsilon": (
+        lambda value: value is None or (_is_number(value) and 0.0 <= value <= 1.0),
+        "a number in [0, 1], or None",
+    ),
+    "class_names": (
+        lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)),
+        "a list of texts",
+    ),
+    "layer_bits": (
+        lambda bits: isinstance(bits, dict) and all(map(_is_text, bits)) and all(map(_is_integer, bits.values())),
+        "a table of layer names and integers",
+    ),
+    "feature_layer": (lambda value: value is None or _is_text(value), "a layer's name"),
+    "shared_sum_scale": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def _mean_and_std(stored: Any, channels: int) -> Normalisation:
@@ -123,24 +137,17 @@ def _mean_and_std(stored: Any, channels: int) -> Normalisation:
     return mean, std
 
 
-Build = Callable[[Layers, int, int], nn.Module]
-
-
-def _resnet(layers: Layers, channels: int, classes: int, **shape: Any) -> nn.Module:
-    return ResNet(layers, channels=channels, classes=classes, **shape)
-
-
-ARCHITECTURES: dict[str, Build] = {
-    "resnet8": partial(_resnet, blocks=(1, 1, 1), widths=(16, 32, 64)),
-    "resnet20": partial(_resnet, blocks=(3, 3, 3), widths=(16, 32, 64)),
-    "resnet20-a": partial(_resnet, blocks=(3, 3, 3), widths=(16, 32, 64), shortcut="padding"),
-    "resnet18": partial(_resnet, blocks=(2, 2, 2, 2), widths=(64, 128, 256, 512), large_images=True),
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": partial(ResNet, blocks=(1, 1, 1), widths=(16, 32, 64)),
+    "resnet20": partial(ResNet, blocks=(3, 3, 3), widths=(16, 32, 64)),
+    "resnet20-a": partial(ResNet, blocks=(3, 3, 3), widths=(16, 32, 64), shortcut="padding"),
+    "resnet18": partial(ResNet, blocks=(2, 2, 2, 2), widths=(64, 128, 256, 512), large_images=True),
 }
-"""Architecture name -> constructor from (layers, channels, classes)."""
+"""Architecture name -> constructor from (layers, channels=, classes=)."""
 
 
 def check_architecture(name: str) -> str:
-    """Return ``name`` when it is known, or names a network that is not ours.
+    """Return ``name`` if it is known, or the form of a custom network's.
 
     Raises:
         UsageError: neither; the nearest known name is given.
@@ -155,44 +162,46 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
     """A network with fresh weights, in eval mode.
 
     Args:
-        spec: what to build.
-        folded: build the BatchNorm-free form that :func:`robustq.models.quant.folding.fold` fills (our networks only).
+        spec: describes the network.
+        folded: build the form without BatchNorm that :func:`robustq.models.quant.folding.fold` fills (not of custom
+            networks).
         own_model: the ``module:function`` whose code the user allows to run.
 
     Raises:
-        ModelFileError: the network is the user's own code, and ``own_model`` does not allow it.
-        UsageError: unknown architecture or bit width, a layer that cannot have the width asked for, or a network that
-            cannot be quantized.
+        ModelFileError: the network is the user's code, and ``own_model`` does not allow it.
+        UsageError: unknown architecture or bit width, a layer that cannot have its width, or a network that cannot be
+            quantized.
     """
     check_permission(spec.architecture, own_model)
     if spec.shared_sum_scale and spec.widths.is_binary:
         raise UsageError("1 bit has no blocks with shared_sum_scale; set it to false, or choose 8, 4, 3 or 2 bits")
     if is_custom(spec.architecture):
-        # Not before it is needed: reading graphs loads sympy, which takes as long as torch.
-        from robustq.models.fx.build import quantized_graph
-
-        graph = quantized_graph(
-            float_network(spec.architecture, classes=spec.classes),
-            name=spec.architecture,
-            widths=spec.widths,
-            classes=spec.classes,
-            channels=spec.channels,
-            image_size=spec.image_size,
-            normalisation=spec.normalisation,
-            feature_layer=spec.feature_layer,
-            shared_sum_scale=spec.shared_sum_scale,
+        model = _custom_network(spec)
+    else:
+        layers = Layers(
+            spec.widths, folded=folded, normalisation=spec.normalisation, shared_sum_scale=spec.shared_sum_scale
         )
-        if 1 in dict(spec.layer_bits).values():
-            raise UsageError(
-                f"{spec.architecture}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2"
-            )
-        set_layer_bits(graph, dict(spec.layer_bits))
-        graph.eval()
-        network: nn.Module = graph
-        return network
-    layers = Layers(
-        spec.widths, folded=folded, normalisation=spec.normalisation, shared_sum_scale=spec.shared_sum_scale
-    )
-    model = ARCHITECTURES[check_architecture(spec.architecture)](layers, spec.channels, spec.classes)
+        construct = ARCHITECTURES[check_architecture(spec.architecture)]
+        model = construct(layers, channels=spec.channels, classes=spec.classes)
     set_layer_bits(model, dict(spec.layer_bits))
     return model.eval()
+
+
+def _custom_network(spec: ModelSpec) -> nn.Module:
+    # Imported here: graphs load sympy, which takes as long as torch.
+    from robustq.models.fx.build import quantized_graph
+
+    graph: nn.Module = quantized_graph(
+        float_network(spec.architecture, classes=spec.classes),
+        name=spec.architecture,
+        widths=spec.widths,
+        classes=spec.classes,
+        channels=spec.channels,
+        image_size=spec.image_size,
+        normalisation=spec.normalisation,
+        feature_layer=spec.feature_layer,
+        shared_sum_scale=spec.shared_sum_scale,
+    )
+    if 1 in dict(spec.layer_bits).values():
+        raise UsageError(f"{spec.architecture}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2")
+    return graph

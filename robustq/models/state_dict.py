@@ -1,14 +1,8 @@
-"""State dicts: reading, names, and what the layers of a network are.
-
-Weights as people save them: a bare state dict, inside a training checkpoint, or with the prefix of a wrapper.
-
-What the layers of a network are made of, read from the network itself.
-
-Which layer of a network the features enter that ODG-Q aligns.
-"""
+"""State dicts as training scripts save them, and facts read from a network: its layers and its feature layer."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +10,19 @@ from torch import Tensor, nn
 from robustq.models.quant.quantizers import FLOAT_BITS
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
-"""Keys below which training scripts keep the weights, beside the optimiser and the epoch."""
+"""Keys of training checkpoints that hold the weights."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-"""Put before every name by DataParallel, torch.compile, and by a module that holds the network as a member."""
+"""Prefixes of every name by DataParallel, torch.compile, and modules that hold the network as a member."""
 
 ALIASES = {"linear.": "fc.", "shortcut.": "downsample."}
-"""What ResNets for CIFAR call these layers where torchvision says the second."""
+"""Layer names of ResNets for CIFAR -> torchvision's."""
+
+FEATURE_LAYER = "feature_layer"
+"""Key of the feature layer in the ``meta`` of a custom network's graph."""
+
+OUR_FEATURE_LAYER = "avgpool"
+"""The feature layer of robustq's networks, and of torchvision's ResNets."""
 
 
 def is_bare_state_dict(content: Any) -> bool:
@@ -35,7 +35,7 @@ def is_bare_state_dict(content: Any) -> bool:
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The weights in ``content`` under the network's own names; None where there are none.
+    """The weights in ``content`` under torchvision's names, without prefixes; None when there are none.
 
     Args:
         content: a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
@@ -62,7 +62,7 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Torchvision's names in place of :data:`ALIASES`; a network that has both keeps its own."""
+    """Torchvision's names in place of :data:`ALIASES`; a network with both kinds of names stays as it is."""
     for alias, name in ALIASES.items():
         if any(name in own for own in state):
             continue
@@ -74,40 +74,44 @@ def _has(name: str, part: str) -> bool:
     return name.startswith(part) or f".{part}" in name
 
 
-def describe_layers(model: nn.Module) -> list[dict[str, Any]]:
-    """One row per convolution and linear layer, in order: ``name kind shape weight_bits``."""
+@dataclass(frozen=True)
+class LayerInfo:
+    """A convolution (``kind`` conv) or linear layer (linear): its weight's shape and bit width."""
+
+    name: str
+    kind: str
+    shape: list[int]
+    weight_bits: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of ``robustq info --json``."""
+        return asdict(self)
+
+
+def describe_layers(model: nn.Module) -> list[LayerInfo]:
+    """Every convolution and linear layer of ``model``, in order."""
     return [
-        {
-            "name": name,
-            "kind": "conv" if isinstance(layer, nn.Conv2d) else "linear",
-            "shape": list(layer.weight.shape),
-            "weight_bits": weight_bits(layer),
-        }
+        LayerInfo(
+            name, "conv" if isinstance(layer, nn.Conv2d) else "linear", list(layer.weight.shape), weight_bits(layer)
+        )
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
 
 
 def weight_bits(layer: nn.Module) -> int:
-    """Width of a layer's weights; 32 where nothing quantizes them."""
+    """Width of a layer's weights; 32 without a quantizer."""
     quantizer: Any = getattr(layer, "weight_quant", None)
     if quantizer is None or not quantizer.is_quant_enabled:
         return FLOAT_BITS
     return int(quantizer.bit_width())
 
 
-FEATURE_LAYER = "feature_layer"
-"""Where the graph of a user's own network says it, in ``meta``."""
-
-_OURS = "avgpool"
-"""Its name in the networks of this project, as in torchvision's ResNets."""
-
-
 def feature_layer_of(model: nn.Module) -> str | None:
-    """The name of the layer that the features of ``model`` enter, or None where nobody knows one."""
-    # Asked of ``meta`` and not of the class: Brevitas' graphs load sympy, which takes as long as torch.
+    """The name of the layer whose input is the features that ODG-Q aligns, or None when it is unknown."""
+    # Read from ``meta``, not from the class: Brevitas' graphs load sympy, which takes as long as torch.
     meta = getattr(model, "meta", None)
     if isinstance(meta, dict) and FEATURE_LAYER in meta:
         found: str | None = meta[FEATURE_LAYER]
         return found
-    return _OURS if _OURS in dict(model.named_modules()) else None
+    return OUR_FEATURE_LAYER if OUR_FEATURE_LAYER in dict(model.named_modules()) else None

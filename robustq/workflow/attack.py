@@ -32,8 +32,8 @@ from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new
-from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
 from robustq.workflow.open_model import Opened, open_attackable
@@ -65,7 +65,7 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
         for network in {id(one): one for one in (source, copied, *others) if isinstance(one, nn.Module)}.values():
             stack.enter_context(SharedWeights(network).quantized_once())
         if copied is not None:
-            if len(images) >= FEWEST:
+            if len(images) >= MIN_IMAGES:
                 kinds = len(target.sources) + 1
                 note(f"note    {kinds} kinds of passes compile when first asked for, in half a minute or so each")
             _convolve_codes(copied, images, stack)

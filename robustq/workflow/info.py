@@ -62,7 +62,7 @@ def _network(network: nn.Module, spec: ModelSpec) -> dict[str, Any]:
         "label": spec.label,
         **json.loads(json.dumps(spec.to_dict())),  # tuples as lists, as --json prints them
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "layers": describe_layers(network),
+        "layers": [layer.to_dict() for layer in describe_layers(network)],
     }
 
 

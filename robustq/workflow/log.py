@@ -25,7 +25,7 @@ from robustq.hardening.run_folder import (
     resume_command,
 )
 from robustq.hardening.trainer import Training
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon

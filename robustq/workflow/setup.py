@@ -22,8 +22,8 @@ from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.precision import forbid_tf32
 from robustq.models.batch_norm import needs_two_images
+from robustq.models.layers import Normalisation, parse_normalisation
 from robustq.models.mixed_widths import read_layer_bits
-from robustq.models.normalise import Normalisation, parse_normalisation
 from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
@@ -217,7 +217,7 @@ def chosen_normalisation(text: str | None, *, channels: int) -> Normalisation | 
     """What ``--normalisation`` says; None without it.
 
     Raises:
-        UsageError: as :func:`robustq.models.normalise.parse_normalisation`.
+        UsageError: as :func:`robustq.models.layers.parse_normalisation`.
     """
     return None if text is None else parse_normalisation(text, channels=channels)
 

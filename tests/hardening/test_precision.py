@@ -18,11 +18,10 @@ from robustq.hardening.optimization import Descent
 from robustq.hardening.precision import advice, computed_in
 from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.quantizers import BranchQuant, learned_thresholds
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.quantizers import BranchQuant, QuantReLU, learned_thresholds
 from robustq.recipe import Recipe, load_recipe
+from tests.hardening.test_tf32 import flags
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
-from tests.models.test_tf32 import flags
 
 HALF = torch.bfloat16
 

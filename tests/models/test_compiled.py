@@ -18,13 +18,20 @@ from torch._functorch import config as functorch_config
 from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
-from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler, compile_forward
+from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler, compile_forward
+from robustq.models.quant.fused import _CompiledReLU
 from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
 from robustq.models.quant.quantizers import BranchQuant
-from robustq.models.quant.relu import _Relu
-from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, backward_rule, rounds_plainly, under_rule
-from robustq.models.quant.weights_once import SharedWeights
-from tests.models.test_backward_rules import input_slope, network
+from robustq.models.quant.shared_weights import SharedWeights
+from robustq.models.quant.straight_through import (
+    PASS_THROUGH,
+    RULES,
+    STRAIGHT_THROUGH,
+    backward_rule,
+    rounds_plainly,
+    under_rule,
+)
+from tests.models.test_straight_through import logits_and_gradient, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
 
@@ -32,6 +39,13 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> None:
     torch.compiler.reset()
+
+
+def small() -> tuple[nn.Module, Tensor]:
+    """A network that torch traces in no time, and images for it."""
+    torch.manual_seed(0)
+    quantizer = qnn.QuantIdentity(act_quant=BranchQuant, bit_width=4, return_quant_tensor=False)
+    return nn.Sequential(quantizer, nn.Flatten(), nn.Linear(64, 10)).eval(), torch.rand(40, 1, 8, 8)
 
 
 SMALL = ("resnet8-4", "folded-4", "resnet8-1", "folded-1")
@@ -52,20 +66,20 @@ def test_answers_and_gradients_are_the_networks_own_from_one_graph_each(name: st
     with SharedWeights(model).quantized_once():
         fast = CompiledNetwork(model, backend=counter)
         asked = fast if rule == STRAIGHT_THROUGH else fast.under_rule(rule)
-        for count in (40, 39, 23, FEWEST):
+        for count in (40, 39, 23, MIN_IMAGES):
             images = x[:count].clone()
-            logits, slope = input_slope(under_rule(model, rule), images)
-            ours = input_slope(asked, images)
+            logits, gradient = logits_and_gradient(under_rule(model, rule), images)
+            ours = logits_and_gradient(asked, images)
             assert torch.equal(ours[0], logits)
-            assert torch.equal(ours[1], slope)
-            assert slope.any()
+            assert torch.equal(ours[1], gradient)
+            assert gradient.any()
             with torch.no_grad():
                 assert torch.equal(asked(images), model(images))
         assert counter.frame_count == 2
 
 
 def test_answers_without_gradient_are_compiled_once_for_all_rules() -> None:
-    model, x = network("resnet8-4")
+    model, x = small()
     counter = CompileCounterWithBackend("eager")
     fast = CompiledNetwork(model, backend=counter)
     ruled = [fast.under_rule(rule) for rule in RULES]
@@ -76,43 +90,45 @@ def test_answers_without_gradient_are_compiled_once_for_all_rules() -> None:
     with torch.no_grad():
         leaf = x.clone().requires_grad_()
         assert torch.equal(ruled[1](leaf), answers[0])
-    assert counter.frame_count == 2  # of images that ask for a gradient: torch takes them for another kind
+    assert counter.frame_count == 2  # images that need a gradient are another kind for torch
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_few_images_go_through_the_network_as_it_is_written(rule: str) -> None:
-    model, x = network("resnet8-4")
+def test_few_images_run_eagerly(rule: str) -> None:
+    model, x = small()
     counter = CompileCounterWithBackend("eager")
     asked = CompiledNetwork(model, backend=counter).under_rule(rule)
-    for count in (FEWEST - 1, 1, 0):
-        ours, theirs = input_slope(asked, x[:count]), input_slope(under_rule(model, rule), x[:count])
+    for count in (MIN_IMAGES - 1, 1, 0):
+        ours, theirs = logits_and_gradient(asked, x[:count]), logits_and_gradient(under_rule(model, rule), x[:count])
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
     assert counter.frame_count == 0
 
 
 @pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")
-@pytest.mark.parametrize("name", ["folded-8", *(pytest.param(name, marks=pytest.mark.slow) for name in SMALL)])
-def test_codes_are_convolved_in_whole_numbers(name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["folded-8", *SMALL])
+def test_codes_are_convolved_in_integers(name: str) -> None:
     model, x = network(name)
     model = copy.deepcopy(model).requires_grad_(False)
     with torch.no_grad():
         answers = model(x)
-    expected = {rule: input_slope(under_rule(model, rule), x)[1] for rule in RULES}
+    rules = (PASS_THROUGH,)
+    expected = {rule: logits_and_gradient(under_rule(model, rule), x)[1] for rule in rules}
     integers = IntegerConvolutions(model, x[:2], way_back=torch.float32)
     assert len(integers) == 9
     counter = CompileCounterWithBackend("eager")
     with SharedWeights(model).quantized_once(), integers.in_place():
         fast = CompiledNetwork(model, backend=counter)
-        for rule, slope in expected.items():
-            logits, ours = input_slope(fast.under_rule(rule), x.clone())
-            # Those that a folded network gives when it counts, but for its last layer, which is no convolution.
+        for rule, gradient in expected.items():
+            logits, ours = logits_and_gradient(fast.under_rule(rule), x.clone())
+            # The answers of a folded network under no_grad, except its last layer, which is no convolution.
             torch.testing.assert_close(logits, answers, rtol=0.0, atol=2e-6)
-            # Differentiated it does not count, and a rounded sum turns a code in an image or two.
-            assert (ours.sign() == slope.sign()).float().mean() > 0.99
+            # The differentiated pass sums floats, whose rounding flips a code in an image or two.
+            assert (ours.sign() == gradient.sign()).float().mean() > 0.99
         with torch.no_grad():
             assert torch.equal(fast(x.clone()), answers)
-    assert counter.frame_count == len(RULES) + 1
+    assert counter.frame_count == len(rules) + 1
 
 
 def test_plain_rounding_is_watched_where_there_is_any() -> None:
@@ -121,15 +137,15 @@ def test_plain_rounding_is_watched_where_there_is_any() -> None:
             logits: Tensor = (x * 8.0).round().flatten(1)[:, :10]
             return logits
 
-    model, x = Rounding(), torch.rand(FEWEST, 1, 8, 8)
+    model, x = Rounding(), torch.rand(MIN_IMAGES, 1, 8, 8)
     counter = CompileCounterWithBackend("eager")
     fast = CompiledNetwork(model, backend=counter)
-    assert not input_slope(fast, x.clone())[1].any()
+    assert not logits_and_gradient(fast, x.clone())[1].any()
     assert torch.equal(
-        input_slope(fast.under_rule("pass-through"), x.clone())[1],
-        input_slope(under_rule(model, "pass-through"), x)[1],
+        logits_and_gradient(fast.under_rule("pass-through"), x.clone())[1],
+        logits_and_gradient(under_rule(model, "pass-through"), x)[1],
     )
-    assert input_slope(fast.under_rule("pass-through"), x.clone())[1].any()
+    assert logits_and_gradient(fast.under_rule("pass-through"), x.clone())[1].any()
     assert rounds_plainly(model, x)
     assert not rounds_plainly(network("resnet8-4")[0], network("resnet8-4")[1][:2])
 
@@ -138,12 +154,12 @@ def test_a_compiler_that_fails_is_one_line() -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("No working C++ compiler found\nand a long story")
 
-    model, x = network("resnet8-4")
+    model, x = small()
     for asked in (CompiledNetwork(model, backend=broken), CompiledNetwork(model, backend=broken).under_rule("smooth")):
         with pytest.raises(UsageError) as caught:
             asked(x.clone().requires_grad_())
-        told = "torch.compile does not work here (No working C++ compiler found); attack without it: --no-compile"
-        assert str(caught.value) == told
+        message = "torch.compile does not work here (No working C++ compiler found); attack without it: --no-compile"
+        assert str(caught.value) == message
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -164,20 +180,12 @@ def test_a_network_that_cannot_be_had_in_one_piece_is_refused() -> None:
     model = Broken().eval()
     for rule in RULES:
         with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-            input_slope(CompiledNetwork(model, backend="eager").under_rule(rule), torch.rand(FEWEST, 1, 8, 8))
+            logits_and_gradient(
+                CompiledNetwork(model, backend="eager").under_rule(rule), torch.rand(MIN_IMAGES, 1, 8, 8)
+            )
 
 
-def test_a_network_that_counts_its_images_is_refused() -> None:
-    class Counting(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            logits: Tensor = x.flatten(1)[:, :10] * sum(range(len(x)))
-            return logits
-
-    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-        CompiledNetwork(Counting(), backend="eager")(torch.rand(FEWEST, 1, 8, 8))
-
-
-def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_end() -> None:
+def test_a_network_that_changes_in_every_call_runs_eagerly_in_the_end() -> None:
     class Restless(nn.Module):
         calls = 0
 
@@ -188,29 +196,10 @@ def test_a_network_that_is_another_in_every_call_runs_as_it_is_written_in_the_en
 
     model = Restless()
     fast = CompiledNetwork(model, backend="eager")
-    x = torch.rand(FEWEST, 1, 8, 8)
+    x = torch.rand(MIN_IMAGES, 1, 8, 8)
     for number in range(1, 15):
         with torch.no_grad():
             assert torch.equal(fast(x), x.flatten(1)[:, :10] * float(number))
-
-
-def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
-    class Detached(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.detach().flatten(1)[:, :10]
-
-    with pytest.raises(UsageError, match="gives logits without a gradient"):
-        input_gradient(CompiledNetwork(Detached(), backend="eager"), torch.rand(FEWEST, 1, 8, 8), lambda y: y.sum(1))
-
-
-def test_a_way_back_that_does_not_compile_is_one_line_too() -> None:
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("C++ compile error")
-
-    model, x = network("resnet8-32")
-    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
-    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
-        input_slope(CompiledNetwork(model, backend=backend), x.clone())
 
 
 def test_a_compiler_is_tried_on_little() -> None:
@@ -253,19 +242,40 @@ def test_several_gradients_of_one_pass_in_compiled_code(name: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", ["resnet8-4", "resnet8-1", "resnet8-32"])
 def test_compiled_code(name: str, rule: str) -> None:
-    """Sums in another order, by which a code or a sign turns now and then."""
+    """Sums in another order, which flips single codes and signs."""
     model, x = network(name)
-    logits, slope = input_slope(under_rule(model, rule), x)
-    ours = input_slope(CompiledNetwork(model).under_rule(rule), x.clone())
+    logits, gradient = logits_and_gradient(under_rule(model, rule), x)
+    ours = logits_and_gradient(CompiledNetwork(model).under_rule(rule), x.clone())
     assert (ours[0] - logits).abs().median() < 1e-4
-    assert (ours[1].sign() == slope.sign()).float().mean() > 0.98
+    assert (ours[1].sign() == gradient.sign()).float().mean() > 0.98
 
 
 def test_a_relu_before_a_watched_quantizer_has_its_own_gradient() -> None:
-    """Compiled it is another function (rectifier.py)."""
+    """In compiled code it is another function."""
     x = torch.tensor([-2.0, -0.0, 0.0, 1e-30, 3.0, torch.inf], requires_grad=True)
     g = torch.tensor([1.0, -2.0, 3.0, 4.0, -5.0, 6.0])
-    (ours,) = torch.autograd.grad(_Relu.apply(x), x, g)
+    (ours,) = torch.autograd.grad(_CompiledReLU.apply(x), x, g)
     (theirs,) = torch.autograd.grad(x.relu(), x, g)
     assert torch.equal(ours, theirs)
-    assert torch.equal(_Relu.apply(x), x.relu())
+    assert torch.equal(_CompiledReLU.apply(x), x.relu())
+
+
+def test_logits_without_a_gradient_are_the_attacks_to_refuse() -> None:
+    class Detached(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.detach().flatten(1)[:, :10]
+
+    with pytest.raises(UsageError, match="gives logits without a gradient"):
+        input_gradient(
+            CompiledNetwork(Detached(), backend="eager"), torch.rand(MIN_IMAGES, 1, 8, 8), lambda y: y.sum(1)
+        )
+
+
+def test_a_backward_pass_that_does_not_compile_is_one_line_too() -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("C++ compile error")
+
+    model, x = small()
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    with pytest.raises(UsageError, match=r"does not work here .*; attack without it: --no-compile"):
+        logits_and_gradient(CompiledNetwork(model, backend=backend), x.clone())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,12 +19,10 @@ from robustq.data import to_float
 from robustq.errors import ExportError
 from robustq.models import spec as spec_module
 from robustq.models.layers import Layers
-from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import LARGEST_BIAS_CODE, Grid, bias_steps, fold
-from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
-from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec, trained
+from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec
 
 CHANNELS = 8
 
@@ -108,38 +106,6 @@ def conv_outputs(model: Any, folded: Any) -> tuple[Tensor, Tensor, Tensor]:
     return unfolded.double(), getattr(after, "value", after).double(), entered.scale.double()
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_codes_stay_and_a_negative_gamma_flips_them(bits: int) -> None:
-    model = one_conv_model(bits)
-    folded: Any = fold(model, one_conv_spec(bits))
-    gain, _ = gain_and_shift(model.bn)
-    assert (gain > 0).any() and (gain < 0).any()
-    codes, scale = parameters_of(model.conv)
-    folded_codes, folded_scale = parameters_of(folded.conv)
-    assert torch.equal(folded_codes, codes * gain.sign().reshape(-1, 1, 1, 1))
-    assert torch.equal(folded_scale.float(), (scale * gain.abs()).float())  # exact: float64, then one rounding
-
-
-def test_the_last_layer_keeps_its_codes_and_scales() -> None:
-    model = one_conv_model(4)
-    folded: Any = fold(model, one_conv_spec(4))
-    for before, after in zip(parameters_of(model.fc), parameters_of(folded.fc), strict=True):
-        assert torch.equal(before, after)
-
-
-@pytest.mark.parametrize("bits", [8, 2])
-def test_a_folded_network_has_quantized_biases_and_no_batch_norm(bits: int) -> None:
-    folded = fold(perturbed(small_spec(bits)), small_spec(bits))
-    assert not folded.training
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    layers = [module for module in folded.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    assert len(layers) == 10
-    assert all(layer.bias_quant.is_quant_enabled and layer.bias is not None for layer in layers)  # type: ignore[union-attr]
-
-
 # --- biases ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,11 +121,6 @@ def check_half_step(model: Any, bits: int) -> None:
     size = torch.maximum(unfolded.abs().amax(dim=(0, 2, 3)), torch.maximum(shift.abs(), mean))
     bound = 0.5 * step + 64 * 2.0**-24 * size
     assert ((after - unfolded).abs().amax(dim=(0, 2, 3)) <= bound).all()
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_drift_of_one_layer_is_at_most_half_an_accumulator_step(bits: int) -> None:
-    check_half_step(one_conv_model(bits), bits)
 
 
 @pytest.mark.parametrize("bits", [8, 2])
@@ -208,6 +169,7 @@ def test_any_batch_norm_folds(bits: int, gammas: list[float], variances: list[fl
     codes, _ = parameters_of(model.conv)
     folded_codes, _ = parameters_of(folded.conv)
     constant = folded_codes.flatten(1).eq(0).all(dim=1)
+    # A negative gamma flips the codes.
     assert torch.equal(folded_codes[~constant], (codes * gain.sign().reshape(-1, 1, 1, 1))[~constant])
     # Only a channel that BatchNorm all but switches off may lose its codes: a bias of 2^30 steps, or no scale at all.
     assert (gain.abs()[constant] < 1e-5).all()
@@ -235,15 +197,11 @@ def with_channel(model: Any, channel: int, **values: float) -> Any:
 
 OFF = [
     pytest.param({"gamma": 0.0, "beta": 0.7}, 0.7, id="zero gamma"),
-    pytest.param({"gamma": 0.0, "beta": -0.7}, -0.7, id="zero gamma, negative bias"),
     pytest.param({"gamma": 0.0, "beta": 0.0}, 0.0, id="zero gamma and bias"),
-    pytest.param({"gamma": 1e-12, "beta": 0.7}, 0.7, id="tiny gamma"),
     pytest.param({"gamma": -1e-12, "beta": 0.7}, 0.7, id="tiny negative gamma"),
     pytest.param({"gamma": 1e-45, "beta": 0.0, "mean": 0.0}, 0.0, id="gamma below float32's range, no bias"),
-    pytest.param({"gamma": 1e-39, "beta": 1e-44, "mean": 0.0}, 0.0, id="gamma and bias below float32's range"),
     pytest.param({"gamma": 0.0, "beta": 1e-42, "mean": 0.0}, 0.0, id="bias below float32's range"),
     pytest.param({"gamma": 1.0, "beta": 0.7, "mean": 0.0, "weight": 0.0}, 0.7, id="dead weights"),
-    pytest.param({"gamma": 1.0, "beta": 0.0, "mean": 0.0, "weight": 0.0}, 0.0, id="dead weights, no bias"),
     pytest.param({"gamma": 1.0, "beta": 0.5, "mean": 0.5, "var": 1.0, "weight": 0.0}, None, id="dead weights, mean"),
 ]
 
@@ -288,44 +246,19 @@ def test_the_largest_bias_code_is_2_to_the_30(share: float, kept: bool) -> None:
     assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 * 18 / 2**30 + 2.0**-22)
 
 
-def test_a_channel_with_zero_variance_folds() -> None:
-    model = with_channel(one_conv_model(4), 2, var=0.0)
-    folded: Any = fold(model, one_conv_spec(4))
-    codes, _ = parameters_of(model.conv)
-    gain, _ = gain_and_shift(model.bn)
-    assert gain[2].abs() > 100  # 1 / sqrt(eps)
-    assert torch.equal(parameters_of(folded.conv)[0], codes * gain.sign().reshape(-1, 1, 1, 1))
-    check_half_step(model, 4)
-
-
 # --- whole networks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["resnet8", "resnet20"])
-def test_float_folding_is_exact_up_to_float_rounding(architecture: str) -> None:
-    spec = small_spec(32, architecture=architecture)
+def test_float_folding_is_exact_up_to_float_rounding() -> None:
+    spec = small_spec(32)
     model = perturbed(spec)
     with torch.no_grad():
         before, after = model(images()), fold(model, spec)(images())
-    # Weights in float64, rounded once; then up to 21 layers of float32 sums, each right to about 1e-6.
+    # Weights in float64, rounded once; then nine layers of float32 sums, each right to about 1e-6.
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4 * before.std().item())
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_trained_network_keeps_its_answers(bits: int) -> None:
-    """Half steps of biases move single codes; a wrong sign or shift leaves little of what was learned."""
-    model = trained(small_spec(bits))
-    x, y = to_float(digits()[0]), digits()[1]
-    with torch.no_grad():
-        before, after = model(x), fold(model, small_spec(bits))(x)
-    accuracies = [(logits.argmax(dim=1) == y).float().mean().item() for logits in (before, after)]
-    assert accuracies[0] > 0.9
-    assert abs(accuracies[1] - accuracies[0]) <= 0.015
-    # 4-bit layers add up to 36 * 4 * 16 steps; half a step is a few hundredths of a code in the next layer.
-    assert (after - before).abs().mean() < (0.01 if bits == 8 else 0.1) * before.std()
-
-
-@pytest.mark.parametrize(("bits", "mode"), [(32, "train"), (4, "train"), (4, "eval"), (4, "mixed")])
+@pytest.mark.parametrize(("bits", "mode"), [(32, "train"), (4, "eval"), (4, "mixed")])
 def test_the_model_stays_as_it_was(bits: int, mode: str) -> None:
     model = perturbed(small_spec(bits)).train(mode != "eval")
     if mode == "mixed":
@@ -344,38 +277,7 @@ def test_the_model_stays_as_it_was(bits: int, mode: str) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_twin_has_gradients_into_the_images() -> None:
-    folded = fold(perturbed(small_spec(4)), small_spec(4))
-    x = images().requires_grad_()
-    folded(x).square().sum().backward()
-    assert x.grad is not None and x.grad.abs().sum() > 0
-
-
 # --- refused ---------------------------------------------------------------------------------------------------------
-
-
-def refused(model: nn.Module, name: str) -> None:
-    with pytest.raises(ExportError, match=rf"^{name} does not follow a convolution of its own; .*cannot be folded$"):
-        fold(model, small_spec(4))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_batch_norm_on_the_pixels_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.pixels = nn.Sequential(nn.BatchNorm2d(1), model.get_submodule("pixels"))
-    refused(model, r"pixels\.0")
-
-
-def test_a_batch_norm_after_a_relu_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.relu = nn.Sequential(model.get_submodule("relu"), nn.BatchNorm2d(16))
-    refused(model, r"relu\.1")
-
-
-def test_a_second_batch_norm_on_one_convolution_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.bn1 = nn.Sequential(model.get_submodule("bn1"), nn.BatchNorm2d(16))
-    refused(model, r"bn1\.1")
 
 
 class Sum(nn.Module):
@@ -390,86 +292,32 @@ class Sum(nn.Module):
         return summed
 
 
-def test_two_batch_norms_beside_one_another_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("layer", "replacement", "named"),
+    [
+        ("pixels", lambda old: nn.Sequential(nn.BatchNorm2d(1), old), r"pixels\.0"),
+        ("relu", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"relu\.1"),
+        ("bn1", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"bn1\.1"),
+        ("bn1", lambda old: Sum(), r"bn1\.two"),
+        ("fc", lambda old: nn.Sequential(old, nn.BatchNorm1d(10)), r"fc\.1"),
+    ],
+)
+def test_a_batch_norm_without_a_convolution_of_its_own_is_refused(layer: str, replacement: Any, named: str) -> None:
     model = perturbed(small_spec(4))
-    model.bn1 = Sum()
-    refused(model, r"bn1\.two")
-
-
-def test_a_batch_norm_on_the_logits_is_refused() -> None:
-    model = perturbed(small_spec(4))
-    model.fc = nn.Sequential(model.get_submodule("fc"), nn.BatchNorm1d(10))
-    refused(model, r"fc\.1")
+    setattr(model, layer, replacement(model.get_submodule(layer)))
+    with pytest.raises(ExportError, match=rf"^{named} does not follow a convolution of its own; .*cannot be folded$"):
+        fold(model, small_spec(4))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 # --- what folding changes in a whole network -------------------------------------------------------------------------
 
 
-def with_rounded_biases(model: Any, folded: Any) -> Any:
-    """``model`` with every BatchNorm's shift, and the last bias, moved to the folded network's int32 grid."""
-    changed = copy.deepcopy(model)
-    pairs: dict[str, Any] = {}
-    made_by: dict[int, str] = {}
-    keep: list[Tensor] = []
-
-    def made(_: nn.Module, __: Any, output: Tensor, name: str) -> None:
-        keep.append(output)
-        made_by[id(output)] = name
-
-    handles = [
-        module.register_forward_hook(functools.partial(made, name=name))
-        if isinstance(module, nn.Conv2d)
-        else module.register_forward_pre_hook(lambda norm, x: pairs.__setitem__(made_by[id(x[0])], norm))
-        for name, module in changed.named_modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and not isinstance(module, SignNorm)
-    ]
-    with torch.no_grad():
-        changed(images()[:1])
-        for handle in handles:
-            handle.remove()
-        changed, folded = changed.double(), folded.double()
-        for name, norm in pairs.items():
-            _, shift = gain_and_shift(norm)
-            step = bias_scale(folded.get_submodule(name))
-            norm.bias.add_((shift / step).round() * step - shift)
-        step = bias_scale(folded.fc)
-        changed.fc.bias.copy_((changed.fc.bias / step).round() * step)
-    return changed
-
-
-def off_ties(model: nn.Module) -> None:
-    """Move calibrated thresholds, simple fractions of one another, off each other's rounding ties."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for threshold in learned_thresholds(model).values():
-            threshold.log_threshold.add_(0.01 * torch.randn((), generator=generator))
-
-
-def check_bias_rounding_explains_all(model: Any, spec: ModelSpec) -> None:
-    """In float64, where ties are hardly ever hit: the folded network is the unfolded one with rounded shifts.
-
-    Folding stored scales and thresholds as float32, right to 6e-8. Of some ten thousand codes behind an image now and
-    then one lies within that of a tie and moves, so a quarter of the images may differ; a fault would move them all.
-    """
-    folded: Any = fold(model, spec)
-    explained = with_rounded_biases(model, folded)
-    x = images().double()
-    with torch.no_grad():
-        before, after = explained(x), folded.double()(x)
-    same = (after - before).abs().amax(dim=1) <= 1e-5 * before.std()
-    assert same.float().mean() >= 0.75
-    # And layer by layer, on what really enters: half a step of the bias, and nothing else.
-    check_every_layer(model, folded)
-
-
-def _codes_times_scale(layer: Any) -> Tensor:
-    value: Tensor = layer.quant_weight().value.double()
-    return value
-
-
 def check_every_layer(model: Any, folded: Any) -> None:
+    """In float64, on each layer's inputs in the folded network: half a step of the bias, and nothing else."""
     # Codes as float32 rounds them: in float64 a weight next to a tie may get another one.
-    weights = {name: _codes_times_scale(layer) for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+    convolutions: list[tuple[str, Any]] = [(n, one) for n, one in model.named_modules() if isinstance(one, nn.Conv2d)]
+    weights = {name: layer.quant_weight().value.double() for name, layer in convolutions}
     model, folded = copy.deepcopy(model).double(), folded.double()
     entered: dict[str, Any] = {}
     left: dict[str, Any] = {}
@@ -503,37 +351,23 @@ def check_every_layer(model: Any, folded: Any) -> None:
             assert ((left[name] - unfolded).abs() <= bound + slack).all(), name
 
 
-@pytest.mark.parametrize(
-    ("architecture", "weight_bits", "act_bits"),
-    [
-        ("resnet8", 4, 4),
-        ("resnet8", 1, 1),
-        ("resnet8", 1, 4),
-        ("resnet8", 2, 1),
-        ("resnet20-a", 3, 3),
-        pytest.param("resnet20", 8, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_bias_rounding_explains_all_that_folding_changes(architecture: str, weight_bits: int, act_bits: int) -> None:
-    spec = dataclasses.replace(small_spec(4, architecture=architecture), weight_bits=weight_bits, act_bits=act_bits)
-    model = perturbed(spec)
-    off_ties(model)
-    check_bias_rounding_explains_all(model, spec)
-
-
-@settings(max_examples=6, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
+@example(architecture="resnet8", widths=(4, 4), seed=0, special=[])
+@example(architecture="resnet8", widths=(1, 1), seed=0, special=[(3, 0.0), (5, -1e-12)])
+@example(architecture="resnet20-a", widths=(3, 3), seed=0, special=[])
 @given(
-    weight_bits=st.sampled_from([8, 4, 3, 2, 1]),
-    act_bits=st.sampled_from([8, 4, 3, 2, 1]),
+    architecture=st.just("resnet8"),
+    widths=st.tuples(st.sampled_from([8, 4, 3, 2, 1]), st.sampled_from([8, 4, 3, 2, 1])),
     seed=st.integers(0, 2**16),
     special=st.lists(
         st.tuples(st.integers(0, 15), st.sampled_from([0.0, 1e-9, -1e-9, 1e-20, -0.5, -3.0])), min_size=2, max_size=6
     ),
 )
-def test_bias_rounding_explains_all_in_random_networks(
-    weight_bits: int, act_bits: int, seed: int, special: list[tuple[int, float]]
+def test_folding_changes_nothing_but_the_rounding_of_biases(
+    architecture: str, widths: tuple[int, int], seed: int, special: list[tuple[int, float]]
 ) -> None:
-    spec = dataclasses.replace(small_spec(4), weight_bits=weight_bits, act_bits=act_bits)
+    spec = small_spec(4, architecture=architecture)
+    spec = dataclasses.replace(spec, weight_bits=widths[0], act_bits=widths[1])
     torch.manual_seed(seed)
     model = build_model(spec)
     perturb_batch_norm(model, seed=seed)
@@ -543,18 +377,7 @@ def test_bias_rounding_explains_all_in_random_networks(
                 for channel, gamma in special:
                     module.weight[channel] = gamma
     calibrate(model, images())
-    off_ties(model)
-    check_bias_rounding_explains_all(model, spec)
-
-
-def test_a_finer_bias_is_nearer_than_the_accumulators_step() -> None:
-    """At 2 bits a bias rounded to the accumulator's step (127 of these) would be wrong by up to half of it."""
-    model = one_conv_model(2)
-    folded: Any = fold(model, one_conv_spec(2))
-    unfolded, after, input_scale = conv_outputs(model, folded)
-    accumulator = (input_scale * parameters_of(folded.conv)[1]).reshape(-1, 1, 1)
-    error = ((after - unfolded).abs() / accumulator).amax(dim=(0, 2, 3))
-    assert (error < 0.5 / 127 + 1e-3).all()  # float32 sums beside it
+    check_every_layer(model, fold(model, spec))
 
 
 @pytest.mark.parametrize(
@@ -580,23 +403,3 @@ def test_how_many_steps_fit(largest_weight: int, lowest: int, highest: int, step
 def test_scales_past_float32_are_refused_by_the_name_of_the_layer() -> None:
     with pytest.raises(ExportError, match=r"^conv: float32 cannot hold its weights or scales"):
         fold(with_channel(one_conv_model(4), 3, gamma=3e38, var=0.0), one_conv_spec(4))
-
-
-@pytest.mark.parametrize(
-    "values", [{"gamma": 0.0, "beta": 0.7}, {"gamma": -1e-12, "beta": -0.3}, {"gamma": 0.0, "beta": 0.0}]
-)
-def test_a_switched_off_binary_channel_is_its_bias(values: dict[str, float]) -> None:
-    """Binary weights have no zero code; the largest bias code there is drowns them instead."""
-    spec = dataclasses.replace(one_conv_spec(4), weight_bits=1)
-    torch.manual_seed(0)
-    model: Any = build_model(spec)
-    perturb_batch_norm(model, seed=0)
-    calibrate(model, images())
-    model = with_channel(model, 3, **values)
-    folded: Any = fold(model, spec)
-    assert folded.conv.quant_weight().int().unique().tolist() == [-1, 1]
-    _, after, _ = conv_outputs(model, folded)
-    # 36 signs of activations up to 15 codes, in steps of 127, beside 2^30; and float32's own rounding.
-    assert (after[:, 3] - values["beta"]).abs().max() <= abs(values["beta"]) * (
-        36 * 15 * 127 / 2**30 + 2.0**-22
-    ) + 1e-20

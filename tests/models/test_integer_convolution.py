@@ -17,9 +17,8 @@ from robustq.hardening.methods.method import crafting, only_input_gradients
 from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.integer_convolution import IntegerConvolutions, convolve_codes, is_available
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, WeightQuant
-from robustq.models.quant.relu import QuantReLU
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, QuantReLU, WeightQuant
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.spec import ModelSpec, build_model
 
 needs_instructions = pytest.mark.skipif(not is_available(), reason="a CPU with VNNI instructions")
@@ -263,7 +262,7 @@ def test_nothing_of_it_loads_the_compiler() -> None:
     program = """
 import sys
 import robustq.models.spec
-from robustq.models import integer_convolution
+from robustq.models.quant import integer_convolution
 integer_convolution.is_available()
 sys.exit("torch._dynamo" in sys.modules)
 """

@@ -1,4 +1,4 @@
-"""Widths of single layers: what is set, what stays, and every fault at once."""
+"""Widths of single layers: the named ones change, the others stay, and all errors come at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from robustq.checkpoint import load_model, save_model
-from robustq.errors import ModelFileError, UsageError
+from robustq.errors import UsageError
 from robustq.models.mixed_widths import adjustable_layers, read_layer_bits, set_layer_bits
 from robustq.models.spec import ModelSpec, build_model
 from tests.models.small_nets import small_spec
@@ -19,8 +19,8 @@ from tests.models.small_nets import small_spec
 OWN = {"conv1": 4, "layer1.0.conv1": 8, "layer1.0.relu1": 8, "layer2.0.conv2": 1, "layer3.0.relu2": 2, "fc": 3}
 
 
-def mixed(own: dict[str, int] = OWN, bits: int = 4) -> ModelSpec:
-    return dataclasses.replace(small_spec(bits), layer_bits=tuple(own.items()))
+def mixed(own: dict[str, int] = OWN) -> ModelSpec:
+    return dataclasses.replace(small_spec(4), layer_bits=tuple(own.items()))
 
 
 def widths(model: nn.Module) -> dict[str, int]:
@@ -50,18 +50,7 @@ def test_weights_stay_where_they_were() -> None:
     assert strided.stride == (2, 2) and strided.padding == (1, 1)
 
 
-def test_codes_have_the_width_asked_for() -> None:
-    torch.manual_seed(0)
-    model: Any = build_model(mixed())
-    with torch.no_grad():
-        levels = [len(channel.unique()) for channel in model.layer1[0].conv1.quant_weight().int()]
-        assert max(levels) > 2**4 - 1 and max(levels) <= 2**8 - 1
-        assert all(len(channel.unique()) == 2 for channel in model.layer2[0].conv2.quant_weight().int())
-        activations = model.layer3[0].relu2(torch.linspace(-1, 3, 999).reshape(1, 1, 27, 37))
-        assert len(activations.unique()) == 4
-
-
-def test_all_faults_are_told_at_once_with_the_nearest_name() -> None:
+def test_all_errors_come_at_once_with_the_nearest_name() -> None:
     own = {"layer1.0.conv3": 4, "layer1.0.relu1": 1, "pixels": 4, "fc": 5, "conv1": 8}
     with pytest.raises(UsageError) as caught:
         build_model(mixed(own))
@@ -72,11 +61,6 @@ def test_all_faults_are_told_at_once_with_the_nearest_name() -> None:
     assert "'conv1'" not in text and "\n" not in text
 
 
-def test_a_float_network_has_no_such_layer() -> None:
-    with pytest.raises(UsageError, match=r"no layer 'conv1'"):
-        build_model(mixed({"conv1": 8}, bits=32))
-
-
 def test_the_spec_goes_there_and_back_in_a_model_file(tmp_path: Path) -> None:
     spec = mixed()
     save_model(tmp_path / "model.pt", build_model(spec), spec)
@@ -84,12 +68,6 @@ def test_the_spec_goes_there_and_back_in_a_model_file(tmp_path: Path) -> None:
     assert loaded == spec and hash(loaded) == hash(spec)
     assert spec.label == "resnet8-w4a4-mixed"
     assert widths(model) == widths(build_model(spec))
-
-
-@pytest.mark.parametrize("value", [4, ["conv1"], {"conv1": "8"}, {"conv1": True}, {3: 4}])
-def test_a_broken_table_in_a_spec_is_named(value: Any) -> None:
-    with pytest.raises(ModelFileError, match=r"^spec says layer_bits = "):
-        ModelSpec.from_dict({**small_spec(4).to_dict(), "layer_bits": value})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +86,7 @@ def test_names_may_be_quoted_or_not(tmp_path: Path, text: str) -> None:
         (b"\xff\xfe", "cannot be read"),
         (b"conv1 = ", "is not valid TOML"),
         (b"", "names no layer"),
-        (b"conv1 = 4.0\nfc = '8'\nrelu = true\n", r"whole numbers \(conv1 = 4.0, fc = '8', relu = True\)"),
+        (b"conv1 = 4.0\nfc = '8'\nrelu = true\n", r"integers \(conv1 = 4.0, fc = '8', relu = True\)"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, content: bytes | None, message: str) -> None:

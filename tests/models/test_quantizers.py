@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.layers import Layers
-from robustq.models.quant.quantizers import BITS, PIXEL_SCALE, LearnedThreshold, Widths, learned_thresholds
-from tests.models.small_nets import digits, perturbed, small_spec
+from robustq.models.quant.quantizers import LearnedThreshold, Widths, learned_thresholds
+from tests.models.small_nets import perturbed, small_spec
 
 QUANTIZED = (8, 4, 3, 2)
 
@@ -45,7 +47,7 @@ def scale_of(layer: nn.Module, steps: int) -> Tensor:
     return threshold_of(layer).log_threshold.detach().exp() / torch.tensor(float(steps))
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
+# --- weights -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", QUANTIZED)
@@ -64,25 +66,11 @@ def test_weights_are_symmetric_narrow_range_with_one_scale_per_channel(bits: int
         assert len(channel.unique()) <= 2**bits - 1
 
 
-@pytest.mark.parametrize("bits", QUANTIZED)
-def test_negated_weights_have_negated_codes(bits: int) -> None:
-    weight = random_weight()
-    assert torch.equal(conv_with(-weight, bits).quant_weight().value, -conv_with(weight, bits).quant_weight().value)
-
-
 def test_ties_of_weights_round_to_even() -> None:
     # The largest magnitude 7 makes the scale of a 4-bit channel exactly 1.
     weight = torch.tensor([7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 6.5, 0.0]).reshape(1, 1, 3, 3)
     expected = torch.tensor([7.0, 0.0, 2.0, 2.0, 0.0, -2.0, -2.0, 6.0, 0.0]).reshape(1, 1, 3, 3)
     assert torch.equal(conv_with(weight, 4).quant_weight().value, expected)
-
-
-def test_a_dead_channel_stays_finite() -> None:
-    weight = random_weight()
-    weight[2] = 0.0
-    quantized = conv_with(weight, 4).quant_weight()
-    assert torch.equal(quantized.value[2], torch.zeros(4, 3, 3))
-    assert quantized.scale.isfinite().all() and (quantized.scale > 0).all()
 
 
 def test_the_gradient_passes_straight_through_the_weights() -> None:
@@ -96,12 +84,6 @@ def test_the_gradient_passes_straight_through_the_weights() -> None:
     assert gradient[0].item() == pytest.approx((5 * (0 - 0.4) - 2 * (-1 + 1.2)) / 3, rel=1e-5)  # float32
 
 
-def test_the_first_and_the_inner_width() -> None:
-    assert layers(4).conv(1, 2, kernel_size=3, outer=True).quant_weight().bit_width == 8  # type: ignore[operator]
-    assert layers(4).conv(1, 2, kernel_size=3).quant_weight().bit_width == 4  # type: ignore[operator]
-    assert layers(4).linear(3, 2).quant_weight().bit_width == 8  # type: ignore[operator]
-
-
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
@@ -110,7 +92,7 @@ def spread() -> Tensor:
     return torch.linspace(-2.0, 3.0, 9600).reshape(3, 2, 40, 40)
 
 
-@pytest.mark.parametrize("threshold", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("threshold", [0.3, 1.7])
 @pytest.mark.parametrize("bits", QUANTIZED)
 def test_activations_are_unsigned_codes_of_the_relu(bits: int, threshold: float) -> None:
     layer = layers(bits).relu()
@@ -123,7 +105,7 @@ def test_activations_are_unsigned_codes_of_the_relu(bits: int, threshold: float)
     assert len(y.unique()) == 2**bits
 
 
-@pytest.mark.parametrize("threshold", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("threshold", [0.3, 1.7])
 def test_branches_are_signed_8_bit(threshold: float) -> None:
     layer = layers(2).branch()
     threshold_of(layer).set_threshold(threshold)
@@ -133,33 +115,64 @@ def test_branches_are_signed_8_bit(threshold: float) -> None:
     assert (y / scale).round().aminmax() == (-128.0, 127.0)
 
 
-def test_pooled_features_are_unsigned_8_bit() -> None:
-    layer = layers(2).pooled()
-    threshold_of(layer).set_threshold(0.9)
-    scale = scale_of(layer, 255)
-    assert torch.equal(layer(spread()), (spread() / scale).round().clamp(0, 255) * scale)  # exact: same operations
-
-
-def test_every_pixel_is_its_own_code() -> None:
-    codes = torch.arange(256)
-    quantized = layers(4, folded=True).pixels()((codes.to(torch.uint8).float() / 255).reshape(1, 1, 16, 16))
-    assert torch.equal(quantized.int().flatten().long(), codes)
-    assert quantized.scale.item() == torch.tensor(PIXEL_SCALE).item()
-    assert torch.equal(quantized.value.flatten(), codes * torch.tensor(PIXEL_SCALE))
-
-
 def test_between_pixels_the_nearest_wins_and_outside_they_clip() -> None:
     levels = torch.tensor([-30.0, -0.6, 0.4, 0.6, 99.4, 99.6, 254.6, 255.4, 300.0])
     quantized = layers(4, folded=True).pixels()((levels / 255).reshape(1, 1, 3, 3))
     assert quantized.int().flatten().tolist() == [0, 0, 0, 1, 99, 100, 255, 255, 255]
 
 
-def test_float_layers_are_plain_torch() -> None:
-    plain = layers(32)
-    assert type(plain.pixels()) is type(plain.branch()) is type(plain.pooled()) is nn.Identity
-    assert type(plain.relu()) is nn.ReLU
-    assert type(plain.conv(1, 2, kernel_size=3)) is nn.Conv2d
-    assert type(plain.linear(1, 2)) is nn.Linear
+# --- levels -----------------------------------------------------------------------------------------------------------
+
+SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+WIDTHS = st.sampled_from([8, 4, 3, 2, 1])
+
+
+def contents(kind: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return {
+        "normal": x,
+        "heavy": x**5,
+        "tiny": x * 1e-20,
+        "huge": x * 1e20,
+        "sparse": x * (torch.rand(shape, generator=generator) < 0.1),
+        "zero": x * 0.0,
+        "equal": torch.ones(shape) * 0.3,
+    }[kind]
+
+
+KINDS = st.sampled_from(["normal", "heavy", "tiny", "huge", "sparse", "zero", "equal"])
+
+
+@SETTINGS
+@given(
+    bits=WIDTHS, kind=KINDS, out=st.integers(1, 6), into=st.integers(1, 6), kernel=st.sampled_from([1, 3]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_levels_of_weights(bits: int, kind: str, out: int, into: int, kernel: int, seed: int) -> None:
+    conv: Any = layers(bits).conv(into, out, kernel_size=kernel)
+    with torch.no_grad():
+        conv.weight.copy_(contents(kind, (out, into, kernel, kernel), seed))
+    quantized = conv.quant_weight()
+    assert quantized.value.isfinite().all()
+    for codes in (quantized.value / quantized.scale).round():  # int() refuses a binary layer of one sign
+        assert len(codes.unique()) <= (2 if bits == 1 else 2**bits - 1)
+        assert codes.abs().max() <= max(2 ** (bits - 1) - 1, 1)
+
+
+@SETTINGS
+@given(
+    bits=WIDTHS, kind=KINDS, shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    threshold=st.floats(1e-3, 1e3), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_levels_of_activations(bits: int, kind: str, shape: tuple[int, ...], threshold: float, seed: int) -> None:
+    layer: Any = layers(bits).sign() if bits == 1 else layers(bits).relu()
+    if bits > 1:
+        threshold_of(layer).set_threshold(threshold)
+    y = layer(contents(kind, shape, seed))
+    assert y.isfinite().all() and y.shape == shape
+    assert len(y.unique()) <= 2**bits
+    assert y.min() >= (-1 if bits == 1 else 0)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------
@@ -215,25 +228,6 @@ def test_the_threshold_gradient_has_its_closed_form(kind: str, bits: int) -> Non
     assert gradient.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_gradient_factor_counts_the_elements_of_one_image() -> None:
-    image = spread()[:1]
-    one, four = (layers(4).relu() for _ in range(2))
-    for layer in (one, four):
-        threshold_of(layer).set_threshold(1.3)
-    _, once = gradients(one, image, torch.ones_like(image))
-    batch = image.expand(4, -1, -1, -1)
-    _, fourfold = gradients(four, batch, torch.ones_like(batch))
-    assert fourfold.item() == pytest.approx(4 * once.item(), rel=1e-5)  # float32 sums in another order
-
-
-def test_without_a_gradient_for_the_threshold_images_still_get_theirs() -> None:
-    layer = layers(4).relu()
-    threshold_of(layer).log_threshold.requires_grad_(False)
-    x = torch.full((1, 1, 2, 2), 0.5, requires_grad=True)
-    layer(x).sum().backward()
-    assert x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
-
-
 def test_a_threshold_of_zero_becomes_a_small_positive_one() -> None:
     threshold = LearnedThreshold(4, signed=False)
     threshold.set_threshold(0.0)
@@ -265,35 +259,10 @@ def test_no_forward_changes_the_model(bits: int, grad: bool, mode: str) -> None:
     assert bool(changed) == (mode == "train")
 
 
-def test_forwards_in_train_mode_leave_the_answers_of_eval_mode() -> None:
-    model = perturbed(small_spec(4))
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # then train mode's statistics do not reach eval mode
-    x = digits()[0][:8].float() / 255
-    with torch.no_grad():
-        before = model(x)
-        model.train()
-        for _ in range(3):
-            model(x * 3)
-        model.eval()
-        assert torch.equal(model(x), before)
-
-
 # --- widths ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", BITS)
-@pytest.mark.parametrize("activations", BITS)
-def test_widths_mix_but_for_float(weights: int, activations: int) -> None:
-    if (weights == 32) == (activations == 32):
-        assert Widths(weights, activations).is_float == (weights == 32)
-    else:
-        with pytest.raises(UsageError, match=f"weight bits {weights} with activation bits {activations}"):
-            Widths(weights, activations)
-
-
-@pytest.mark.parametrize("bits", [-4, 0, 5, 7, 16, 64])
+@pytest.mark.parametrize("bits", [-4, 0, 5, 64])
 def test_a_width_outside_the_table_is_refused(bits: int) -> None:
     with pytest.raises(
         UsageError, match=rf"^weight bits {bits} are not in the table; choose one of 32, 8, 4, 3, 2, 1$"
@@ -301,3 +270,9 @@ def test_a_width_outside_the_table_is_refused(bits: int) -> None:
         Widths(bits, 4)
     with pytest.raises(UsageError, match=rf"^activation bits {bits} are not in the table"):
         Widths(4, bits)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(32, 4), (1, 32)])
+def test_float_goes_with_float_only(weights: int, activations: int) -> None:
+    with pytest.raises(UsageError, match=f"weight bits {weights} with activation bits {activations}"):
+        Widths(weights, activations)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.spec import build_model
 from tests.models.small_nets import small_spec
 
@@ -38,7 +38,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2, 1])
+@pytest.mark.parametrize("bits", [4, 1])
 def test_answers_and_gradients_are_the_same(bits: int) -> None:
     model, twin, x = network(bits), network(bits), images()
     seen = count_quantizations(model)
@@ -75,6 +75,7 @@ def test_afterwards_weights_are_quantized_as_they_are_then() -> None:
     shared = SharedWeights(model)
     with pytest.raises(KeyError), shared.quantized_once():
         raise KeyError
+    assert not any("quant_weight" in vars(module) for module in model.modules())
     model.eval()
     before = model(x)
     with torch.no_grad():
@@ -84,24 +85,3 @@ def test_afterwards_weights_are_quantized_as_they_are_then() -> None:
     with shared.quantized_once():
         again = model(x)
     assert torch.equal(again, model(x))
-
-
-def test_a_layer_that_cannot_be_quantized_leaves_all_as_they_were() -> None:
-    model = network(4)
-    shared = SharedWeights(model)
-
-    def full(*_: object) -> None:
-        raise MemoryError
-
-    hook = model.get_submodule("fc.weight_quant").register_forward_pre_hook(full)
-    with pytest.raises(MemoryError), shared.quantized_once():
-        pass
-    hook.remove()
-    assert not any("quant_weight" in vars(module) for module in model.modules())
-
-
-def test_a_float_network_has_nothing_to_share() -> None:
-    model, x = network(32), images()
-    with SharedWeights(model).quantized_once():
-        inside = model.eval()(x)
-    assert torch.equal(inside, model(x))

@@ -1,4 +1,4 @@
-"""ModelSpec: what a model file says, there and back, and every way in which it can be wrong."""
+"""ModelSpec: written and read, and every invalid value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model, check_architecture
+from robustq.models.spec import ModelSpec, build_model, check_architecture
 from tests.models.small_nets import small_spec
 
 FULL = ModelSpec(
@@ -36,7 +36,7 @@ def test_label(weight_bits: int, act_bits: int, label: str) -> None:
     assert dataclasses.replace(small_spec(4), weight_bits=weight_bits, act_bits=act_bits).label == label
 
 
-@pytest.mark.parametrize("stored", [None, [], "resnet8", 4])
+@pytest.mark.parametrize("stored", [None, "resnet8"])
 def test_what_is_no_table_is_refused(stored: Any) -> None:
     with pytest.raises(ModelFileError, match=rf"^spec is {type(stored).__name__}, not a table"):
         ModelSpec.from_dict(stored)
@@ -55,13 +55,10 @@ def test_a_missing_key_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(
-            (name, value)
-            for name in ("weight_bits", "classes", "image_size")
-            for value in (0, -1, 4.0, "4", True, None)
-        ),
-        ("act_bits", [4]),
-        ("channels", 0),
+        *(("classes", value) for value in (0, -1, 4.0, "4", True, None)),
+        *((name, 0) for name in ("weight_bits", "act_bits", "channels", "image_size")),
+        ("architecture", 3),
+        ("data", None),
         ("epsilon", "8/255"),
         ("epsilon", -0.1),
         ("epsilon", 1.5),
@@ -72,23 +69,17 @@ def test_a_missing_key_is_named(name: str) -> None:
         ("class_names", "0123456789"),
         ("class_names", [0, 1]),
         ("normalisation", 0.5),
-        ("normalisation", ([0.5],)),
         ("normalisation", ([0.5], [0.2, 0.2])),
         ("normalisation", (["a"], [0.2])),
-        ("normalisation", "ab"),
         ("feature_layer", 3),
+        ("shared_sum_scale", "yes"),
+        *(("layer_bits", value) for value in (4, ["conv1"], {"conv1": "8"}, {"conv1": True}, {3: 4})),
     ],
 )
 def test_a_wrong_value_is_named(name: str, value: Any) -> None:
     with pytest.raises(ModelFileError, match=f"^spec says {name} = ") as caught:
         ModelSpec.from_dict({**small_spec(4).to_dict(), name: value})
     assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["architecture", "data"])
-def test_names_must_be_texts(name: str) -> None:
-    with pytest.raises(ModelFileError, match="names no architecture or no data set"):
-        ModelSpec.from_dict({**small_spec(4).to_dict(), name: 3})
 
 
 @pytest.mark.parametrize(
@@ -100,11 +91,6 @@ def test_an_unknown_architecture_names_the_nearest(name: str, nearest: str) -> N
     assert f"(nearest: {nearest}" in str(caught.value)
     with pytest.raises(UsageError, match="unknown architecture"):
         build_model(dataclasses.replace(small_spec(4), architecture=name))
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_known_architecture_passes(name: str) -> None:
-    assert check_architecture(name) == name
 
 
 def test_a_width_outside_the_table_is_refused_when_built() -> None:

@@ -19,7 +19,7 @@ from robustq.workflow import attack as crafting
 from robustq.workflow.attack import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
 from robustq.workflow.open_model import Opened, open_attackable
 from tests.models.small_nets import digits
-from tests.models.test_backward_rules import input_slope
+from tests.models.test_straight_through import logits_and_gradient
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def changed(model: nn.Module) -> set[str]:
 def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
     target, x = opened.target(), to_float(images())
     answers = opened.judge(x)
-    expected = [input_slope(under_rule(opened.source, rule), x) for rule in RULES]
+    expected = [logits_and_gradient(under_rule(opened.source, rule), x) for rule in RULES]
     with crafted_fast(target, opened.source, images(), compiled=True) as fast:
         assert fast.judge is target.judge is opened.source
         assert changed(opened.source) == {"quant_weight"}  # weights quantized once: the same answers
@@ -56,7 +56,7 @@ def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
         assert fast.guide is not None and torch.equal(fast.guide(x.clone()), answers)
         assert fast.sources.keys() == target.sources.keys()
         for source, (logits, slope) in zip(fast.sources.values(), expected, strict=True):
-            ours = input_slope(source, x.clone())
+            ours = logits_and_gradient(source, x.clone())
             torch.testing.assert_close(ours[0], logits, rtol=0.0, atol=1e-4)
             assert (ours[1].sign() == slope.sign()).float().mean() > 0.99
     assert changed(opened.source) == set()

@@ -7,14 +7,13 @@ layer's weights moves the mean of its outputs, and the bias takes that back (Nag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.models.batch_norm import running_statistics
+from robustq.models.batch_norm import norm_inputs, running_statistics
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
 
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "quant_weight")}
     without = {name: layer for name, layer in layers.items() if layer.bias is None}
-    norms = norms_behind(model, images[:1])
+    norms = {conv: model.get_submodule(norm) for norm, conv in norm_inputs(model, images[:1]) if conv is not None}
     was_training = {module: module.training for module in model.modules()}
     with running_statistics(model):
         model.eval()
@@ -56,49 +55,9 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
         correction: Any = layer.bias
         del layer.bias
         layer.register_parameter("bias", None)
-        norm = norms.get(name)
+        norm: Any = norms.get(name)
         if norm is not None and norm.running_mean is not None:
             norm.running_mean -= correction.to(norm.running_mean.dtype)
     for module, training in was_training.items():
         module.training = training
     return len(layers) - len(without.keys() - norms.keys())
-
-
-def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]:
-    """Convolution name -> the BatchNorm that takes its output as it is, found by following one forward pass.
-
-    Args:
-        model: any network; its mode and statistics stay as they were.
-        example: (1, C, H, W) float32 in [0, 1], on the model's device.
-    """
-    made_by: dict[int, str] = {}
-    keep: list[Tensor] = []  # an id is only unique while its tensor lives
-    found: dict[str, nn.BatchNorm2d] = {}
-    handles = []
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            keep.append(output)
-            made_by[id(output)] = name
-
-        return hook
-
-    def before(norm: nn.BatchNorm2d) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if id(inputs[0]) in made_by:
-                found[made_by[id(inputs[0])]] = norm
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(before(module)))
-    try:
-        with torch.no_grad(), running_statistics(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

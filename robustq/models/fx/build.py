@@ -26,7 +26,7 @@ from robustq.models.fx.passes import (
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.shapes import fixed_pooling, fixed_reshapes, means_to_pooling, pooling_windows
 from robustq.models.fx.trace import probe, trace
-from robustq.models.normalise import Normalisation, Normalise
+from robustq.models.layers import Normalisation, Normalise
 from robustq.models.quant.quantizers import Widths
 from robustq.models.state_dict import FEATURE_LAYER
 

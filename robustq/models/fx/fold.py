@@ -20,9 +20,8 @@ from robustq.errors import ExportError
 from robustq.models.fx.ops import NORMS
 from robustq.models.fx.quantize import QuantReLU6
 from robustq.models.layers import weight_quantizer
-from robustq.models.quant.exact_layers import ExactConv2d, ExactLinear
-from robustq.models.quant.quantizers import BiasQuant
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.folded_layers import BiasQuant, ExactConv2d, ExactLinear
+from robustq.models.quant.quantizers import QuantReLU
 
 _GEOMETRY = ("stride", "padding", "dilation", "groups")
 

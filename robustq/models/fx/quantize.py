@@ -35,8 +35,15 @@ from robustq.errors import UsageError
 from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
 from robustq.models.fx.trace import describe
 from robustq.models.layers import OUTER_BITS, weight_quantizer
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, LearnedThreshold, NormalisedQuant, PixelQuant, Widths
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.quantizers import (
+    ActQuant,
+    BranchQuant,
+    LearnedThreshold,
+    NormalisedQuant,
+    PixelQuant,
+    QuantReLU,
+    Widths,
+)
 
 
 class _AtMost(torch.autograd.Function):

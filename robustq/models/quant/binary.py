@@ -1,16 +1,8 @@
-"""Layers of 1 bit.
+"""One-bit quantizers (XNOR-Net, arXiv:1603.05279), and the thresholds that BatchNorm becomes in front of a sign.
 
-Quantizers of one bit, after XNOR-Net (arXiv:1603.05279).
-
-Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x); sign(0) is +1.
-The paper's activation scale K, a mean over the input of every position, is left out: no integer kernel can run it, and
-its successors dropped it (arXiv:1808.00278). From there comes the gradient of an activation's sign as well.
-
-BatchNorm in front of a sign, and what is left of it in a folded network: one threshold per channel.
-
-The sign of gain * x + shift only asks on which side of a threshold x lies (XNOR-Net's and FINN's folding,
-arXiv:1612.07119 section 4.2.2). Where x is a quantized tensor the threshold lies half-way between two of its codes, so
-that no rounding can move an answer.
+Weights are alpha * sign(w) with alpha the mean magnitude of the output channel, activations sign(x); sign(0) is +1. The
+paper's activation scale K, one number per position, is left out: no integer kernel can apply it, and Bi-Real Net
+(arXiv:1808.00278) dropped it too. The gradient of an activation's sign is Bi-Real Net's.
 """
 
 from __future__ import annotations
@@ -18,24 +10,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
+from brevitas.core.quant import ClampedBinaryQuant
 from brevitas.inject.enum import RestrictValueType, ScalingImplType, ScalingPerOutputType, StatsOp
 from brevitas.quant.solver.act import ActQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from robustq.models.quant.fused import scaled_signs
-from robustq.models.quant.quantizers import FixedScaling
+
+class _SignTimesMean(torch.autograd.Function):
+    """alpha sign(w) with alpha = mean |w| and sign(0) = +1, differentiated straight through the sign and by the mean.
+
+    With incoming gradients g for the values and h for alpha, over the n weights of a channel:
+    g + sign(w) (sum of g sign(w), plus h) / n, where the second part is 0 for a weight of 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(-1, *[1] * (w.dim() - 1))
+        y = torch.where(w >= 0, alpha, -alpha)
+        ctx.save_for_backward(w)
+        return y, alpha
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (w,) = ctx.saved_tensors
+        g, of_alpha = grads
+        signed = torch.where(w >= 0, g, -g).reshape(len(w), -1)
+        total = (signed.sum(dim=1).reshape(of_alpha.shape) + of_alpha) / signed.shape[1]
+        return g + w.sign() * total, None
 
 
 class StraightThroughBinaryQuant(nn.Module):
-    """Brevitas' BinaryQuant but for the gradient, which it multiplies by the scale.
-
-    Args:
-        scaling_impl: Brevitas' way to the scale, which computes the same.
-        scaling_min_val: smallest scale.
-    """
+    """Brevitas' BinaryQuant, except that the gradient is not multiplied by the scale (`_SignTimesMean`)."""
 
     def __init__(self, scaling_impl: nn.Module, scaling_min_val: float) -> None:
         super().__init__()
@@ -45,17 +53,17 @@ class StraightThroughBinaryQuant(nn.Module):
         self.register_buffer("zero_point", torch.zeros(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
-        """Return the two-valued tensor, its scale, zero point and bit width, as every Brevitas tensor quantizer."""
-        y, scale = scaled_signs(x, smallest=self.smallest)
+        """(C, ...) float -> +-scale of the same shape, the scales, zero point and bit width."""
+        y, scale = _SignTimesMean.apply(x, self.smallest)
         return y, scale, self.zero_point, self.bit_width
 
 
 class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
     """alpha * sign(w), alpha the mean magnitude of the output channel (XNOR-Net, section 3.1).
 
-    The gradient passes straight through to the weight, as it does at every other width, and through the mean. XNOR-Net
-    multiplies the first part by alpha, a tenth and less in these networks: Adam does not notice, SGD hardly moves then
-    (docs/results/widths.md). Its indicator |w| <= 1 is left out: a weight that passed 1 could never come back.
+    The gradient passes straight through to the weight, as at every other width, and through the mean. Two deviations
+    from XNOR-Net: it multiplies the first part by alpha, with which SGD hardly moves (docs/results/widths.md), and by
+    the indicator |w| <= 1, with which a weight beyond 1 could never come back.
     """
 
     tensor_quant = StraightThroughBinaryQuant
@@ -64,26 +72,13 @@ class BinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
     narrow_range = True
     scaling_impl_type = ScalingImplType.STATS
     scaling_stats_op = StatsOp.AVE
-    scaling_min_val = 1e-10  # a dead channel's codes stay finite, as at the other widths
-    scaling_per_output_type = ScalingPerOutputType.CHANNEL
-    restrict_scaling_type = RestrictValueType.FP
-
-
-class FoldedBinaryWeightQuant(WeightQuantSolver):  # type: ignore[misc]
-    """The same signs with the per-channel scale held in a buffer (after BatchNorm was folded in)."""
-
-    tensor_quant = BinaryQuant
-    bit_width = 1
-    signed = True
-    narrow_range = True
-    scaling_impl = FixedScaling
-    scaling_impl_type = ScalingImplType.PARAMETER
+    scaling_min_val = 1e-10  # keeps the codes of a dead channel finite, as at the other widths
     scaling_per_output_type = ScalingPerOutputType.CHANNEL
     restrict_scaling_type = RestrictValueType.FP
 
 
 class _Sign(torch.autograd.Function):
-    """unit * sign(x), +1 at 0; the gradient is the one that comes in times (2 - 2 |x| / unit), and 0 beyond unit."""
+    """unit * sign(x), +1 at 0; backward multiplies by 2 - 2 |x| / unit, and by 0 beyond unit."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, unit: float) -> Tensor:
@@ -98,21 +93,17 @@ class _Sign(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        slope = x.abs()
-        torch.add(torch.tensor(2.0), slope, alpha=-2.0 / ctx.unit, out=slope)
-        return slope.clamp_(min=0.0).mul_(grads[0]), None
+        derivative = x.abs()
+        torch.add(torch.tensor(2.0), derivative, alpha=-2.0 / ctx.unit, out=derivative)
+        return derivative.clamp_(min=0.0).mul_(grads[0]), None
 
 
 class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
-    """Brevitas' sign for activations in few passes over memory, differentiated as a polynomial that resembles it.
+    """Brevitas' sign for activations in few passes over memory, with the gradient of a polynomial.
 
-    The values are those of stock Brevitas. Its gradient, 1 within the range and 0 beyond, is that of a clip; ours is
-    that of the function which Bi-Real Net puts in a sign's place, 2 x + x^2 up to 0 and 2 x - x^2 from there on
-    (arXiv:1808.00278, section 3.3): 2 - 2 |x| up to 1 and 0 beyond, for signs of +-1 (docs/results/widths.md).
-
-    Args:
-        scaling_impl: gives the scale, which is constant.
-        scaling_init: that constant.
+    The values are stock Brevitas'. Its gradient is that of a clip; ours is that of Bi-Real Net's surrogate, 2 x + x^2
+    below 0 and 2 x - x^2 above (arXiv:1808.00278, section 3.3): 2 - 2 |x| within 1, 0 beyond (docs/results/widths.md).
+    The scale is the constant ``scaling_init``.
     """
 
     def __init__(self, scaling_impl: nn.Module, scaling_init: float) -> None:
@@ -140,21 +131,19 @@ class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]
 
 
 SMALLEST_GAIN, LARGEST_GAIN = 1e-12, 1e12
-"""Bounds of gain * scale: of what one code adds in front of a sign."""
+"""Bounds of gain * scale, the change that one code makes in front of a sign."""
 
 
 class SignNorm(nn.BatchNorm2d):
-    """BatchNorm whose output meets nothing but a sign."""
+    """BatchNorm whose output only a sign reads."""
 
 
 class ChannelThresholds(nn.Module):
-    """gain * x - threshold per channel, whose sign is that of the BatchNorm it replaces.
+    """gain * x - threshold per channel, with the sign of the BatchNorm that it replaces.
 
-    Gains are the BatchNorm's own, so that the gradient which a sign cuts off at 1 is cut off where it was; 0 where a
-    channel has one sign over all codes.
-
-    Args:
-        channels: C.
+    The sign of gain * x + shift only depends on the side of a threshold that x lies on (FINN, arXiv:1612.07119, section
+    4.2.2). For a quantized x the threshold is half-way between two codes, so that no rounding changes the sign. Gains
+    are the BatchNorm's own, so that the sign's gradient is clipped at the same x; 0 in a channel of constant sign.
     """
 
     gain: Tensor
@@ -179,7 +168,7 @@ class ChannelThresholds(nn.Module):
 
         Args:
             gain, shift: (C,) float64, of the BatchNorm.
-            scale: of the quantized tensor that enters.
+            scale: of the quantized input.
             lowest, highest: its codes.
         """
         codes = torch.arange(lowest, highest + 1, dtype=torch.float64)
@@ -189,7 +178,7 @@ class ChannelThresholds(nn.Module):
         first_positive = highest + 1 - count  # of a rising channel
         last_positive = lowest + count - 1  # of a falling one
         boundary = torch.where(rising, first_positive - 0.5, last_positive + 0.5) * scale
-        # A gain that float32 or a product in it cannot hold would lose the sign; only its size is the gradient's.
+        # float32 must hold the gain and its products, or the sign is lost; the size matters only to the gradient.
         held = gain.sign() * gain.abs().clamp(min=SMALLEST_GAIN / scale, max=LARGEST_GAIN / scale)
         varies = rising | falling
         constant = torch.where(positive[:, 0], -1.0, 1.0).double()
@@ -198,7 +187,7 @@ class ChannelThresholds(nn.Module):
         self.step.fill_(scale)
 
     def first_codes(self) -> tuple[Tensor, Tensor]:
-        """The same signs as comparisons of codes: x is on its channel's upper side from a code on.
+        """The same signs as integer comparisons: x is on its channel's upper side from a code on.
 
         Returns:
             (C,) int64 first code of the upper side, and (C,) bool, whether the sign there is +1. A constant channel is

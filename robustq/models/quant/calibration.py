@@ -1,15 +1,15 @@
-"""Sets every activation scale of a quantized network from a few training images, once, before the first step.
+"""Calibration: the activation scales of a quantized network from a few training images, before the first step.
 
-Each threshold is the one of :data:`GRID` that minimises the mean squared rounding error of the activations that reach
-it, found in network order in one forward pass, so that later layers see the quantized output of earlier ones. A
-quantizer that is called more than once takes the activations of all its calls so far together. Clipping
-for the least squared error is the idea of ACIQ (Banner et al., arXiv:1810.05723), here by search instead of a closed
-form. Low widths need it: clipping at the maximum would leave a 2-bit activation almost always zero.
+Each threshold is the fraction of :data:`GRID` with the least mean squared rounding error (the criterion of ACIQ, Banner
+et al., arXiv:1810.05723, by search instead of its closed form). Clipping at the maximum would leave 2-bit activations
+almost always zero. One forward pass sets all thresholds in network order, so that later layers see quantized inputs; a
+quantizer that is called more than once takes the activations of all its calls so far.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,43 +23,39 @@ GRID = torch.linspace(0.02, 1.0, 50)
 """Candidate thresholds, as fractions of the largest magnitude seen."""
 
 SAMPLES = 100_000
-"""Activations looked at per layer (evenly spaced over the tensor); more moves no threshold by a grid step."""
+"""Activations per layer (evenly spaced over the tensor); more move no threshold by a grid step."""
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -> None:
-    """Set the learned activation thresholds of ``model`` in place; its mode stays as it was.
+    """Set the learned activation thresholds of ``model`` in place; its mode is restored.
 
-    So do its BatchNorm statistics, but for a binary network that was filled with wider weights: its signs leave sums of
-    another size, and the BatchNorms in front of signs are new. All of them take the statistics of ``images`` then.
+    BatchNorm statistics stay, except in a binary network filled with wider weights: the sums of its signs have another
+    size, and the BatchNorms in front of signs are new. There all BatchNorms take the statistics of ``images``.
 
     Args:
-        model: a quantized network; one without learned thresholds (float) is left alone.
+        model: a quantized network; one without learned thresholds (float) stays as it is.
         images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
-        from_scratch: normalise with the statistics of ``images``, since a fresh network's running statistics mean
+        from_scratch: normalise with the statistics of ``images``: the running statistics of a fresh network mean
             nothing.
     """
-    handles = []
     is_binary = any(isinstance(module, SignNorm) for module in model.modules())
-    for module in model.modules():
-        if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(_take_statistics))
-        threshold = _own_threshold(module)
-        if threshold is not None:
-            handles.append(module.register_forward_pre_hook(_setter(module, threshold)))
-    try:
-        with batch_statistics(model) if from_scratch else running_statistics(model):
-            model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
+                hooks.enter_context(module.register_forward_pre_hook(_take_statistics))
+            threshold = _own_threshold(module)
+            if threshold is not None:
+                hooks.enter_context(module.register_forward_pre_hook(_setter(module, threshold)))
+        hooks.enter_context(batch_statistics(model) if from_scratch else running_statistics(model))
+        model(images)
 
 
 def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     """The clipping threshold with the least mean squared error over ``values`` (any shape), in their unit.
 
     Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1),
-    as Brevitas counts them. Values that are all zero give 1.0.
+    as in Brevitas. Values that are all zero give 1.0.
     """
     flat = _samples(values)
     largest = flat.abs().max().item()
@@ -76,7 +72,7 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
 
 
 def _samples(values: Tensor) -> Tensor:
-    """About :data:`SAMPLES` of the values, as float32 (M,), contiguous: else each pass fetches a cache line a value."""
+    """About :data:`SAMPLES` of the values, float32 (M,), contiguous: otherwise each pass reads a cache line a value."""
     flat = values.detach().flatten().float()
     return flat[:: max(flat.numel() // SAMPLES, 1)].contiguous()
 
@@ -97,7 +93,6 @@ def _own_threshold(module: nn.Module) -> LearnedThreshold | None:
 
 def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     fused: Any = module.act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
-
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:

@@ -1,18 +1,10 @@
-"""Quantizers as single autograd functions.
+"""Quantizers as single autograd functions: stock Brevitas' values bit for bit, gradients in closed form.
 
-Integer quantization of activations in few passes over memory, with its gradient in closed form.
+Stock Brevitas writes them as dozens of tensor operations, which cost as much as the convolutions of a small network
+(docs/results/training-cost.md). The modules are subclasses of Brevitas' own with another forward, so that exporters and
+backward rules find what they expect.
 
-Stock Brevitas writes the formula as some ten tensor operations, each of which autograd remembers and undoes by others;
-in a small network that costs as much as the convolutions. Values are the same, bit for bit, and so is what exporters
-and backward rules see: the module is Brevitas' own, with another forward.
-
-Quantizers of weights, each as one function of autograd with its gradient in closed form.
-
-A weight tensor is small, and what Brevitas' stock quantizers take is not arithmetic but the calls: dozens of tensor
-operations a layer, forward and back (docs/results/training-cost.md). Values are the same, bit for bit, and so is what
-exporters see: the modules are Brevitas' own, with another forward.
-
-Shapes: weights w are (channels, ...), and every channel has a scale of its own, given back as (channels, 1, ...).
+Weights w are (channels, ...) with one scale per channel, returned as (channels, 1, ...).
 """
 
 from __future__ import annotations
@@ -21,23 +13,24 @@ from typing import Any
 
 import torch
 from brevitas.core.quant import RescalingIntQuant
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
 class _Quantize(torch.autograd.Function):
-    """clamp(round(x / s), low, high) * s, differentiated straight through: with q the code and g the gradient that
-    comes in, g where round(x / s) is in range and 0 elsewhere for x; the sum of g (q - x / s) in range and of g q
-    outside for s (arXiv:1902.08153, section 2.1, but that the range ends half a step further out). Rectified, with low
-    = 0, it is the same of relu(x): nothing comes back up to x = 0. An infinite x makes the gradient for s NaN.
+    """clamp(round(x / s), low, high) * s, differentiated straight through (arXiv:1902.08153, section 2.1).
+
+    With code q and incoming gradient g: for x, g where round(x / s) is in range, else 0; for s, the sum of
+    g (q - x / s) in range and of g q outside. The range ends half a step further out than in the paper. With ``relu``
+    it is the same of relu(x), with gradient 0 up to x = 0. An infinite x makes the gradient for s NaN.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, relu: bool) -> Tensor:
         y = x / scale
         y.round_().clamp_(low, high).mul_(scale)
         ctx.save_for_backward(x, y, scale)
-        ctx.range = _range(low, high, rectified)
+        ctx.range = _range(low, high, relu)
         return y
 
     @staticmethod
@@ -54,17 +47,17 @@ class _Quantize(torch.autograd.Function):
 
 
 class _QuantizeHalf(torch.autograd.Function):
-    """The same for x in bfloat16, computed in float32: what comes out and what comes back is rounded at the end.
+    """The same for x in bfloat16, computed in float32; only results and gradients are rounded.
 
-    q s - x is taken before that. Two dot products of rounded numbers would leave little but rounding of it.
+    The backward pass saves q s - x: the difference of two dot products of bfloat16 would be mostly rounding error.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rectified: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, relu: bool) -> Tensor:
         exact = x.float()
         y = (exact / scale).round_().clamp_(low, high).mul_(scale)
         answer = y.to(x.dtype)
-        ctx.range = _range(low, high, rectified)
+        ctx.range = _range(low, high, relu)
         of_scale = None
         if ctx.needs_input_grad[1]:
             low_x, high_x = (bound * scale for bound in ctx.range)
@@ -82,13 +75,13 @@ class _QuantizeHalf(torch.autograd.Function):
         return g_x, g_scale, None, None, None
 
 
-def _range(low: int, high: int, rectified: bool) -> tuple[float, float]:
-    """Half a step beyond the last codes, where rounding leaves the range; of a rectified one, 0."""
-    return (0.0 if rectified else low - 0.5), high + 0.5
+def _range(low: int, high: int, relu: bool) -> tuple[float, float]:
+    """Half a step beyond the last codes, where rounding leaves the range; with a ReLU it begins at 0."""
+    return (0.0 if relu else low - 0.5), high + 0.5
 
 
 def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); any shape, that of both."""
+    """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); g and x have one shape."""
     if x.device.type != "cpu":
         return _inside_anywhere(g, x, low, high)
     if torch.compiler.is_compiling():
@@ -97,22 +90,21 @@ def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """It does not wait for the device."""
+    """Without a synchronisation with the device."""
     # With a dimension of their own, bounds are not rounded to the type of x.
     outside = (x <= low.reshape(1)) | (x >= high.reshape(1))
     return torch.where(outside, torch.zeros((), device=g.device, dtype=g.dtype), g)
 
 
 def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The same in one pass over memory: it is how a hard tanh is differentiated."""
+    """In one pass over memory: the gradient of a hard tanh."""
     result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
     return result
 
 
 def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The same without a truth value: torch.compile would keep those from the forward pass, since they are small, and
-    its code for a CPU stores them one by one (torch 2.15: seventeen times the rest of such a pass,
-    docs/results/training-cost.md). The sign of a difference of floats is exact; a gradient that is not finite stays so.
+    """Without a bool tensor: inductor saves it for the backward pass, and its CPU code stores bools one by one (torch
+    2.15), 17 times as slow as the rest of the pass. Signs of float differences are exact; NaN and Inf stay.
     """
     inside = torch.sign(x - low.reshape(1)).relu() * torch.sign(high.reshape(1) - x).relu()
     return g * inside.to(g.dtype)
@@ -120,36 +112,30 @@ def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        return (a * b).sum()  # fused with what else is computed of them; a flattened one is addressed one by one
-    a, b = _as_in_memory(a, b)
+        return (a * b).sum()  # inductor fuses this, but reads flattened tensors element by element
+    a, b = _in_memory_order(a, b)
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _dot_of_halves(a: Tensor, b: Tensor) -> Tensor:
-    """float32, of two tensors in bfloat16, without a copy of them."""
+    """The float32 dot product of two bfloat16 tensors, without copies of them."""
     if torch.compiler.is_compiling():
         return (a.float() * b.float()).sum()
-    a, b = _as_in_memory(a, b)
-    # One sum an image: each comes back rounded.
+    a, b = _in_memory_order(a, b)
+    # One sum per image, since each is rounded to bfloat16.
     images = len(a) if a.dim() > 1 else 1
     return torch.bmm(a.reshape(images, 1, -1), b.reshape(images, -1, 1)).sum(dtype=torch.float32)
 
 
-def _as_in_memory(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The two with their dimensions in the order in which they lie in memory, where a reshape copies nothing."""
+def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two with dimensions in memory order, so that a reshape copies nothing."""
     if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
         return a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
     return a, b
 
 
 class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
-    """Brevitas' integer quantizer for one scale a tensor and zero point 0.
-
-    Args:
-        bit_width: width of the codes.
-        signed: two's complement, or from 0 on.
-        others: as of ``RescalingIntQuant``.
-    """
+    """Brevitas' integer quantizer for one scale per tensor, zero point 0, and signed codes or codes from 0 on."""
 
     def __init__(
         self,
@@ -163,38 +149,79 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
     ) -> None:
         super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
         self.codes = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
-        # What int_scaling_impl computes of the bit width: compiled code would do so for every few numbers of x.
+        # The value of int_scaling_impl as a buffer: compiled code would recompute it for every few elements of x.
         steps = torch.tensor(float(2 ** (bit_width - 1) if signed else 2**bit_width - 1))
         self.register_buffer("threshold_steps", steps, persistent=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
-        return self._quantized(x, rectified=False)
+    def forward(self, x: Tensor, *, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width.
 
-    def rectified(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The same of relu(x), for codes from 0 on, without that tensor."""
-        return self._quantized(x, rectified=True)
-
-    def _quantized(self, x: Tensor, *, rectified: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ``relu`` quantizes relu(x), by codes from 0 on, without a tensor for relu(x).
+        """
         bit_width = self.msb_clamp_bit_width_impl()
         scale = self.scaling_impl(x, self.threshold_steps)
         zero_point = self.zero_point_impl(x, scale, bit_width)
         quantize = _QuantizeHalf if x.dtype == torch.bfloat16 else _Quantize
-        return quantize.apply(x, scale, *self.codes, rectified), scale, zero_point, bit_width
+        return quantize.apply(x, scale, *self.codes, relu), scale, zero_point, bit_width
+
+
+class _CompiledReLU(torch.autograd.Function):
+    """relu(x) for compiled code: saves no bool tensor for the backward pass (see ``_inside_compiled_on_cpu``)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        g: Tensor = grads[0] * y.sign()
+        return g
+
+
+class FusedReLUQuant(nn.Module):
+    """A ReLU and its quantizer as one function, in place of Brevitas' FusedActivationQuantProxy and with its names."""
+
+    def __init__(self, activation_impl: nn.ReLU, tensor_quant: FusedIntQuant) -> None:
+        super().__init__()
+        self.activation_impl = activation_impl
+        self.tensor_quant = tensor_quant
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
+        answer: tuple[Tensor, Tensor, Tensor, Tensor]
+        hooked = _has_hooks(self.activation_impl) or _has_hooks(self.tensor_quant)
+        if hooked or not isinstance(self.tensor_quant, FusedIntQuant):
+            # A hook, as of a backward rule, needs two steps; so does a quantizer that Brevitas compiled.
+            bare = torch.compiler.is_compiling() and not _has_hooks(self.activation_impl)
+            answer = self.tensor_quant(_CompiledReLU.apply(x) if bare else self.activation_impl(x))
+        else:
+            answer = self.tensor_quant.forward(x, relu=True)
+        return answer
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class _QuantizeToLargest(torch.autograd.Function):
-    """round(w / s) * s with s = max |w| / largest code, differentiated straight through the rounding: with g what comes
-    in for the values and h for the scale, g for w, and for the element that the maximum is, times its sign and over
-    the largest code, the channel's sum of g (q - w / s) plus h. Nothing is clipped.
+    """round(w / s) * s with s = max |w| / largest code, differentiated straight through the rounding; never clipped.
+
+    With incoming gradients g for the values and h for the scale: g for w, and for the largest weight of a channel also
+    its sign / largest code times (the channel's sum of g (q - w / s), plus h).
     """
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, largest_code: int, smallest: float) -> tuple[Tensor, Tensor]:
         flat = w.reshape(len(w), -1)
         largest, place = flat.abs().max(dim=1, keepdim=True)
-        scale = largest.clamp_(min=smallest).div_(largest_code).reshape(_one_a_channel(w))
-        # One float32 rounding may make a quotient a little more than the largest code, and it rounds to that.
+        scale = largest.clamp_(min=smallest).div_(largest_code).reshape(_per_channel(w))
+        # A quotient may exceed the largest code by one float32 rounding, and then rounds to that code.
         y = (w / scale).round_().mul_(scale)
         ctx.save_for_backward(w, y, scale, place)
         ctx.largest_code = largest_code
@@ -212,12 +239,9 @@ class _QuantizeToLargest(torch.autograd.Function):
 
 
 class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
-    """Brevitas' integer quantizer for symmetric weights whose scales follow the channels' largest magnitudes.
+    """Brevitas' integer quantizer for symmetric weights with scales from the channels' largest magnitudes.
 
-    Args:
-        bit_width: width of the codes.
-        scaling_min_val: smallest magnitude that a channel's largest weight counts as.
-        others: as of ``RescalingIntQuant``.
+    Magnitudes below ``scaling_min_val`` count as that.
     """
 
     def __init__(
@@ -241,34 +265,5 @@ class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
         return y, scale, self.zero_point_impl(x, scale, bit_width), bit_width
 
 
-class _SignTimesMean(torch.autograd.Function):
-    """alpha sign(w) with alpha = mean |w| and +1 for the sign of 0; the gradient passes the sign as it is, and the
-    mean: with g what comes in for the values and h for alpha, g + sign(w) (sum of g sign(w), plus h) / n, over the n
-    weights of a channel, and 0 for the mean's part of a weight of 0.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(_one_a_channel(w))
-        y = torch.where(w >= 0, alpha, -alpha)
-        ctx.save_for_backward(w)
-        return y, alpha
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (w,) = ctx.saved_tensors
-        g, of_alpha = grads
-        signed = torch.where(w >= 0, g, -g).reshape(len(w), -1)
-        total = (signed.sum(dim=1).reshape(_one_a_channel(w)) + of_alpha) / signed.shape[1]
-        return g + w.sign() * total, None
-
-
-def scaled_signs(w: Tensor, *, smallest: float) -> tuple[Tensor, Tensor]:
-    """Two-valued weights and their scales, of which none is below ``smallest``: see the module."""
-    y, alpha = _SignTimesMean.apply(w, smallest)
-    return y, alpha
-
-
-def _one_a_channel(w: Tensor) -> tuple[int, ...]:
+def _per_channel(w: Tensor) -> tuple[int, ...]:
     return (len(w), *(1 for _ in w.shape[1:]))

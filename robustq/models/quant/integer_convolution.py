@@ -30,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from robustq.models.batch_norm import running_statistics
 from robustq.models.quant.binary import FusedSign
-from robustq.models.quant.exact_layers import ExactConv2d
+from robustq.models.quant.folded_layers import ExactConv2d
 from robustq.models.quant.fused import FusedIntQuant
 
 
@@ -123,7 +123,7 @@ class _Layer:
         self._scale = self._grid.scale()
         self._inverse = _inverse(self._scale)
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
-            self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_on_its_grid()]
+            self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_codes()]
             self._weight_scale = torch.ones_like(self._weight_scale)
         self._conv.inner_forward_impl = self
 
@@ -159,7 +159,7 @@ def _inverse(scale: Tensor) -> Tensor:
 class _Convolve(torch.autograd.Function):
     """The convolution of scale * codes with weights; x gets the gradient of that, before which weights and the gradient
     that comes in are rounded to the type of the way back. Where exact, the bias is added as the device adds it, code by
-    code (:mod:`robustq.models.quant.exact_layers`).
+    code (:mod:`robustq.models.quant.folded_layers`).
     """
 
     @staticmethod

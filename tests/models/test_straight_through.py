@@ -1,4 +1,4 @@
-"""Backward rules: the forward pass bit for bit, the gradients against their formulas, and what they are for."""
+"""Backward rules: the same forward pass bit for bit, gradients against their formulas, and their use in an attack."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
 from robustq.models.quant.straight_through import (
     RULES,
-    activation_quantizers,
     backward_rule,
-    sign_slope,
-    staircase_slope,
+    sign_derivative,
+    staircase_derivative,
     under_rule,
 )
 from tests.models.own.own_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 
-NETWORKS = [*(f"resnet8-{bits}" for bits in (32, 8, 4, 2, 1)), "folded-4", "folded-1", "own-4", "own-folded-8"]
+NETWORKS = [*(f"resnet8-{bits}" for bits in (32, 4, 1)), "folded-4", "folded-1", "own-4", "own-folded-8"]
 
 
 @functools.cache
@@ -45,12 +44,12 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     return (fold(model, spec) if kind == "folded" else model), to_float(digits()[0][:40])
 
 
-def input_slope(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def logits_and_gradient(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
     logits = model(leaf)
     weight = torch.arange(1, logits.shape[1] + 1) * torch.tensor(1.0)
-    (slope,) = torch.autograd.grad((logits * weight).sum(), leaf)
-    return logits.detach(), slope
+    (gradient,) = torch.autograd.grad((logits * weight).sum(), leaf)
+    return logits.detach(), gradient
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -60,38 +59,32 @@ def test_forward_is_bit_for_bit_the_same_and_all_is_restored(name: str, rule: st
     state = {key: value.clone() for key, value in model.state_dict().items()}
     with torch.no_grad():
         silent = model(x)
-    logits, slope = input_slope(model, x)
+    logits, gradient = logits_and_gradient(model, x)
     with backward_rule(model, rule):
-        ruled_logits, ruled_slope = input_slope(model, x)
+        ruled_logits, ruled_gradient = logits_and_gradient(model, x)
         with torch.no_grad():
             assert torch.equal(model(x), silent)
     assert torch.equal(ruled_logits, logits)
-    assert torch.equal(input_slope(under_rule(model, rule), x)[1], ruled_slope)
+    assert torch.equal(logits_and_gradient(under_rule(model, rule), x)[1], ruled_gradient)
     # Straight-through is the network's own gradient, and a float network has no other.
     same = rule == "straight-through" or name == "resnet8-32"
-    assert torch.equal(ruled_slope, slope) is same
-    assert ruled_slope.isfinite().all()
-    again = input_slope(model, x)
+    assert torch.equal(ruled_gradient, gradient) is same
+    assert ruled_gradient.isfinite().all()
+    again = logits_and_gradient(model, x)
     assert torch.equal(again[0], logits)
-    assert torch.equal(again[1], slope)
+    assert torch.equal(again[1], gradient)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_every_activation_quantizer_is_covered() -> None:
-    model, _ = network("resnet8-4")
-    layers = [m for m in model.modules() if isinstance(m, qnn.QuantReLU | qnn.QuantIdentity)]
-    assert len(activation_quantizers(model)) == len(layers) >= 10
-
-
-def layer_slopes(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
+def layer_gradient(layer: nn.Module, x: Tensor, rule: str) -> Tensor:
     layer.eval()
     with backward_rule(layer, rule):
         leaf = x.clone().requires_grad_()
         out = layer(leaf)
-        (slope,) = torch.autograd.grad(out.sum(), leaf)
-    return slope
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
+    return gradient
 
 
 def scaled(layer: Any, threshold: float) -> Any:
@@ -106,9 +99,9 @@ def test_relu_quantizer_of_two_bits() -> None:
     # Codes 0 .. 3 of scale 0.5: it clips at 1.5 (and rounds up to 1.75).
     layer = scaled(qnn.QuantReLU(act_quant=ActQuant, bit_width=2), 1.5)
     assert layer(X).tolist() == pytest.approx([0, 0, 0, 0, 0, 0.5, 1.0, 1.5, 1.5, 1.5])
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
-    assert layer_slopes(layer, X, "pass-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
-    smooth = layer_slopes(layer, X, "smooth").tolist()
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]
+    assert layer_gradient(layer, X, "pass-through").tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 1]
+    smooth = layer_gradient(layer, X, "smooth").tolist()
     for x, found in zip(X.tolist(), smooth, strict=True):
         u = x / 0.5
         by_hand = (1 - 0.5 * math.cos(2 * math.pi * u)) / (1 + math.exp(-(3.5 - u) / 0.5)) if x > 0 else 0.0
@@ -118,23 +111,14 @@ def test_relu_quantizer_of_two_bits() -> None:
 def test_signed_quantizer_has_two_ends() -> None:
     # 8 bits, codes -128 .. 127 of scale 1 / 128.
     layer = scaled(qnn.QuantIdentity(act_quant=BranchQuant), 1.0)
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
-    smooth = layer_slopes(layer, X, "smooth")
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
+    smooth = layer_gradient(layer, X, "smooth")
     for x, found in zip(X.tolist(), smooth.tolist(), strict=True):
         u = 128 * x
         t = 255 / 16
         ends = 1 / (1 + math.exp(-(127.5 - u) / t)) / (1 + math.exp(-(u + 128.5) / t))
         assert found == pytest.approx((1 - math.cos(2 * math.pi * u) / 128) * ends, abs=1e-4)  # cos of 800 in float32
-
-
-def test_staircase_integrates_to_its_steps() -> None:
-    # Far from the ends each code is one step high, so that the smooth staircase follows the real one.
-    u = torch.linspace(3.0, 10.0, 7001, dtype=torch.float64)
-    slope = staircase_slope(u, lowest=-500, highest=500)
-    for first in range(7):
-        part = slope[first * 1000 : (first + 1) * 1000 + 1]
-        assert float(torch.trapezoid(part, dx=0.001)) == pytest.approx(1.0, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -146,15 +130,15 @@ def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wa
     upper = 1 / (1 + torch.exp(-(highest + 0.5 - u) / width))
     lower = 1 / (1 + torch.exp(-(u - lowest + 0.5) / width)) if lowest else 1.0
     expected = (1 - wave * torch.cos(2 * math.pi * u)) * upper * lower
-    torch.testing.assert_close(staircase_slope(u, lowest=lowest, highest=highest), expected)
+    torch.testing.assert_close(staircase_derivative(u, lowest=lowest, highest=highest), expected)
 
 
 def test_sign_passes_through_or_fades_like_tanh() -> None:
     layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
-    torch.testing.assert_close(layer_slopes(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
+    torch.testing.assert_close(layer_gradient(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
     width = X.abs().mean() / 2
-    torch.testing.assert_close(layer_slopes(layer, X, "smooth"), (1 - (X / width).tanh() ** 2) / width)
+    torch.testing.assert_close(layer_gradient(layer, X, "smooth"), (1 - (X / width).tanh() ** 2) / width)
 
 
 def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
@@ -163,22 +147,22 @@ def test_width_of_a_smooth_sign_is_that_of_its_channel() -> None:
         * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     )
     x[1, 2] = 0.0
-    slope = sign_slope(x)
+    gradient = sign_derivative(x)
     for image in range(2):
         for channel in range(3):
             part = x[image, channel]
             t = part.abs().mean() / 2
             expected = (1 - (part / t).tanh() ** 2) / t if t > 0 else torch.zeros_like(part)
-            torch.testing.assert_close(slope[image, channel], expected)
+            torch.testing.assert_close(gradient[image, channel], expected)
     # A feature is a place of its own: the image is what it is compared with, as it is for (N, C, 1, 1).
     flat = x[:, :, 0, 0]
     t = flat.abs().mean(dim=1, keepdim=True) / 2
-    torch.testing.assert_close(sign_slope(flat), (1 - (flat / t).tanh() ** 2) / t)
-    assert torch.equal(sign_slope(flat[:, :, None, None]).flatten(1), sign_slope(flat))
+    torch.testing.assert_close(sign_derivative(flat), (1 - (flat / t).tanh() ** 2) / t)
+    assert torch.equal(sign_derivative(flat[:, :, None, None]).flatten(1), sign_derivative(flat))
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("function", [torch.round, torch.Tensor.floor, torch.ceil, torch.trunc, torch.sign])
+@pytest.mark.parametrize("function", [torch.round, torch.Tensor.floor, torch.sign])
 def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     class Rounds(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -188,34 +172,23 @@ def test_plain_rounding_inside_a_network(function: Any, rule: str) -> None:
     model = Rounds()
     x = torch.tensor([[-0.3, 0.6, 1.2]])
     expected = {"straight-through": torch.zeros(1, 3), "pass-through": torch.full((1, 3), 12.0)}
-    expected["smooth"] = 12.0 * sign_slope(4 * x) if function is torch.sign else torch.full((1, 3), 12.0)
+    expected["smooth"] = 12.0 * sign_derivative(4 * x) if function is torch.sign else torch.full((1, 3), 12.0)
     with backward_rule(model, rule):
         leaf = x.clone().requires_grad_()
         out = model(leaf)
-        (slope,) = torch.autograd.grad(out.sum(), leaf)
+        (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert torch.equal(out, 3.0 * function(4.0 * x))
-    torch.testing.assert_close(slope, expected[rule])
+    torch.testing.assert_close(gradient, expected[rule])
     assert torch.equal(torch.autograd.grad(model(leaf).sum(), leaf)[0], torch.zeros(1, 3))
 
 
-def test_all_is_restored_after_an_error() -> None:
-    model, x = network("resnet8-4")
-    before = input_slope(model, x)[1]
-    with pytest.raises(ZeroDivisionError), backward_rule(model, "pass-through"):
-        raise ZeroDivisionError
-    assert torch.equal(input_slope(model, x)[1], before)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_unknown_rules_and_quantizers_are_refused() -> None:
+def test_an_unknown_rule_is_refused() -> None:
     model, _ = network("resnet8-4")
     with (
         pytest.raises(UsageError, match="'clipped' is unknown; known: straight-through"),
         backward_rule(model, "clipped"),
     ):
         pass
-    with pytest.raises(UsageError, match="unknown"):
-        under_rule(model, "clipped")
 
 
 def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
@@ -225,8 +198,8 @@ def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
 
     layer = qnn.QuantIdentity(act_quant=ActQuant, bit_width=8)
     layer.act_quant.fused_activation_quant_proxy.tensor_quant = Halves()
-    assert layer_slopes(layer, X, "straight-through").tolist() == [0] * 10
-    assert layer_slopes(layer, X, "pass-through").tolist() == [1] * 10
+    assert layer_gradient(layer, X, "straight-through").tolist() == [0] * 10
+    assert layer_gradient(layer, X, "pass-through").tolist() == [1] * 10
     with pytest.raises(UsageError, match="is a Halves, which has no smooth form"), backward_rule(layer, "smooth"):
         pass
     assert not any(module._forward_hooks for module in layer.modules())
