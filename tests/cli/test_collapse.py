@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from tests.cli.conftest import Run
 from tests.hardening.test_board import Notes
 
@@ -21,14 +21,14 @@ TINY = ("--set", "epochs=5", "--set", "train_images=150", "--set", "monitor_imag
 @pytest.fixture
 def falling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Robust on every held-out image in the first epoch, on none afterwards."""
-    watch = Monitor.watch
+    watch = Monitor.evaluate
     seen: list[int] = []
 
-    def fall(self: Monitor, model: nn.Module) -> Watched:
+    def fall(self: Monitor, model: nn.Module) -> HoldoutAccuracy:
         seen.append(1)
-        return Watched(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
+        return HoldoutAccuracy(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
 
-    monkeypatch.setattr(Monitor, "watch", fall)
+    monkeypatch.setattr(Monitor, "evaluate", fall)
 
 
 @pytest.mark.usefixtures("falling")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.hardening.monitor import Collapse, Monitor, Watched, find_collapse
+from robustq.hardening.monitor import Collapse, Monitor, HoldoutAccuracy, find_collapse
 from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 from tests.hardening.test_resume import begun
 
 
@@ -66,9 +66,9 @@ class Falling(Monitor):
         self.__dict__.update(inner.__dict__)
         self.seen = 0
 
-    def watch(self, model: nn.Module) -> Watched:
+    def watch(self, model: nn.Module) -> HoldoutAccuracy:
         self.seen += 1
-        return Watched(0.9, self.answers[self.seen - 1])
+        return HoldoutAccuracy(0.9, self.answers[self.seen - 1])
 
 
 def test_chance_is_the_most_frequent_class() -> None:
@@ -85,13 +85,13 @@ def falling(**keys: Any) -> Training:
 
 
 def test_the_trainer_stops_and_best_is_the_epoch_before() -> None:
-    training, keeper = falling(), MemoryKeeper()
+    training, keeper = falling(), MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     trained = training.run(keeper, StopRequest())
     assert trained.collapse == Collapse(4, 0.0, 2, 0.6, 6)
-    assert (trained.best_epoch, trained.best) == (2, Watched(0.9, 0.6))
-    assert training.standing.epoch == 4 and training.finished and not training.model.training
-    assert trained.seconds_per_epoch == training.standing.seconds / 4
+    assert (trained.best_epoch, trained.best) == (2, HoldoutAccuracy(0.9, 0.6))
+    assert training.state.epoch == 4 and training.finished and not training.model.training
+    assert trained.seconds_per_epoch == training.state.seconds / 4
     # A process that dies before result.json goes on with nothing but that.
     again = falling()
     again.load_state_dict(keeper.load())
@@ -101,6 +101,6 @@ def test_the_trainer_stops_and_best_is_the_epoch_before() -> None:
 
 
 def test_it_can_be_told_not_to() -> None:
-    training, keeper = falling(stop_on_collapse=False), MemoryKeeper()
+    training, keeper = falling(stop_on_collapse=False), MemoryCheckpointer()
     trained = training.run(keeper, StopRequest())
-    assert (trained.collapse, trained.best_epoch, training.standing.epoch) == (None, 2, 6)
+    assert (trained.collapse, trained.best_epoch, training.state.epoch) == (None, 2, 6)

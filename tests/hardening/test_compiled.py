@@ -15,13 +15,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening import optimization as descent
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.optimization import Descent
+from robustq.hardening.optimization import TrainStep
 from robustq.hardening.precision import (
     WORTH_COMPILING,
     CompiledForward,
-    better_compiled,
-    compile_advice,
-    compiling_pays,
+    compile_hint,
+    compile_notes,
+    compile_pays_off,
 )
 from robustq.models.compiled import EXACT
 from robustq.models.quant.relu import QuantReLU
@@ -45,7 +45,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counted]:
         bound = build_method(
             recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3, teacher=None
         )
-        one = Descent(model, bound, recipe)
+        one = TrainStep(model, bound, recipe)
         losses, graphs = [], []
         for epoch in range(2):
             bound.begin_epoch(epoch)
@@ -200,17 +200,17 @@ def test_a_step_in_compiled_code(steps: Callable[..., Counted], bits: int) -> No
 
 
 def test_what_a_person_is_told() -> None:
-    (line,) = compile_advice(CPU, cuda_graphs=False)
+    (line,) = compile_notes(CPU, cuda_graphs=False)
     assert (
         line == "the first step of each kind compiles, which takes a minute or so each; a step was a fifth shorter then"
     )
-    assert "a fifth shorter with --compile," in better_compiled(integers=False)
-    assert "a third shorter with --compile --set side_precision=integer," in better_compiled(integers=True)
-    assert compiling_pays(CPU, seconds=WORTH_COMPILING)
-    assert not compiling_pays(CPU, seconds=WORTH_COMPILING - 1.0)
-    assert not compiling_pays(torch.device("cuda"), seconds=1e6)
-    assert compile_advice(CPU, cuda_graphs=True)[1] == "cpu has no CUDA graphs; cuda_graphs has no effect"
-    assert compile_advice(torch.device("cuda"), cuda_graphs=True) == [
+    assert "a fifth shorter with --compile," in compile_hint(integers=False)
+    assert "a third shorter with --compile --set side_precision=integer," in compile_hint(integers=True)
+    assert compile_pays_off(CPU, seconds=WORTH_COMPILING)
+    assert not compile_pays_off(CPU, seconds=WORTH_COMPILING - 1.0)
+    assert not compile_pays_off(torch.device("cuda"), seconds=1e6)
+    assert compile_notes(CPU, cuda_graphs=True)[1] == "cpu has no CUDA graphs; cuda_graphs has no effect"
+    assert compile_notes(torch.device("cuda"), cuda_graphs=True) == [
         "the first step of each kind compiles, which takes a minute or more"
     ]
 

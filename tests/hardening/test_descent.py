@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.optimization import Descent, build_optimizer
+from robustq.hardening.optimization import TrainStep, build_optimizer
 from robustq.recipe import Recipe
 from tests.hardening.test_trainer import BATCH, CPU, EPSILON, IMAGES, network, split
 
@@ -43,7 +43,7 @@ def test_short_cuts_change_nothing(
 ) -> None:
     settings = recipe(method, **keys)
     model, twin = network(bits).train(), network(bits).train()
-    fast, crafted = Descent(model, build(settings, model), settings), []
+    fast, crafted = TrainStep(model, build(settings, model), settings), []
     perturb = fast.method.perturb
 
     def seen(*batch: Tensor) -> Tensor:

@@ -16,15 +16,15 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import NotFiniteError
 from robustq.hardening import optimization as descent
 from robustq.hardening import trainer
-from robustq.hardening.diagnosis import FiniteWatch, watching_layers
+from robustq.hardening.diagnosis import FiniteCheck, nonfinite_layers
 from robustq.hardening.methods.method import Method, Stateless, Step
-from robustq.hardening.monitor import Inspection, Monitor, Watched
+from robustq.hardening.monitor import Inspection, Monitor, HoldoutAccuracy
 from robustq.hardening.precision import CompiledForward
 from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 
 CPU = torch.device("cpu")
 IMAGES, BATCH = 40, 8  # five steps an epoch
@@ -102,8 +102,8 @@ class Calm:
     chance = 0.1
     images = 8
 
-    def watch(self, model: nn.Module) -> Watched:
-        return Watched(0.5, None)
+    def watch(self, model: nn.Module) -> HoldoutAccuracy:
+        return HoldoutAccuracy(0.5, None)
 
     def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
         return Inspection(feature_norm=None, logit_margin=0.0, input_gradient_norm=0.0, zero_gradients=0.0)
@@ -111,7 +111,7 @@ class Calm:
 
 def run(
     model: nn.Module, split: Split, *, fault: str = "", epochs: int = 3, compiling: bool = False
-) -> tuple[str, MemoryKeeper]:
+) -> tuple[str, MemoryCheckpointer]:
     recipe = Recipe(name="test", method="natural", epochs=epochs, batch_size=BATCH, lr=0.01, compile=compiling)
     training = Training(
         model,
@@ -123,7 +123,7 @@ def run(
         seed=0,
         device=CPU,
     )
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     with pytest.raises(NotFiniteError) as stopped:
         training.run(keeper, StopRequest())
@@ -208,7 +208,7 @@ def test_too_high_a_learning_rate_names_a_layer_of_a_quantized_network() -> None
         seed=0,
         device=CPU,
     )
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     with pytest.raises(NotFiniteError, match=r"in (the update of )?step \d of epoch 1") as stopped:
         training.run(keeper, StopRequest())
@@ -220,7 +220,7 @@ def test_too_high_a_learning_rate_names_a_layer_of_a_quantized_network() -> None
 
 def test_the_watch_sees_weights_and_running_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    watch = FiniteWatch(CPU)
+    watch = FiniteCheck(CPU)
     x, loss = torch.zeros(2, 1, 2, 2), torch.tensor(1.0)
     watch.add(x, loss)
     assert watch.fine(model)
@@ -240,7 +240,7 @@ def test_watching_changes_nothing() -> None:
     model = network()
     x = torch.rand(2, 1, 4, 4)
     before = model(x)
-    with watching_layers(model) as broken:
+    with nonfinite_layers(model) as broken:
         assert torch.equal(model(x), before)
     assert broken == []
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

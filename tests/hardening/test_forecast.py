@@ -11,11 +11,11 @@ import torch
 
 from robustq.hardening import forecast as forecasting
 from robustq.hardening.forecast import copied, forecast
-from robustq.hardening.optimization import Descent
+from robustq.hardening.optimization import TrainStep
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.hardening.state import StopRequest
 from robustq.models.spec import ModelSpec
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 from tests.hardening.test_resume import begun, same, uninterrupted
 
 
@@ -32,7 +32,7 @@ def test_nothing_is_left_of_the_rehearsal(method: str, bits: int, keys: dict[str
     before = copied(training.state_dict())
     forecast(training)
     same(copied(training.state_dict()), before)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     training.run(keeper, StopRequest())
     same(keeper.load(), uninterrupted(method, bits, keys))
@@ -61,7 +61,7 @@ def test_time_is_counted_for_what_is_left(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_run_with_two_epochs_left_and_one_with_none() -> None:
     training, _ = begun("natural", 0, {}, init=0)
     assert 0 < forecast(training).seconds < 60
-    training.standing.step = 3  # the epoch lacks nothing but the monitor
+    training.state.step = 3  # the epoch lacks nothing but the monitor
     assert 0 <= forecast(training).seconds < 60
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_two_epochs_left_and_one_with_none() -> None:
 def test_the_disk_is_what_the_files_take(options: dict[str, Any], tmp_path: Path) -> None:
     training, _ = begun("odgq", 4, {"domains": 3}, init=0)
     training.recipe = replace(training.recipe, **options)
-    training.descent = Descent(training.model, training.method, training.recipe)
+    training.descent = TrainStep(training.model, training.method, training.recipe)
     told = forecast(training)
     spec = ModelSpec("resnet8", 4, 4, 10, 1, 8, "digits", 0.1, tuple("0123456789"))
     config = {

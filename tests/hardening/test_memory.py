@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import Augment, TensorSplit
-from robustq.hardening.diagnosis import is_out_of_memory, largest_that_fits, runs_out
-from robustq.hardening.forecast import what_fits
+from robustq.hardening.diagnosis import is_out_of_memory, largest_that_fits, runs_out_of_memory
+from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.monitor import Monitor
@@ -55,8 +55,8 @@ def test_other_faults_pass_through() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        runs_out(broken)
-    assert not runs_out(lambda: None)
+        runs_out_of_memory(broken)
+    assert not runs_out_of_memory(lambda: None)
 
 
 def test_what_the_failed_work_held_is_free_again() -> None:
@@ -69,7 +69,7 @@ def test_what_the_failed_work_held_is_free_again() -> None:
 
     gc.disable()  # the memory is needed now, not at the next collection
     try:
-        assert runs_out(work)
+        assert runs_out_of_memory(work)
         assert held[0]() is None
     finally:
         gc.enable()
@@ -136,4 +136,4 @@ def test_the_answer_names_the_setting_that_fits(limit: int, watched: int, words:
         seed=0,
         device=torch.device("cpu"),
     )
-    assert what_fits(training).startswith(words)
+    assert fitting_setting(training).startswith(words)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.monitor import Monitor, HoldoutAccuracy
 from robustq.models.spec import ModelSpec, build_model
 
 EPSILON = 0.05
@@ -35,7 +35,7 @@ def graded() -> tuple[Tensor, Tensor]:
 def test_counts_are_those_of_the_closed_form() -> None:
     x, y = graded()
     # 6 of 8 right; the ball's worst corner turns the three below 0.55. Ten steps of epsilon / 4 reach it from anywhere.
-    assert Monitor(x, y, epsilon=EPSILON, batch_size=100, seed=0).watch(Linear()) == Watched(6 / 8, 3 / 8)
+    assert Monitor(x, y, epsilon=EPSILON, batch_size=100, seed=0).watch(Linear()) == HoldoutAccuracy(6 / 8, 3 / 8)
 
 
 def test_a_random_start_alone_is_not_the_attack() -> None:
@@ -50,33 +50,35 @@ def test_a_random_start_alone_is_not_the_attack() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batch_size_does_not_matter(batch_size: int) -> None:
     x, y = graded()
-    assert Monitor(x, y, epsilon=EPSILON, batch_size=batch_size, seed=0).watch(Linear()) == Watched(6 / 8, 3 / 8)
+    assert Monitor(x, y, epsilon=EPSILON, batch_size=batch_size, seed=0).watch(Linear()) == HoldoutAccuracy(
+        6 / 8, 3 / 8
+    )
 
 
 def test_without_a_radius_only_clean_accuracy_is_counted() -> None:
     x, y = graded()
     model = Linear()
-    assert Monitor(x, y, epsilon=None, batch_size=100, seed=0).watch(model) == Watched(6 / 8, None)
+    assert Monitor(x, y, epsilon=None, batch_size=100, seed=0).watch(model) == HoldoutAccuracy(6 / 8, None)
     assert model.calls == 1
 
 
 def test_a_model_that_is_always_wrong() -> None:
     x, y = graded()
-    assert Monitor(x, 0 * y, epsilon=EPSILON, batch_size=3, seed=0).watch(Linear()) == Watched(2 / 8, 1 / 8)
-    assert Monitor(x[2:], 0 * y[2:], epsilon=EPSILON, batch_size=3, seed=0).watch(Linear()) == Watched(0.0, 0.0)
+    assert Monitor(x, 0 * y, epsilon=EPSILON, batch_size=3, seed=0).watch(Linear()) == HoldoutAccuracy(2 / 8, 1 / 8)
+    assert Monitor(x[2:], 0 * y[2:], epsilon=EPSILON, batch_size=3, seed=0).watch(Linear()) == HoldoutAccuracy(0.0, 0.0)
 
 
 def test_nan_logits_are_wrong() -> None:
     x, y = graded()
     model = Linear()
     nn.init.constant_(model.scale, float("nan"))
-    assert Monitor(x, 0 * y, epsilon=EPSILON, batch_size=3, seed=0).watch(model) == Watched(0.0, 0.0)
+    assert Monitor(x, 0 * y, epsilon=EPSILON, batch_size=3, seed=0).watch(model) == HoldoutAccuracy(0.0, 0.0)
 
 
 def test_rank_is_robust_accuracy_first_and_clean_accuracy_on_ties() -> None:
-    order = [Watched(0.9, 0.1), Watched(0.5, 0.2), Watched(0.6, 0.2), Watched(0.1, 0.3)]
+    order = [HoldoutAccuracy(0.9, 0.1), HoldoutAccuracy(0.5, 0.2), HoldoutAccuracy(0.6, 0.2), HoldoutAccuracy(0.1, 0.3)]
     assert sorted(order, key=lambda watched: watched.rank) == order
-    assert Watched(0.5, None).rank < Watched(0.6, None).rank
+    assert HoldoutAccuracy(0.5, None).rank < HoldoutAccuracy(0.6, None).rank
 
 
 def resnet8() -> nn.Module:

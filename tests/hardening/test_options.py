@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from robustq.data import Augment
 from robustq.errors import RecipeError, RunStoppedError
 from robustq.hardening.averaging import IMAGES as REESTIMATED
-from robustq.hardening.awp import worst_weights
+from robustq.hardening.awp import adversarial_weights
 from robustq.hardening.methods.method import CrossEntropy
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.monitor import Monitor, HoldoutAccuracy
 from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
 from robustq.models.batch_norm import batch_statistics
 from robustq.recipe import Recipe, load_recipe
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 from tests.hardening.test_resume import CPU, EPSILON, IMAGES, Interrupting, begun, same
 from tests.hardening.test_trainer import BATCH, Scripted, network, split
 
@@ -36,11 +36,13 @@ def settings(**keys: Any) -> Recipe:
     return Recipe(name="test", method="natural", **{**common, **keys})
 
 
-def trained(model: nn.Module, recipe: Recipe, *, monitor: Scripted | None = None) -> tuple[Training, MemoryKeeper]:
+def trained(
+    model: nn.Module, recipe: Recipe, *, monitor: Scripted | None = None
+) -> tuple[Training, MemoryCheckpointer]:
     natural = Natural(model, cross_entropy=CrossEntropy(recipe.label_smoothing))
     watching = cast(Monitor, monitor or Scripted())
     training = Training(model, natural, split(), watching, recipe, augment=Augment(), seed=7, device=CPU)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     training.run(keeper, StopRequest())
     return training, keeper
@@ -135,7 +137,7 @@ def test_defaults_change_not_one_bit_and_cost_nothing() -> None:
     counted = Counted(model, cross_entropy=CrossEntropy(0.0))
     watching = cast(Monitor, Scripted())
     training = Training(model, counted, split(), watching, settings(), augment=Augment(), seed=7, device=CPU)
-    training.run(MemoryKeeper(), StopRequest())
+    training.run(MemoryCheckpointer(), StopRequest())
     assert len(calls) == 2 * STEPS_AN_EPOCH and training.descent.average is None
     # A gradient that is never long enough, and a perturbation that never begins, do not either.
     trained(twin, settings(clip_gradient=1e6, awp_gamma=0.1, awp_warmup_epochs=9))
@@ -154,7 +156,7 @@ def test_the_worst_weights_are_left_as_they_were_found() -> None:
         seen.append(value.item())
         return value
 
-    with pytest.raises(ZeroDivisionError), worst_weights(model, loss, gamma=gamma):
+    with pytest.raises(ZeroDivisionError), adversarial_weights(model, loss, gamma=gamma):
         for name, parameter in model.named_parameters():
             moved = (parameter.detach() - state[name]).norm()
             expected = gamma * state[name].norm() if parameter.dim() > 1 else torch.zeros(())
@@ -179,7 +181,7 @@ def test_layers_without_gradient_are_not_perturbed() -> None:
         answer: Tensor = model[2](model[1](model[0](torch.ones(1, 1, 2, 2))))
         return answer[0, 0]
 
-    with worst_weights(model, loss, gamma=0.5):
+    with adversarial_weights(model, loss, gamma=0.5):
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         assert torch.equal(unused.weight, before)
         assert not cast(nn.Linear, model[1]).weight.any()  # a part of nothing is nothing
@@ -189,10 +191,10 @@ class Copying(Scripted):
     """Keeps everything that it is asked to judge."""
 
     def __init__(self) -> None:
-        super().__init__(Watched(0.5, None), Watched(0.6, None))
+        super().__init__(HoldoutAccuracy(0.5, None), HoldoutAccuracy(0.6, None))
         self.judged: list[dict[str, Tensor]] = []
 
-    def watch(self, model: nn.Module) -> Watched:
+    def watch(self, model: nn.Module) -> HoldoutAccuracy:
         self.judged.append({name: value.clone() for name, value in model.state_dict().items()})
         return super().watch(model)
 
@@ -211,7 +213,7 @@ def test_the_average_is_judged_and_kept_and_training_does_not_notice() -> None:
     recording = Recording(twin, cross_entropy=CrossEntropy())
     monitor = cast(Monitor, Scripted())
     Training(twin, recording, split(), monitor, settings(), augment=Augment(), seed=7, device=CPU).run(
-        MemoryKeeper(), StopRequest()
+        MemoryCheckpointer(), StopRequest()
     )
     steps.append({name: value.detach().clone() for name, value in twin.named_parameters()})
     same(dict(model.state_dict()), dict(twin.state_dict()))
@@ -292,14 +294,14 @@ def begun_with_all(method: str, bits: int, keys: dict[str, Any], *, init: int) -
 def test_all_options_at_once_resume_bit_for_bit(method: str, bits: int, keys: dict[str, Any]) -> None:
     def whole() -> dict[str, Any]:
         training, _ = begun_with_all(method, bits, keys, init=0)
-        keeper = MemoryKeeper()
+        keeper = MemoryCheckpointer()
         keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
         training.run(keeper, StopRequest())
         return keeper.load()
 
     expected = whole()
     training, images = begun_with_all(method, bits, keys, init=0)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     for turn, stop_at in enumerate((2, 5), start=1):  # in mid-epoch; without and with the weights perturbed
         images.stop_at = stop_at

@@ -14,8 +14,8 @@ from robustq.errors import RecipeError
 from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.methods.method import crafting
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.optimization import Descent
-from robustq.hardening.precision import advice, computed_in
+from robustq.hardening.optimization import TrainStep
+from robustq.hardening.precision import advice, in_precision
 from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import BranchQuant, learned_thresholds
@@ -51,7 +51,7 @@ def test_layers_compute_in_bfloat16_and_answers_are_float32(bits: int) -> None:
     model = network(bits).train()
     before = types_seen(model)
     assert set(before.values()) == {torch.float32}
-    with computed_in(model, "bfloat16"):
+    with in_precision(model, "bfloat16"):
         inside = types_seen(model)
         assert model(torch.rand(2, 1, 8, 8)).dtype == torch.float32
         for feature in FEATURES:
@@ -63,7 +63,7 @@ def test_layers_compute_in_bfloat16_and_answers_are_float32(bits: int) -> None:
 
 def test_the_network_is_put_back_after_an_error() -> None:
     model = network(4)
-    with pytest.raises(KeyError), computed_in(model, "bfloat16"):
+    with pytest.raises(KeyError), in_precision(model, "bfloat16"):
         raise KeyError
     assert "forward" not in vars(model)
 
@@ -71,8 +71,8 @@ def test_the_network_is_put_back_after_an_error() -> None:
 def test_one_inside_another_is_put_back_too() -> None:
     model = network(4)
     x = torch.rand(2, 1, 8, 8)
-    with computed_in(model, "bfloat16"):
-        with computed_in(model, "bfloat16"):
+    with in_precision(model, "bfloat16"):
+        with in_precision(model, "bfloat16"):
             pass
         assert set(types_seen(model).values()) == {HALF}
         assert model(x=x).dtype == torch.float32
@@ -81,7 +81,7 @@ def test_one_inside_another_is_put_back_too() -> None:
 
 def test_float32_touches_nothing() -> None:
     model = network(4)
-    with computed_in(model, "float32"):
+    with in_precision(model, "float32"):
         assert "forward" not in vars(model)
 
 
@@ -143,7 +143,7 @@ def train(bits: int, method: str, kind: str, **keys: Any) -> tuple[nn.Module, Te
     """Four epochs; the mean loss of each step."""
     recipe = Recipe(name="test", method=method, epochs=4, batch_size=BATCH, lr=0.05, precision=kind, **keys)
     model = network(bits).train()
-    descent = Descent(
+    descent = TrainStep(
         model,
         build_method(
             recipe, model, epsilon=EPSILON, image_shape=(1, 8, 8), samples=IMAGES, device=CPU, seed=3, teacher=None
@@ -213,7 +213,7 @@ def test_passes_on_the_side_have_a_precision_of_their_own(method: str, precision
         asks = next(layer.parameters()).requires_grad
         seen.append(("n" if not torch.is_grad_enabled() else "w" if asks else "c", output.dtype))
 
-    one, batch = Descent(model, bound, recipe), next(split().batches(BATCH, device=CPU))
+    one, batch = TrainStep(model, bound, recipe), next(split().batches(BATCH, device=CPU))
     one.step(batch, epoch=0)  # before its first, which layers take codes is looked up in a pass of its own
     handle = conv.register_forward_hook(note)
     loss = one.step(batch, epoch=0).loss
@@ -246,7 +246,7 @@ def test_whole_numbers_train_as_float32_does() -> None:
         )
         entered: list[Tensor] = []
         handle = model.register_forward_pre_hook(lambda _, inputs, entered=entered: entered.append(inputs[0].detach()))
-        loss = Descent(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0).loss
+        loss = TrainStep(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0).loss
         handle.remove()
         made.append((entered[-1], loss.detach()))
     (images, loss), (by_integers, of_integers) = made
@@ -283,7 +283,7 @@ def test_crafting_in_bfloat16_raises_the_loss_as_well(bits: int, least: float) -
 
     raised, gradients = [], []
     for side in ("float32", "bfloat16"):
-        with computed_in(model, "float32", side=side), crafting(model, "eval"):
+        with in_precision(model, "float32", side=side), crafting(model, "eval"):
             x = batch.x.clone().requires_grad_()
             (gradient,) = torch.autograd.grad(loss(x), x)
         with torch.no_grad(), crafting(model, "eval"):
@@ -353,7 +353,7 @@ def test_a_gpu_may_round_within_steps_in_tf32_alone(precision: str, allowed: boo
     forward_hook = model.register_forward_hook(lambda *_: seen.append(flags()))
     backward_hook = model.register_full_backward_hook(lambda *_: seen.append(flags()))
     before = flags()
-    Descent(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0)
+    TrainStep(model, method, recipe).step(next(split().batches(BATCH, device=CPU)), epoch=0)
     forward_hook.remove()
     backward_hook.remove()
     assert len(seen) >= 5

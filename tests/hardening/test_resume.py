@@ -15,8 +15,8 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.errors import ModelFileError, RunStoppedError
 from robustq.hardening import trainer
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, Rslad, Teacher
-from robustq.hardening.metrics import OF_THE_MACHINE
+from robustq.hardening.methods.rslad import OnlineTeacher, CachedTeacher, Rslad, Teacher
+from robustq.hardening.metrics import MACHINE_KEYS
 from robustq.hardening.monitor import Monitor
 from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Training
@@ -24,7 +24,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
 from robustq.recipe.schema import METHODS
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 
 CPU = torch.device("cpu")
 EPSILON = 0.1
@@ -81,7 +81,7 @@ def teacher(split: Interrupting, keys: dict[str, Any], *, init: int = 100) -> Te
     torch.set_rng_state(state)
     if keys.get("teacher_sees") == "original":
         return CachedTeacher(network, TensorSplit(split.images, split.labels), mirrored=True, device=CPU)
-    return AskedTeacher(network)
+    return OnlineTeacher(network)
 
 
 def begun(method: str, bits: int, keys: dict[str, Any], *, init: int) -> tuple[Training, Interrupting]:
@@ -129,7 +129,7 @@ def same(first: Any, second: Any, at: str = "state") -> None:
     elif isinstance(first, dict):
         assert first.keys() == second.keys(), at
         for key in first:
-            if key not in (*OF_THE_MACHINE, "epoch_seconds", "loading_seconds"):
+            if key not in (*MACHINE_KEYS, "epoch_seconds", "loading_seconds"):
                 same(first[key], second[key], f"{at}.{key}")
     elif isinstance(first, list | tuple):
         assert len(first) == len(second), at
@@ -141,7 +141,7 @@ def same(first: Any, second: Any, at: str = "state") -> None:
 
 def uninterrupted(method: str, bits: int, keys: dict[str, Any]) -> dict[str, Any]:
     training, _ = begun(method, bits, keys, init=0)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     training.run(keeper, StopRequest())
     return keeper.load()
@@ -180,7 +180,7 @@ STOPS = (1, 3, 4)
 def test_stopped_and_resumed_is_the_same_run(case: str) -> None:
     method, bits, keys = CASES[case]
     expected = uninterrupted(method, bits, keys)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     training, split = begun(method, bits, keys, init=0)
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     for turn, stop_at in enumerate(STOPS, start=1):
@@ -233,7 +233,7 @@ def test_the_comparison_sees_one_bit() -> None:
 
 def test_dying_between_epochs_goes_on_with_the_next_one() -> None:
     expected = uninterrupted("natural", 0, {})
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     training, split = begun("natural", 0, {}, init=0)
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     split.die_at = 4
@@ -250,7 +250,7 @@ def test_long_epochs_are_saved_in_between(monkeypatch: pytest.MonkeyPatch) -> No
     expected = uninterrupted("natural", 0, {})
     monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
     training, _ = begun("natural", 0, {}, init=0)
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     training.run(keeper, StopRequest())
     assert [saved[:2] for saved in keeper.saved] == [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
     same(keeper.load(), expected)
@@ -275,12 +275,12 @@ def test_whenever_the_request_comes_what_is_told_as_stopped_is_saved() -> None:
 
     for n in range(8):  # six batches and two ends of epochs are looked at
         training, _ = begun("natural", 0, {}, init=0)
-        keeper = MemoryKeeper()
+        keeper = MemoryCheckpointer()
         with pytest.raises(RunStoppedError):
             training.run(keeper, Late(n))
-        assert keeper.saved[-1][:2] == (training.standing.epoch, training.standing.step), n
+        assert keeper.saved[-1][:2] == (training.state.epoch, training.state.step), n
     training, _ = begun("natural", 0, {}, init=0)
-    training.run(MemoryKeeper(), Late(8))
+    training.run(MemoryCheckpointer(), Late(8))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -309,7 +309,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_a_stop_during_the_last_batch_is_saved_before_the_epoch_is_judged() -> None:
     training, split = begun("natural", 0, {}, init=0)
     split.stop_at = 6
-    keeper = MemoryKeeper()
+    keeper = MemoryCheckpointer()
     with StopRequest() as stop, pytest.raises(RunStoppedError, match=r"batch 3 of 3 in epoch 2 of 2"):
         training.run(keeper, stop)
     assert keeper.saved[-1] == (1, 3, False, False)

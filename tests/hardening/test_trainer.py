@@ -18,8 +18,8 @@ from robustq.data import Augment, Batch, TensorSplit
 from robustq.hardening.methods.method import Method, Stateless, Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.methods.registry import build_method
-from robustq.hardening.metrics import OF_THE_MACHINE
-from robustq.hardening.monitor import Inspection, Monitor, Watched
+from robustq.hardening.metrics import MACHINE_KEYS
+from robustq.hardening.monitor import Inspection, Monitor, HoldoutAccuracy
 from robustq.hardening.optimization import build_optimizer
 from robustq.hardening.state import StopRequest
 from robustq.hardening.trainer import Trained, Training
@@ -27,7 +27,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import Recipe
-from tests.hardening.memory_keeper import MemoryKeeper
+from tests.hardening.memory_checkpointer import MemoryCheckpointer
 
 CPU = torch.device("cpu")
 EPSILON = 0.1
@@ -63,13 +63,13 @@ class Scripted:
     images = 500
     chance = 0.1
 
-    def __init__(self, *answers: Watched) -> None:
+    def __init__(self, *answers: HoldoutAccuracy) -> None:
         self._answers = list(answers)
         self.weights: list[Tensor] = []
 
-    def watch(self, model: nn.Module) -> Watched:
+    def watch(self, model: nn.Module) -> HoldoutAccuracy:
         self.weights.append(model.get_parameter("fc.weight").detach().clone())
-        return self._answers.pop(0) if self._answers else Watched(0.5, None)
+        return self._answers.pop(0) if self._answers else HoldoutAccuracy(0.5, None)
 
     def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
         return Inspection(1.0, 2.0, 3.0, 0.25)
@@ -91,7 +91,7 @@ def run(
         if epoch_ended and on_epoch is not None:
             on_epoch(state["standing"]["rows"][-1], is_best)
 
-    keeper = MemoryKeeper(note)
+    keeper = MemoryCheckpointer(note)
     training = Training(
         model,
         method or Natural(model),
@@ -104,7 +104,7 @@ def run(
     )
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     trained = training.run(keeper, StopRequest())
-    return trained, training.standing.rows, [is_best for *_, epoch_ended, is_best in keeper.saved if epoch_ended]
+    return trained, training.state.rows, [is_best for *_, epoch_ended, is_best in keeper.saved if epoch_ended]
 
 
 def by_hand(model: nn.Module, settings: Recipe, rates: list[float], *, seed: int, augment: Augment) -> list[float]:
@@ -241,7 +241,7 @@ def test_the_seed_settles_everything() -> None:
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
     timeless = [
-        [{key: value for key, value in row.items() if key not in OF_THE_MACHINE} for row in rows]
+        [{key: value for key, value in row.items() if key not in MACHINE_KEYS} for row in rows]
         for rows in (first_rows, again_rows)
     ]
     assert timeless[0] == timeless[1]
@@ -289,7 +289,7 @@ def test_metrics_rows() -> None:
         assert row["holdout_pgd10_accuracy"] <= row["holdout_clean_accuracy"]
         json.dumps(row, allow_nan=False)
     model = network()
-    _, rows, _ = run(model, recipe(epochs=1), monitor=Scripted(Watched(0.7, None)))
+    _, rows, _ = run(model, recipe(epochs=1), monitor=Scripted(HoldoutAccuracy(0.7, None)))
     assert set(rows[0]) == KEYS
     assert (rows[0]["holdout_clean_accuracy"], rows[0]["holdout_pgd10_accuracy"]) == (0.7, None)
 
@@ -320,7 +320,7 @@ def test_the_method_hears_of_each_epoch_once_before_it() -> None:
 )
 def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool], best: int) -> None:
     model = network()
-    monitor = Scripted(*[Watched(*answer) for answer in answers])
+    monitor = Scripted(*[HoldoutAccuracy(*answer) for answer in answers])
     at_call: list[Tensor] = []
 
     def on_epoch(row: dict[str, Any], is_best: bool) -> None:
@@ -328,7 +328,7 @@ def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool
 
     trained, _, got = run(model, recipe(epochs=3), monitor=monitor, on_epoch=on_epoch)
     assert got == flags
-    assert trained.best_epoch == best and trained.best == Watched(*answers[best - 1])
+    assert trained.best_epoch == best and trained.best == HoldoutAccuracy(*answers[best - 1])
     # What is saved in on_epoch is what was watched, and the run ends on the last epoch's weights.
     assert all(torch.equal(saved, watched) for saved, watched in zip(at_call, monitor.weights, strict=True))
     assert torch.equal(model.get_parameter("fc.weight"), at_call[-1])
@@ -428,7 +428,7 @@ def test_the_share_of_time_that_batches_are_waited_for(monkeypatch: pytest.Monke
             now[0] += 1.0
             return super().loss(*arguments)
 
-    whole, model, keeper = split(), network(), MemoryKeeper()
+    whole, model, keeper = split(), network(), MemoryCheckpointer()
     training = Training(
         model,
         Working(model),
@@ -441,5 +441,5 @@ def test_the_share_of_time_that_batches_are_waited_for(monkeypatch: pytest.Monke
     )
     keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
     training.run(keeper, StopRequest())
-    assert [row["loading_share"] for row in training.standing.rows] == [0.75] * len(training.standing.rows)
-    assert len(training.standing.rows) > 1
+    assert [row["loading_share"] for row in training.state.rows] == [0.75] * len(training.state.rows)
+    assert len(training.state.rows) > 1

@@ -1,8 +1,8 @@
-"""Post-training quantization, the cheap way that hardening is compared with: no step of training.
+"""Post-training quantization, the cheap alternative that hardening is compared with: no training step.
 
 Activation scales are calibrated (:mod:`robustq.models.quant.calibration`), then the biases are corrected: rounding a
-layer's weights moves the mean of its outputs, and the bias takes that back (Nagel et al., arXiv:1906.04721, section
-4.2), measured on images by Brevitas' ``bias_correction_mode``. Neither knows of attacks: the result is undefended.
+layer's weights shifts the mean of its outputs, and the bias compensates the shift (Nagel et al., arXiv:1906.04721,
+section 4.2), measured on images by Brevitas' ``bias_correction_mode``. The result has no defence against attacks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustq.hardening.methods.method import MethodEntry
 from robustq.models.batch_norm import running_statistics
 
 
@@ -22,25 +23,28 @@ class PtqSettings:
     """The ``[ptq]`` table of a recipe.
 
     Args:
-        bias_correction: take the shift of each layer's mean output back; without it, calibration alone.
+        bias_correction: compensate the shift of each layer's mean output; false: calibration alone.
     """
 
     bias_correction: bool = True
+
+
+METHOD = MethodEntry("ptq", PtqSettings, None)
 
 
 @torch.no_grad()
 def correct_biases(model: nn.Module, images: Tensor) -> int:
     """Correct the biases of a quantized network in place, layer by layer, each on the float output of those before it.
 
-    Brevitas gives a convolution without bias one of its own. The fold into integers wants BatchNorm to hold it: the
-    BatchNorm behind the convolution then subtracts that much less, which is the same network.
+    Brevitas adds a bias to a convolution without one. Folding into integers needs it in the BatchNorm behind the
+    convolution, so it is subtracted from the running mean there, which is the same network.
 
     Args:
-        model: quantized and calibrated; its mode stays as it was.
+        model: quantized and calibrated; its mode does not change.
         images: (N, C, H, W) float32 in [0, 1], on the model's device.
 
     Returns:
-        How many layers were corrected; 0 for a float network.
+        The number of corrected layers; 0 for a float network.
     """
     from brevitas.graph.calibrate import bias_correction_mode
 
@@ -65,10 +69,10 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
 
 
 def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]:
-    """Convolution name -> the BatchNorm that takes its output as it is, found by following one forward pass.
+    """Convolution name -> the BatchNorm whose input is its output, found by tracing one forward pass.
 
     Args:
-        model: any network; its mode and statistics stay as they were.
+        model: any network; its mode and statistics do not change.
         example: (1, C, H, W) float32 in [0, 1], on the model's device.
     """
     made_by: dict[int, str] = {}

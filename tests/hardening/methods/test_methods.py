@@ -18,7 +18,7 @@ from robustq.hardening.methods.fgsm_mep import FgsmMep
 from robustq.hardening.methods.free import Free
 from robustq.hardening.methods.method import CrossEntropy, Method
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import AskedTeacher
+from robustq.hardening.methods.rslad import OnlineTeacher
 from robustq.recipe import Recipe
 from robustq.recipe.schema import METHODS
 from tests.hardening.methods import methods_reference as reference
@@ -42,7 +42,7 @@ def teacher_net() -> Twin:
 
 def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: float = EPSILON, **keys: Any) -> Any:
     """The method on a float64 net: its memory in float64 too."""
-    teacher = AskedTeacher(teacher_net()) if method == "rslad" else None
+    teacher = OnlineTeacher(teacher_net()) if method == "rslad" else None
     made: Any = build_method(
         recipe(method, smoothing=smoothing, **keys),
         model,
@@ -357,7 +357,7 @@ def test_passes_are_what_a_batch_costs(
     if name == "odgq":
         method.perturbations = method.perturbations.double()
     if name == "rslad":
-        method.teacher = AskedTeacher(teacher)
+        method.teacher = OnlineTeacher(teacher)
     method.begin_epoch(0)
     counted = Counted(model)
     x, y = images(SLOTS, seed=1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robustq.attacks.losses import kl
 from robustq.data import Augment, TensorSplit
 from robustq.hardening.methods import rslad as module
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
+from robustq.hardening.methods.rslad import OnlineTeacher, CachedTeacher
 
 CPU = torch.device("cpu")
 IMAGES = 11
@@ -41,7 +41,7 @@ def split() -> TensorSplit:
 
 def test_an_asked_teacher_answers_to_the_very_images() -> None:
     network = Network()
-    teacher = AskedTeacher(network.train())
+    teacher = OnlineTeacher(network.train())
     x = split().images[:3].float() / 255
     logits = teacher.logits(x, torch.tensor([4, 5, 6]))
     assert torch.equal(logits, Network().eval()(x))
@@ -78,7 +78,7 @@ def test_a_cached_teacher_of_mirrored_images_answers_by_the_mean_of_both() -> No
 
 def test_what_the_cached_labels_deviate_by() -> None:
     # The deviation from the paper that the documentation names: a crop's own answer is another one, if not a far one.
-    cached, asked = CachedTeacher(Network(), split(), mirrored=False, device=CPU), AskedTeacher(Network())
+    cached, asked = CachedTeacher(Network(), split(), mirrored=False, device=CPU), OnlineTeacher(Network())
     (part,) = split().batches(IMAGES, device=CPU, seed=1, augment=Augment(1, False))
     (same,) = split().batches(IMAGES, device=CPU)
     moved = kl(cached.logits(part.x, part.places), asked.logits(part.x, part.places))
@@ -96,11 +96,11 @@ def test_a_teacher_that_is_certain_gives_finite_divergences() -> None:
 
 def test_the_digest_names_weights_and_manner() -> None:
     digests = [
-        AskedTeacher(Network()).digest,
-        AskedTeacher(Network(seed=1)).digest,
+        OnlineTeacher(Network()).digest,
+        OnlineTeacher(Network(seed=1)).digest,
         CachedTeacher(Network(), split(), mirrored=False, device=CPU).digest,
         CachedTeacher(Network(), split(), mirrored=True, device=CPU).digest,
     ]
     assert all(digest.dtype == torch.uint8 and digest.shape == (32,) for digest in digests)
     assert len({bytes(digest.tolist()) for digest in digests}) == 4
-    assert torch.equal(digests[0], AskedTeacher(Network()).digest)
+    assert torch.equal(digests[0], OnlineTeacher(Network()).digest)

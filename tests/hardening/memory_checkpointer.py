@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-class MemoryKeeper:
+class MemoryCheckpointer:
     """Keeps the last state as bytes, counts what it got, and calls `on_save` after each one."""
 
     def __init__(self, on_save: Callable[[dict[str, Any], bool, bool], None] | None = None) -> None:
