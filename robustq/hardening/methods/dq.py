@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.methods.method import BaseMethod, LossOutput, MethodEntry, raise_errors
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import LossOutput, Method, MethodEntry
+from robustq.hardening.methods.settings import MethodSettings, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class DqSettings:
+class DqSettings(MethodSettings):
     """The ``[dq]`` table of a recipe.
 
     Args:
@@ -25,10 +25,9 @@ class DqSettings:
             (arXiv:1704.08847), where the term comes from.
     """
 
-    orthogonality_weight: float = 3e-4
+    method = "dq"
 
-    def __post_init__(self) -> None:
-        raise_errors(number_errors("dq.orthogonality_weight", self.orthogonality_weight, low=0, high=1000))
+    orthogonality_weight: float = number(3e-4, low=0, high=1000)
 
 
 def orthogonality(model: nn.Module) -> Tensor:
@@ -50,11 +49,13 @@ def orthogonality(model: nn.Module) -> Tensor:
     return torch.stack(penalties).sum()
 
 
-class Dq(BaseMethod[DqSettings]):
+class Dq(Method):
     """Natural training with an orthogonality penalty; the network must have a convolution or a linear layer.
 
     best.pt is chosen by clean accuracy.
     """
+
+    settings: DqSettings
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
         """Cross-entropy + beta / 2 * the penalty."""
@@ -63,4 +64,4 @@ class Dq(BaseMethod[DqSettings]):
         return LossOutput.of(task, logits, weight=self.settings.orthogonality_weight / 2, orthogonality=penalty)
 
 
-METHOD = MethodEntry("dq", DqSettings, Dq)
+METHOD = MethodEntry(DqSettings, Dq)

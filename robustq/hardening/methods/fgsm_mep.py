@@ -25,18 +25,16 @@ from robustq.hardening.methods.method import (
     MethodContext,
     MethodEntry,
     attack_generation,
-    batch_norm_errors,
     batch_norm_mode,
-    raise_errors,
 )
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 _ROWS_AT_ONCE = 1024
 """Images whose start is drawn at a time: limits the memory of the draw, which is made on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class FgsmMepSettings:
+class FgsmMepSettings(MethodSettings):
     """The ``[fgsm-mep]`` table of a recipe. Defaults are those of the paper and its code.
 
     Args:
@@ -45,33 +43,28 @@ class FgsmMepSettings:
         mse_weight: lambda; 0 leaves the term out.
         reset_epochs: epochs after which the perturbations restart.
         prior_gradient: differentiate lambda's term through f(x_0) too, as the paper does: one more backward pass.
-        batch_norm: during the pass of x_0, see :data:`.method.BATCH_NORM_MODES`.
+        batch_norm: during the pass of x_0, see :data:`.settings.BATCH_NORM_MODES`.
     """
 
-    step_scale: float = 1.0
-    momentum: float = 0.3
-    mse_weight: float = 10.0
-    reset_epochs: int = 40
+    method = "fgsm-mep"
+
+    step_scale: float = number(1.0, low=0, high=1000, above=True)
+    momentum: float = number(0.3, low=0, high=1)
+    mse_weight: float = number(10.0, low=0, high=100_000)
+    reset_epochs: int = number(40, low=1, high=100_000, whole=True)
     prior_gradient: bool = True
-    batch_norm: str = "train"
-
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("fgsm-mep.step_scale", self.step_scale, low=0, high=1000, above=True),
-            number_errors("fgsm-mep.momentum", self.momentum, low=0, high=1),
-            number_errors("fgsm-mep.mse_weight", self.mse_weight, low=0, high=100_000),
-            number_errors("fgsm-mep.reset_epochs", self.reset_epochs, low=1, high=100_000, whole=True),
-            batch_norm_errors("fgsm-mep.batch_norm", self.batch_norm),
-        )
+    batch_norm: str = bn_mode("train")
 
 
-class FgsmMep(AdversarialTraining[FgsmMepSettings]):
+class FgsmMep(AdversarialTraining):
     """One attack step from each image's own start, then one training step that keeps both logits close.
 
     A perturbation belongs to the training image, whatever the augmentation, as in the paper's code. Memory: delta and
     m, each as large as the training images in float32 (CIFAR-10: 1.1 GB), and as much in the saved state. Label
     smoothing applies to x_0 too. Deviation from that code: x_0 is clamped to [0, 1] before its gradient is taken.
     """
+
+    settings: FgsmMepSettings
 
     def __init__(self, context: MethodContext, settings: FgsmMepSettings) -> None:
         super().__init__(context, settings)
@@ -160,4 +153,4 @@ class FgsmMep(AdversarialTraining[FgsmMepSettings]):
         return logits
 
 
-METHOD = MethodEntry("fgsm-mep", FgsmMepSettings, FgsmMep)
+METHOD = MethodEntry(FgsmMepSettings, FgsmMep)

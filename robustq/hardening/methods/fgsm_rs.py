@@ -11,45 +11,32 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustq.attacks import pgd
-from robustq.hardening.methods.method import (
-    AdversarialTraining,
-    MethodEntry,
-    attack_generation,
-    batch_norm_errors,
-    raise_errors,
-)
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class FgsmRsSettings:
+class FgsmRsSettings(MethodSettings):
     """The ``[fgsm-rs]`` table of a recipe.
 
     Args:
         step_scale: the step as a multiple of epsilon; 1.25 is the paper's 10/255 at 8/255 (its section 4).
-        batch_norm: during attack generation (:data:`.method.BATCH_NORM_MODES`); ``train`` as in the paper's code.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``train`` as in the paper's code.
     """
 
-    step_scale: float = 1.25
-    batch_norm: str = "train"
+    method = "fgsm-rs"
 
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("fgsm-rs.step_scale", self.step_scale, low=0, high=1000, above=True),
-            batch_norm_errors("fgsm-rs.batch_norm", self.batch_norm),
-        )
+    step_scale: float = number(1.25, low=0, high=1000, above=True)
+    batch_norm: str = bn_mode("train")
 
 
-class FgsmRs(AdversarialTraining[FgsmRsSettings]):
+class FgsmRs(AdversarialTraining):
     """One attack step from a random point of the ball, then one training step.
 
     Deviation from the paper's Algorithm 3: x + delta_0 is clamped to [0, 1] as well (its code does so too).
     """
 
-    @property
-    def passes(self) -> str:
-        """One attack pass and the training pass."""
-        return "2 forward + 2 backward passes"
+    settings: FgsmRsSettings
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """One projected step from a uniform point: PGD-1 with a long step."""
@@ -59,4 +46,4 @@ class FgsmRs(AdversarialTraining[FgsmRsSettings]):
             return pgd(self.model, x, y, epsilon=self.epsilon, step_size=step_size, steps=1, generator=self.generator)
 
 
-METHOD = MethodEntry("fgsm-rs", FgsmRsSettings, FgsmRs)
+METHOD = MethodEntry(FgsmRsSettings, FgsmRs)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.hardening.methods.method import BaseMethod, MethodContext, MethodEntry, raise_errors
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import Method, MethodContext, MethodEntry
+from robustq.hardening.methods.settings import MethodSettings, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeSettings:
+class FreeSettings(MethodSettings):
     """The ``[free]`` table of a recipe.
 
     Args:
@@ -25,23 +25,21 @@ class FreeSettings:
         step_scale: the step of the perturbation as a multiple of epsilon (the paper: 1).
     """
 
-    repeats: int = 4
-    step_scale: float = 1.0
+    method = "free"
 
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("free.repeats", self.repeats, low=1, high=1000, whole=True),
-            number_errors("free.step_scale", self.step_scale, low=0, high=1000, above=True),
-        )
+    repeats: int = number(4, low=1, high=1000, whole=True)
+    step_scale: float = number(1.0, low=0, high=1000, above=True)
 
 
-class Free(BaseMethod[FreeSettings]):
+class Free(Method):
     """m training steps on each batch; after each, the perturbation follows the gradient of the images.
 
     Each slot of the batch has its own perturbation; a short last batch uses the first slots. Label smoothing reaches
     the perturbation too. Deviation from the paper's code: the gradient is taken at the clamped images and not through
     the clamp, where a pixel outside [0, 1] would have none and its perturbation would never change again.
     """
+
+    settings: FreeSettings
 
     adversarial = True
 
@@ -77,4 +75,4 @@ class Free(BaseMethod[FreeSettings]):
         self.perturbation.copy_(state["perturbation"])
 
 
-METHOD = MethodEntry("free", FreeSettings, Free)
+METHOD = MethodEntry(FreeSettings, Free)

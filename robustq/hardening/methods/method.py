@@ -1,4 +1,4 @@
-"""Training methods: the protocol that the trainer calls, a base class, and checks of their settings.
+"""Training methods: the base class, as the trainer calls it.
 
 For each batch the trainer does, :attr:`Method.repeats` times::
 
@@ -20,28 +20,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.errors import RecipeError, UsageError
+from robustq.hardening.methods.settings import MethodSettings
 from robustq.models.batch_norm import batch_statistics, running_statistics
-from robustq.recipe import parse_epsilon
-from robustq.recipe.schema import shown, unknown_value
-
-BATCH_NORM_MODES = ("eval", "train", "separate")
-"""``eval``: the running statistics, unchanged; ``train``: the batch's statistics, which update the running ones;
-``separate``: the batch's statistics, running ones unchanged."""
-
-AUTO = "auto"
-"""A step of min(1, 2.5 / steps) epsilon."""
 
 
 @contextmanager
 def attack_generation(model: nn.Module, mode: str) -> Iterator[None]:
-    """Set BatchNorm to ``mode`` (one of :data:`BATCH_NORM_MODES`) and compute gradients of the images only.
+    """Set BatchNorm to ``mode`` (one of :data:`.settings.BATCH_NORM_MODES`) and compute gradients of the images only.
 
     ``model`` must be in train mode.
     """
@@ -50,7 +41,7 @@ def attack_generation(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 def batch_norm_mode(model: nn.Module, mode: str) -> AbstractContextManager[None]:
-    """Set BatchNorm to ``mode`` (one of :data:`BATCH_NORM_MODES`); ``model`` must be in train mode."""
+    """Set BatchNorm to ``mode`` (one of :data:`.settings.BATCH_NORM_MODES`); ``model`` must be in train mode."""
     if mode == "eval":
         return running_statistics(model)
     return batch_statistics(model) if mode == "separate" else nullcontext()
@@ -67,51 +58,6 @@ def only_input_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def training_step_size(step_size: str | float, *, epsilon: float, steps: int) -> float:
-    """The step size in the unit of the images.
-
-    Args:
-        step_size: a length in [0, 1], or :data:`AUTO`: 2.5 epsilon / steps reaches the other side of the ball
-            (arXiv:1706.06083, section 5). It is limited to epsilon, which matters below three steps.
-        epsilon: radius.
-        steps: number of steps.
-    """
-    return min(1.0, 2.5 / steps) * epsilon if step_size == AUTO else parse_epsilon(step_size)
-
-
-def raise_errors(*errors: list[str]) -> None:
-    """Raise one RecipeError with all ``errors``, if there are any."""
-    if found := [error for some in errors for error in some]:
-        raise RecipeError("; ".join(found))
-
-
-def batch_norm_errors(key: str, mode: str) -> list[str]:
-    """Validation errors of a BatchNorm mode: none or one."""
-    return [] if mode in BATCH_NORM_MODES else [unknown_value(key, mode, BATCH_NORM_MODES)]
-
-
-def size_errors(key: str, value: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> list[str]:
-    """Validation errors of a length such as ``2/255``: none or one.
-
-    Args:
-        key, value: as in the recipe, with the table's name.
-        words: accepted in place of a length.
-        least: smallest length; 0 itself is refused.
-    """
-    if value in words:
-        return []
-    alternatives = "".join(f"'{word}' or " for word in words)
-    try:
-        found = parse_epsilon(value)
-    except UsageError:
-        return [f"{key} = {shown(value)} is not {alternatives}a number from 0 to 1, such as 2/255"]
-    # 1e-7: float32 images cannot resolve less.
-    if found == 0.0 or found < least - 1e-7:
-        wanted = f"at least {round(least * 255)}/255" if least else "over 0"
-        return [f"{key} = {shown(value)} must be {alternatives}{wanted}"]
-    return []
 
 
 @dataclass(frozen=True)
@@ -196,20 +142,33 @@ class MethodContext:
     teacher: Teacher | None = None
 
 
-class Method(Protocol):
-    """A training method; it may keep state from batch to batch."""
+class Method:
+    """A training method. This base trains on clean images with cross-entropy and has no state between batches.
+
+    Args:
+        context: network, data and random numbers.
+        settings: the method's own table of a recipe.
+    """
+
+    adversarial: bool = False
+    """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
+
+    repeats: int = 1
+    """Optimizer steps on each batch."""
+
+    settings: Any
+
+    def __init__(self, context: MethodContext, settings: Any) -> None:
+        self.model = context.model
+        self.settings = settings
+        self.epsilon = context.epsilon
+        self.cross_entropy = context.cross_entropy
+        self.generator = context.generator
 
     @property
     def passes(self) -> str:
         """Cost of one batch with all its repeats, for the log: ``3 forward + 2 backward passes``."""
-
-    @property
-    def adversarial(self) -> bool:
-        """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
-
-    @property
-    def repeats(self) -> int:
-        """Optimizer steps on each batch, at least 1."""
+        return "1 forward + 1 backward pass"
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before the first batch of each epoch, counted from 0."""
@@ -226,6 +185,7 @@ class Method(Protocol):
             (B, C, H, W) in [0, 1], without gradient: ``x`` itself if nothing is perturbed; a leaf that requires
             gradient if :meth:`after_backward` needs it.
         """
+        return x
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
         """The loss of the batch whose ``x_adv`` :meth:`perturb` returned, differentiable in the weights.
@@ -233,6 +193,8 @@ class Method(Protocol):
         It does not change the method's state, so it may be called again at other weights. In train mode each call
         updates BatchNorm's running statistics.
         """
+        logits = self.model(x_adv)
+        return LossOutput.of(self.cross_entropy(logits, y), logits)
 
     def after_backward(self, x_adv: Tensor) -> None:
         """Called once per repeat after the backward pass and before the optimizer's step; ``x_adv.grad`` is set if
@@ -241,67 +203,24 @@ class Method(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the method keeps between batches, including random generators: what a resumed run needs."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`begin_epoch` is not called again in mid-epoch."""
 
 
-Settings = TypeVar("Settings")
-
-
-class BaseMethod(Generic[Settings]):
-    """Cross-entropy of clean images, without state; a :class:`Method` overrides what differs.
-
-    Args:
-        context: network, data and random numbers.
-        settings: the method's own table of a recipe.
-    """
-
-    adversarial = False
-    repeats = 1
-
-    def __init__(self, context: MethodContext, settings: Settings) -> None:
-        self.model = context.model
-        self.settings = settings
-        self.epsilon = context.epsilon
-        self.cross_entropy = context.cross_entropy
-        self.generator = context.generator
-
-    @property
-    def passes(self) -> str:
-        """See :attr:`Method.passes`."""
-        return "1 forward + 1 backward pass"
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes between epochs."""
-
-    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-        """The clean images."""
-        return x
-
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
-        """Cross-entropy of x_adv."""
-        logits = self.model(x_adv)
-        return LossOutput.of(self.cross_entropy(logits, y), logits)
-
-    def after_backward(self, x_adv: Tensor) -> None:
-        """The gradient of the images is not needed."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """No state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """No state."""
-
-
-class AdversarialTraining(BaseMethod[Settings]):
+class AdversarialTraining(Method):
     """A method that generates adversarial images with random numbers and trains on them.
 
     Attack generation ascends plain cross-entropy, without label smoothing, unless the method says otherwise.
     """
 
     adversarial = True
+
+    @property
+    def passes(self) -> str:
+        """One attack pass and the training pass."""
+        return "2 forward + 2 backward passes"
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator's state."""
@@ -317,11 +236,9 @@ class MethodEntry:
     """A method as the registry finds it, in the constant ``METHOD`` of its module.
 
     Args:
-        name: in a recipe.
-        settings: dataclass of its own table in a recipe.
+        settings: dataclass of its own table in a recipe, which names it.
         build: makes the method from context and settings; None for a method that does not train.
     """
 
-    name: str
-    settings: type
+    settings: type[MethodSettings]
     build: Callable[[MethodContext, Any], Method] | None

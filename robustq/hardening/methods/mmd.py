@@ -6,15 +6,14 @@ The estimator is the biased one of Gretton et al. 2012 (A Kernel Two-Sample Test
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
 
-Estimator = Literal["root", "squared"]
-Bandwidth = Literal["median", "mean", "mixture"]
+ESTIMATORS = ("root", "squared")
+BANDWIDTHS = ("median", "mean", "mixture")
 
 ROOT_OFFSET = 1e-8
 """Added under the square root, whose slope at 0 is infinite; so the smallest root MMD is 1e-4."""
@@ -29,7 +28,7 @@ If most features are equal (a collapsed layer) the median is 0 or rounding noise
 """
 
 
-def mmd(a: Tensor, b: Tensor, *, estimator: Estimator = "root", bandwidth: Bandwidth | float = "median") -> Tensor:
+def mmd(a: Tensor, b: Tensor, *, estimator: str = "root", bandwidth: str | float = "median") -> Tensor:
     """Distance between the distributions of two batches of features, under a Gaussian kernel.
 
     MMD^2 = mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j) over all pairs, i = j included (biased, so never
@@ -85,7 +84,7 @@ def _squared_distances(features: Tensor) -> Tensor:
     return (norms[:, None] + norms[None, :] - 2.0 * gram).clamp_min(0.0)
 
 
-def _sigma2s(squared_distances: Tensor, bandwidth: Bandwidth | float) -> list[Tensor | float]:
+def _sigma2s(squared_distances: Tensor, bandwidth: str | float) -> list[Tensor | float]:
     """One sigma^2 per kernel, from the detached (S, S) squared distances."""
     if not isinstance(bandwidth, str):
         return [float(bandwidth)]
@@ -106,10 +105,10 @@ def _check(a: Tensor, b: Tensor, *, estimator: str, bandwidth: str | float) -> N
             f"mmd: features have shapes {tuple(a.shape)} and {tuple(b.shape)}; give two non-empty batches (samples, D) "
             "of equal D (flatten unpooled features)"
         )
-    if estimator not in ("root", "squared"):
+    if estimator not in ESTIMATORS:
         raise UsageError(f"mmd: estimator is {estimator!r}; give 'root' or 'squared'")
     if isinstance(bandwidth, str):
-        if bandwidth not in ("median", "mean", "mixture"):
+        if bandwidth not in BANDWIDTHS:
             raise UsageError(f"mmd: bandwidth is {bandwidth!r}; give 'median', 'mean', 'mixture' or a number (sigma^2)")
     elif not (math.isfinite(bandwidth) and bandwidth > 0.0):
         raise UsageError(f"mmd: bandwidth is {bandwidth}; sigma^2 must be a positive number")

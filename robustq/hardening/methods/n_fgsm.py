@@ -13,45 +13,31 @@ from torch import Tensor
 
 from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
-from robustq.hardening.methods.method import (
-    AdversarialTraining,
-    MethodEntry,
-    attack_generation,
-    batch_norm_errors,
-    raise_errors,
-)
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFgsmSettings:
+class NFgsmSettings(MethodSettings):
     """The ``[n-fgsm]`` table of a recipe.
 
     Args:
         noise_scale: k, half the width of the noise as a multiple of epsilon (the paper: 2).
         step_scale: the step as a multiple of epsilon (the paper: 1).
-        batch_norm: during attack generation (:data:`.method.BATCH_NORM_MODES`); ``train`` as in the paper's code.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``train`` as in the paper's code.
     """
 
-    noise_scale: float = 2.0
-    step_scale: float = 1.0
-    batch_norm: str = "train"
+    method = "n-fgsm"
 
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("n-fgsm.noise_scale", self.noise_scale, low=0, high=1000),
-            number_errors("n-fgsm.step_scale", self.step_scale, low=0, high=1000, above=True),
-            batch_norm_errors("n-fgsm.batch_norm", self.batch_norm),
-        )
+    noise_scale: float = number(2.0, low=0, high=1000)
+    step_scale: float = number(1.0, low=0, high=1000, above=True)
+    batch_norm: str = bn_mode("train")
 
 
-class NFgsm(AdversarialTraining[NFgsmSettings]):
+class NFgsm(AdversarialTraining):
     """One attack step from a noisy image, then one training step; up to 3 epsilon from the clean image."""
 
-    @property
-    def passes(self) -> str:
-        """One attack pass and the training pass."""
-        return "2 forward + 2 backward passes"
+    settings: NFgsmSettings
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """The noisy image plus one step; both are clamped to [0, 1], as in the paper's code."""
@@ -63,4 +49,4 @@ class NFgsm(AdversarialTraining[NFgsmSettings]):
         return (noisy + self.settings.step_scale * self.epsilon * gradient.sign()).clamp(0.0, 1.0)
 
 
-METHOD = MethodEntry("n-fgsm", NFgsmSettings, NFgsm)
+METHOD = MethodEntry(NFgsmSettings, NFgsm)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustq.hardening.methods.method import BaseMethod, MethodEntry
+from robustq.hardening.methods.method import Method, MethodEntry
+from robustq.hardening.methods.settings import MethodSettings
 
 
-@dataclass(frozen=True)
-class NaturalSettings:
+@dataclass(frozen=True, kw_only=True)
+class NaturalSettings(MethodSettings):
     """The ``[natural]`` table of a recipe: it has no keys."""
 
+    method = "natural"
 
-class Natural(BaseMethod[NaturalSettings]):
+
+class Natural(Method):
     """Minimises the mean cross-entropy of clean images. best.pt is chosen by clean accuracy."""
 
 
-METHOD = MethodEntry("natural", NaturalSettings, Natural)
+METHOD = MethodEntry(NaturalSettings, Natural)

@@ -21,28 +21,16 @@ from robustq.hardening.methods.method import (
     MethodEntry,
     attack_generation,
     batch_norm_mode,
-    raise_errors,
 )
-from robustq.hardening.methods.mmd import mmd
-from robustq.recipe.schema import number_errors, unknown_value
+from robustq.hardening.methods.mmd import BANDWIDTHS, ESTIMATORS, mmd
+from robustq.hardening.methods.settings import MethodSettings, choice, number
 
 MOST_DOMAINS = 256
 """Each domain stores a perturbation per slot of the batch; the paper goes to 16."""
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "global_perturbation": ("set", "noise", "none"),
-    "update": ("batch", "epoch"),
-    "tied_to": ("slot", "sample"),
-    "features": FEATURES,
-    "estimator": ("root", "squared"),
-    "bandwidth": ("median", "mean", "mixture"),
-    "batch_norm": ("eval", "train", "joint", "separate"),
-    "stored_as": ("float32", "float16"),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
-class OdgqSettings:
+class OdgqSettings(MethodSettings):
     """The ``[odgq]`` table of a recipe.
 
     Args:
@@ -70,42 +58,29 @@ class OdgqSettings:
         stored_as: dtype of P; ``float16`` halves its memory and rounds its sums to three digits.
     """
 
-    domains: int = 4
-    mmd_weight: float = 3.0
-    local_scale: float = 1.0
-    global_perturbation: str = "set"
-    update: str = "batch"
-    tied_to: str = "slot"
+    method = "odgq"
+
+    domains: int = number(4, low=1, high=MOST_DOMAINS, whole=True)
+    mmd_weight: float = number(3.0, low=0, high=1e6)
+    local_scale: float = number(1.0, low=0, high=1e3, above=True)
+    global_perturbation: str = choice("set", ("set", "noise", "none"))
+    update: str = choice("batch", ("batch", "epoch"))
+    tied_to: str = choice("slot", ("slot", "sample"))
     clip_stored: bool = False
     project_total: bool = False
     clamp: bool = True
-    features: str = "pooled"
-    estimator: str = "root"
-    bandwidth: str | float = "median"
+    features: str = choice("pooled", FEATURES)
+    estimator: str = choice("root", ESTIMATORS)
+    bandwidth: str | float = choice("median", BANDWIDTHS, positive_number=True)
     natural_gradient: bool = False
-    batch_norm: str = "eval"
-    stored_as: str = "float32"
-
-    def __post_init__(self) -> None:
-        errors = [
-            unknown_value(f"odgq.{key}", getattr(self, key), allowed)
-            for key, allowed in _CHOICES.items()
-            if getattr(self, key) not in allowed and not (key == "bandwidth" and _positive(self.bandwidth))
-        ]
-        raise_errors(
-            errors,
-            number_errors("odgq.domains", self.domains, low=1, high=MOST_DOMAINS, whole=True),
-            number_errors("odgq.mmd_weight", self.mmd_weight, low=0, high=1e6),
-            number_errors("odgq.local_scale", self.local_scale, low=0, high=1e3, above=True),
-        )
+    batch_norm: str = choice("eval", ("eval", "train", "joint", "separate"))
+    stored_as: str = choice("float32", ("float32", "float16"))
 
 
-def _positive(value: str | float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 < value < float("inf")
-
-
-class Odgq(AdversarialTraining[OdgqSettings]):
+class Odgq(AdversarialTraining):
     """Algorithm 1, one batch at a time. L_task, with its label smoothing, is the loss of line 6 and of line 10."""
+
+    settings: OdgqSettings
 
     def __init__(self, context: MethodContext, settings: OdgqSettings) -> None:
         super().__init__(context, settings)
@@ -169,8 +144,7 @@ class Odgq(AdversarialTraining[OdgqSettings]):
             # The clean branch first: in train mode the last update of the running statistics is that of x_adv.
             natural = self._natural_features(x)
             logits, features = self._tap(x_adv)
-        bandwidth = settings.bandwidth
-        gap = mmd(features, natural, estimator=settings.estimator, bandwidth=bandwidth)  # type: ignore[arg-type]
+        gap = mmd(features, natural, estimator=settings.estimator, bandwidth=settings.bandwidth)
         return LossOutput.of(self.cross_entropy(logits, y), logits, weight=settings.mmd_weight, mmd=gap)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -218,4 +192,4 @@ class Odgq(AdversarialTraining[OdgqSettings]):
                 return self._tap(x)[1]
 
 
-METHOD = MethodEntry("odgq", OdgqSettings, Odgq)
+METHOD = MethodEntry(OdgqSettings, Odgq)

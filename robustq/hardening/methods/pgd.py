@@ -11,46 +11,34 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustq.attacks import pgd
-from robustq.hardening.methods.method import (
-    AUTO,
-    AdversarialTraining,
-    MethodEntry,
-    attack_generation,
-    batch_norm_errors,
-    raise_errors,
-    size_errors,
-    training_step_size,
-)
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size, training_step_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class PgdSettings:
+class PgdSettings(MethodSettings):
     """The ``[pgd]`` table of a recipe.
 
     Args:
         steps: K; 7 in arXiv:1706.06083 for CIFAR-10.
-        step_size: ``auto`` (see :func:`.method.training_step_size`), or a length such as ``"4/255"``. The ODG-Q paper
+        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"4/255"``. The ODG-Q paper
             gives 4/255 for the attacks of its tables and nothing for training.
         random_start: from a uniform point of the ball (PGD) or from the image itself (BIM).
-        batch_norm: during attack generation, see :data:`.method.BATCH_NORM_MODES`.
+        batch_norm: during attack generation, see :data:`.settings.BATCH_NORM_MODES`.
     """
 
-    steps: int = 7
-    step_size: str | float = AUTO
+    method = "pgd"
+
+    steps: int = number(7, low=1, high=1000, whole=True)
+    step_size: str | float = size(AUTO, words=(AUTO,))
     random_start: bool = True
-    batch_norm: str = "eval"
-
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("pgd.steps", self.steps, low=1, high=1000, whole=True),
-            size_errors("pgd.step_size", self.step_size, words=(AUTO,)),
-            batch_norm_errors("pgd.batch_norm", self.batch_norm),
-        )
+    batch_norm: str = bn_mode("eval")
 
 
-class Pgd(AdversarialTraining[PgdSettings]):
+class Pgd(AdversarialTraining):
     """K steps of attack generation, then one training step on the resulting images."""
+
+    settings: PgdSettings
 
     @property
     def passes(self) -> str:
@@ -74,4 +62,4 @@ class Pgd(AdversarialTraining[PgdSettings]):
             )
 
 
-METHOD = MethodEntry("pgd", PgdSettings, Pgd)
+METHOD = MethodEntry(PgdSettings, Pgd)

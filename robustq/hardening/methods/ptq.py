@@ -15,21 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from robustq.hardening.methods.method import MethodEntry
+from robustq.hardening.methods.settings import MethodSettings
 from robustq.models.batch_norm import running_statistics
 
 
-@dataclass(frozen=True)
-class PtqSettings:
+@dataclass(frozen=True, kw_only=True)
+class PtqSettings(MethodSettings):
     """The ``[ptq]`` table of a recipe.
 
     Args:
         bias_correction: compensate the shift of each layer's mean output; false: calibration alone.
     """
 
+    method = "ptq"
+
     bias_correction: bool = True
 
 
-METHOD = MethodEntry("ptq", PtqSettings, None)
+METHOD = MethodEntry(PtqSettings, None)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def _find_methods() -> dict[str, MethodEntry]:
         importlib.import_module(f"{methods.__name__}.{one.name}") for one in pkgutil.iter_modules(methods.__path__)
     )
     entries = (getattr(module, "METHOD", None) for module in modules)
-    return {entry.name: entry for entry in entries if isinstance(entry, MethodEntry)}
+    return {entry.settings.method: entry for entry in entries if isinstance(entry, MethodEntry)}
 
 
 METHODS = _find_methods()

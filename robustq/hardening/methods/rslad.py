@@ -20,20 +20,23 @@ from robustq.attacks.losses import kl
 from robustq.data import Split
 from robustq.errors import ModelFileError, UsageError
 from robustq.hardening.methods.method import (
-    AUTO,
     AdversarialTraining,
     LossOutput,
     MethodContext,
     MethodEntry,
     attack_generation,
-    batch_norm_errors,
-    raise_errors,
-    size_errors,
+)
+from robustq.hardening.methods.settings import (
+    AUTO,
+    MethodSettings,
+    choice,
+    number,
+    path,
+    size,
     training_step_size,
 )
 from robustq.progress import bar
 from robustq.recipe import parse_epsilon
-from robustq.recipe.schema import number_errors, shown, unknown_value
 
 BATCH = 500
 """Images per pass when the teacher's logits are cached; the same in every run, so that the bits are the same."""
@@ -108,11 +111,8 @@ def _digest(network: nn.Module, how: str) -> Tensor:
     return torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8)
 
 
-TEACHER_SEES = ("augmented", "original")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RsladSettings:
+class RsladSettings(MethodSettings):
     """The ``[rslad]`` table of a recipe.
 
     Args:
@@ -121,39 +121,31 @@ class RsladSettings:
             augmented). ``original``: each training image once, without augmentation, for all its crops: for slow
             teachers, a deviation (:class:`CachedTeacher`).
         steps: of attack generation (the paper: 10).
-        step_size: ``auto`` (see :func:`.method.training_step_size`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start; at least 1/255, see :class:`.trades.TradesSettings`.
         clean_weight: weight of the clean images in the loss (the paper: 1/6); 0 leaves their pass out.
-        batch_norm: during attack generation (:data:`.method.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
     """
 
-    teacher: str = ""
-    teacher_sees: str = "augmented"
-    steps: int = 1
-    step_size: str | float = AUTO
-    start_size: str | float = "1/255"
-    clean_weight: float = 1 / 6
-    batch_norm: str = "eval"
+    method = "rslad"
 
-    def __post_init__(self) -> None:
-        known = self.teacher_sees in TEACHER_SEES
-        raise_errors(
-            number_errors("rslad.steps", self.steps, low=1, high=1000, whole=True),
-            size_errors("rslad.step_size", self.step_size, words=(AUTO,)),
-            size_errors("rslad.start_size", self.start_size, least=1 / 255),
-            number_errors("rslad.clean_weight", self.clean_weight, low=0, high=1),
-            batch_norm_errors("rslad.batch_norm", self.batch_norm),
-            [] if known else [unknown_value("rslad.teacher_sees", self.teacher_sees, TEACHER_SEES)],
-            [] if self.teacher == str(self.teacher) else [f"rslad.teacher = {shown(self.teacher)} is not a path"],
-        )
+    teacher: str = path()
+    teacher_sees: str = choice("augmented", ("augmented", "original"))
+    steps: int = number(1, low=1, high=1000, whole=True)
+    step_size: str | float = size(AUTO, words=(AUTO,))
+    start_size: str | float = size("1/255", least=1 / 255)
+    clean_weight: float = number(1 / 6, low=0, high=1)
+    batch_norm: str = bn_mode("eval")
 
 
-class Rslad(AdversarialTraining[RsladSettings]):
+class Rslad(AdversarialTraining):
     """Attack generation against the teacher's soft labels, then one training step towards them. Labels are not used.
 
     Deviation from the paper's code: the divergence is summed over the classes and averaged over the batch; the code
     averages over the classes too, which divides the loss by their number.
     """
+
+    settings: RsladSettings
 
     def __init__(self, context: MethodContext, settings: RsladSettings) -> None:
         super().__init__(context, settings)
@@ -210,4 +202,4 @@ class Rslad(AdversarialTraining[RsladSettings]):
         super().load_state_dict(state)
 
 
-METHOD = MethodEntry("rslad", RsladSettings, Rslad)
+METHOD = MethodEntry(RsladSettings, Rslad)

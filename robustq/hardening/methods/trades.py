@@ -12,53 +12,38 @@ from torch import Tensor
 
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
-from robustq.hardening.methods.method import (
-    AUTO,
-    AdversarialTraining,
-    LossOutput,
-    MethodEntry,
-    attack_generation,
-    batch_norm_errors,
-    raise_errors,
-    size_errors,
-    training_step_size,
-)
+from robustq.hardening.methods.method import AdversarialTraining, LossOutput, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size, training_step_size
 from robustq.recipe import parse_epsilon
-from robustq.recipe.schema import number_errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class TradesSettings:
+class TradesSettings(MethodSettings):
     """The ``[trades]`` table of a recipe.
 
     Args:
         kl_weight: beta, the paper's 1/lambda (6 in its strongest runs).
         steps: of attack generation (the paper: 10; 1 is the cheap variant).
-        step_size: ``auto`` (see :func:`.method.training_step_size`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start, at least 1/255. Deviation from the paper's start of
             0.001 N(0, 1): at x itself the divergence has no gradient, and an 8-bit input quantizer rounds 95% of that
             noise back to x.
-        batch_norm: during attack generation (:data:`.method.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
     """
 
-    kl_weight: float = 6.0
-    steps: int = 10
-    step_size: str | float = AUTO
-    start_size: str | float = "1/255"
-    batch_norm: str = "eval"
+    method = "trades"
 
-    def __post_init__(self) -> None:
-        raise_errors(
-            number_errors("trades.kl_weight", self.kl_weight, low=0, high=100_000),
-            number_errors("trades.steps", self.steps, low=1, high=1000, whole=True),
-            size_errors("trades.step_size", self.step_size, words=(AUTO,)),
-            size_errors("trades.start_size", self.start_size, least=1 / 255),
-            batch_norm_errors("trades.batch_norm", self.batch_norm),
-        )
+    kl_weight: float = number(6.0, low=0, high=100_000)
+    steps: int = number(10, low=1, high=1000, whole=True)
+    step_size: str | float = size(AUTO, words=(AUTO,))
+    start_size: str | float = size("1/255", least=1 / 255)
+    batch_norm: str = bn_mode("eval")
 
 
-class Trades(AdversarialTraining[TradesSettings]):
+class Trades(AdversarialTraining):
     """Attack generation without labels, then one training step on clean and adversarial images."""
+
+    settings: TradesSettings
 
     @property
     def passes(self) -> str:
@@ -89,4 +74,4 @@ class Trades(AdversarialTraining[TradesSettings]):
         return LossOutput.of(task, logits, weight=self.settings.kl_weight, kl=kl(logits, clean_logits).mean())
 
 
-METHOD = MethodEntry("trades", TradesSettings, Trades)
+METHOD = MethodEntry(TradesSettings, Trades)
