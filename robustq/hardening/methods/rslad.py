@@ -29,6 +29,7 @@ from robustq.hardening.methods.method import (
 from robustq.hardening.methods.settings import (
     AUTO,
     MethodSettings,
+    bn_mode,
     choice,
     number,
     path,
