@@ -50,11 +50,8 @@ class WeightAverage:
 
     @contextmanager
     def applied_to(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
-        """Within it ``model`` has the averaged weights; afterwards the same bits as before.
-
-        Args:
-            model: in train or eval mode, which does not change.
-            batches: augmented training images; BatchNorm takes the mean of their batch statistics.
+        """Within it ``model`` has the averaged weights, and BatchNorm the mean statistics of the augmented training
+        images in ``batches``; afterwards the same bits as before. The model's mode does not change.
         """
         before = {name: value.detach().clone() for name, value in model.state_dict().items()}
         try:

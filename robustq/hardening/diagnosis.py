@@ -18,11 +18,7 @@ INPUT = "the network's input"
 
 
 class FiniteCheck:
-    """Whether all losses and images so far were finite, as one boolean on the device.
-
-    Args:
-        device: of the batches.
-    """
+    """Whether all losses and images so far were finite, as one boolean on the batches' device."""
 
     def __init__(self, device: torch.device) -> None:
         self._finite = torch.ones((), dtype=torch.bool, device=device)

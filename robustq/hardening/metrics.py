@@ -22,11 +22,7 @@ MACHINE_KEYS = ("seconds", "images_per_second", "loading_share", "peak_memory_by
 
 
 class RunningMeans:
-    """Sums of the loss, its terms and the correct answers, kept on the device so that the host does not wait.
-
-    Args:
-        device: of the batches.
-    """
+    """Sums of the loss, its terms and the correct answers, kept on the device of the batches."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -72,10 +68,7 @@ class TensorBoardLogger:
     """Writes the rows of metrics.jsonl as TensorBoard's event files.
 
     Event files can only grow, and a process that was killed may have written an epoch that resume.pt does not have. So
-    each process removes the files of earlier ones and writes all rows again.
-
-    Args:
-        run: the run folder.
+    each process removes the files of earlier ones in the run folder and writes all rows again.
     """
 
     def __init__(self, run: Path) -> None:

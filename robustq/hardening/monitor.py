@@ -207,12 +207,7 @@ class Monitor:
     def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
         """Do one batch of the work of :meth:`evaluate` and :meth:`inspect`, to measure time and memory.
 
-        Args:
-            model: as in :meth:`evaluate`.
-            images: size of the batch; None: that of :meth:`evaluate`.
-
-        Returns:
-            The whole work as a multiple of this batch's.
+        ``images`` is its size; None: that of :meth:`evaluate`. Returns the whole work as a multiple of it.
         """
         count = min(images or self._batch_size, self._batch_size, len(self._x))
         x, y = self._x[:count], self._y[:count]

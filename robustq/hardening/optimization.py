@@ -99,12 +99,7 @@ class TrainStep:
         self._compiled = None
 
     def step(self, batch: Batch, *, epoch: int) -> LossOutput:
-        """One repeat of a batch: new images, new weights; their loss and logits.
-
-        Args:
-            batch: training images.
-            epoch: finished epochs.
-        """
+        """One repeat of a batch after ``epoch`` finished epochs: new images, new weights; their loss and logits."""
         recipe = self.recipe
         if recipe.side_precision == INTEGER and self._integers is None:
             self._integers = _integer_convolutions(self.model, batch.x)

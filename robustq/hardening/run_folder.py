@@ -37,11 +37,7 @@ LOCK = "run.lock"
 
 
 class RunLock:
-    """Allows one writer of a run folder: a kernel lock, released at the latest when its process ends or is killed.
-
-    Args:
-        folder: an existing run folder.
-    """
+    """Allows one writer of an existing run folder: a kernel lock, released when its process ends, even if killed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -100,12 +96,7 @@ def _holder(path: Path) -> str:
 class RunFolder:
     """A run folder locked by this process; use it in a ``with`` block, which releases the lock.
 
-    It is the trainer's :class:`robustq.hardening.state.Checkpointer`.
-
-    Args:
-        path: the folder.
-        config: content of config.json.
-        lock: acquired.
+    It is the trainer's :class:`robustq.hardening.state.Checkpointer`; ``config`` is the content of config.json.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], lock: RunLock) -> None:
@@ -121,7 +112,7 @@ class RunFolder:
         Args:
             path: must not exist.
             config: command, resolved recipe, spec, data, seed, device, versions: JSON types.
-            state: before the first step.
+            state: of the training before its first step.
 
         Raises:
             OutputExistsError: ``path`` exists.

@@ -54,11 +54,9 @@ class Training:
     Args:
         model: on ``device``; trained in place.
         method: built for ``model``.
-        split: training images.
+        split, augment, seed: training images, their augmentation, and the seed of order and augmentation.
         monitor: evaluates each epoch.
-        recipe: epochs, batch size, learning rate.
-        augment: augmentation of the training images.
-        seed: of order and augmentation.
+        recipe: epochs, batch size, learning rate and options of a step.
         device: of the batches.
     """
 

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.hardening.methods.settings import MethodSettings
+from robustq.hardening.methods.settings import AUTO, MethodSettings
 from robustq.models.batch_norm import batch_statistics, running_statistics
+from robustq.recipe import parse_epsilon
 
 
 @contextmanager
@@ -222,8 +223,13 @@ class AdversarialTraining(Method):
         """One attack pass and the training pass."""
         return "2 forward + 2 backward passes"
 
+    def step_size(self) -> float:
+        """``step_size`` of the settings, for their number of ``steps``, in the unit of the images."""
+        size, steps = self.settings.step_size, int(self.settings.steps)
+        return min(1.0, 2.5 / steps) * self.epsilon if size == AUTO else parse_epsilon(size)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator's state."""
+        """The generator."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustq.attacks import pgd
 from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
-from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size, training_step_size
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class PgdSettings(MethodSettings):
 
     Args:
         steps: K; 7 in arXiv:1706.06083 for CIFAR-10.
-        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"4/255"``. The ODG-Q paper
+        step_size: ``auto`` (see :data:`.settings.AUTO`), or a length such as ``"4/255"``. The ODG-Q paper
             gives 4/255 for the attacks of its tables and nothing for training.
         random_start: from a uniform point of the ball (PGD) or from the image itself (BIM).
         batch_norm: during attack generation, see :data:`.settings.BATCH_NORM_MODES`.
@@ -48,15 +48,14 @@ class Pgd(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """PGD-K inside the ball and inside [0, 1]."""
-        steps = int(self.settings.steps)
         with attack_generation(self.model, self.settings.batch_norm):
             return pgd(
                 self.model,
                 x,
                 y,
                 epsilon=self.epsilon,
-                step_size=training_step_size(self.settings.step_size, epsilon=self.epsilon, steps=steps),
-                steps=steps,
+                step_size=self.step_size(),
+                steps=int(self.settings.steps),
                 random_start=self.settings.random_start,
                 generator=self.generator,
             )

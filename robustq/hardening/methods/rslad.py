@@ -34,7 +34,6 @@ from robustq.hardening.methods.settings import (
     number,
     path,
     size,
-    training_step_size,
 )
 from robustq.progress import bar
 from robustq.recipe import parse_epsilon
@@ -122,7 +121,7 @@ class RsladSettings(MethodSettings):
             augmented). ``original``: each training image once, without augmentation, for all its crops: for slow
             teachers, a deviation (:class:`CachedTeacher`).
         steps: of attack generation (the paper: 10).
-        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :data:`.settings.AUTO`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start; at least 1/255, see :class:`.trades.TradesSettings`.
         clean_weight: weight of the clean images in the loss (the paper: 1/6); 0 leaves their pass out.
         batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
@@ -166,7 +165,7 @@ class Rslad(AdversarialTraining):
         """Ascent of the divergence from the soft labels of x, inside the ball and inside [0, 1]."""
         settings, epsilon, steps = self.settings, self.epsilon, int(self.settings.steps)
         soft = self._soft = self.teacher.logits(x, indices)
-        step = training_step_size(settings.step_size, epsilon=epsilon, steps=steps)
+        step = self.step_size()
         start = uniform_start(x, epsilon=parse_epsilon(settings.start_size), generator=self.generator)
         x_adv = project(start, x, epsilon=epsilon)
         with attack_generation(self.model, settings.batch_norm):

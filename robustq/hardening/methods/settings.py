@@ -17,7 +17,8 @@ BATCH_NORM_MODES = ("eval", "train", "separate")
 ``separate``: the batch's statistics, running ones unchanged."""
 
 AUTO = "auto"
-"""A step of min(1, 2.5 / steps) epsilon."""
+"""A step of min(1, 2.5 / steps) epsilon: 2.5 epsilon / steps reaches the other side of the ball (arXiv:1706.06083,
+section 5); the limit of epsilon matters below three steps."""
 
 
 def number(default: float, *, low: float, high: float, whole: bool = False, above: bool = False) -> Any:
@@ -90,15 +91,3 @@ class MethodSettings:
         found = [error for name, errors in checks for error in errors(f"{self.method}.{name}", getattr(self, name))]
         if found:
             raise RecipeError("; ".join(found))
-
-
-def training_step_size(step_size: str | float, *, epsilon: float, steps: int) -> float:
-    """The step size in the unit of the images.
-
-    Args:
-        step_size: a length in [0, 1], or :data:`AUTO`: 2.5 epsilon / steps reaches the other side of the ball
-            (arXiv:1706.06083, section 5). It is limited to epsilon, which matters below three steps.
-        epsilon: radius.
-        steps: number of steps.
-    """
-    return min(1.0, 2.5 / steps) * epsilon if step_size == AUTO else parse_epsilon(step_size)

