@@ -155,9 +155,8 @@ def test_inspection_is_the_mean_of_single_images(bits: int, batch_size: int) -> 
         assert image.grad is not None
         norms.append(image.grad.norm().item())
         features.append(pooled[-1].norm().item())
-        margins.append(
-            logits[0, int(label)].item() - max(value for k, value in enumerate(logits[0].tolist()) if k != y)
-        )
+        others = [value for k, value in enumerate(logits[0].tolist()) if k != int(label)]
+        margins.append(logits[0, int(label)].item() - max(others))
     handle.remove()
     # float32 sums of a thousand terms in two orders
     assert found.feature_norm == pytest.approx(sum(features) / 9, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its faults told.
+"""Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its invalid settings refused.
 
 The comparison runs in float64, as that of ODG-Q does (`test_odgq.py` says why).
 """
