@@ -26,15 +26,7 @@ from robustq.hardening.methods.method import (
     MethodEntry,
     attack_generation,
 )
-from robustq.hardening.methods.settings import (
-    AUTO,
-    MethodSettings,
-    bn_mode,
-    choice,
-    number,
-    path,
-    size,
-)
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, choice, number, path, size
 from robustq.progress import bar
 from robustq.recipe import parse_epsilon
 

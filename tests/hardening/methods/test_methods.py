@@ -1,4 +1,4 @@
-"""Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its invalid settings refused.
+"""Every method beside ODG-Q against a line-by-line reference over several epochs, its cost, and its invalid settings.
 
 The comparison runs in float64, as that of ODG-Q does (`test_odgq.py` says why).
 """
