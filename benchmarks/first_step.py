@@ -30,16 +30,16 @@ from robustq.cli.program import main
 from robustq.cli.process import prepare
 prepare()
 import robustq.workflow.train
-from robustq.hardening.optimization import Descent
+from robustq.hardening.optimization import TrainStep
 moments = [time.time()]
-step = Descent.step
+step = TrainStep.step
 def timed(self, *inputs, **named):
     moments.append(time.time())
     step(self, *inputs, **named)
     moments.append(time.time())
     print(*moments, file=sys.__stdout__, flush=True)
     os._exit(0)
-Descent.step = timed
+TrainStep.step = timed
 sys.argv[0] = "robustq"
 main()
 """

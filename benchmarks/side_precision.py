@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
-from robustq.hardening.methods.method import crafting
-from robustq.hardening.precision import computed_in
+from robustq.hardening.methods.method import attack_generation
+from robustq.hardening.precision import in_precision
 from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER
@@ -61,8 +61,8 @@ def main() -> None:
 
 def _gradient(model: nn.Module, layers: IntegerConvolutions, x: Tensor, y: Tensor, precision: str) -> Tensor:
     whole = layers.in_place() if precision == INTEGER else nullcontext()
-    computing = computed_in(model, FLOAT32, side=precision)
-    with SharedWeights(model).quantized_once(), whole, computing, crafting(model, "eval"):
+    computing = in_precision(model, FLOAT32, side=precision)
+    with SharedWeights(model).quantized_once(), whole, computing, attack_generation(model, "eval"):
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(functional.cross_entropy(model(leaf), y), leaf)
     return gradient
@@ -70,7 +70,7 @@ def _gradient(model: nn.Module, layers: IntegerConvolutions, x: Tensor, y: Tenso
 
 @torch.no_grad()
 def _loss(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with crafting(model, "eval"):
+    with attack_generation(model, "eval"):
         return float(functional.cross_entropy(model(x), y))
 
 

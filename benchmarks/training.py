@@ -37,8 +37,8 @@ from torch.nn import functional  # noqa: E402
 
 from robustq.data import Batch  # noqa: E402
 from robustq.hardening.methods.registry import build_method  # noqa: E402
-from robustq.hardening.metrics import forget_peak_memory, peak_memory  # noqa: E402
-from robustq.hardening.optimization import Descent  # noqa: E402
+from robustq.hardening.metrics import peak_memory, reset_peak_memory  # noqa: E402
+from robustq.hardening.optimization import TrainStep  # noqa: E402
 from robustq.models.quant.calibration import calibrate  # noqa: E402
 from robustq.models.spec import ModelSpec, build_model  # noqa: E402
 from robustq.recipe import load_recipe  # noqa: E402
@@ -134,7 +134,7 @@ def _print_memory(options: argparse.Namespace) -> None:
     if len(options.kinds) == 1:
         device = torch.device(options.device)
         step = step_of(options.kinds[0], options, device)
-        forget_peak_memory(device)
+        reset_peak_memory(device)
         before = peak_memory(device)["peak_memory_bytes"]
         for _ in range(options.steps):
             step()
@@ -191,7 +191,7 @@ def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, 
     method = build_method(
         recipe, model, epsilon=8 / 255, image_shape=(3, x.shape[2], x.shape[3]), samples=len(x), device=x.device, seed=0
     )
-    descent = Descent(model, method, recipe)
+    descent = TrainStep(model, method, recipe)
     batch = Batch(x, y, torch.arange(len(x), device=x.device))
     return lambda: [descent.step(batch, epoch=0) for _ in range(method.repeats)]
 

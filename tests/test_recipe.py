@@ -279,7 +279,7 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
         device=torch.device("cpu"),
     )
     losses = [training.take_step(batch) for batch in training.epoch_batches()]
-    assert len(losses) == training.standing.step == 2
+    assert len(losses) == training.state.step == 2
     assert torch.stack(losses).isfinite().all()
     still = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
     # At 1 bit a layer may pass no gradient on (signs clip at 1); everywhere else all weights move.

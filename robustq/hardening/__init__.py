@@ -1,1 +1,1 @@
-"""Training: the one loop and what it keeps, watches and writes; the methods are in :mod:`robustq.hardening.methods`."""
+"""Training: the loop, its state, metrics, monitor and run folder; methods in :mod:`robustq.hardening.methods`."""

@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights, judged and kept in their place.
+"""Exponential moving average of the weights, evaluated and saved in their place.
 
-The average of the weights along a run lies in a flatter place than its end does and is more robust (arXiv:1803.05407;
-for adversarial training arXiv:2010.03593, section 5.1). BatchNorm's running statistics belong to the weights of their
-moment: averaged ones would fit no network, so those of the averaged weights are estimated anew from training images.
+The average along a run lies in a flatter region than its end and is more robust (arXiv:1803.05407; for adversarial
+training arXiv:2010.03593, section 5.1). BatchNorm's running statistics cannot be averaged; those of the averaged
+weights are estimated on training images.
 """
 
 from __future__ import annotations
@@ -19,21 +19,19 @@ from robustq.data import Batch
 from robustq.hardening.state import restore
 
 IMAGES = 4096
-"""Training images for BatchNorm's statistics; more moves a channel's mean by less than 1/64 of its deviation."""
+"""Training images for BatchNorm's statistics; more changes a channel's mean by less than 1/64 of its deviation."""
 
 
-class Average:
-    """a <- d a + (1 - d) w after each step of the optimiser, d = min(decay, (1 + t) / (10 + t)) at the t-th step.
+class WeightAverage:
+    """a <- d a + (1 - d) w after each optimizer step, d = min(decay, (1 + t) / (10 + t)) at step t.
 
-    The smaller d at first lets the average forget the weights that the run began with; without it a run that is not
-    many times longer than 1 / (1 - decay) steps would be judged by them.
+    The smaller d of the first steps reduces the share of the initial weights, which matters in short runs.
 
-    ``torch.optim.swa_utils.AveragedModel`` will not do: it copies the network, and Brevitas' quantizers with it, which
-    are then other objects than those that state dicts and calibration know (see
-    :func:`robustq.hardening.state.restore`), for one judgement an epoch.
+    ``torch.optim.swa_utils.AveragedModel`` copies the network, and with it Brevitas' quantizers, which state dicts and
+    calibration then do not find (see :func:`robustq.hardening.state.restore`).
 
     Args:
-        model: whose parameters are averaged, learned activation thresholds (as logarithms) included.
+        model: its parameters are averaged, learned activation thresholds (as logarithms) included.
         decay: d of a long run, in (0, 1).
     """
 
@@ -44,19 +42,16 @@ class Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Count a step of the optimiser."""
+        """Add the weights after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for name, value in model.named_parameters():
             self._averages[name].lerp_(value, 1.0 - decay)
 
     @contextmanager
-    def in_place_of(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
-        """``model`` has the averaged weights inside the block, and after it the bits that it had before.
-
-        Args:
-            model: in train mode or not, which stays so.
-            batches: training images, augmented as in training; BatchNorm takes the mean of their batches' statistics.
+    def applied_to(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:
+        """Within it ``model`` has the averaged weights, and BatchNorm the mean statistics of the augmented training
+        images in ``batches``; afterwards the same bits as before. The model's mode does not change.
         """
         before = {name: value.detach().clone() for name, value in model.state_dict().items()}
         try:
@@ -73,7 +68,7 @@ class Average:
         return {"steps": self.steps, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self.steps = int(state["steps"])
         for name, value in self._averages.items():
             value.copy_(state["averages"][name])

@@ -1,11 +1,10 @@
-"""Logits and an inner feature of one forward pass, taken by hooks so that any network can be aligned."""
+"""Logits and an inner feature of one forward pass, taken by hooks from any network."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from robustq.errors import UsageError
 from robustq.models.state_dict import feature_layer_of
 
-FeatureName = Literal["pooled", "unpooled", "conv", "logits"]
 FEATURES: tuple[str, ...] = ("pooled", "unpooled", "conv", "logits")
 
 
@@ -22,10 +20,9 @@ class FeatureTap:
 
     Args:
         model: a network whose global pooling is known (:func:`robustq.models.state_dict.feature_layer_of`):
-            ``avgpool`` in our networks, found on the graph of a user's own.
-        feature: ``pooled``: the tensor that enters global pooling, average-pooled (B, C); ``unpooled``: the same
-            tensor, flattened (B, C*H*W); ``conv``: the last convolution's own output, flattened; ``logits``: the
-            answers themselves.
+            ``avgpool`` in our networks, found in the graph of a custom model.
+        feature: ``pooled``: the input of global pooling, average-pooled (B, C); ``unpooled``: the same tensor,
+            flattened (B, C*H*W); ``conv``: the output of the last convolution, flattened; ``logits``: the logits.
 
     Raises:
         UsageError: an unknown feature, or a network without the layer.
@@ -36,42 +33,41 @@ class FeatureTap:
             raise UsageError(f"features = '{feature}' is unknown; known: {', '.join(FEATURES)}")
         self.model = model
         self.feature = feature
-        modules = dict(model.named_modules())
-        layer = feature_layer_of(model)
-        self._pooling = None if layer is None else modules[layer]
-        if feature in ("pooled", "unpooled") and self._pooling is None:
-            raise UsageError(
-                f"the network has no pooling to take '{feature}' features in front of; "
-                "name a layer they enter with --feature-layer"
-            )
-        # A projection shortcut is registered after its block's second convolution but runs beside it, not last.
-        convolutions = [m for name, m in modules.items() if isinstance(m, nn.Conv2d) and "downsample" not in name]
-        self._last_conv = convolutions[-1] if convolutions else None
-        if feature == "conv" and self._last_conv is None:
-            raise UsageError(f"{type(model).__name__} has no convolution to take '{feature}' features from")
-
-        self._caught = _Caught()
-        if feature in ("pooled", "unpooled") and self._pooling is not None:
-            hook = self._pooling.register_forward_pre_hook(_entering(self._caught))
-        elif feature == "conv" and self._last_conv is not None:
-            hook = self._last_conv.register_forward_hook(_leaving(self._caught))
+        # Hooks stay as long as the tap: a compiled network ignores hooks that come and go.
+        self._captured = captured = _Captured()
+        if feature in ("pooled", "unpooled"):
+            layer = feature_layer_of(model)
+            if layer is None:
+                raise UsageError(
+                    f"the network has no pooling to take '{feature}' features in front of; "
+                    "name a layer they enter with --feature-layer"
+                )
+            pooling = model.get_submodule(layer)
+            handle = pooling.register_forward_pre_hook(lambda _, inputs: captured.set(inputs[0]))
+        elif feature == "conv":
+            # A projection shortcut is registered last but runs beside its block's second convolution.
+            named = model.named_modules()
+            convolutions = [one for name, one in named if isinstance(one, nn.Conv2d) and "downsample" not in name]
+            if not convolutions:
+                raise UsageError(f"{type(model).__name__} has no convolution to take '{feature}' features from")
+            handle = convolutions[-1].register_forward_hook(lambda _, __, output: captured.set(output))
         else:
             return
-        weakref.finalize(self, hook.remove)
+        weakref.finalize(self, handle.remove)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> logits (B, K) and features (B, D), both with gradient."""
-        caught = self._caught
-        caught.wanted = True
+        captured = self._captured
+        captured.active = True
         try:
             logits = self.model(x)
-            feature = caught.tensor
+            feature = captured.tensor
         finally:
-            caught.wanted, caught.tensor = False, None
+            captured.active, captured.tensor = False, None
         if self.feature == "logits":
             return logits, logits
-        assert feature is not None  # every pass goes through the layer, and past its hook
-        if feature.dtype == torch.bfloat16:  # as a step in that precision has it
+        assert feature is not None  # every forward pass runs the layer and its hook
+        if feature.dtype == torch.bfloat16:  # of a step in that precision
             feature = feature.float()
         if self.feature == "pooled":
             return logits, feature.mean(dim=(2, 3))
@@ -79,27 +75,12 @@ class FeatureTap:
 
 
 @dataclass
-class _Caught:
-    """What a hook has seen while somebody wanted it; the last time, where a layer is called more than once.
+class _Captured:
+    """The tensor that a hook saw last during a call of its tap."""
 
-    Hooks stay where they are as long as their tap: a compiled network does not see those that come and go.
-    """
-
-    wanted: bool = False
+    active: bool = False
     tensor: Tensor | None = None
 
-
-def _entering(caught: _Caught) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if caught.wanted:
-            caught.tensor = inputs[0]
-
-    return hook
-
-
-def _leaving(caught: _Caught) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-        if caught.wanted:
-            caught.tensor = output
-
-    return hook
+    def set(self, tensor: Any) -> None:
+        if self.active:
+            self.tensor = tensor

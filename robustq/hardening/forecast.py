@@ -1,4 +1,4 @@
-"""What a run will take, measured on its own first steps, which are then taken back."""
+"""Time, memory and disk space that a run will take, measured on its own first steps, which are then undone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustq.hardening.diagnosis import largest_that_fits, runs_out
-from robustq.hardening.metrics import process_peak
+from robustq.hardening.diagnosis import largest_that_fits, runs_out_of_memory
+from robustq.hardening.metrics import process_peak_memory, reset_peak_memory
 from robustq.hardening.trainer import Training
 
 TIMED_STEPS = 2
-"""After one that is not timed, since allocations and kernel choices of the first step come once."""
+"""After one that is not timed: allocations and kernel choices of the first step do not repeat."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is left of a run.
+    """The rest of a run.
 
     Args:
-        seconds: training and watching until the last epoch.
-        memory_bytes: the most that was in use so far: of the GPU, or of this process on a CPU.
-        disk_bytes: files of the run folder while it runs.
-        spare_bytes: on top, for the moment in which the state is written anew.
+        seconds: training and monitor until the last epoch.
+        memory_bytes: peak so far: of the GPU, or of this process on a CPU.
+        disk_bytes: files of the run folder during the run.
+        spare_bytes: on top, while the state is written.
     """
 
     seconds: float
@@ -35,42 +35,41 @@ class Forecast:
 
 
 def forecast(training: Training) -> Forecast:
-    """Rehearse: a few steps and a part of the monitor's work, after which ``training`` is as it was, bit for bit.
+    """Rehearse a few steps and a part of the monitor's work; ``training`` is then restored bit for bit.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: memory runs out (see :mod:`robustq.hardening.diagnosis`).
     """
     before = copied(training.state_dict())
-    standing = training.standing
-    steps_left = (training.recipe.epochs - standing.epoch) * training.batches_per_epoch - standing.step
-    epochs_left = training.recipe.epochs - standing.epoch
-    if training.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(training.device)
+    epochs_left = training.recipe.epochs - training.state.epoch
+    steps_left = epochs_left * training.batches_per_epoch - training.state.step
+    reset_peak_memory(training.device)
     try:
-        seconds_a_step = _time_steps(training)
+        step_seconds = _time_steps(training)
         start = time.perf_counter()
         times = training.monitor.rehearse(training.model)
-        _wait(training.device)
-        seconds_to_watch = (time.perf_counter() - start) * times
+        _synchronize(training.device)
+        monitor_seconds = (time.perf_counter() - start) * times
         memory = _peak_memory(training.device)
     finally:
         training.load_state_dict(before)
     weights = _bytes(before["model"])
-    state = 2 * weights + _bytes(before["method"]) + sum(p.numel() * p.element_size() for p in _parameters(training))
-    if training.descent.average is not None:
-        state += _bytes(before["average"]["averages"]) + weights  # the averages, and the weights that were judged
+    momentum = _bytes(dict(training.model.named_parameters()))
+    state = 2 * weights + _bytes(before["method"]) + momentum
+    if training.train_step.average is not None:
+        state += _bytes(before["average"]["averages"]) + weights  # the averages, and the weights evaluated last
     return Forecast(
-        seconds=steps_left * seconds_a_step + epochs_left * seconds_to_watch,
+        seconds=steps_left * step_seconds + epochs_left * monitor_seconds,
         memory_bytes=memory,
         disk_bytes=state + 2 * weights,
         spare_bytes=state,
     )
 
 
-def what_fits(training: Training) -> str:
-    """After memory ran out: which setting would fit, found by trying, as the end of a sentence.
+def fitting_setting(training: Training) -> str:
+    """After memory ran out: the setting that fits, found by trying, as the end of a sentence.
 
-    ``training`` cannot be used for anything else afterwards.
+    ``training`` cannot be used afterwards.
     """
     size = training.recipe.batch_size
 
@@ -80,23 +79,23 @@ def what_fits(training: Training) -> str:
         batches = training.split.batches(
             count, device=training.device, seed=training.seed, epoch=0, augment=training.augment
         )
-        # Two: only the second forward pass has the optimiser's momentum beside it.
+        # Two: the optimizer's momentum exists from the second forward pass on.
         for batch, _ in zip(batches, range(2), strict=False):
             training.take_step(batch)
 
-    def with_room_to_spare(count: int) -> None:
-        steps(count + count // 4)  # memory gets fragmented in time, and what just fits today does not tomorrow
+    def steps_with_reserve(count: int) -> None:
+        steps(count + count // 4)  # fragmentation grows during a run
 
-    if runs_out(lambda: steps(size)):
-        fitting = largest_that_fits(with_room_to_spare, too_large=size, least=2)
+    if runs_out_of_memory(lambda: steps(size)):
+        fitting = largest_that_fits(steps_with_reserve, too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"
-    watched = training.recipe.monitor_images
-    if runs_out(lambda: training.monitor.rehearse(training.model)):
-        fitting = largest_that_fits(lambda n: training.monitor.rehearse(training.model, images=n), too_large=watched)
+    images = training.recipe.monitor_images
+    if runs_out_of_memory(lambda: training.monitor.rehearse(training.model)):
+        fitting = largest_that_fits(lambda n: training.monitor.rehearse(training.model, images=n), too_large=images)
         if fitting is not None:
-            return f"watching {fitting:,} held-out images fits: --set monitor_images={fitting}"
+            return f"monitoring {fitting:,} held-out images fits: --set monitor_images={fitting}"
     smaller = max(size // 2, 2)
     return f"a batch of {size:,} fits now, so something else took the memory: try again, or --set batch_size={smaller}"
 
@@ -113,11 +112,11 @@ def copied(state: Any) -> Any:
 
 
 def _time_steps(training: Training) -> float:
-    """Mean seconds of a step, reading the data included; 0 where the epoch lacks no batch any more."""
+    """Mean seconds of a step with its loading; 0 if no batch of the epoch is left."""
     ends = [time.perf_counter()]
     for batch in training.epoch_batches():
         training.take_step(batch)
-        _wait(training.device)
+        _synchronize(training.device)
         ends.append(time.perf_counter())
         if len(ends) == TIMED_STEPS + 2:
             break
@@ -125,20 +124,14 @@ def _time_steps(training: Training) -> float:
     return (timed[-1] - timed[0]) / max(len(timed) - 1, 1)
 
 
-def _parameters(training: Training) -> list[Tensor]:
-    return list(training.model.parameters())
-
-
-def _bytes(state: dict[str, Tensor]) -> int:
+def _bytes(state: dict[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return process_peak()
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else process_peak_memory()

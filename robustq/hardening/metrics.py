@@ -1,11 +1,4 @@
-"""Metrics of an epoch: running means, rows of metrics.jsonl, TensorBoard.
-
-Sums over an epoch's batches, for its row in metrics.jsonl.
-
-A run's metrics for TensorBoard, in the folder ``tensorboard`` beside metrics.jsonl; only on request.
-
-An epoch's row of metrics.jsonl.
-"""
+"""Metrics of an epoch: running means, the row of metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -20,15 +13,16 @@ import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.hardening.monitor import Inspection, Watched
+from robustq.hardening.monitor import HoldoutAccuracy, Inspection
+
+FOLDER = "tensorboard"
+
+MACHINE_KEYS = ("seconds", "images_per_second", "loading_share", "peak_memory_bytes")
+"""Keys of a row that depend on the machine; all others are the same in a repeated run."""
 
 
 class RunningMeans:
-    """Sums of the loss, its terms and the right answers, kept on the device so that no batch waits for the host.
-
-    Args:
-        device: where the batches are.
-    """
+    """Sums of the loss, its terms and the correct answers, kept on the device of the batches."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -36,38 +30,32 @@ class RunningMeans:
         self._device = device
 
     def add(self, loss: Tensor, terms: dict[str, Tensor], logits: Tensor, y: Tensor) -> None:
-        """Count one batch: scalar means ``loss`` and ``terms``, ``logits`` (B, K), labels ``y`` (B,)."""
-        values = {"loss": loss.detach(), **terms}
-        for name, value in values.items():
-            self._add(name, value * len(y))
-        self._add("train_accuracy", (logits.argmax(dim=1) == y).sum())
+        """Add one batch: scalar means ``loss`` and ``terms``, ``logits`` (B, K), labels ``y`` (B,)."""
+        sums = {name: value * len(y) for name, value in {"loss": loss.detach(), **terms}.items()}
+        sums["train_accuracy"] = (logits.argmax(dim=1) == y).sum()
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
         self._count += len(y)
-
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
 
     def means(self) -> dict[str, float]:
         """Means over the images so far, by name."""
         return {name: value.item() / self._count for name, value in self._sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums as they stand."""
+        """The sums."""
         return {"count": self._count, "sums": dict(self._sums)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` gave."""
+        """Restore what :meth:`state_dict` returned."""
         self._count = int(state["count"])
         self._sums = {name: value.to(self._device) for name, value in state["sums"].items()}
 
 
-FOLDER = "tensorboard"
-
-
 def check_tensorboard() -> None:
-    """Make sure that TensorBoard's writer is there, before a run counts on it.
+    """Check that TensorBoard's writer is installed.
 
     Raises:
-        UsageError: the package is missing.
+        UsageError: it is not.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
@@ -77,13 +65,10 @@ def check_tensorboard() -> None:
 
 
 class TensorBoardLogger:
-    """Event files that say what metrics.jsonl says.
+    """Writes the rows of metrics.jsonl as TensorBoard's event files.
 
-    Event files only grow, and a process that dies may have written an epoch that resume.pt knows nothing of. So each
-    process begins with new ones: it removes those of the run's earlier processes and writes all rows again.
-
-    Args:
-        run: the run folder.
+    Event files can only grow, and a process that was killed may have written an epoch that resume.pt does not have. So
+    each process removes the files of earlier ones in the run folder and writes all rows again.
     """
 
     def __init__(self, run: Path) -> None:
@@ -91,12 +76,8 @@ class TensorBoardLogger:
         self._writer: Any = None
         self._written = 0
 
-    def follow(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows that are not there yet: every number under its key, at the epoch of its row.
-
-        Args:
-            rows: all of the run so far.
-        """
+    def update(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the new ones of ``rows`` (all of the run so far): every number under its key, at its epoch."""
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -111,20 +92,16 @@ class TensorBoardLogger:
         self._writer.flush()
 
     def close(self) -> None:
-        """Give the files back."""
+        """Close the files."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
 
 
-OF_THE_MACHINE = ("seconds", "images_per_second", "loading_share", "peak_memory_bytes")
-"""Keys whose values belong to the machine and the moment; all others are the same whenever the run is."""
-
-
 def epoch_row(
     epoch: int,
     means: Mapping[str, float],
-    watched: Watched,
+    accuracy: HoldoutAccuracy,
     inspection: Inspection,
     *,
     lr: float,
@@ -134,24 +111,24 @@ def epoch_row(
     images: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Plain JSON types, one key a number.
+    """An epoch's row of metrics.jsonl: plain JSON types.
 
     Args:
         epoch: counted from 1.
-        means: the loss, its terms before weighting and ``train_accuracy``, over the epoch's batches as they came.
-        watched, inspection: of the held-out images after the epoch, in eval mode.
+        means: the loss, its terms before weighting and ``train_accuracy``, over the epoch's batches.
+        accuracy, inspection: of the held-out images after the epoch, in eval mode.
         lr: learning rate of the last step.
-        seconds: of the epoch, watching included.
-        training_seconds: of its training steps, in all processes that took part.
-        loading_seconds: of these, how long the next batch was waited for.
+        seconds: of the epoch, with the monitor.
+        training_seconds: of its training steps, in all processes of the run.
+        loading_seconds: waiting for the next batch, a part of them.
         images: training images.
-        device: where.
+        device: whose memory is measured.
     """
     return {
         "epoch": epoch,
         **means,
-        "holdout_clean_accuracy": watched.clean,
-        "holdout_pgd10_accuracy": watched.robust,
+        "holdout_clean_accuracy": accuracy.clean,
+        "holdout_pgd10_accuracy": accuracy.robust,
         **asdict(inspection),
         "lr": lr,
         "seconds": seconds,
@@ -161,24 +138,24 @@ def epoch_row(
     }
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Count the peak of a GPU's memory anew; that of a process cannot be."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peak memory of a GPU; that of a process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """``peak_memory_bytes``: the most that torch's tensors took on the GPU since it was last forgotten, or on a CPU the
-    most that this process ever took; ``peak_memory_of`` says which: the device's name, or ``process``.
+    """``peak_memory_bytes``: on a GPU the peak of torch's tensors since the last reset, on a CPU the peak of this
+    process; ``peak_memory_of``: the device's name, or ``process``.
     """
     if device.type == "cuda":
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": str(device)}
-    return {"peak_memory_bytes": process_peak(), "peak_memory_of": "process"}
+    return {"peak_memory_bytes": process_peak_memory(), "peak_memory_of": "process"}
 
 
-def process_peak() -> int:
-    """Most bytes of memory that this process has taken so far."""
+def process_peak_memory() -> int:
+    """Peak memory of this process, in bytes."""
     import resource
 
-    # Kilobytes, but bytes on macOS: getrusage(2) of each.
+    # getrusage(2): kilobytes, but bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

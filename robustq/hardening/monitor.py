@@ -1,30 +1,6 @@
-"""Watching a run: accuracy on held-out images, signs of masking, collapse.
+"""Monitoring of a run on held-out training images: accuracies, signs of gradient masking, collapse.
 
-What a network looks like from inside, on images that it has not been trained on: does it resist, or only mask?
-
-Robust accuracy says how much is left; these four say how. Features that grow without bound and margins that grow with
-them saturate the loss, so that gradients vanish and attacks that follow them fail on a network that is not robust
-(arXiv:1802.00420; the flags ``zero gradient`` and ``logit scale`` of docs/flags.md are raised on the finished model).
-
-Catastrophic overfitting noticed: robust accuracy that falls and stays down while the training loss looks fine.
-
-Single-step training can lose all robustness against PGD within one epoch (arXiv:2001.03994, section 5.3), and hardly
-ever finds it again; more epochs then only cost time. A drop counts as a collapse when the accuracy
-
-- is below half of the best so far: training that overfits slowly, or an epoch at a high learning rate, loses points,
-  not half; and
-- the best was more than any constant answer reaches, beyond chance: a network in its first epochs may give one class to
-  all images, which no attack changes, and looks less robust as soon as it learns; and
-- lies below it beyond chance: the upper end of its 95% Wilson interval is under the lower end of the best one's, so
-  that a few held-out images cannot stop a run; and
-- does so in :data:`EPOCHS` epochs running: a single bad one, from which training recovers by itself, shows up wherever
-  BatchNorm's running statistics lag behind a large step.
-
-Watches clean and robust accuracy on held-out training images, so that the best checkpoint can be kept.
-
-Single-step training can collapse (catastrophic overfitting, arXiv:2001.03994): robust accuracy against PGD falls to
-zero within an epoch while the training loss looks fine (:mod:`robustq.hardening.monitor`). The test images take no
-part in this choice.
+The best checkpoint is chosen by these accuracies; test images take no part.
 """
 
 from __future__ import annotations
@@ -44,18 +20,24 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.features import FeatureTap
 
 BATCH = 64
-"""Images at a time: each needs a backward pass, and a run whose monitor only counts must not need more memory for it
-than a small batch of training does."""
+"""Images per backward pass of an inspection, so that it needs no more memory than a small training batch."""
+
+COLLAPSED_EPOCHS = 2
+"""Consecutive epochs that make a collapse."""
+
+PGD_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Means over the images.
+    """Means over the images; they show whether a network resists attacks or masks its gradients.
+
+    Growing features and margins saturate the loss; gradients vanish, and attacks that follow them fail on a network
+    that is not robust (arXiv:1802.00420; the flags ``zero gradient`` and ``logit scale`` of docs/flags.md).
 
     Args:
-        feature_norm: L2 norm of the features that enter global pooling, average-pooled; None for a network whose global
-            pooling is not known.
-        logit_margin: logit of the label minus the highest other one; negative where the answer is wrong.
+        feature_norm: L2 norm of the average-pooled features in front of global pooling; None if the network has none.
+        logit_margin: logit of the label minus the highest other one; negative for a wrong answer.
         input_gradient_norm: L2 norm of the gradient of one image's cross-entropy with respect to its pixels in [0, 1].
         zero_gradients: share of images in [0, 1] whose gradient is exactly zero in every pixel.
     """
@@ -67,14 +49,13 @@ class Inspection:
 
 
 def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = BATCH) -> Inspection:
-    """One forward and one backward pass over the images; no gradient of a weight is computed or touched.
+    """One forward and one backward pass over the images, without gradients of weights.
 
     Args:
-        model: images -> logits (n, K) of K > 1 classes, in eval mode: the gradient of an image must not depend on those
-            beside it.
+        model: images -> logits (n, K), K > 1, in eval mode.
         x: (N, C, H, W) float32 in [0, 1] on the model's device, N at least 1.
         y: (N,) int64.
-        batch_size: images a pass; decides nothing but the memory.
+        batch_size: images per pass.
     """
     tap = _tap(model)
     sums = dict.fromkeys(("feature_norm", "logit_margin", "input_gradient_norm", "zero_gradients"), 0.0)
@@ -85,20 +66,14 @@ def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int =
             (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, labels, reduction="sum"), images)
         right = logits.detach().gather(1, labels[:, None])[:, 0]
         others = logits.detach().scatter(1, labels[:, None], float("-inf"))
-        norms = gradient.flatten(1).norm(dim=1)
         sums["logit_margin"] += (right - others.amax(dim=1)).sum().item()
-        sums["input_gradient_norm"] += norms.sum().item()
-        # Of the entries and not of the norm, whose squares underflow for gradients below 1e-23.
+        sums["input_gradient_norm"] += gradient.flatten(1).norm(dim=1).sum().item()
+        # Not from the norm: its squares underflow for gradients below 1e-23.
         sums["zero_gradients"] += int((gradient.flatten(1) == 0).all(dim=1).sum())
         if features is not None:
             sums["feature_norm"] += features.detach().norm(dim=1).sum().item()
-    means = {name: total / len(x) for name, total in sums.items()}
-    return Inspection(
-        None if tap is None else means["feature_norm"],
-        means["logit_margin"],
-        means["input_gradient_norm"],
-        means["zero_gradients"],
-    )
+    means: dict[str, Any] = {name: total / len(x) for name, total in sums.items()}
+    return Inspection(**{**means, "feature_norm": None if tap is None else means["feature_norm"]})
 
 
 def _tap(model: nn.Module) -> FeatureTap | None:
@@ -108,10 +83,6 @@ def _tap(model: nn.Module) -> FeatureTap | None:
         return None
 
 
-EPOCHS = 2
-"""Epochs in a row that have to be down."""
-
-
 @dataclass(frozen=True)
 class Collapse:
     """A collapse of robust accuracy.
@@ -119,7 +90,7 @@ class Collapse:
     Args:
         epoch: the epoch after which it was certain, counted from 1.
         robust: PGD-10 accuracy on the held-out images after it, in [0, 1].
-        best_epoch, best: of the highest one before.
+        best_epoch, best: of the highest accuracy before.
         planned: epochs of the recipe.
     """
 
@@ -144,22 +115,32 @@ class Collapse:
 
 
 def find_collapse(robust: Sequence[float | None], *, images: int, chance: float, planned: int) -> Collapse | None:
-    """Whether the last epoch of ``robust`` makes a collapse certain.
+    """The collapse of robust accuracy (catastrophic overfitting) that the last epoch makes certain, if any.
+
+    Single-step training can lose all robustness against PGD within one epoch while the training loss looks fine, and
+    hardly ever recovers (arXiv:2001.03994, section 5.3). A collapse is a robust accuracy that for
+    :data:`COLLAPSED_EPOCHS` consecutive epochs
+
+    - is below half of the best so far: slow overfitting or a high learning rate cost a few points, not half;
+    - has a 95% Wilson interval below that of the best one: a few images cannot stop a run;
+
+    while the best one is above ``chance`` beyond doubt: a constant answer is robust, and loses that when it learns.
+    One bad epoch does not count: BatchNorm's running statistics may lag behind a large step.
 
     Args:
-        robust: PGD-10 accuracy after each epoch so far, in [0, 1]; None where it is not watched.
-        images: that it was counted on.
+        robust: PGD-10 accuracy after each epoch so far, in [0, 1]; None if it is not measured.
+        images: number of images of each accuracy.
         chance: share of the most frequent class among them, in [0, 1].
         planned: epochs of the recipe.
     """
     counted = [accuracy for accuracy in robust if accuracy is not None]
-    if len(counted) != len(robust) or len(counted) <= EPOCHS:
+    if len(counted) != len(robust) or len(counted) <= COLLAPSED_EPOCHS:
         return None
-    before, recent = counted[:-EPOCHS], counted[-EPOCHS:]
+    before, recent = counted[:-COLLAPSED_EPOCHS], counted[-COLLAPSED_EPOCHS:]
     best = max(before)
     if _interval(best, images)[0] <= chance or not all(_is_down(accuracy, best, images) for accuracy in recent):
         return None
-    best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as best.pt's
+    best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as for best.pt
     return Collapse(len(counted), recent[-1], best_epoch, best, planned)
 
 
@@ -171,30 +152,27 @@ def _interval(accuracy: float, images: int) -> tuple[float, float]:
     return wilson_interval(round(accuracy * images), images)
 
 
-PGD_STEPS = 10
-
-
 @dataclass(frozen=True)
-class Watched:
-    """Accuracies in [0, 1]; ``robust`` is None where only clean accuracy is watched."""
+class HoldoutAccuracy:
+    """Accuracies in [0, 1] on the held-out images; ``robust`` is None if only clean accuracy is measured."""
 
     clean: float
     robust: float | None
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What makes a checkpoint the best: robust accuracy where it is watched, clean accuracy on ties."""
+        """Order of checkpoints: robust accuracy if it is measured, clean accuracy on ties."""
         return (self.clean if self.robust is None else self.robust, self.clean)
 
 
 class Monitor:
-    """Counts on the same images, from the same random start, each epoch.
+    """Evaluates a network on the same images, from the same random start, after each epoch.
 
     Args:
         x: (N, C, H, W) float32 in [0, 1] on the model's device.
         y: (N,) int64.
-        epsilon: radius; None to watch clean accuracy only.
-        batch_size: images a pass.
+        epsilon: radius; None: clean accuracy only.
+        batch_size: images per pass.
         seed: of the random start of PGD-10.
     """
 
@@ -206,63 +184,55 @@ class Monitor:
 
     @property
     def images(self) -> int:
-        """How many held-out images are counted."""
+        """The number of held-out images."""
         return len(self._x)
 
     @property
     def chance(self) -> float:
-        """Accuracy in [0, 1] of the constant answer that is right most often."""
+        """Accuracy in [0, 1] of the best constant answer."""
         return int(self._y.bincount().max()) / len(self._y)
 
-    def watch(self, model: nn.Module) -> Watched:
-        """Accuracies of ``model`` in eval mode; its mode is put back."""
-        with _evaluating(model):
+    def evaluate(self, model: nn.Module) -> HoldoutAccuracy:
+        """Accuracies of ``model`` in eval mode; its mode is restored."""
+        with _eval_mode(model):
             clean = correct(model, self._x, self._y, batch_size=self._batch_size)
             robust = None if self._epsilon is None else self._robust(model, clean, self._epsilon)
-        return Watched(clean.float().mean().item(), robust)
+        return HoldoutAccuracy(clean.float().mean().item(), robust)
 
     def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
-        """Look inside ``model`` in eval mode, on the same images as they are; its mode is put back."""
-        with _evaluating(model):
+        """:func:`inspect_network` on the same images in eval mode; the mode is restored."""
+        with _eval_mode(model):
             return inspect_network(model, self._x, self._y, batch_size=batch_size)
 
     def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
-        """Do on one batch what :meth:`watch` and :meth:`inspect` repeat, to see what it takes; the mode of ``model`` is
-        put back.
+        """Do one batch of the work of :meth:`evaluate` and :meth:`inspect`, to measure time and memory.
 
-        Args:
-            model: as in :meth:`watch`.
-            images: size of the batch; None for the one that :meth:`watch` uses.
-
-        Returns:
-            How many times as long the two take.
+        ``images`` is its size; None: that of :meth:`evaluate`. Returns the whole work as a multiple of it.
         """
         count = min(images or self._batch_size, self._batch_size, len(self._x))
         x, y = self._x[:count], self._y[:count]
-        with _evaluating(model):
+        with _eval_mode(model):
             inspect_network(model, x, y)
             if self._epsilon is None:
                 correct(model, x, y, batch_size=count)
                 return len(self._x) / count
             pgd(model, x, y, epsilon=self._epsilon, step_size=self._epsilon, steps=1, generator=torch.Generator())
-            # Each did one forward and one backward pass.
+            # The inspection and PGD did one forward and one backward pass each.
             return (PGD_STEPS + 1) / 2 * len(self._x) / count
 
     def _robust(self, model: nn.Module, clean: Tensor, epsilon: float) -> float:
         generator = torch.Generator().manual_seed(self._seed)
-        kept = 0
-        places = clean.nonzero().flatten().to(self._x.device)  # an image that is wrong already needs no attack
-        if len(places) == 0:
-            return 0.0
-        for part in torch.split(places, self._batch_size):
-            x, y = self._x[part], self._y[part]
+        robust = 0
+        right = clean.nonzero().flatten().to(self._x.device)  # misclassified images need no attack
+        for indices in torch.split(right, self._batch_size) if len(right) else ():
+            x, y = self._x[indices], self._y[indices]
             x_adv = pgd(model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator)
-            kept += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
-        return kept / len(self._x)
+            robust += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
+        return robust / len(self._x)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

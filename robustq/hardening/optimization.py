@@ -1,12 +1,4 @@
-"""One optimizer step: losses of a batch, gradients, learning rate.
-
-The learning rate as a pure function of how far training has come.
-
-The optimiser of every method.
-
-How one batch becomes new weights, whatever the method: crafting, the loss, its gradient, the optimiser's step, and
-the options that a recipe may set for each of these.
-"""
+"""One training step of any method: learning rate, attack generation, loss, gradients, SGD."""
 
 from __future__ import annotations
 
@@ -20,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import Batch
-from robustq.hardening.averaging import Average
-from robustq.hardening.awp import worst_weights
-from robustq.hardening.methods.method import Method, Step
-from robustq.hardening.precision import CompiledForward, computed_in, counts_codes
+from robustq.hardening.averaging import WeightAverage
+from robustq.hardening.awp import adversarial_weights
+from robustq.hardening.methods.method import LossOutput, Method
+from robustq.hardening.precision import CompiledForward, has_integer_convolution, in_precision
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe import Recipe
@@ -46,9 +38,7 @@ def learning_rate(recipe: Recipe, epochs_done: float) -> float:
 
 
 class SGD(torch.optim.SGD):
-    """torch's own SGD without the decorators that keep torch's compiler out of it: they would load that compiler, which
-    takes seconds, and a step of ours is not compiled.
-    """
+    """torch's SGD without the decorators for torch.compile, whose import takes seconds."""
 
     add_param_group = unwrap(torch.optim.SGD.add_param_group)
     zero_grad = unwrap(torch.optim.SGD.zero_grad)
@@ -60,26 +50,26 @@ class SGD(torch.optim.SGD):
 def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
     """SGD with momentum; weight decay on everything but learned activation thresholds.
 
-    The thresholds are logarithms: decay would pull every clipping range towards 1, whatever the activations are.
+    The thresholds are logarithms: decay would pull every clipping range towards 1.
     """
     thresholds = [module.log_threshold for module in learned_thresholds(model).values()]
-    held = {id(parameter) for parameter in thresholds}
-    decayed = [parameter for parameter in model.parameters() if id(parameter) not in held]
+    without_decay = {id(parameter) for parameter in thresholds}
+    decayed = [parameter for parameter in model.parameters() if id(parameter) not in without_decay]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if thresholds:
         groups.append({"params": thresholds, "weight_decay": 0.0})
     return SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
 
 
-class Descent:
-    """One step of the optimiser after the other.
+class TrainStep:
+    """Optimizer steps on batches.
 
     Args:
         model: trained in place.
-        method: bound to ``model``.
+        method: built for ``model``.
         recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``,
-            ``side_precision``, ``compile``, ``cuda_graphs`` and the optimiser's own keys. At their defaults each step
-            is the optimiser's on the method's loss, and nothing else is computed.
+            ``side_precision``, ``compile``, ``cuda_graphs`` and the keys of the optimizer. With the defaults each step
+            is one step of the optimizer on the method's loss, and nothing else is computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:
@@ -87,14 +77,12 @@ class Descent:
         self.method = method
         self.recipe = recipe
         self.optimizer = build_optimizer(model, recipe)
+        self.average = WeightAverage(model, decay=recipe.ema_decay) if recipe.ema_decay else None
         self._weights = SharedWeights(model)
         self._integers: Any = None
-        self._compiled = (
-            CompiledForward(model, batch_size=recipe.batch_size, cuda_graphs=recipe.cuda_graphs)
-            if recipe.compile
-            else None
-        )
-        self.average = Average(model, decay=recipe.ema_decay) if recipe.ema_decay else None
+        self._compiled: CompiledForward | None = None
+        if recipe.compile:
+            self._compiled = CompiledForward(model, batch_size=recipe.batch_size, cuda_graphs=recipe.cuda_graphs)
 
     @property
     def lr(self) -> float:
@@ -106,63 +94,55 @@ class Descent:
         for group in self.optimizer.param_groups:
             group["lr"] = value
 
-    def as_written(self) -> None:
-        """Compile nothing from now on: every layer is called and every hook on it runs."""
+    def use_eager(self) -> None:
+        """Do not use compiled code from now on, so that hooks on all layers run."""
         self._compiled = None
 
-    def step(self, batch: Batch, *, epoch: int) -> Step:
-        """One repeat of a batch: new images, new weights; their loss and logits.
-
-        Args:
-            batch: training images.
-            epoch: epochs that have ended.
-        """
-        if self.recipe.side_precision == INTEGER and self._integers is None:
+    def step(self, batch: Batch, *, epoch: int) -> LossOutput:
+        """One repeat of a batch after ``epoch`` finished epochs: new images, new weights; their loss and logits."""
+        recipe = self.recipe
+        if recipe.side_precision == INTEGER and self._integers is None:
             self._integers = _integer_convolutions(self.model, batch.x)
         compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
-        with compiled, computed_in(self.model, self.recipe.precision, side=self.recipe.side_precision):
-            outcome = self._descend(batch, epoch=epoch)
+        with compiled, in_precision(self.model, recipe.precision, side=recipe.side_precision):
+            output = self._compute_gradient(batch, epoch=epoch)
+            if recipe.clip_gradient:
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
+            self.optimizer.step()
         if self.average is not None:
             self.average.update(self.model)
-        return outcome
+        return output
 
-    def _descend(self, batch: Batch, *, epoch: int) -> Step:
-        x, y, places = batch.x, batch.y, batch.places
-        recipe = self.recipe
-        if recipe.awp_gamma and epoch >= recipe.awp_warmup_epochs:
-            with self._quantized_once():
-                x_adv = self.method.perturb(x, y, places)
+    def _compute_gradient(self, batch: Batch, *, epoch: int) -> LossOutput:
+        x, y, indices = batch.x, batch.y, batch.places
+        gamma = self.recipe.awp_gamma if epoch >= self.recipe.awp_warmup_epochs else 0.0
+        with self._quantized_once():
+            x_adv = self.method.perturb(x, y, indices)
+            if not gamma:
+                return self._backward(batch, x_adv)
 
-            def loss() -> Tensor:
-                return self.method.loss(x, x_adv, y, places).loss
+        def loss() -> Tensor:
+            return self.method.loss(x, x_adv, y, indices).loss
 
-            with worst_weights(self.model, loss, gamma=recipe.awp_gamma):
-                outcome = self._gradient(batch, x_adv)
-        else:
-            with self._quantized_once():
-                x_adv = self.method.perturb(x, y, places)
-                outcome = self._gradient(batch, x_adv)
-        if recipe.clip_gradient:
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_gradient)
-        self.optimizer.step()
-        return outcome
+        with adversarial_weights(self.model, loss, gamma=gamma):
+            return self._backward(batch, x_adv)
 
     @contextmanager
     def _quantized_once(self) -> Iterator[None]:
         with self._weights.quantized_once(), self._integers.in_place() if self._integers else nullcontext():
             yield
 
-    def _gradient(self, batch: Batch, x_adv: Tensor) -> Step:
-        outcome = self.method.loss(batch.x, x_adv, batch.y, batch.places)
+    def _backward(self, batch: Batch, x_adv: Tensor) -> LossOutput:
+        output = self.method.loss(batch.x, x_adv, batch.y, batch.places)
         self.optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()  # type: ignore[no-untyped-call]
+        output.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)
-        return outcome
+        return output
 
 
 def _integer_convolutions(model: nn.Module, images: Tensor) -> Any:
-    """The network's convolutions of codes, none where the device cannot convolve them."""
-    # Only where asked for: it makes an operator known to torch, which takes a moment.
+    """The network's integer convolutions; none if the device has no kernel for them."""
+    # Imported on demand: it registers an operator with torch, which takes a moment.
     from robustq.models.quant.integer_convolution import IntegerConvolutions
 
-    return IntegerConvolutions(model, images[:2]) if counts_codes(images.device) else ()
+    return IntegerConvolutions(model, images[:2]) if has_integer_convolution(images.device) else ()

@@ -1,40 +1,33 @@
-"""Precision of the passes: autocast, TF32, torch.compile.
+"""Numerical precision and compilation of training steps: autocast to bfloat16, TF32, torch.compile.
 
-Whether a GPU may round what float32 convolutions and matrix products multiply to TF32.
+bfloat16: convolutions and linear layers compute with 8 bits of precision and float32's range, so that no loss scaling
+is needed (arXiv:1710.03740; torch.autocast selects the layers). TF32: a GPU rounds the factors of products to 11 bits.
+torch allows that for convolutions by default (``torch.backends.cudnn.allow_tf32``), so that quantizers would see other
+values than on a CPU or on the target device.
 
-TF32 keeps 10 of float32's 23 bits behind the point. torch allows it for convolutions unless it is told otherwise
-(``torch.backends.cudnn.allow_tf32``), so that a quantizer behind one would meet other values, and answer with other
-codes, than on a CPU or on the device that runs the exported file. On a CPU these flags change nothing.
+Always in float32: weights, optimizer, quantizers, BatchNorm's statistics, logits, features and losses. Everything that
+is evaluated (the monitor, every attack, every exported file) runs in float32 and eager.
 
-A network's forward pass, and the backward pass through it, as torch.compile makes them, within training steps alone.
-
-Whatever is judged runs as it is written: the monitor, every answer that an attack is counted by, every file.
-
-The numbers that a training step computes in: float32, or what is faster where the arithmetic is.
-
-In bfloat16 convolutions and linear layers take and give numbers of 8 bits' precision and float32's range (mixed
-precision after arXiv:1710.03740, whose loss scaling such a range needs not; torch.autocast decides which layers). In
-TF32 a GPU rounds what they multiply to 11 bits and takes and gives float32. What must be exact stays in float32:
-weights, the optimiser, the quantizers' arithmetic, BatchNorm's statistics, logits, features and losses. Whatever is
-judged is judged in float32: the monitor, every attack, every file.
-
-Passes on the side are those in which no weight asks for a gradient: they craft images, of whose gradient a method
-mostly takes the signs, or give features to compare with. They may have a precision of their own, which can be whole
-numbers besides: convolutions of codes (:mod:`robustq.models.quant.integer_convolution`), and float32 for all else.
+Auxiliary passes are those without gradients of weights: they generate attacks or give features to compare with. They
+may have a precision of their own, also integer convolutions of codes
+(:mod:`robustq.models.quant.integer_convolution`) with float32 for everything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.models.compiled import compile_forward, compiler_errors
+from robustq.models.compiled import compile_forward, in_one_line
 from robustq.models.quant.integer_convolution import lacks_bfloat16, slows_bfloat16
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
+
+WORTH_COMPILING = 1800.0
+"""Seconds of a run on a CPU above which compiling pays: it takes a tenth of them and saved a fifth when measured."""
 
 
 def forbid_tf32() -> None:
@@ -44,7 +37,7 @@ def forbid_tf32() -> None:
 
 @contextmanager
 def tf32(*, allowed: bool) -> Iterator[None]:
-    """Within it convolutions and matrix products may round to TF32, or may not; then what was true before is again."""
+    """Within it TF32 is allowed, or not, for convolutions and matrix products."""
     convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     _allow(convolutions=allowed, products=allowed)
     try:
@@ -54,24 +47,32 @@ def tf32(*, allowed: bool) -> Iterator[None]:
 
 
 def _allow(*, convolutions: bool, products: bool) -> None:
-    # Not by the newer fp32_precision: whoever reads these flags afterwards, torch itself included, would get an error.
+    # Not the newer fp32_precision: reading these flags afterwards, as torch itself does, would then raise.
     torch.backends.cudnn.allow_tf32 = convolutions
     torch.backends.cuda.matmul.allow_tf32 = products
 
 
-WORTH_COMPILING = 1800.0
-"""Seconds of a run on a CPU of which compiling would be a tenth at most, and save a fifth where it was measured."""
+@contextmanager
+def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward  # the instance's attribute; the method of its class is visible again
+        if own is not None:
+            model.forward = own
 
 
 class CompiledForward:
-    """The compiled forward pass of one network.
+    """The compiled forward pass of one network, for batches of one size.
 
-    It is compiled anew for every way in which a method calls the network (crafting, clean features, weights), which
-    takes a minute or more each; batches of one length only, since a short last batch is not worth that.
+    It is compiled once for every kind of pass (attack generation, clean features, training), a minute or more each. A
+    short last batch is not worth that and runs eager.
 
     Args:
         model: on its device; its modules must stay the same objects.
-        batch_size: images of the batches that are compiled for.
+        batch_size: images of a compiled batch.
         cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
         backend: of torch.compile.
     """
@@ -84,8 +85,7 @@ class CompiledForward:
 
     @contextmanager
     def in_place(self, images: int) -> Iterator[None]:
-        """Within it every call of the network is the compiled one, if a step's batch has as many images as are compiled
-        for; otherwise nothing is touched.
+        """Within it every call of the network is compiled, if ``images`` is the compiled batch size.
 
         Raises:
             UsageError: torch.compile does not work on this machine.
@@ -94,50 +94,40 @@ class CompiledForward:
             yield
             return
         if self._cuda_graphs:
-            # What a step's first passes gave may be read until the next step begins, and not after.
+            # Outputs of the last step's replays are not read any more.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        own = vars(self._model).get("forward")
-        self._model.forward = self._forward
-        try:
-            with compiler_errors(advice="train without it: --no-compile"):
-                yield
-        finally:
-            del self._model.forward  # what the instance had hidden: the method of its class, or one of its own
-            if own is not None:
-                self._model.forward = own
+        with _replaced_forward(self._model, self._forward), in_one_line(instead="train without it: --no-compile"):
+            yield
 
 
-def compile_advice(device: torch.device, *, cuda_graphs: bool) -> list[str]:
-    """What a person should know who compiles for ``device``: one line each."""
+def compile_notes(device: torch.device, *, cuda_graphs: bool) -> list[str]:
+    """Lines for the log of a run that compiles for ``device``."""
     if device.type == "cuda":
         return ["the first step of each kind compiles, which takes a minute or more"]
     lines = ["the first step of each kind compiles, which takes a minute or so each; a step was a fifth shorter then"]
     return [*lines, f"{device} has no CUDA graphs; cuda_graphs has no effect"] if cuda_graphs else lines
 
 
-def compiling_pays(device: torch.device, *, seconds: float) -> bool:
-    """Whether a run of ``seconds`` would gain more than the wait; not where nothing is known, as of GPUs."""
+def compile_pays_off(device: torch.device, *, seconds: float) -> bool:
+    """Whether compiling saves more than it costs in a run of ``seconds``; False on GPUs, where it was not measured."""
     return device.type == "cpu" and seconds >= WORTH_COMPILING
 
 
-def better_compiled(*, integers: bool) -> str:
-    """What a person should know whose run would gain; ``integers``: whether its passes on the side could compute in
-    whole numbers besides, and do not.
-    """
-    share, aside = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
-    return f"so long a run may be a {share} shorter with --compile{aside}, which takes a C++ compiler and some minutes"
+def compile_hint(*, integers: bool) -> str:
+    """The advice to compile; ``integers``: auxiliary passes could use integer convolutions too, and do not."""
+    share, more = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
+    return f"so long a run may be a {share} shorter with --compile{more}, which takes a C++ compiler and some minutes"
 
 
 @contextmanager
-def computed_in(model: nn.Module, precision: str, *, side: str = SAME) -> Iterator[None]:
-    """Within it every call of ``model`` computes in ``precision``, as does its backward pass, and still answers in
-    float32.
+def in_precision(model: nn.Module, precision: str, *, side: str = SAME) -> Iterator[None]:
+    """Within it every call of ``model`` computes in ``precision``, its backward pass too, and returns float32.
 
     Args:
-        model: its weights tell the device.
+        model: on its device.
         precision: one of :data:`robustq.recipe.schema.PRECISIONS`.
-        side: of passes on the side, one of :data:`robustq.recipe.schema.SIDE_PRECISIONS`. Where whole numbers are
-            asked for, who calls puts their convolutions in place; here it means float32.
+        side: of auxiliary passes, one of :data:`robustq.recipe.schema.SIDE_PRECISIONS`. ``integer`` means float32
+            here; the caller replaces the convolutions.
     """
     assert precision in PRECISIONS and side in SIDE_PRECISIONS
     halves = (precision == BFLOAT16, (precision if side == SAME else side) == BFLOAT16)
@@ -145,12 +135,31 @@ def computed_in(model: nn.Module, precision: str, *, side: str = SAME) -> Iterat
         yield
 
 
+@contextmanager
+def _in_bfloat16(model: nn.Module, training: bool, auxiliary: bool) -> Iterator[None]:
+    device = next(model.parameters()).device.type
+    inner = model.forward
+
+    def forward(*inputs: Tensor, **named: Any) -> Any:
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
+        if not (training if trains else auxiliary):
+            return inner(*inputs, **named)
+        with torch.autocast(device, dtype=torch.bfloat16):
+            return inner(*inputs, **named).float()
+
+    # Only around each forward pass: autocast caches converted weights, which weight perturbation makes invalid. The
+    # backward pass uses the types of the forward pass.
+    with _replaced_forward(model, forward):
+        yield
+
+
 def advice(precision: str, device: torch.device, *, key: str = "precision") -> str | None:
-    """What is better than a precision that the device has no instructions for; None where it has them, or where
-    nothing is known. ``key`` is the recipe's that asks for it.
+    """A better choice if the device has no fast instructions for ``precision``; None if it has, or if it is unknown.
+
+    ``key`` is the recipe's key that sets it.
     """
-    if precision == INTEGER and not counts_codes(device):
-        return f"torch has no convolutions of whole numbers for this {device}; passes on the side compute in {FLOAT32}"
+    if precision == INTEGER and not has_integer_convolution(device):
+        return f"torch has no integer convolutions for this {device}; auxiliary passes compute in {FLOAT32}"
     if precision == BFLOAT16 and _lacks_bfloat16(device):
         return f"this processor has no instructions for {BFLOAT16}; faster: --set {key}={FLOAT32}"
     if precision == BFLOAT16 and device.type == "cpu" and slows_bfloat16():
@@ -161,34 +170,11 @@ def advice(precision: str, device: torch.device, *, key: str = "precision") -> s
     return None
 
 
-def counts_codes(device: torch.device) -> bool:
-    """Whether passes on the side can compute in whole numbers there; that kernel is loaded for it."""
+def has_integer_convolution(device: torch.device) -> bool:
+    """Whether auxiliary passes can use integer convolutions there; loads the kernel."""
     from robustq.models.quant.integer_convolution import is_available
 
     return device.type == "cpu" and is_available()
-
-
-@contextmanager
-def _in_bfloat16(model: nn.Module, learning: bool, aside: bool) -> Iterator[None]:
-    device = next(model.parameters()).device.type
-    inner, own = model.forward, vars(model).get("forward")
-
-    def forward(*inputs: Tensor, **named: Any) -> Any:
-        learns = torch.is_grad_enabled() and any(weight.requires_grad for weight in model.parameters())
-        if not (learning if learns else aside):
-            return inner(*inputs, **named)
-        with torch.autocast(device, dtype=torch.bfloat16):
-            return inner(*inputs, **named).float()
-
-    # Around each forward pass alone: a backward pass follows the types that it finds, and what autocast remembers of
-    # the weights would be wrong once weight perturbation has moved them.
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward  # what the instance had hidden: the method of its class, unless it had one of its own
-        if own is not None:
-            model.forward = own
 
 
 def _lacks_bfloat16(device: torch.device) -> bool:

@@ -1,11 +1,7 @@
-"""A run's folder and its lock.
+"""The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json; its lock; resuming.
 
-One writer for a run folder: a kernel lock, which ends with the process that holds it, however that ends.
-
-The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json, and resume.pt until then.
-
-resume.pt is the only truth about a run that has not finished. metrics.jsonl, last.pt and best.pt are written after it,
-from it; whatever moment a process is killed at, :meth:`RunFolder.reopen` brings them in line again.
+Until a run has finished, resume.pt holds its state. metrics.jsonl, last.pt and best.pt are derived from it and written
+after it; if the process is killed in between, :meth:`RunFolder.reopen` writes them again.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import shlex
 import socket
 from datetime import datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
@@ -30,16 +25,19 @@ from robustq.models.spec import ModelSpec
 from robustq.progress import note
 from robustq.torch_file import read_checkpoint
 
+RUNS = Path("runs")
+LAST_HARDENED = "last-hardened"
+
+CONFIG, METRICS, RESULT, RESUME = "config.json", "metrics.jsonl", "result.json", "resume.pt"
+FORMAT = "robustq-resume"
+VERSION = 1
+
 LOCK = "run.lock"
-"""The lock file in the folder; its text (process, host, since when) is for people only, what counts is the lock."""
+"""The lock file in the folder; its text (process, host, since when) is for messages only."""
 
 
 class RunLock:
-    """Held from :meth:`acquire` to :meth:`release`, or to the end of the process.
-
-    Args:
-        folder: an existing run folder.
-    """
+    """Allows one writer of an existing run folder: a kernel lock, released when its process ends, even if killed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -47,7 +45,7 @@ class RunLock:
         self._lock = FileLock(self._path, thread_local=False)
 
     def acquire(self) -> None:
-        """Take the lock or fail at once.
+        """Take the lock, without waiting.
 
         Raises:
             RunLockedError: another run holds it; names its process and host.
@@ -64,19 +62,19 @@ class RunLock:
             "host": socket.gethostname(),
             "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
         }
-        # In place: a renamed file would carry the name away from the lock.
+        # In place: a file renamed to this name would not be locked.
         self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
 
     def release(self) -> None:
-        """Give it back and take the file away."""
+        """Release the lock and remove its file."""
         if self._lock.is_locked:
-            # Before the lock is given up: whoever opened the file just now sees that it has no name any more.
+            # Removed while locked: a process that has just opened it notices that its name is gone.
             self._path.unlink(missing_ok=True)
             self._lock.release()
 
 
 def check_not_running(folder: Path) -> None:
-    """Refuse a folder that another run is writing.
+    """Check that no other run is writing the folder.
 
     Raises:
         RunLockedError: names its process and host.
@@ -92,37 +90,24 @@ def _holder(path: Path) -> str:
         about = json.loads(path.read_text(encoding="utf-8"))
         return f"process {about['process']} on {about['host']} (since {about['since']})"
     except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it took the lock a moment ago and has not said who it is
-
-
-RUNS = Path("runs")
-LAST_HARDENED = "last-hardened"
-
-CONFIG, METRICS, RESULT, RESUME = "config.json", "metrics.jsonl", "result.json", "resume.pt"
-FORMAT = "robustq-resume"
-VERSION = 1
+        return "another process"  # it has just taken the lock and not yet written the file
 
 
 class RunFolder:
-    """A run folder that this process, and no other, writes. Use it in a ``with`` block, which gives the lock back.
+    """A run folder locked by this process; use it in a ``with`` block, which releases the lock.
 
-    It is the trainer's :class:`robustq.hardening.state.Checkpointer`.
-
-    Args:
-        path: where.
-        config: what config.json says.
-        lock: held.
+    It is the trainer's :class:`robustq.hardening.state.Checkpointer`; ``config`` is the content of config.json.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], lock: RunLock) -> None:
         self.path = path
         self.config = config
         self._lock = lock
-        self._board = TensorBoardLogger(path) if config["recipe"].get("tensorboard") else None
+        self._tensorboard = TensorBoardLogger(path) if config["recipe"].get("tensorboard") else None
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], state: dict[str, Any]) -> Self:
-        """A new folder; it appears with config.json and resume.pt in it, so that it can be resumed from then on.
+        """A new folder; it appears with config.json and resume.pt, so that the run can be resumed from then on.
 
         Args:
             path: must not exist.
@@ -133,22 +118,24 @@ class RunFolder:
             OutputExistsError: ``path`` exists.
             OSError: it cannot be written.
         """
-        config = json.loads(json.dumps(config))  # as a process that resumes it will see it: lists, no tuples
+        config = json.loads(json.dumps(config))  # as a resumed run gets it: lists, no tuples
         with folder_when_whole(path) as partial:
             write_text_atomically(partial / CONFIG, json.dumps(config, indent=2) + "\n")
             _write_resume(partial, state)
-        return cls._locked(path, config)
+        lock = RunLock(path)
+        lock.acquire()
+        return cls(path, config, lock)
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """The folder of a run that has not finished, to go on with; files that a kill left behind are put in order.
+        """The folder of an unfinished run; files that a killed process left behind are repaired.
 
         Raises:
             UsageError: no such folder, no run folder, one without resume.pt, or a finished run.
             RunLockedError: the run is still going.
             ModelFileError: resume.pt is broken or of another version.
         """
-        # Before the lock writes anything: what is no run folder, or a finished one, stays untouched.
+        # Before the lock writes its file: any other folder stays unchanged.
         read_config(path)
         check_unfinished(path)
         lock = RunLock(path)
@@ -164,39 +151,31 @@ class RunFolder:
             raise
         return folder
 
-    @classmethod
-    def _locked(cls, path: Path, config: dict[str, Any]) -> Self:
-        lock = RunLock(path)
-        lock.acquire()
-        return cls(path, config, lock)
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._board is not None:
-            self._board.close()
+    def __exit__(self, *_: object) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._lock.release()
 
     @property
     def resume_command(self) -> str:
-        """What to type to go on."""
+        """The command that continues the run."""
         return resume_command(self.path, self.config)
 
     def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:
         """See :meth:`robustq.hardening.state.Checkpointer.save`.
 
         Raises:
-            OSError: a file cannot be written; the state saved before is as it was.
+            OSError: a file cannot be written; the state saved before is unchanged.
         """
         _write_resume(self.path, state)
         if epoch_ended:
             self._write_copies(state, last=True, best=is_best)
 
     def load(self) -> dict[str, Any]:
-        """The state that was saved last, its tensors on the CPU.
+        """The last saved state, with tensors on the CPU.
 
         Raises:
             ModelFileError: resume.pt is broken or of another version.
@@ -212,39 +191,37 @@ class RunFolder:
         return state
 
     def progress(self) -> str:
-        """How far the saved state has come, for a message: ``epoch 3 and 12 batches``.
+        """Progress of the saved state, for a message: ``epoch 3 and 12 batches``.
 
         Raises:
             ModelFileError: as :meth:`load`.
         """
-        standing = self.load()["standing"]
-        return f"epoch {standing['epoch']}" + (f" and {standing['step']:,} batches" if standing["step"] else "")
+        state = self.load()["standing"]
+        return f"epoch {state['epoch']}" + (f" and {state['step']:,} batches" if state["step"] else "")
 
     @property
     def finished(self) -> bool:
-        """Whether result.json is there."""
+        """Whether result.json exists."""
         return (self.path / RESULT).exists()
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json, the sign that the run is complete, and remove what only resuming needs."""
+        """Write result.json, which marks the run as finished, and remove resume.pt."""
         write_text_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
         (self.path / RESUME).unlink(missing_ok=True)
 
     def _write_copies(self, state: dict[str, Any], *, last: bool | None, best: bool) -> None:
-        """metrics.jsonl, last.pt (None: where the state stands between epochs, so that its weights are an epoch's) and
-        best.pt.
-        """
-        standing = state["standing"]
-        rows: list[dict[str, Any]] = standing["rows"]
+        """Write metrics.jsonl, last.pt (``last`` None: only if the state is between two epochs) and best.pt."""
+        progress = state["standing"]
+        rows: list[dict[str, Any]] = progress["rows"]
         if not rows:
             return
         write_text_atomically(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        if self._board is not None:
-            self._board.follow(rows)
-        if last or (last is None and standing["step"] == 0):
+        if self._tensorboard is not None:
+            self._tensorboard.update(rows)
+        if last or (last is None and progress["step"] == 0):
             self._save("last.pt", state.get("judged") or state["model"], rows[-1])
         if best:
-            self._save("best.pt", standing["best_weights"], rows[standing["best_epoch"] - 1])
+            self._save("best.pt", progress["best_weights"], rows[progress["best_epoch"] - 1])
 
     def _save(self, name: str, weights: dict[str, Any], row: dict[str, Any]) -> None:
         recipe = self.config["recipe"]
@@ -281,7 +258,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_unfinished(path: Path) -> None:
-    """Refuse to resume what cannot go on.
+    """Check that the run can be resumed.
 
     Raises:
         UsageError: the run has finished, or has no resume.pt.
@@ -299,7 +276,7 @@ def check_unfinished(path: Path) -> None:
 
 
 def _early_end(path: Path) -> str:
-    """That the finished run in ``path`` ended before its last epoch, and why; empty where it did not."""
+    """Why the finished run in ``path`` ended before its last epoch; empty if it did not."""
     try:
         collapsed = json.loads((path / RESULT).read_text(encoding="utf-8"))["collapsed"]
         if collapsed is None:
@@ -308,24 +285,24 @@ def _early_end(path: Path) -> str:
             f" after {collapsed['epoch']} of {collapsed['planned']} epochs, since robust accuracy collapsed (to train "
             "on regardless, start a new run with --set stop_on_collapse=false)"
         )
-    except (OSError, ValueError, KeyError, TypeError):  # another version's: it has finished all the same
+    except (OSError, ValueError, KeyError, TypeError):  # result.json of another version
         return ""
 
 
 def resume_command(path: Path, config: dict[str, Any]) -> str:
-    """What to type to go on with the run in ``path``: the user's own code is named again, or it would not be run."""
+    """The command that continues the run in ``path``; custom models must be named again, or their code is not run."""
     architecture = str(config["spec"].get("architecture"))
     own = f" --model {shlex.quote(architecture)}" if runs_user_code(architecture) else ""
     return f"robustq {config['command']} --resume {shlex.quote(str(path))}{own}"
 
 
 def check_new_run(path: Path) -> None:
-    """Refuse an explicit run folder that exists, saying what it is.
+    """Check that an explicit run folder is free.
 
     Raises:
         RunLockedError: another run is writing it.
         OutputExistsError: it exists.
-        UsageError: the folder it would lie in cannot be written.
+        UsageError: its parent folder cannot be written.
     """
     if (path / CONFIG).is_file():
         check_not_running(path)
@@ -339,10 +316,7 @@ def check_new_run(path: Path) -> None:
 
 
 def remember_hardened(run: Path) -> None:
-    """Note in ``runs/last-hardened`` which run ``robustq export`` takes by default.
-
-    The run itself is complete by then: where the note cannot be written, export needs the model's name, and no more.
-    """
+    """Write to ``runs/last-hardened`` which run ``robustq export`` takes by default; failing to is no error."""
     try:
         RUNS.mkdir(exist_ok=True)
         write_text_atomically(RUNS / LAST_HARDENED, f"{run.absolute()}\n")
@@ -354,7 +328,7 @@ def last_hardened() -> Path:
     """best.pt of the last hardened model.
 
     Raises:
-        UsageError: nothing has been hardened below this folder yet, or the run is gone.
+        UsageError: nothing has been hardened in this folder yet, or the run is gone.
     """
     pointer = RUNS / LAST_HARDENED
     if not pointer.is_file():

@@ -1,11 +1,4 @@
-"""The state of a training run: how far it is, its weights, and requests to stop.
-
-A network's weights, taken out and put back without its quantizers noticing.
-
-Ctrl-C and SIGTERM as a request: the batch is finished and the state saved; a second one stops at once.
-
-How far a run has come, and what keeps it.
-"""
+"""State of a training run: progress and best weights, snapshots of weights, and stopping by a signal."""
 
 from __future__ import annotations
 
@@ -14,23 +7,25 @@ import os
 import signal
 import threading
 from dataclasses import asdict, dataclass, field, fields
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.monitor import Watched
+from robustq.hardening.monitor import HoldoutAccuracy
 from robustq.progress import note
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @torch.no_grad()
 def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy ``weights`` into the very tensors of ``model``.
+    """Copy ``weights`` into the existing tensors of ``model``.
 
-    ``model.load_state_dict`` will not do for a network in training: Brevitas then makes its quantizers anew, learned
-    thresholds included (https://github.com/Xilinx/brevitas, ``REINIT_ON_STATE_DICT_LOAD``), and the optimiser would go
-    on with the old ones, which nothing uses any more.
+    ``model.load_state_dict`` is no alternative during training: Brevitas then rebuilds its quantizers with their
+    learned thresholds (https://github.com/Xilinx/brevitas, ``REINIT_ON_STATE_DICT_LOAD``), and the optimizer would
+    update the old ones.
 
     Raises:
         KeyError, ValueError: names or shapes differ.
@@ -49,15 +44,12 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
 class StopRequest:
-    """``with StopRequest() as stop:`` turns the first signal into ``stop.requested`` and the second into
+    """``with StopRequest() as stop:`` turns the first SIGINT or SIGTERM into ``stop.requested`` and the second into
     KeyboardInterrupt.
 
-    Only the main thread of a process can take signals: in any other one nothing changes, and nothing is ever requested.
-    A signal that is ignored (``nohup``, a shell's background job) stays ignored.
+    Only the main thread can take signals: in other threads nothing is ever requested. A signal that is ignored
+    (``nohup``, a shell's background job) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -72,67 +64,60 @@ class StopRequest:
                     self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a forked worker: the request is not for it to answer
+        if os.getpid() != self._process:  # a forked worker
             return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # A signal may come while this very thread writes to stderr, which Python refuses to do twice at a time.
+        # The signal may interrupt a write to stderr, and Python refuses a nested one.
         with contextlib.suppress(RuntimeError):
             note("stopping after this batch, then saving; once more stops at once")
 
 
 @dataclass
 class TrainState:
-    """How far a run has come.
+    """Progress of a run.
 
     Args:
-        epoch: epochs that have ended.
-        step: batches of the next one that are done.
-        rows: one row of metrics per ended epoch.
+        epoch: finished epochs.
+        step: finished batches of the next epoch.
+        rows: one row of metrics for each finished epoch.
         best_epoch: counted from 1; 0 before the first one has ended.
-        best: its accuracies.
+        best: its accuracy.
         best_weights: its state dict, on the CPU.
-        seconds: training time of all ended epochs.
-        epoch_seconds: of the batches since.
-        loading_seconds: of these, how long the next batch was waited for.
+        seconds: training time of all finished epochs.
+        epoch_seconds: training time of the current epoch.
+        loading_seconds: time in the current epoch spent waiting for the next batch.
     """
 
     epoch: int = 0
     step: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = 0
-    best: Watched | None = None
+    best: HoldoutAccuracy | None = None
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     epoch_seconds: float = 0.0
     loading_seconds: float = 0.0
 
-    def end_epoch(self, row: dict[str, Any], watched: Watched, model: nn.Module) -> bool:
-        """Write down what an epoch gave, and keep its weights where they are the best so far; of equals the later.
-
-        Args:
-            row: its metrics.
-            watched: its accuracies.
-            model: with the weights that were watched.
+    def end_epoch(self, row: dict[str, Any], accuracy: HoldoutAccuracy, model: nn.Module) -> bool:
+        """Add the metrics ``row`` of an epoch; keep the weights of ``model`` if ``accuracy`` is the best so far.
 
         Returns:
-            Whether they are the best so far.
+            Whether it is the best; of equal epochs the later one is.
         """
         self.epoch, self.step = self.epoch + 1, 0
         self.seconds += self.epoch_seconds
         self.epoch_seconds = self.loading_seconds = 0.0
         self.rows.append(row)
-        is_best = self.best is None or watched.rank >= self.best.rank
+        is_best = self.best is None or accuracy.rank >= self.best.rank
         if is_best:
-            self.best_epoch, self.best, self.best_weights = self.epoch, watched, snapshot(model)
+            self.best_epoch, self.best, self.best_weights = self.epoch, accuracy, snapshot(model)
         return is_best
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,29 +127,23 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`to_dict` gave; lists and dicts are copied."""
+        """Inverse of :meth:`to_dict`; lists and dicts are copied."""
         best = values["best"]
-        return cls(
-            **{
-                **values,
-                "rows": list(values["rows"]),
-                "best_weights": dict(values["best_weights"]),
-                "best": None if best is None else Watched(**best),
-            }
-        )
+        copies = {"rows": list(values["rows"]), "best_weights": dict(values["best_weights"])}
+        return cls(**{**values, **copies, "best": None if best is None else HoldoutAccuracy(**best)})
 
 
 class Checkpointer(Protocol):
-    """Where the state of a run is kept."""
+    """Saves the state of a run."""
 
     def save(self, state: dict[str, Any], *, epoch_ended: bool, is_best: bool) -> None:
-        """Keep ``state`` (plain containers, numbers and tensors, which must be copied or written out before returning).
+        """Save a state: plain containers, numbers and tensors, to be copied or written before returning.
 
         Args:
-            state: what :meth:`Training.state_dict` gives.
-            epoch_ended: whether it stands between two epochs, so that the weights were judged.
-            is_best: whether that epoch is the best so far.
+            state: of :meth:`Training.state_dict`.
+            epoch_ended: between two epochs, so that the weights have been evaluated.
+            is_best: that epoch is the best so far.
         """
 
     def load(self) -> dict[str, Any]:
-        """The state that was saved last."""
+        """The last saved state."""

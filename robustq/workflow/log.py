@@ -11,9 +11,9 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.diagnosis import runs_out
-from robustq.hardening.forecast import Forecast, forecast, what_fits
-from robustq.hardening.precision import advice, better_compiled, compile_advice, compiling_pays, counts_codes
+from robustq.hardening.diagnosis import runs_out_of_memory
+from robustq.hardening.forecast import Forecast, fitting_setting, forecast
+from robustq.hardening.precision import advice, compile_hint, compile_notes, compile_pays_off, has_integer_convolution
 from robustq.hardening.run_folder import (
     CONFIG,
     RESULT,
@@ -81,16 +81,16 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         OutputError: the files would not fit on the disk.
     """
     outcome: list[Forecast] = []
-    if runs_out(lambda: outcome.append(forecast(training))):
+    if runs_out_of_memory(lambda: outcome.append(forecast(training))):
         raise OutOfMemoryError(
             f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
-            f"{what_fits(training)}"
+            f"{fitting_setting(training)}"
         )
     found, recipe = outcome[0], training.recipe
     epochs = f"{recipe.epochs} epochs"
-    begun = bool(training.standing.epoch or training.standing.step)
+    begun = bool(training.state.epoch or training.state.step)
     if begun:
-        epochs = f"the last {recipe.epochs - training.standing.epoch} of {epochs}"
+        epochs = f"the last {recipe.epochs - training.state.epoch} of {epochs}"
     awp = " (AWP: one more of each)" if recipe.awp_gamma else ""
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
@@ -98,9 +98,9 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
         f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
         f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
     )
-    if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
+    if not recipe.compile and not begun and compile_pays_off(training.device, seconds=found.seconds):
         integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
-        note(f"note    {better_compiled(integers=integers)}")
+        note(f"note    {compile_hint(integers=integers)}")
     free = shutil.disk_usage(
         next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     )
@@ -133,7 +133,7 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
         if (better := advice(config["recipe"].get(key, FLOAT32), device, key=key)) is not None:
             lines.append(better)
     if config["recipe"].get("compile", False):
-        lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])
+        lines += compile_notes(device, cuda_graphs=config["recipe"]["cuda_graphs"])
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
         if resumed is not None and folder.resolve() == resumed.resolve():
@@ -161,7 +161,7 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
 def _has_codes(training: Training) -> bool:
     """Whether there are codes or signs to convolve, which was seen to save time (docs/results/training-cost.md)."""
     quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    return quantized and counts_codes(training.device)
+    return quantized and has_integer_convolution(training.device)
 
 
 def _parameters(training: Training) -> int:

@@ -15,7 +15,7 @@ from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
-from robustq.hardening.diagnosis import runs_out
+from robustq.hardening.diagnosis import runs_out_of_memory
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.methods.registry import resolved_settings
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
@@ -121,7 +121,7 @@ def _corrected(model: nn.Module, data: Dataset, recipe: Recipe, device: torch.de
         images, _ = data.train.take(recipe.calibration_images)
         counts.append(correct_biases(model, to_float(images.to(device))))
 
-    if runs_out(work):
+    if runs_out_of_memory(work):
         raise OutOfMemoryError(
             f"out of memory on {device} while {recipe.calibration_images:,} images correct the biases; "
             f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from tests.cli.conftest import Run
-from tests.hardening.test_board import Notes
+from tests.hardening.test_metrics import FakeWriter
 
 TINY = ("--set", "epochs=5", "--set", "train_images=150", "--set", "monitor_images=100", "--device", "cpu")
 
@@ -21,14 +21,14 @@ TINY = ("--set", "epochs=5", "--set", "train_images=150", "--set", "monitor_imag
 @pytest.fixture
 def falling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Robust on every held-out image in the first epoch, on none afterwards."""
-    watch = Monitor.watch
+    watch = Monitor.evaluate
     seen: list[int] = []
 
-    def fall(self: Monitor, model: nn.Module) -> Watched:
+    def fall(self: Monitor, model: nn.Module) -> HoldoutAccuracy:
         seen.append(1)
-        return Watched(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
+        return HoldoutAccuracy(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
 
-    monkeypatch.setattr(Monitor, "watch", fall)
+    monkeypatch.setattr(Monitor, "evaluate", fall)
 
 
 @pytest.mark.usefixtures("falling")
@@ -76,15 +76,15 @@ def test_tensorboard_is_asked_for_before_anything_is_written(run: Run, monkeypat
 
 def test_tensorboard_has_the_rows_of_metrics(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = Notes
-    monkeypatch.setattr(Notes, "made", [], raising=False)
+    module.SummaryWriter = FakeWriter
+    monkeypatch.setattr(FakeWriter, "made", [], raising=False)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     monkeypatch.setattr("robustq.hardening.metrics.importlib.util.find_spec", lambda name: module)
     done = run(*TRAIN, "--json")
     assert done.code == 0, done.err
     folder = Path(done.json["run"])
     (row,) = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    (writer,) = Notes.made
+    (writer,) = FakeWriter.made
     assert writer.file.parent.absolute() == folder / "tensorboard" and writer.closed
     numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "epoch"}
     assert {key: value for key, value, step in writer.scalars if step == 1} == numbers

@@ -1,8 +1,7 @@
-"""The forecast is measured on steps that are taken back: the run that follows has the bits of one without it."""
+"""The forecast is measured on steps that are undone: the run that follows has the bits of one without it."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import torch
 
 from robustq.hardening import forecast as forecasting
 from robustq.hardening.forecast import copied, forecast
-from robustq.hardening.optimization import Descent
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.hardening.state import StopRequest
-from robustq.models.spec import ModelSpec
-from tests.hardening.memory_keeper import MemoryKeeper
-from tests.hardening.test_resume import begun, same, uninterrupted
+from tests.hardening.test_resume import begun, uninterrupted
+from tests.hardening.tiny import finish, same, spec
 
 
 @pytest.mark.parametrize(
@@ -32,50 +29,39 @@ def test_nothing_is_left_of_the_rehearsal(method: str, bits: int, keys: dict[str
     before = copied(training.state_dict())
     forecast(training)
     same(copied(training.state_dict()), before)
-    keeper = MemoryKeeper()
-    keeper.save(training.state_dict(), epoch_ended=False, is_best=False)
-    training.run(keeper, StopRequest())
-    same(keeper.load(), uninterrupted(method, bits, keys))
+    same(finish(training).load(), uninterrupted(method, bits, keys))
 
 
 def test_copies_are_copies() -> None:
     tensor = torch.zeros(2)
-    state = {"a": tensor, "b": [{"c": tensor, "d": None, "e": 3}]}
-    copy = copied(state)
+    copy = copied({"a": tensor, "b": [{"c": tensor, "d": None, "e": 3}]})
     tensor.fill_(1)
     assert copy == {"a": copy["a"], "b": [{"c": copy["b"][0]["c"], "d": None, "e": 3}]}
     assert not copy["a"].any() and not copy["b"][0]["c"].any()
 
 
-def test_time_is_counted_for_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasting, "_time_steps", lambda training: 10.0)
-    training, _ = begun("natural", 0, {}, init=0)
-    whole = forecast(training).seconds
-    assert 60 <= whole < 61  # six steps; watching ten images once or twice takes next to nothing
-    for batch in training.epoch_batches():
-        training.take_step(batch)
-        break
-    assert 50 <= forecast(training).seconds < 51
-
-
-def test_a_run_with_two_epochs_left_and_one_with_none() -> None:
+def test_time_is_that_of_the_rest_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     training, _ = begun("natural", 0, {}, init=0)
     assert 0 < forecast(training).seconds < 60
-    training.standing.step = 3  # the epoch lacks nothing but the monitor
-    assert 0 <= forecast(training).seconds < 60
+    monkeypatch.setattr(forecasting, "_time_steps", lambda training: 10.0)
+    assert 60 <= forecast(training).seconds < 61  # six steps; the monitor of ten images takes next to nothing
+    training.take_step(next(training.epoch_batches()))
+    assert 50 <= forecast(training).seconds < 51
+    monkeypatch.undo()
+    training.state.step = 3  # the epoch lacks nothing but the monitor
+    found = forecast(training)
+    assert 0 <= found.seconds < 60
+    assert 1e8 < found.memory_bytes < 1e12  # torch alone takes over 100 MB, and no test machine has a terabyte
 
 
 @pytest.mark.parametrize("options", [{}, {"ema_decay": 0.9}])
-def test_the_disk_is_what_the_files_take(options: dict[str, Any], tmp_path: Path) -> None:
-    training, _ = begun("odgq", 4, {"domains": 3}, init=0)
-    training.recipe = replace(training.recipe, **options)
-    training.descent = Descent(training.model, training.method, training.recipe)
+def test_the_disk_is_that_of_the_files(options: dict[str, Any], tmp_path: Path) -> None:
+    training, _ = begun("odgq", 4, {"domains": 3}, init=0, **options)
     told = forecast(training)
-    spec = ModelSpec("resnet8", 4, 4, 10, 1, 8, "digits", 0.1, tuple("0123456789"))
     config = {
         "command": "train",
         "recipe": {"name": "t", "method": "odgq", "epochs": 2},
-        "spec": spec.to_dict(),
+        "spec": spec(4).to_dict(),
         "seed": 0,
         "versions": {},
     }
@@ -86,9 +72,3 @@ def test_the_disk_is_what_the_files_take(options: dict[str, Any], tmp_path: Path
         assert told.disk_bytes <= size <= 1.3 * told.disk_bytes + 50_000
         state = (folder.path / RESUME).stat().st_size
         assert told.spare_bytes <= state <= 1.3 * told.spare_bytes + 50_000
-
-
-def test_memory_is_that_of_this_process() -> None:
-    training, _ = begun("natural", 0, {}, init=0)
-    # torch alone takes over 100 MB, and no test machine has a terabyte.
-    assert 1e8 < forecast(training).memory_bytes < 1e12

@@ -1,16 +1,30 @@
-"""An epoch's row: what is counted per second, and whose memory it is."""
+"""An epoch's row, the memory in it, and TensorBoard's files that follow the rows.
+
+TensorBoard's writer is replaced by a fake one, so that this runs where the package is not installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from robustq.hardening.metrics import OF_THE_MACHINE, epoch_row, forget_peak_memory, peak_memory
-from robustq.hardening.monitor import Inspection, Watched
+from robustq.errors import UsageError
+from robustq.hardening.metrics import (
+    MACHINE_KEYS,
+    TensorBoardLogger,
+    check_tensorboard,
+    epoch_row,
+    peak_memory,
+    reset_peak_memory,
+)
+from robustq.hardening.monitor import HoldoutAccuracy, Inspection
 
 CPU = torch.device("cpu")
 
@@ -19,19 +33,15 @@ def row(**keys: Any) -> dict[str, Any]:
     seconds = {"seconds": 5.0, "training_seconds": 4.0, "loading_seconds": 1.0}
     common: dict[str, Any] = {"lr": 0.1, **seconds, "images": 1000, "device": CPU}
     means = {"loss": 1.5, "cross_entropy": 1.0, "train_accuracy": 0.5}
-    return epoch_row(3, means, Watched(0.8, 0.4), Inspection(None, 2.0, 0.25, 0.5), **{**common, **keys})
-
-
-def test_images_are_counted_per_second_of_training_not_of_watching() -> None:
-    found = row()
-    assert (found["images_per_second"], found["seconds"], found["loading_share"]) == (250.0, 5.0, 0.25)
-    assert row(training_seconds=0.0)["images_per_second"] > 0  # an epoch of which only the end is left
+    return epoch_row(3, means, HoldoutAccuracy(0.8, 0.4), Inspection(None, 2.0, 0.25, 0.5), **{**common, **keys})
 
 
 def test_a_row_has_every_number_under_one_name() -> None:
     found = row()
-    assert set(OF_THE_MACHINE) <= found.keys()
-    rest = {key: value for key, value in found.items() if key not in OF_THE_MACHINE}
+    assert (found["images_per_second"], found["seconds"], found["loading_share"]) == (250.0, 5.0, 0.25)
+    assert row(training_seconds=0.0)["images_per_second"] > 0  # a resumed run of which only the monitor was left
+    assert set(MACHINE_KEYS) <= found.keys()
+    rest = {key: value for key, value in found.items() if key not in MACHINE_KEYS}
     assert rest == {
         "epoch": 3,
         "loss": 1.5,
@@ -52,7 +62,6 @@ def test_memory_on_a_cpu_is_the_process() -> None:
     unit = 1 if sys.platform == "darwin" else 1024
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     found = peak_memory(CPU)
-    forget_peak_memory(CPU)  # which a process cannot
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     assert found["peak_memory_of"] == "process"
     assert 1e8 < before <= found["peak_memory_bytes"] <= after  # torch alone takes over 100 MB
@@ -60,19 +69,84 @@ def test_memory_on_a_cpu_is_the_process() -> None:
 
 def test_memory_on_a_gpu_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda:0")
-    forgotten: list[torch.device] = []
+    resets: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123 if device == gpu else 0)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
     assert peak_memory(gpu) == {"peak_memory_bytes": 123, "peak_memory_of": "cuda:0"}
-    forget_peak_memory(gpu)
-    forget_peak_memory(CPU)
-    assert forgotten == [gpu]
+    reset_peak_memory(gpu)
+    reset_peak_memory(CPU)
+    assert resets == [gpu]
 
 
-@pytest.mark.gpu
-def test_memory_on_a_real_gpu_holds_what_was_allocated() -> None:
-    gpu = torch.device("cuda:0")
-    forget_peak_memory(gpu)
-    start = peak_memory(gpu)["peak_memory_bytes"]
-    held = torch.ones(2**20, device=gpu)
-    assert peak_memory(gpu)["peak_memory_bytes"] >= start + 4 * len(held)
+ROWS: list[dict[str, Any]] = [
+    {"epoch": 1, "loss": 2.0, "holdout_pgd10_accuracy": None, "peak_memory_of": "process", "lr": 0.1},
+    {"epoch": 2, "loss": 1.0, "holdout_pgd10_accuracy": 0.5, "peak_memory_of": "process", "lr": 0.1},
+]
+
+
+class FakeWriter:
+    """Records the calls of ``SummaryWriter`` in a file of its own."""
+
+    made: list[FakeWriter]
+
+    def __init__(self, folder: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        self.file = Path(folder) / f"events.out.tfevents.{len(self.made)}"
+        self.file.write_text("")
+        self.scalars: list[tuple[str, float, int]] = []
+        self.closed = False
+        self.made.append(self)
+
+    def add_scalar(self, key: str, value: float, step: int) -> None:
+        self.scalars.append((key, value, step))
+
+    def flush(self) -> None:
+        self.file.write_text(repr(self.scalars))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def writers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
+    module: Any = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeWriter
+    monkeypatch.setattr(FakeWriter, "made", [], raising=False)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return FakeWriter.made
+
+
+def test_each_row_is_written_once_and_only_its_numbers(writers: list[FakeWriter], tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    assert writers == []  # nothing before the first epoch
+    logger.update(ROWS[:1])
+    logger.update(ROWS)
+    logger.close()
+    (writer,) = writers
+    assert writer.scalars == [
+        ("loss", 2.0, 1),
+        ("lr", 0.1, 1),
+        ("loss", 1.0, 2),
+        ("holdout_pgd10_accuracy", 0.5, 2),
+        ("lr", 0.1, 2),
+    ]
+    assert writer.closed and writer.file.read_text() == repr(writer.scalars)
+
+
+def test_another_process_writes_all_rows_of_the_run_again(writers: list[FakeWriter], tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").mkdir()
+    mine = tmp_path / "tensorboard" / "mine.txt"
+    mine.write_text("mine")
+    TensorBoardLogger(tmp_path).update(ROWS)  # and dies; its second row is in no saved state
+    TensorBoardLogger(tmp_path).update(ROWS[:1])
+    assert sorted(path.name for path in mine.parent.iterdir()) == [writers[1].file.name, "mine.txt"]
+    assert writers[1].scalars == writers[0].scalars[:2]
+
+
+def test_a_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    check_tensorboard()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install tensorboard, or leave it out") as raised:
+        check_tensorboard()
+    assert "\n" not in str(raised.value)

@@ -36,13 +36,13 @@ def weights(value: float) -> dict[str, torch.Tensor]:
 
 
 def state(epoch: int, *, step: int = 0, best: int = 0) -> dict[str, Any]:
-    """As far as the folder looks at the trainer's: every weight of epoch n is n, plus a half within the next."""
+    """The parts of a state that the folder reads: every weight of epoch n is n, plus a half within the next."""
     rows = [
         {"epoch": n, "loss": 1 / n, "holdout_clean_accuracy": n / 10, "holdout_pgd10_accuracy": None}
         for n in range(1, epoch + 1)
     ]
-    standing = {"epoch": epoch, "step": step, "rows": rows, "best_epoch": best, "best_weights": weights(best)}
-    return {"standing": standing, "model": weights(epoch + 0.5 * (step > 0))}
+    progress = {"epoch": epoch, "step": step, "rows": rows, "best_epoch": best, "best_weights": weights(best)}
+    return {"standing": progress, "model": weights(epoch + 0.5 * (step > 0))}
 
 
 def held(path: Path) -> float:
@@ -77,7 +77,7 @@ def test_a_run_from_its_first_file_to_its_last(tmp_path: Path) -> None:
     assert names(path) == {"config.json", "metrics.jsonl", "best.pt", "last.pt", "result.json"}
 
 
-def test_the_last_weights_are_those_that_were_judged(tmp_path: Path) -> None:
+def test_the_last_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
     path = tmp_path / "run"
     averaged = {**state(2, best=1), "judged": weights(7)}
     with made(path) as folder:
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_second_run_is_told_who_is_there(tmp_path: Path) -> None:
+def test_a_second_run_names_the_first(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with made(path):
         for attempt in (lambda: RunFolder.reopen(path), lambda: check_new_run(path)):
@@ -185,68 +185,51 @@ def test_reopening_in_mid_epoch_leaves_last_pt_to_the_epoch(tmp_path: Path) -> N
         assert (held(path / "last.pt"), held(path / "best.pt")) == (1, 1)
 
 
-def _nothing(path: Path) -> None:
-    pass
-
-
-def _finished(path: Path) -> None:
-    with made(path) as folder:
-        folder.finish({})
-
-
-def _without_state(path: Path) -> None:
-    made(path).__exit__(None, None, None)
-    (path / RESUME).unlink()
-
-
-def _broken_state(path: Path) -> None:
-    made(path).__exit__(None, None, None)
-    (path / RESUME).write_bytes((path / RESUME).read_bytes()[:1000])
-
-
-def _foreign_state(path: Path) -> None:
-    made(path).__exit__(None, None, None)
-    torch.save({"state": {}}, path / RESUME)
-
-
-def _no_config(path: Path) -> None:
-    path.mkdir()
-
-
-def _other_config(path: Path) -> None:
-    path.mkdir()
-    (path / "config.json").write_text("[]")
-
-
-def _a_file(path: Path) -> None:
-    path.write_text("x")
+def broken(path: Path, case: str) -> None:
+    """Something at ``path`` that cannot be resumed."""
+    if case == "a file":
+        path.write_text("x")
+    elif case in ("no config", "another config"):
+        path.mkdir()
+        if case == "another config":
+            (path / "config.json").write_text("[]")
+    elif case != "nothing":
+        with made(path) as folder:
+            if case == "finished":
+                folder.finish({})
+        if case == "no state":
+            (path / RESUME).unlink()
+        if case == "half a state":
+            (path / RESUME).write_bytes((path / RESUME).read_bytes()[:1000])
+        if case == "another state":
+            torch.save({"state": {}}, path / RESUME)
 
 
 @pytest.mark.parametrize(
-    ("prepare", "error", "words"),
+    ("case", "error", "words"),
     [
-        (_nothing, UsageError, "no such folder"),
-        (_a_file, UsageError, "is a file"),
-        (_no_config, UsageError, "no readable config.json"),
-        (_other_config, UsageError, "does not describe a run"),
-        (_finished, UsageError, "has finished, nothing is left"),
-        (_without_state, UsageError, "has no resume.pt"),
-        (_broken_state, ModelFileError, "broken or truncated"),
-        (_foreign_state, ModelFileError, "no state of a run"),
+        ("nothing", UsageError, "no such folder"),
+        ("a file", UsageError, "is a file"),
+        ("no config", UsageError, "no readable config.json"),
+        ("another config", UsageError, "does not describe a run"),
+        ("finished", UsageError, "has finished, nothing is left"),
+        ("no state", UsageError, "has no resume.pt"),
+        ("half a state", ModelFileError, "broken or truncated"),
+        ("another state", ModelFileError, "no state of a run"),
     ],
 )
-def test_what_cannot_be_resumed_says_why_and_stays_as_it_is(
-    tmp_path: Path, prepare: Any, error: type[RobustqError], words: str
+def test_what_cannot_be_resumed_says_why_and_is_not_changed(
+    tmp_path: Path, case: str, error: type[RobustqError], words: str
 ) -> None:
     path = tmp_path / "run"
-    prepare(path)
+    broken(path, case)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     with pytest.raises(error, match=words):
         RunFolder.reopen(path)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_out_that_holds_an_unfinished_run_names_the_way_on(tmp_path: Path) -> None:
+def test_out_that_holds_an_unfinished_run_names_the_command(tmp_path: Path) -> None:
     path = tmp_path / "run"
     made(path).__exit__(None, None, None)
     with pytest.raises(OutputExistsError, match=f"robustq harden --resume {path} continues it"):
@@ -266,5 +249,5 @@ def test_out_that_holds_an_unfinished_run_names_the_way_on(tmp_path: Path) -> No
         ("runs/a", "nets.small:build", "robustq harden --resume runs/a --model nets.small:build"),
     ],
 )
-def test_the_way_on_can_be_typed_as_it_stands(path: str, architecture: str, typed: str) -> None:
+def test_the_resume_command_can_be_pasted_into_a_shell(path: str, architecture: str, typed: str) -> None:
     assert resume_command(Path(path), {**CONFIG, "spec": {"architecture": architecture}}) == typed

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import profile
 
-from robustq.hardening.methods.method import crafting, only_input_gradients
+from robustq.hardening.methods.method import attack_generation, only_input_gradients
 from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.integer_convolution import IntegerConvolutions, convolve_codes, is_available
@@ -154,7 +154,7 @@ def test_a_pass_in_whole_numbers(bits: int) -> None:
         for layer in layers._layers
     ]
     with SharedWeights(model).quantized_once(), layers.in_place():
-        with torch.no_grad(), crafting(model, "separate"):
+        with torch.no_grad(), attack_generation(model, "separate"):
             model(images())
         kept = dict(seen)
         for conv, (x, y) in kept.items():

@@ -27,7 +27,7 @@ import torch
 
 from robustq.checkpoint import load_model
 from robustq.files import PARTIAL
-from robustq.hardening.metrics import OF_THE_MACHINE
+from robustq.hardening.metrics import MACHINE_KEYS
 
 EPOCHS = 24  # more than all kills together let pass
 KEYS = (f"epochs={EPOCHS}", "train_images=100", "batch_size=64", "monitor_images=4")
@@ -164,7 +164,7 @@ def epochs(folder: Path) -> int:
 def outcome(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in OF_THE_MACHINE:
+        for key in MACHINE_KEYS:
             del row[key]
     result = json.loads((run / "result.json").read_text())
     for key in ("checkpoint", "run", "seconds_per_epoch"):

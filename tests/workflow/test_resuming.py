@@ -17,7 +17,7 @@ from robustq import progress
 from robustq.checkpoint import load_model, save_atomically
 from robustq.data import Batch
 from robustq.errors import DataError, ModelFileError, OutputError, RunStoppedError, UsageError
-from robustq.hardening.metrics import OF_THE_MACHINE
+from robustq.hardening.metrics import MACHINE_KEYS
 from robustq.hardening.trainer import Training
 from robustq.workflow import setup as setting
 
@@ -55,7 +55,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Any:
 def contents(run: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
-        for key in OF_THE_MACHINE:
+        for key in MACHINE_KEYS:
             del row[key]
     return {"rows": rows, **{name: load_model(run / name)[0].state_dict() for name in ("best.pt", "last.pt")}}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import robustq
 from robustq.errors import NotFiniteError, OutOfMemoryError, OutputError, RunStoppedError
 from robustq.files import free_path
-from robustq.hardening.methods.method import Step
+from robustq.hardening.methods.method import LossOutput
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.run_folder import RUNS, RunFolder
 from robustq.workflow import log as announcing
@@ -62,7 +62,7 @@ def starving(monkeypatch: pytest.MonkeyPatch) -> Any:
         loss = Natural.loss
         steps: list[int] = []
 
-        def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> LossOutput:
             steps.append(len(x))
             if len(x) > limit and len(steps) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -122,12 +122,12 @@ def test_nan_stops_the_run_and_keeps_the_good_epochs(monkeypatch: pytest.MonkeyP
     loss = Natural.loss
     steps: list[int] = []
 
-    def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+    def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> LossOutput:
         steps.append(1)
         found = loss(self, x, x_adv, y, places)
         # The second step of the second epoch; then the repetition of the first two.
         broken = len(steps) in (3 + 3 + 2, 3 + 3 + 3 + 2)
-        return Step(found.loss * float("nan"), found.terms, found.logits) if broken else found
+        return LossOutput(found.loss * float("nan"), found.terms, found.logits) if broken else found
 
     monkeypatch.setattr(Natural, "loss", step)
     with pytest.raises(NotFiniteError, match=r"^run: the loss became nan in step 2 of epoch 2; .*what was saved"):

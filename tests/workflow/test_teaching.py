@@ -18,7 +18,7 @@ from robustq import progress
 from robustq.checkpoint import load_model, save_model
 from robustq.data import Augment, Batch, load_dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, RunStoppedError, UsageError
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
+from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
@@ -115,8 +115,8 @@ def test_a_recipe_without_a_teacher_says_how_to_name_one(digits_float: Path) -> 
 @pytest.mark.parametrize(
     ("key", "crops", "flip", "kind"),
     [
-        ("augmented", 1, False, AskedTeacher),
-        ("augmented", 0, True, AskedTeacher),
+        ("augmented", 1, False, OnlineTeacher),
+        ("augmented", 0, True, OnlineTeacher),
         ("augmented", 0, False, CachedTeacher),
         ("original", 1, True, CachedTeacher),
     ],

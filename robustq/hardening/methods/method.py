@@ -1,64 +1,48 @@
-"""What a training method is, and how it generates attacks.
+"""Training methods: the base class, as the trainer calls it.
 
-How a method makes its adversarial images: what a crafting pass computes, the BatchNorm mode it runs in, and the
-lengths it is given.
+For each batch the trainer does, :attr:`Method.repeats` times::
 
-The words for the mode are those of ODG-Q's key ``batch_norm``. Published code differs: TRADES and RSLAD craft in eval
-mode, the single-step methods in train mode, where the crafting pass moves the running statistics too; which is better
-is a matter of tenths (Pang et al., arXiv:2010.00467, section 3.4, finds eval mode slightly ahead).
-
-What the trainer asks of a training method: the images to train on, their loss, and a word on what a batch costs.
-
-The loss stands apart from the images, so that it can be computed more than once on the same ones: weight perturbation
-(AWP, arXiv:2004.05884) needs it at two places. For each batch the trainer calls, :attr:`Method.repeats` times over,
-
-    x_adv = method.perturb(x, y, places)
-    step = method.loss(x, x_adv, y, places)        (perhaps several times)
-    step.loss.backward()                           (of the loss that the optimiser then steps on)
+    x_adv = method.perturb(x, y, indices)
+    output = method.loss(x, x_adv, y, indices)
+    output.loss.backward()
     method.after_backward(x_adv)
 
-The state of a run is only taken between two batches, never between the repeats of one: they take the time of a few
-natural steps, so a stop can wait for them, and neither the batch nor the count of its repeats has to be kept.
+Images and loss are separate because adversarial weight perturbation (arXiv:2004.05884) computes the loss twice on the
+same images. A run is saved between batches, never between the repeats of one batch.
+
+During attack generation BatchNorm has one of three modes. Published code differs: TRADES and RSLAD use eval mode, the
+single-step methods train mode, which also moves the running statistics. The choice matters by a few tenths of a percent
+(Pang et al., arXiv:2010.00467, section 3.4, finds eval mode slightly ahead).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.errors import UsageError
+from robustq.hardening.methods.settings import AUTO, MethodSettings
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe import parse_epsilon
-from robustq.recipe.schema import shown, unknown_value
-
-MODES = ("eval", "train", "separate")
-"""``eval``: the running statistics, which stay as they are; ``train``: those of the crafted batch, which move the
-running ones; ``separate``: those of the crafted batch, which move nothing."""
-
-AUTO = "auto"
-"""A step of min(1, 2.5 / steps) epsilon."""
 
 
 @contextmanager
-def crafting(model: nn.Module, mode: str) -> Iterator[None]:
-    """Within it ``model`` normalises as ``mode`` says, and nothing but its input gets a gradient.
+def attack_generation(model: nn.Module, mode: str) -> Iterator[None]:
+    """Set BatchNorm to ``mode`` (one of :data:`.settings.BATCH_NORM_MODES`) and compute gradients of the images only.
 
-    Args:
-        model: in train mode, which is what the mode ``train`` means.
-        mode: one of :data:`MODES`.
+    ``model`` must be in train mode.
     """
-    with normalised(model, mode), only_input_gradients(model):
+    with batch_norm_mode(model, mode), only_input_gradients(model):
         yield
 
 
-def normalised(model: nn.Module, mode: str) -> AbstractContextManager[None]:
-    """Within it ``model`` normalises as ``mode`` (one of :data:`MODES`) says; ``train`` expects it in train mode."""
+def batch_norm_mode(model: nn.Module, mode: str) -> AbstractContextManager[None]:
+    """Set BatchNorm to ``mode`` (one of :data:`.settings.BATCH_NORM_MODES`); ``model`` must be in train mode."""
     if mode == "eval":
         return running_statistics(model)
     return batch_statistics(model) if mode == "separate" else nullcontext()
@@ -66,74 +50,23 @@ def normalised(model: nn.Module, mode: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def only_input_gradients(model: nn.Module) -> Iterator[None]:
-    """Within it no weight asks for a gradient: a pass for the input's costs no sum over activations and keeps none of
-    them for the weights' sake.
-    """
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asking:
+    """Switch off the gradients of the weights: saves their computation and the activations kept for it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def mode_errors(key: str, mode: str) -> list[str]:
-    """What is wrong with a BatchNorm mode, in words: nothing, or one fault."""
-    return [] if mode in MODES else [unknown_value(key, mode, MODES)]
-
-
-def step_length(step_size: str | float, *, epsilon: float, steps: int) -> float:
-    """A step in the unit of the images.
-
-    Args:
-        step_size: :data:`AUTO`, or the length itself as :func:`length` takes it. 2.5 epsilon / steps lets the steps
-            reach the other side of the ball (arXiv:1706.06083, section 5); it is 2/255 for ten steps at 8/255, as is
-            usual. For fewer than three steps it would exceed the ball and is epsilon.
-        epsilon: radius.
-        steps: how many.
-    """
-    return min(1.0, 2.5 / steps) * epsilon if step_size == AUTO else length(step_size)
-
-
-def length(value: str | float) -> float:
-    """A length in [0, 1] from a number or from text such as ``2/255``.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    return parse_epsilon(value)
-
-
-def length_errors(key: str, value: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> list[str]:
-    """What is wrong with a length of a method's table, in words: nothing, or one fault.
-
-    Args:
-        key, value: as in the recipe, the table's name included.
-        words: what may stand in place of a length.
-        least: the smallest one; 0 itself is refused.
-    """
-    if value in words:
-        return []
-    named = "".join(f"'{word}' or " for word in words)
-    try:
-        found = length(value)
-    except UsageError:
-        return [f"{key} = {shown(value)} is not {named}a number from 0 to 1, such as 2/255"]
-    # What float32 images cannot tell from the least length is that length.
-    if found == 0.0 or found < least - 1e-7:
-        wanted = f"at least {round(least * 255)}/255" if least else "over 0"
-        return [f"{key} = {shown(value)} must be {named}{wanted}"]
-    return []
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The task loss of a run: one object for every method, so that its options reach them all.
+    """The task loss of a run, shared by all methods.
 
     Args:
-        label_smoothing: s in [0, 1): the label's share becomes 1 - s + s/K of K classes, every other class's s/K
+        label_smoothing: s in [0, 1): the target of the label is 1 - s + s/K of K classes, of every other class s/K
             (Szegedy et al., arXiv:1512.00567, section 7).
     """
 
@@ -144,13 +77,9 @@ class CrossEntropy:
         return functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
-PLAIN_CROSS_ENTROPY = CrossEntropy()
-"""Without options."""
-
-
 @dataclass(frozen=True)
-class Step:
-    """The outcome of one computation of the loss.
+class LossOutput:
+    """The result of one computation of the loss.
 
     Args:
         loss: scalar to minimise, with gradient.
@@ -162,131 +91,160 @@ class Step:
     terms: dict[str, Tensor]
     logits: Tensor
 
+    @classmethod
+    def of(cls, task: Tensor, logits: Tensor, *, weight: float = 0.0, **term: Tensor) -> LossOutput:
+        """The cross-entropy ``task``, plus ``weight`` times at most one further named ``term``."""
+        loss = task
+        for value in term.values():
+            loss = loss + weight * value
+        terms = {"cross_entropy": task, **term}
+        return cls(loss, {name: value.detach() for name, value in terms.items()}, logits.detach())
 
-def task_step(model: nn.Module, x_adv: Tensor, y: Tensor, *, cross_entropy: CrossEntropy) -> Step:
-    """The plain loss of many methods: cross-entropy of the images that were made, and nothing else."""
-    logits = model(x_adv)
-    loss = cross_entropy(logits, y)
-    return Step(loss, {"cross_entropy": loss.detach()}, logits.detach())
 
-
-class Method(Protocol):
-    """A training method; it may keep state from batch to batch."""
-
-    @property
-    def passes(self) -> str:
-        """Cost of one batch, all its repeats together, for people: ``3 forward + 2 backward passes``."""
+class Teacher(Protocol):
+    """Gives soft labels."""
 
     @property
-    def adversarial(self) -> bool:
-        """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
+    def passes(self) -> int:
+        """Forward passes of the teacher for each batch."""
 
     @property
-    def repeats(self) -> int:
-        """How many steps of the optimiser are taken on each batch, at least 1."""
+    def digest(self) -> Tensor:
+        """(32,) uint8, on the CPU: hash of the teacher's weights and kind, checked when a run is resumed."""
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Told before the first batch of each epoch, counted from 0."""
-
-    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
-        """The images that the weights are trained on; may move the method's own state.
-
-        Args:
-            x: (B, C, H, W) float32 in [0, 1]; a short last batch has fewer images.
-            y: (B,) int64 labels.
-            places: (B,) int64 positions of the images in the training split.
-
-        Returns:
-            (B, C, H, W) in [0, 1], without gradient: ``x`` itself where nothing is perturbed; a leaf that requires
-            gradient where :meth:`after_backward` is to find it.
-        """
-
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
-        """The loss of the batch that :meth:`perturb` gave ``x_adv`` for, differentiable in the weights.
-
-        It leaves the method's state alone, so that it may be called again at other weights; in train mode the running
-        statistics of BatchNorm move with every call. Arguments as :meth:`perturb`.
-        """
-
-    def after_backward(self, x_adv: Tensor) -> None:
-        """Told once per repeat, when ``x_adv.grad`` holds the gradient of the loss that the optimiser steps on (where
-        :meth:`perturb` returned a leaf that requires it); before the optimiser's step.
-        """
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the method carries from batch to batch, random generators included: with the weights and the
-        optimiser's state it must be all that the next batch depends on, or a resumed run would be another run.
-        """
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` gave; in mid-epoch no :meth:`begin_epoch` follows."""
+    def logits(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Logits (B, K), without gradient, of the augmented training images x (B, C, H, W) with ``indices`` (B,)."""
 
 
-class Stateless:
-    """The parts of a :class:`Method` that most leave alone: one step a batch, nothing carried between batches."""
-
-    repeats = 1
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes between epochs."""
-
-    def after_backward(self, x_adv: Tensor) -> None:
-        """The gradient of the images is not needed."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """No state."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """No state."""
-
-
-class Drawing(Stateless):
-    """As :class:`Stateless`, but for the random numbers that it draws.
-
-    Args:
-        generator: on the CPU, so that the draws do not depend on the device.
-    """
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the generator stands."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put it back there."""
-        self.generator.set_state(state["generator"].cpu())
-
-
-Settings = TypeVar("Settings")
-
-
-class AdversarialTraining(Drawing, Generic[Settings]):
-    """A method that crafts images inside the ball and draws random numbers for that.
+@dataclass(frozen=True, kw_only=True)
+class MethodContext:
+    """What a method gets beside its settings.
 
     Args:
         model: network in train mode, images in [0, 1] -> logits.
-        settings: the method's own table of a recipe.
         epsilon: radius of the threat model, in [0, 1].
-        generator: CPU generator of what the method draws.
-        cross_entropy: the task loss; crafting ascends it without label smoothing.
+        batch_size: images of a full batch.
+        image_shape: (C, H, W).
+        samples: number of training images.
+        device: where training runs.
+        generator: of the method's random draws; on the CPU, so that they do not depend on the device.
+        cross_entropy: the task loss.
+        teacher: only for ``rslad``.
+    """
+
+    model: nn.Module
+    epsilon: float
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    samples: int
+    device: torch.device
+    generator: torch.Generator
+    cross_entropy: CrossEntropy
+    teacher: Teacher | None = None
+
+
+class Method:
+    """A training method. This base trains on clean images with cross-entropy and has no state between batches.
+
+    Args:
+        context: network, data and random numbers.
+        settings: the method's own table of a recipe.
+    """
+
+    adversarial: bool = False
+    """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
+
+    repeats: int = 1
+    """Optimizer steps on each batch."""
+
+    settings: Any
+
+    def __init__(self, context: MethodContext, settings: Any) -> None:
+        self.model = context.model
+        self.settings = settings
+        self.epsilon = context.epsilon
+        self.cross_entropy = context.cross_entropy
+        self.generator = context.generator
+
+    @property
+    def passes(self) -> str:
+        """Cost of one batch with all its repeats, for the log: ``3 forward + 2 backward passes``."""
+        return "1 forward + 1 backward pass"
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before the first batch of each epoch, counted from 0."""
+
+    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        """The images that the weights are trained on; may change the method's state.
+
+        Args:
+            x: (B, C, H, W) float32 in [0, 1]; the last batch may have fewer images.
+            y: (B,) int64 labels.
+            indices: (B,) int64 indices of the images in the training split.
+
+        Returns:
+            (B, C, H, W) in [0, 1], without gradient: ``x`` itself if nothing is perturbed; a leaf that requires
+            gradient if :meth:`after_backward` needs it.
+        """
+        return x
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
+        """The loss of the batch whose ``x_adv`` :meth:`perturb` returned, differentiable in the weights.
+
+        It does not change the method's state, so it may be called again at other weights. In train mode each call
+        updates BatchNorm's running statistics.
+        """
+        logits = self.model(x_adv)
+        return LossOutput.of(self.cross_entropy(logits, y), logits)
+
+    def after_backward(self, x_adv: Tensor) -> None:
+        """Called once per repeat after the backward pass and before the optimizer's step; ``x_adv.grad`` is set if
+        :meth:`perturb` returned a leaf that requires gradient.
+        """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the method keeps between batches, including random generators: what a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned; :meth:`begin_epoch` is not called again in mid-epoch."""
+
+
+class AdversarialTraining(Method):
+    """A method that generates adversarial images with random numbers and trains on them.
+
+    Attack generation ascends plain cross-entropy, without label smoothing, unless the method says otherwise.
     """
 
     adversarial = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Settings,
-        *,
-        epsilon: float,
-        generator: torch.Generator,
-        cross_entropy: CrossEntropy = PLAIN_CROSS_ENTROPY,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.epsilon = epsilon
-        self.cross_entropy = cross_entropy
+    @property
+    def passes(self) -> str:
+        """One attack pass and the training pass."""
+        return "2 forward + 2 backward passes"
+
+    def step_size(self) -> float:
+        """``step_size`` of the settings, for their number of ``steps``, in the unit of the images."""
+        size, steps = self.settings.step_size, int(self.settings.steps)
+        return min(1.0, 2.5 / steps) * self.epsilon if size == AUTO else parse_epsilon(size)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the generator's state."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method as the registry finds it, in the constant ``METHOD`` of its module.
+
+    Args:
+        settings: dataclass of its own table in a recipe, which names it.
+        build: makes the method from context and settings; None for a method that does not train.
+    """
+
+    settings: type[MethodSettings]
+    build: Callable[[MethodContext, Any], Method] | None

@@ -6,18 +6,17 @@ The estimator is the biased one of Gretton et al. 2012 (A Kernel Two-Sample Test
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
 
-Estimator = Literal["root", "squared"]
-Bandwidth = Literal["median", "mean", "mixture"]
+ESTIMATORS = ("root", "squared")
+BANDWIDTHS = ("median", "mean", "mixture")
 
 ROOT_OFFSET = 1e-8
-"""Added under the square root, whose slope at 0 is infinite. The smallest root MMD is therefore 1e-4."""
+"""Added under the square root, whose slope at 0 is infinite; so the smallest root MMD is 1e-4."""
 
 MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Factors on the median squared distance, one kernel each."""
@@ -25,19 +24,12 @@ MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)
 BANDWIDTH_FLOOR = 1e-4
 """Smallest data-driven sigma^2, as a share of the mean squared distance.
 
-When most features coincide (a collapsed layer) the median is 0 or rounding noise, and kernels of that width have values
-and gradients that are noise too.
+If most features are equal (a collapsed layer) the median is 0 or rounding noise, and so are kernels of that width.
 """
 
 
-def mmd(
-    a: Tensor,
-    b: Tensor,
-    *,
-    estimator: Estimator = "root",
-    bandwidth: Bandwidth | float = "median",
-) -> Tensor:
-    """Distance between the distributions that two batches of features were drawn from, under a Gaussian kernel.
+def mmd(a: Tensor, b: Tensor, *, estimator: str = "root", bandwidth: str | float = "median") -> Tensor:
+    """Distance between the distributions of two batches of features, under a Gaussian kernel.
 
     MMD^2 = mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j) over all pairs, i = j included (biased, so never
     negative), with k(u, v) = exp(-|u - v|^2 / (2 sigma^2)).
@@ -48,21 +40,19 @@ def mmd(
         a: (M, D) float features; flatten unpooled ones first.
         b: (N, D) float features, same device; N may differ from M.
         estimator: "root" is sqrt(MMD^2 + 1e-8), Eq. 5 being the unsquared norm; "squared" is MMD^2.
-        bandwidth: how sigma^2 is set. "median" and "mean": of the squared distances between the M + N joint samples,
-            each with each other one, without gradient (of an even number of distances the median is the lower middle
-            one; at least 1e-4 of the mean). "mixture": the sum of five kernels with 1/4, 1/2, 1, 2, 4 times the median.
-            A number: sigma^2 itself.
+        bandwidth: sigma^2. "median" and "mean": of the squared distances between all pairs of the M + N joint samples,
+            without gradient (the lower median; at least 1e-4 of the mean). "mixture": the sum of five kernels with 1/4,
+            1/2, 1, 2, 4 times the median. A number: sigma^2 itself.
 
     Returns:
-        Scalar, at least float32 whatever the inputs or autocast say (float64 for float64). "squared" is in [0, 2], or
-        [0, 10] with "mixture". Value and gradient are finite for finite features, equal ones included.
+        Scalar, float32 or (for float64 inputs) float64, with autocast too. "squared" is in [0, 2], or [0, 10] with
+        "mixture". Value and gradient are finite for finite features, equal ones included.
 
     Raises:
-        UsageError: not two non-empty (samples, D) batches of equal D, an unknown estimator or bandwidth, or a sigma^2
-            that is not a positive number.
+        UsageError: not two non-empty (samples, D) batches of equal D, an unknown estimator, or an invalid bandwidth.
     """
     _check(a, b, estimator=estimator, bandwidth=bandwidth)
-    # Autocast would run the matrix product in half precision: distances between close features would be noise.
+    # Under autocast the matrix product would have half precision: too little for distances of close features.
     with torch.autocast(device_type=a.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
         squared_distances = _squared_distances(torch.cat([a.to(dtype), b.to(dtype)]))
@@ -71,7 +61,7 @@ def mmd(
             kernel = kernel + torch.exp(-squared_distances / (2.0 * sigma2))
         m = len(a)
         mmd2 = kernel[:m, :m].mean() + kernel[m:, m:].mean() - 2.0 * kernel[:m, m:].mean()
-        # Rounding may leave -1e-7 for equal batches, which is more than ROOT_OFFSET lifts above 0.
+        # Rounding may give -1e-7 for equal batches, which ROOT_OFFSET does not compensate.
         mmd2 = mmd2.clamp_min(0.0)
         return mmd2 if estimator == "squared" else torch.sqrt(mmd2 + ROOT_OFFSET)
 
@@ -79,14 +69,13 @@ def mmd(
 def _squared_distances(features: Tensor) -> Tensor:
     """(S, D) -> (S, S) squared Euclidean distances, not negative, 0 on the diagonal.
 
-    |u|^2 + |v|^2 - 2 uv by one matrix product: S^2 memory (all differences at once would need S^2 D, 17 GB for 1,024
-    unpooled features of 4,096), and a gradient without any division by a distance, so finite where the distance is 0.
-    That form cancels badly when features lie far from the origin compared with one another, and `torch.cdist` uses the
-    same form above 25 samples; hence the centring, after which the rounding error is some 1e-7 of the spread, which is
-    the scale of sigma^2 (1e-3 where TF32 is allowed for matrix products). Distances do not change under a shift, so the
-    shift needs no gradient.
+    |u|^2 + |v|^2 - 2 uv by one matrix product: S^2 memory (all differences would need S^2 D, 17 GB for 1,024 unpooled
+    features of 4,096), and a gradient without division by a distance, so finite at distance 0. This form (as
+    `torch.cdist` above 25 samples) cancels badly for features far from the origin; with centred features the rounding
+    error is 1e-7 of the spread (1e-3 with TF32 matrix products). Distances are invariant to the shift, so it needs no
+    gradient.
     """
-    # First by one sample, then by the mean: equal samples become exactly 0, where the rounded mean alone would not do.
+    # By one sample first, then by the mean: equal samples become exactly 0, which the rounded mean alone misses.
     shifted = features - features[:1].detach()
     centred = shifted - shifted.mean(dim=0, keepdim=True).detach()
     gram = centred @ centred.T
@@ -95,7 +84,7 @@ def _squared_distances(features: Tensor) -> Tensor:
     return (norms[:, None] + norms[None, :] - 2.0 * gram).clamp_min(0.0)
 
 
-def _sigma2s(squared_distances: Tensor, bandwidth: Bandwidth | float) -> list[Tensor | float]:
+def _sigma2s(squared_distances: Tensor, bandwidth: str | float) -> list[Tensor | float]:
     """One sigma^2 per kernel, from the detached (S, S) squared distances."""
     if not isinstance(bandwidth, str):
         return [float(bandwidth)]
@@ -105,7 +94,7 @@ def _sigma2s(squared_distances: Tensor, bandwidth: Bandwidth | float) -> list[Te
     sigma2 = pairs.mean()
     if bandwidth != "mean":
         sigma2 = torch.maximum(pairs.median(), BANDWIDTH_FLOOR * sigma2)
-    # All samples equal: every kernel value is 1 at any width, and 0 / 0 must not happen.
+    # All samples equal: avoid 0 / 0; every kernel value is 1 at any width.
     sigma2 = torch.where(sigma2 > torch.finfo(sigma2.dtype).tiny, sigma2, torch.ones_like(sigma2))
     return [sigma2 * factor for factor in MIXTURE] if bandwidth == "mixture" else [sigma2]
 
@@ -116,10 +105,10 @@ def _check(a: Tensor, b: Tensor, *, estimator: str, bandwidth: str | float) -> N
             f"mmd: features have shapes {tuple(a.shape)} and {tuple(b.shape)}; give two non-empty batches (samples, D) "
             "of equal D (flatten unpooled features)"
         )
-    if estimator not in ("root", "squared"):
+    if estimator not in ESTIMATORS:
         raise UsageError(f"mmd: estimator is {estimator!r}; give 'root' or 'squared'")
     if isinstance(bandwidth, str):
-        if bandwidth not in ("median", "mean", "mixture"):
+        if bandwidth not in BANDWIDTHS:
             raise UsageError(f"mmd: bandwidth is {bandwidth!r}; give 'median', 'mean', 'mixture' or a number (sigma^2)")
     elif not (math.isfinite(bandwidth) and bandwidth > 0.0):
         raise UsageError(f"mmd: bandwidth is {bandwidth}; sigma^2 must be a positive number")

@@ -1,4 +1,4 @@
-"""N-FGSM: FGSM from an image that strong noise was added to (de Jorge et al. 2022, arXiv:2202.01181, Algorithm 1).
+"""N-FGSM: FGSM from an image with strong noise (de Jorge et al. 2022, arXiv:2202.01181, Algorithm 1).
 
 eta = U(-2 epsilon, 2 epsilon); train on x + eta + epsilon sign(grad CE(x + eta)), which is not projected back into the
 ball: the noise augments, and the missing projection keeps single-step training from collapsing (section 3 there).
@@ -13,55 +13,40 @@ from torch import Tensor
 
 from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
-from robustq.errors import RecipeError
-from robustq.hardening.methods.method import AdversarialTraining, Step, crafting, mode_errors, task_step
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFgsmSettings:
+class NFgsmSettings(MethodSettings):
     """The ``[n-fgsm]`` table of a recipe.
 
     Args:
         noise_scale: k, half the width of the noise as a multiple of epsilon (the paper: 2).
         step_scale: the step as a multiple of epsilon (the paper: 1).
-        batch_norm: of the crafting pass (:data:`.crafting.MODES`); ``train`` as in the paper's code.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``train`` as in the paper's code.
     """
 
-    noise_scale: float = 2.0
-    step_scale: float = 1.0
-    batch_norm: str = "train"
+    method = "n-fgsm"
 
-    def __post_init__(self) -> None:
-        faults = number_errors("n-fgsm.noise_scale", self.noise_scale, low=0, high=1000)
-        faults += number_errors("n-fgsm.step_scale", self.step_scale, low=0, high=1000, above=True)
-        faults += mode_errors("n-fgsm.batch_norm", self.batch_norm)
-        if faults:
-            raise RecipeError("; ".join(faults))
+    noise_scale: float = number(2.0, low=0, high=1000)
+    step_scale: float = number(1.0, low=0, high=1000, above=True)
+    batch_norm: str = bn_mode("train")
 
 
-class NFgsm(AdversarialTraining[NFgsmSettings]):
-    """One crafting step from a noisy image, then one step of training; up to 3 epsilon from the clean image.
+class NFgsm(AdversarialTraining):
+    """One attack step from a noisy image, then one training step; up to 3 epsilon from the clean image."""
 
-    Args:
-        model: network in train mode, images in [0, 1] -> logits.
-        settings: the ``[n-fgsm]`` table.
-        epsilon: radius of the threat model, in [0, 1].
-        generator: CPU generator of the noise.
-        cross_entropy: the task loss; crafting ascends it without label smoothing.
-    """
+    settings: NFgsmSettings
 
-    passes = "2 forward + 2 backward passes"
-
-    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
-        """The noisy image, one step further; both are clamped to [0, 1], as in the paper's code."""
-        drawn = torch.rand(x.shape, generator=self.generator).to(x)
-        noise = self.settings.noise_scale * self.epsilon * (2.0 * drawn - 1.0)
+    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        """The noisy image plus one step; both are clamped to [0, 1], as in the paper's code."""
+        uniform = torch.rand(x.shape, generator=self.generator).to(x)
+        noise = self.settings.noise_scale * self.epsilon * (2.0 * uniform - 1.0)
         noisy = (x + noise).clamp(0.0, 1.0)
-        with crafting(self.model, self.settings.batch_norm):
+        with attack_generation(self.model, self.settings.batch_norm):
             gradient = input_gradient(self.model, noisy, lambda logits: per_image(logits, y)).gradient
         return (noisy + self.settings.step_scale * self.epsilon * gradient.sign()).clamp(0.0, 1.0)
 
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
-        """Cross-entropy of x_adv."""
-        return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)
+
+METHOD = MethodEntry(NFgsmSettings, NFgsm)

@@ -1,8 +1,7 @@
 """Adversarial training with K-step PGD (Madry et al. 2018, arXiv:1706.06083), and with BIM.
 
-The weights are trained on what the attack of that name makes of each batch: min over the weights of the cross-entropy
-of x_adv, x_adv = PGD-K(x). Without its random start PGD is BIM (Kurakin et al. 2017, arXiv:1611.01236). The ODG-Q
-paper's tables have 5-PGD, 7-PGD and 5-BIM.
+The weights minimise the cross-entropy of PGD-K's images. PGD without its random start is BIM (Kurakin et al. 2017,
+arXiv:1611.01236). The ODG-Q paper's tables have 5-PGD, 7-PGD and 5-BIM.
 """
 
 from __future__ import annotations
@@ -12,79 +11,54 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustq.attacks import pgd
-from robustq.errors import RecipeError
-from robustq.hardening.methods.method import (
-    AUTO,
-    AdversarialTraining,
-    Step,
-    crafting,
-    length_errors,
-    mode_errors,
-    step_length,
-    task_step,
-)
-from robustq.recipe.schema import number_errors
+from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size
 
 
 @dataclass(frozen=True, kw_only=True)
-class PgdSettings:
+class PgdSettings(MethodSettings):
     """The ``[pgd]`` table of a recipe.
 
     Args:
         steps: K; 7 in arXiv:1706.06083 for CIFAR-10.
-        step_size: ``auto`` (see :func:`.crafting.step_length`), or a length such as ``"4/255"``. The
-            ODG-Q paper does not give the step of its training attack; the one of its tables' attacks is 4/255.
+        step_size: ``auto`` (see :data:`.settings.AUTO`), or a length such as ``"4/255"``. The ODG-Q paper
+            gives 4/255 for the attacks of its tables and nothing for training.
         random_start: from a uniform point of the ball (PGD) or from the image itself (BIM).
-        batch_norm: of the crafting passes, see :data:`.crafting.MODES`.
+        batch_norm: during attack generation, see :data:`.settings.BATCH_NORM_MODES`.
     """
 
-    steps: int = 7
-    step_size: str | float = AUTO
+    method = "pgd"
+
+    steps: int = number(7, low=1, high=1000, whole=True)
+    step_size: str | float = size(AUTO, words=(AUTO,))
     random_start: bool = True
-    batch_norm: str = "eval"
-
-    def __post_init__(self) -> None:
-        faults = number_errors("pgd.steps", self.steps, low=1, high=1000, whole=True)
-        faults += length_errors("pgd.step_size", self.step_size, words=(AUTO,))
-        faults += mode_errors("pgd.batch_norm", self.batch_norm)
-        if faults:
-            raise RecipeError("; ".join(faults))
+    batch_norm: str = bn_mode("eval")
 
 
-class Pgd(AdversarialTraining[PgdSettings]):
-    """K crafting steps, then one step of training on what they made.
+class Pgd(AdversarialTraining):
+    """K steps of attack generation, then one training step on the resulting images."""
 
-    The attack ascends plain cross-entropy, whatever label smoothing the weights are trained with.
-
-    Args:
-        model: network in train mode, images in [0, 1] -> logits.
-        settings: the ``[pgd]`` table.
-        epsilon: radius of the threat model, in [0, 1].
-        generator: CPU generator of the random starts.
-        cross_entropy: the task loss.
-    """
+    settings: PgdSettings
 
     @property
     def passes(self) -> str:
-        """Cost of a batch."""
+        """K attack passes and the training pass."""
         count = int(self.settings.steps) + 1
         return f"{count} forward + {count} backward passes"
 
-    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
+    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """PGD-K inside the ball and inside [0, 1]."""
-        steps = int(self.settings.steps)
-        with crafting(self.model, self.settings.batch_norm):
+        with attack_generation(self.model, self.settings.batch_norm):
             return pgd(
                 self.model,
                 x,
                 y,
                 epsilon=self.epsilon,
-                step_size=step_length(self.settings.step_size, epsilon=self.epsilon, steps=steps),
-                steps=steps,
+                step_size=self.step_size(),
+                steps=int(self.settings.steps),
                 random_start=self.settings.random_start,
                 generator=self.generator,
             )
 
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
-        """Cross-entropy of x_adv."""
-        return task_step(self.model, x_adv, y, cross_entropy=self.cross_entropy)
+
+METHOD = MethodEntry(PgdSettings, Pgd)

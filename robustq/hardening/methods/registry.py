@@ -1,7 +1,12 @@
-"""Method name -> method, with its settings taken from the recipe's table."""
+"""Finds the training methods by name and builds them from a recipe.
+
+A method is a module of this package with a constant ``METHOD`` (:class:`.method.MethodEntry`).
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from dataclasses import asdict
 from typing import Any
 
@@ -10,35 +15,25 @@ from torch import nn
 
 from robustq.data import SIDES, usual_augment
 from robustq.errors import UsageError
-from robustq.hardening.methods.dq import Dq, DqSettings
-from robustq.hardening.methods.fgsm_mep import FgsmMep, FgsmMepSettings
-from robustq.hardening.methods.fgsm_rs import FgsmRs, FgsmRsSettings
-from robustq.hardening.methods.free import Free, FreeSettings
-from robustq.hardening.methods.method import CrossEntropy, Method
-from robustq.hardening.methods.n_fgsm import NFgsm, NFgsmSettings
-from robustq.hardening.methods.natural import Natural, NaturalSettings
-from robustq.hardening.methods.odgq import Odgq, OdgqSettings
-from robustq.hardening.methods.pgd import Pgd, PgdSettings
-from robustq.hardening.methods.ptq import PtqSettings
-from robustq.hardening.methods.rslad import Rslad, RsladSettings, Teacher
-from robustq.hardening.methods.trades import Trades, TradesSettings
+from robustq.hardening import methods
+from robustq.hardening.methods.method import CrossEntropy, Method, MethodContext, MethodEntry, Teacher
 from robustq.recipe import Recipe
 from robustq.recipe.schema import check_settings
 
-SETTINGS: dict[str, type] = {
-    "natural": NaturalSettings,
-    "odgq": OdgqSettings,
-    "pgd": PgdSettings,
-    "free": FreeSettings,
-    "dq": DqSettings,
-    "fgsm-rs": FgsmRsSettings,
-    "n-fgsm": NFgsmSettings,
-    "fgsm-mep": FgsmMepSettings,
-    "trades": TradesSettings,
-    "rslad": RsladSettings,
-    "ptq": PtqSettings,
-}
-"""Method -> the dataclass of its own table in a recipe."""
+
+def _find_methods() -> dict[str, MethodEntry]:
+    modules = (
+        importlib.import_module(f"{methods.__name__}.{one.name}") for one in pkgutil.iter_modules(methods.__path__)
+    )
+    entries = (getattr(module, "METHOD", None) for module in modules)
+    return {entry.settings.method: entry for entry in entries if isinstance(entry, MethodEntry)}
+
+
+METHODS = _find_methods()
+"""Name -> method, ``ptq`` included, which does not train."""
+
+SETTINGS: dict[str, type] = {name: entry.settings for name, entry in METHODS.items()}
+"""Name -> the dataclass of the method's own table in a recipe."""
 
 
 def resolved_settings(recipe: Recipe) -> dict[str, Any]:
@@ -47,16 +42,16 @@ def resolved_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
-    """Plain JSON types with every value that the recipe alone settles; None where the model or an option does.
+    """Plain JSON types with every value that the recipe alone decides; None if the model or an option decides it.
 
     Raises:
         RecipeError: an unknown key or value in the method's own table.
     """
     values = {**recipe.to_dict(), "settings": resolved_settings(recipe)}
-    # One width stands for both.
+    # One bit width applies to both.
     values["weight_bits"] = recipe.weight_bits or recipe.act_bits
     values["act_bits"] = recipe.act_bits or recipe.weight_bits
-    if recipe.data in SIDES and recipe.method != "ptq":
+    if recipe.data in SIDES and METHODS[recipe.method].build is not None:
         usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
         values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
         values["flip"] = usual.flip if recipe.flip is None else recipe.flip
@@ -74,74 +69,30 @@ def build_method(
     seed: int,
     teacher: Teacher | None = None,
 ) -> Method:
-    """The method that ``recipe`` names, bound to ``model``.
+    """The method that ``recipe`` names, for ``model``.
 
     Args:
         recipe: checked recipe.
-        model: network in train mode on ``device``.
-        epsilon: radius of the threat model in [0, 1].
-        image_shape: (C, H, W).
-        samples: number of training images.
-        device: where training runs.
+        model, epsilon, image_shape, samples, device, teacher: see :class:`.method.MethodContext`.
         seed: of the method's own random draws.
-        teacher: of the method ``rslad``.
 
     Raises:
-        RecipeError: a fault in the method's own table.
+        RecipeError: an invalid value in the method's own table.
         UsageError: ``rslad`` without a teacher, or a method that does not train.
     """
     settings = check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method)
-    cross_entropy = CrossEntropy(recipe.label_smoothing)
-    generator = torch.Generator().manual_seed(seed)
-    match settings:
-        case NaturalSettings():
-            return Natural(model, cross_entropy=cross_entropy)
-        case DqSettings():
-            return Dq(model, settings, cross_entropy=cross_entropy)
-        case OdgqSettings():
-            return Odgq(
-                model,
-                settings,
-                epsilon=epsilon,
-                batch_size=recipe.batch_size,
-                image_shape=image_shape,
-                samples=samples,
-                device=device,
-                generator=generator,
-                cross_entropy=cross_entropy,
-            )
-        case FreeSettings():
-            return Free(
-                model,
-                settings,
-                epsilon=epsilon,
-                batch_size=recipe.batch_size,
-                image_shape=image_shape,
-                samples=samples,
-                device=device,
-                cross_entropy=cross_entropy,
-            )
-        case FgsmMepSettings():
-            return FgsmMep(
-                model,
-                settings,
-                epsilon=epsilon,
-                image_shape=image_shape,
-                samples=samples,
-                device=device,
-                generator=generator,
-                cross_entropy=cross_entropy,
-            )
-        case PgdSettings():
-            return Pgd(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
-        case FgsmRsSettings():
-            return FgsmRs(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
-        case NFgsmSettings():
-            return NFgsm(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
-        case TradesSettings():
-            return Trades(model, settings, epsilon=epsilon, generator=generator, cross_entropy=cross_entropy)
-        case RsladSettings():
-            if teacher is None:
-                raise UsageError("method 'rslad' learns from a teacher and got none; set rslad.teacher to a model file")
-            return Rslad(model, settings, teacher=teacher, epsilon=epsilon, generator=generator)
-    raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")
+    build = METHODS[recipe.method].build
+    if build is None:
+        raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")
+    context = MethodContext(
+        model=model,
+        epsilon=epsilon,
+        batch_size=recipe.batch_size,
+        image_shape=image_shape,
+        samples=samples,
+        device=device,
+        generator=torch.Generator().manual_seed(seed),
+        cross_entropy=CrossEntropy(recipe.label_smoothing),
+        teacher=teacher,
+    )
+    return build(context, settings)

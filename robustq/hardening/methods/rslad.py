@@ -1,12 +1,8 @@
-"""RSLAD: distilling a robust teacher.
-
-A robust network that another one learns from: its answers to training images, cached or asked for batch by batch.
-
-RSLAD: a small network learns robustness from a robust teacher (Zi et al. 2021, arXiv:2108.07969, Eq. 6 and 7).
+"""RSLAD: a small network learns robustness from a robust teacher (Zi et al. 2021, arXiv:2108.07969, Eq. 6 and 7).
 
 Loss = 5/6 KL(T(x) || S(x_adv)) + 1/6 KL(T(x) || S(x)), where x_adv maximises the divergence of S(x_adv) from T(x): the
-teacher's soft labels stand for the labels everywhere, in crafting too. The paper writes KL(S, T) and its code computes
-what stands here, the divergence that differs from the cross-entropy against soft labels by a constant.
+teacher's soft labels replace the labels, in attack generation too. The paper writes KL(S, T); its code computes the
+divergence above, which differs from the cross-entropy against soft labels by a constant.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,44 +18,27 @@ from robustq.attacks.ball import project, uniform_start
 from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import kl
 from robustq.data import Split
-from robustq.errors import ModelFileError, RecipeError
+from robustq.errors import ModelFileError, UsageError
 from robustq.hardening.methods.method import (
-    AUTO,
-    Drawing,
-    Step,
-    crafting,
-    length,
-    length_errors,
-    mode_errors,
-    step_length,
+    AdversarialTraining,
+    LossOutput,
+    MethodContext,
+    MethodEntry,
+    attack_generation,
 )
+from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, choice, number, path, size
 from robustq.progress import bar
-from robustq.recipe.schema import number_errors, shown, unknown_value
+from robustq.recipe import parse_epsilon
 
 BATCH = 500
-"""Images that the teacher is shown at a time when its answers are cached; the same in every run, for the same bits."""
+"""Images per pass when the teacher's logits are cached; the same in every run, so that the bits are the same."""
 
 
-class Teacher(Protocol):
-    """Gives soft labels."""
-
-    @property
-    def passes(self) -> int:
-        """Forward passes of the teacher that a batch costs."""
-
-    @property
-    def digest(self) -> Tensor:
-        """(32,) uint8, on the CPU: names the teacher's weights and how it is asked, for a run that is resumed."""
-
-    def logits(self, x: Tensor, places: Tensor) -> Tensor:
-        """Its answer to augmented training images (B, C, H, W) at ``places`` (B,): (B, K), without gradient."""
-
-
-class AskedTeacher:
-    """Looks at the very images that the student is trained on: one forward pass of the teacher a batch.
+class OnlineTeacher:
+    """Gets the augmented images that the student gets: one forward pass of the teacher for each batch.
 
     Args:
-        network: on the device of the batches; put into eval mode.
+        network: on the device of the batches; set to eval mode.
     """
 
     passes = 1
@@ -70,28 +48,27 @@ class AskedTeacher:
         self.digest = _digest(network, "asked")
 
     @torch.no_grad()
-    def logits(self, x: Tensor, places: Tensor) -> Tensor:
-        """See :meth:`Teacher.logits`."""
-        answer: Tensor = self._network(x)
-        return answer
+    def logits(self, x: Tensor, indices: Tensor) -> Tensor:
+        """See :meth:`.method.Teacher.logits`."""
+        logits: Tensor = self._network(x)
+        return logits
 
 
 class CachedTeacher:
-    """Has looked once at each training image as it is in the data set, and answers so for every crop of it.
+    """Gets each training image once, without augmentation; all crops of an image have the same soft label.
 
-    Where training augments, this deviates from arXiv:2108.07969, whose teacher sees the crop. Answers that are exact
-    for every crop would not be worth keeping: a CIFAR image has 162 crops and mirrorings, more than a run has epochs,
-    so that few would be used twice. The deviation is not small (docs/methods.md has figures), hence no default. Where
-    training mirrors images, the soft label is the mean of the probabilities of the image and its mirror image, so that
-    it does not depend on which of the two the student sees.
+    With augmentation this deviates from arXiv:2108.07969, whose teacher gets the crop. The deviation is not small
+    (docs/methods.md has figures), so it is not the default. Caching the logits of every crop would not pay: a CIFAR
+    image has 162 crops and flips, more than a run has epochs. If training flips images, the soft label is the mean of
+    the probabilities of the image and its mirror image.
 
-    The answers are a pure function of teacher, data and device, so a resumed run computes them again. Memory: 4 bytes
-    for each class of each training image (CIFAR-10: 1.8 MB, ImageNet: 5.1 GB), on the device.
+    The logits are a pure function of teacher, data and device; a resumed run computes them again. Memory: 4 bytes for
+    each class of each training image (CIFAR-10: 1.8 MB, ImageNet: 5.1 GB), on the device.
 
     Args:
-        network: on ``device``; put into eval mode.
+        network: on ``device``; set to eval mode.
         split: the training images.
-        mirrored: whether training mirrors them.
+        mirrored: whether training flips them.
         device: where the network and the batches are.
     """
 
@@ -102,20 +79,20 @@ class CachedTeacher:
         network.eval()
         parts = []
         with torch.no_grad(), bar("teacher", len(split)) as progress:
-            # Without a seed the images come in their own order and are not augmented.
+            # Without a seed the images are in their own order and not augmented.
             for batch in split.batches(BATCH, device=device):
                 logits: Tensor = network(batch.x)
                 if mirrored:
                     mirror: Tensor = network(batch.x.flip(-1))
-                    # In logarithms: a probability that rounds to 0 would make the divergence NaN.
+                    # As logarithms: a probability that rounds to 0 would make the divergence NaN.
                     logits = torch.logaddexp(logits.log_softmax(dim=1), mirror.log_softmax(dim=1)) - math.log(2)
                 parts.append(logits)
                 progress.advance(len(batch.y))
-        self._answers = torch.cat(parts)
+        self._logits = torch.cat(parts)
 
-    def logits(self, x: Tensor, places: Tensor) -> Tensor:
-        """See :meth:`Teacher.logits`; log-probabilities where images are mirrored."""
-        return self._answers[places]
+    def logits(self, x: Tensor, indices: Tensor) -> Tensor:
+        """See :meth:`.method.Teacher.logits`; log-probabilities where images are mirrored."""
+        return self._logits[indices]
 
 
 def _digest(network: nn.Module, how: str) -> Tensor:
@@ -126,125 +103,95 @@ def _digest(network: nn.Module, how: str) -> Tensor:
     return torch.frombuffer(bytearray(seen.digest()), dtype=torch.uint8)
 
 
-TEACHER_SEES = ("augmented", "original")
-
-
 @dataclass(frozen=True, kw_only=True)
-class RsladSettings:
+class RsladSettings(MethodSettings):
     """The ``[rslad]`` table of a recipe.
 
     Args:
-        teacher: path of the robust teacher, a model file that robustq wrote.
-        teacher_sees: ``augmented``: what the student sees, batch by batch, as in the paper; where nothing is augmented
-            that is always the same, so its answers are cached. ``original``: each training image as it is in the data
-            set, once, before the first batch, for all its crops: for teachers that are dear to ask. What that deviates
-            by is told in :class:`.teacher.CachedTeacher`.
-        steps: crafting steps (the paper: 10).
-        step_size: ``auto`` (see :func:`.crafting.step_length`), or a length such as ``"2/255"``.
-        start_size: half the width of the uniform random start; at least 1/255, for the reason given in
-            :class:`.trades.TradesSettings`.
-        clean_weight: share of the clean images in the loss (the paper: 1/6); 0 leaves their pass out.
-        batch_norm: of the crafting passes (:data:`.crafting.MODES`); ``eval`` as in the paper's code.
+        teacher: path of the robust teacher, a model file of robustq.
+        teacher_sees: ``augmented``: the images that the student gets, as in the paper (logits are cached if nothing is
+            augmented). ``original``: each training image once, without augmentation, for all its crops: for slow
+            teachers, a deviation (:class:`CachedTeacher`).
+        steps: of attack generation (the paper: 10).
+        step_size: ``auto`` (see :data:`.settings.AUTO`), or a length such as ``"2/255"``.
+        start_size: half the width of the uniform random start; at least 1/255, see :class:`.trades.TradesSettings`.
+        clean_weight: weight of the clean images in the loss (the paper: 1/6); 0 leaves their pass out.
+        batch_norm: during attack generation (:data:`.settings.BATCH_NORM_MODES`); ``eval`` as in the paper's code.
     """
 
-    teacher: str = ""
-    teacher_sees: str = "augmented"
-    steps: int = 1
-    step_size: str | float = AUTO
-    start_size: str | float = "1/255"
-    clean_weight: float = 1 / 6
-    batch_norm: str = "eval"
+    method = "rslad"
 
-    def __post_init__(self) -> None:
-        faults = number_errors("rslad.steps", self.steps, low=1, high=1000, whole=True)
-        faults += length_errors("rslad.step_size", self.step_size, words=(AUTO,))
-        faults += length_errors("rslad.start_size", self.start_size, least=1 / 255)
-        faults += number_errors("rslad.clean_weight", self.clean_weight, low=0, high=1)
-        faults += mode_errors("rslad.batch_norm", self.batch_norm)
-        if self.teacher_sees not in TEACHER_SEES:
-            faults.append(unknown_value("rslad.teacher_sees", self.teacher_sees, TEACHER_SEES))
-        if self.teacher != str(self.teacher):
-            faults.append(f"rslad.teacher = {shown(self.teacher)} is not a path")
-        if faults:
-            raise RecipeError("; ".join(faults))
+    teacher: str = path()
+    teacher_sees: str = choice("augmented", ("augmented", "original"))
+    steps: int = number(1, low=1, high=1000, whole=True)
+    step_size: str | float = size(AUTO, words=(AUTO,))
+    start_size: str | float = size("1/255", least=1 / 255)
+    clean_weight: float = number(1 / 6, low=0, high=1)
+    batch_norm: str = bn_mode("eval")
 
 
-class Rslad(Drawing):
-    """Crafting steps away from the teacher's answer, then one step of training towards it. Labels are not used.
+class Rslad(AdversarialTraining):
+    """Attack generation against the teacher's soft labels, then one training step towards them. Labels are not used.
 
-    Deviation from the paper's code: the divergence is summed over the classes and averaged over the batch. The code
-    averages over the classes too, which makes the loss so many times smaller.
-
-    Args:
-        model: the student, in train mode, images in [0, 1] -> logits.
-        settings: the ``[rslad]`` table.
-        teacher: gives the soft labels.
-        epsilon: radius of the threat model, in [0, 1].
-        generator: CPU generator of the random starts.
+    Deviation from the paper's code: the divergence is summed over the classes and averaged over the batch; the code
+    averages over the classes too, which divides the loss by their number.
     """
 
-    adversarial = True
+    settings: RsladSettings
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: RsladSettings,
-        *,
-        teacher: Teacher,
-        epsilon: float,
-        generator: torch.Generator,
-    ) -> None:
-        super().__init__(generator)
-        self.model = model
-        self.settings = settings
-        self.teacher = teacher
-        self.epsilon = epsilon
+    def __init__(self, context: MethodContext, settings: RsladSettings) -> None:
+        super().__init__(context, settings)
+        if context.teacher is None:
+            raise UsageError("method 'rslad' learns from a teacher and got none; set rslad.teacher to a model file")
+        self.teacher = context.teacher
         self._soft = torch.empty(0)
 
     @property
     def passes(self) -> str:
-        """Cost of a batch; the teacher's forward pass, where there is one, is named apart."""
+        """The attack passes, one or two training passes, and the teacher's."""
         count = int(self.settings.steps) + (2 if self.settings.clean_weight else 1)
         teacher = " + 1 teacher's forward" if self.teacher.passes else ""
         return f"{count} forward{teacher} + {count} backward passes"
 
-    def perturb(self, x: Tensor, y: Tensor, places: Tensor) -> Tensor:
-        """Ascent of the divergence from the teacher's answer to x, inside the ball and inside [0, 1]."""
+    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        """Ascent of the divergence from the soft labels of x, inside the ball and inside [0, 1]."""
         settings, epsilon, steps = self.settings, self.epsilon, int(self.settings.steps)
-        soft = self._soft = self.teacher.logits(x, places)
-        step = step_length(settings.step_size, epsilon=epsilon, steps=steps)
-        start = uniform_start(x, epsilon=length(settings.start_size), generator=self.generator)
+        soft = self._soft = self.teacher.logits(x, indices)
+        step = self.step_size()
+        start = uniform_start(x, epsilon=parse_epsilon(settings.start_size), generator=self.generator)
         x_adv = project(start, x, epsilon=epsilon)
-        with crafting(self.model, settings.batch_norm):
+        with attack_generation(self.model, settings.batch_norm):
             for _ in range(steps):
                 gradient = input_gradient(self.model, x_adv, lambda logits: kl(logits, soft)).gradient
                 x_adv = project(x_adv + step * gradient.sign(), x, epsilon=epsilon)
         return x_adv
 
-    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
-        """Both divergences from the soft labels that :meth:`perturb` got; in train mode, each by its own statistics."""
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
+        """Both divergences from the soft labels of :meth:`perturb`; in train mode each with its own statistics."""
         weight = self.settings.clean_weight
         logits = self.model(x_adv)
         gap = kl(logits, self._soft).mean()
         if not weight:
-            return Step(gap, {"kl": gap.detach()}, logits.detach())
+            return LossOutput(gap, {"kl": gap.detach()}, logits.detach())
         clean = kl(self.model(x), self._soft).mean()
-        return Step(
-            (1 - weight) * gap + weight * clean, {"kl": gap.detach(), "clean_kl": clean.detach()}, logits.detach()
-        )
+        terms = {"kl": gap.detach(), "clean_kl": clean.detach()}
+        return LossOutput((1 - weight) * gap + weight * clean, terms, logits.detach())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator, and which teacher it is."""
+        """The generator's state and the teacher's digest."""
         return {**super().state_dict(), "teacher": self.teacher.digest}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put the generator back.
+        """Restore the generator's state.
 
         Raises:
-            ModelFileError: the run began with another teacher, which a resumed run cannot go on without.
+            ModelFileError: the run began with another teacher.
         """
         if not torch.equal(state["teacher"].cpu(), self.teacher.digest):
             raise ModelFileError(
                 f"{self.settings.teacher}: is not the teacher any more that the run began with; put that file back"
             )
         super().load_state_dict(state)
+
+
+METHOD = MethodEntry(RsladSettings, Rslad)

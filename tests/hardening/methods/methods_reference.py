@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.hardening.methods.odgq_reference import ReferenceNet, task_loss
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""x, y, places."""
+"""x, y, indices."""
 
 
 @dataclass
@@ -95,7 +95,7 @@ def pgd(task: Task, *, steps: int, step: float, random_start: bool, mode: str) -
     """Madry et al.: x_{t+1} = Pi(x_t + step sign grad CE(x_t)); the attack's labels are not smoothed."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         x_t = task.into_ball(task.uniform(x, task.epsilon), x) if random_start else x
         for _step in range(steps):
             sign = ascent(x_t, lambda at: task_loss(task.answer(at, mode), y))
@@ -110,7 +110,7 @@ def fgsm_rs(task: Task, *, alpha: float, mode: str) -> Reference:
     """Wong et al., Algorithm 3."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         start = task.into_ball(task.uniform(x, task.epsilon), x)
         sign = ascent(start, lambda at: task_loss(task.answer(at, mode), y))
         x_adv = task.into_ball(start + alpha * sign, x)
@@ -124,7 +124,7 @@ def n_fgsm(task: Task, *, k: float, alpha: float, mode: str) -> Reference:
     """De Jorge et al., Algorithm 1: no projection."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         noisy = task.uniform(x, k * task.epsilon).clamp(0, 1)
         sign = ascent(noisy, lambda at: task_loss(task.answer(at, mode), y))
         x_adv = (noisy + alpha * sign).clamp(0, 1)
@@ -139,7 +139,7 @@ def free(task: Task, *, m: int, step: float, slots: int, image: Tensor) -> Refer
     delta = [torch.zeros_like(image) for _ in range(slots)]
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         for _repeat in range(m):
             x_adv = torch.stack([(x[i] + delta[i]).clamp(0, 1) for i in range(len(x))]).requires_grad_()
             loss = task.cross_entropy(task.answer(x_adv), y)
@@ -157,7 +157,7 @@ def dq(task: Task, *, beta: float) -> Reference:
     """Lin et al.: beta/2 sum_l ||W_l W_l^T - I||^2, or ||W_l^T W_l - I||^2 where that is the smaller matrix."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         penalty = x.new_zeros(())
         for name, weight in task.net.parameters.items():
             if name not in ("conv1.weight", "conv2.weight", "fc.weight"):
@@ -191,7 +191,7 @@ def fgsm_mep(
     begun: list[int] = []
 
     def train_on(epoch: int, batch: Batch) -> Iterator[Made]:
-        x, y, places = batch
+        x, y, indices = batch
         if epoch not in begun:
             begun.append(epoch)
             if epoch % reset == 0:
@@ -200,7 +200,7 @@ def fgsm_mep(
                 for i in range(samples):
                     delta[i] = min(alpha, task.epsilon) * torch.where(bits[i] == 1, 1.0, -1.0).double()
                     momentum[i] = torch.zeros_like(image)
-        rows = [int(place) for place in places]
+        rows = [int(place) for place in indices]
         x_0 = torch.stack([(x[i] + delta[row]).clamp(0, 1) for i, row in enumerate(rows)]).requires_grad_()
         prior = task.answer(x_0, mode)
         (g,) = torch.autograd.grad(task.cross_entropy(prior, y), x_0, retain_graph=True)
@@ -230,7 +230,7 @@ def trades(task: Task, *, beta: float, steps: int, step: float, start: float, mo
     """Zhang et al., Algorithm 1, but for the width of the start."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, y, _places = batch
+        x, y, _indices = batch
         clean = task.answer(x, mode).detach()
         near = torch.stack(
             [torch.max(torch.min(a, b + start), b - start) for a, b in zip(task.uniform(x, start), x, strict=True)]
@@ -253,7 +253,7 @@ def rslad(
     """Zi et al., Eq. 6 and 7: soft labels everywhere."""
 
     def train_on(_: int, batch: Batch) -> Iterator[Made]:
-        x, _y, _places = batch
+        x, _y, _indices = batch
         soft = teacher(x)
         near = torch.stack(
             [torch.max(torch.min(a, b + start), b - start) for a, b in zip(task.uniform(x, start), x, strict=True)]

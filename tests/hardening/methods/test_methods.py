@@ -1,11 +1,10 @@
-"""Every method beside ODG-Q against its line-by-line reference over several epochs, its cost counted, its faults told.
+"""Every method beside ODG-Q against a line-by-line reference over several epochs, its cost, and its invalid settings.
 
 The comparison runs in float64, as that of ODG-Q does (`test_odgq.py` says why).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,43 +15,32 @@ from robustq.errors import RecipeError, UsageError
 from robustq.hardening.methods.dq import orthogonality
 from robustq.hardening.methods.fgsm_mep import FgsmMep
 from robustq.hardening.methods.free import Free
-from robustq.hardening.methods.method import CrossEntropy, Method
-from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import AskedTeacher
-from robustq.recipe import Recipe
+from robustq.hardening.methods.registry import SETTINGS, resolved_settings
+from robustq.hardening.methods.rslad import OnlineTeacher
 from robustq.recipe.schema import METHODS
 from tests.hardening.methods import methods_reference as reference
 from tests.hardening.methods.test_odgq import EPSILON, SAMPLES, SHAPE, SLOTS, Twin, assert_close, images, running, twins
+from tests.hardening.tiny import build, recipe
 
-CPU = torch.device("cpu")
 IMAGE = torch.zeros(SHAPE, dtype=torch.float64)
 LEVEL = 1 / 255
 SEED = 5
-
-
-def recipe(method: str, *, smoothing: float = 0.0, **keys: Any) -> Recipe:
-    return Recipe(
-        name="test", method=method, epochs=1, batch_size=SLOTS, lr=0.05, label_smoothing=smoothing, settings=keys
-    )
 
 
 def teacher_net() -> Twin:
     return twins(seed=9)[0].eval()
 
 
+def settings_of(method: str, **keys: Any) -> dict[str, Any]:
+    return resolved_settings(recipe(method, settings=keys))
+
+
 def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: float = EPSILON, **keys: Any) -> Any:
     """The method on a float64 net: its memory in float64 too."""
-    teacher = AskedTeacher(teacher_net()) if method == "rslad" else None
-    made: Any = build_method(
-        recipe(method, smoothing=smoothing, **keys),
-        model,
-        epsilon=epsilon,
-        image_shape=SHAPE,
-        samples=SAMPLES,
-        device=CPU,
-        seed=SEED,
-        teacher=teacher,
-    )
+    teacher = OnlineTeacher(teacher_net()) if method == "rslad" else None
+    settings = recipe(method, batch_size=SLOTS, label_smoothing=smoothing, settings=keys)
+    sizes: dict[str, Any] = {"image_shape": SHAPE, "samples": SAMPLES}
+    made = build(settings, model, epsilon=epsilon, **sizes, seed=SEED, teacher=teacher)
     for name in ("perturbation", "perturbations", "momenta"):
         if hasattr(made, name):
             setattr(made, name, getattr(made, name).double())
@@ -71,11 +59,11 @@ def train_both(
         # Each epoch in another order, in batches of 6, 6 and 4: the last batch is short, and samples change slots.
         order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch))
         method.begin_epoch(epoch)
-        for places in torch.split(order, SLOTS):
-            expected = plain(epoch, (x[places], y[places], places))
+        for indices in torch.split(order, SLOTS):
+            expected = plain(epoch, (x[indices], y[indices], indices))
             for _ in range(method.repeats):
-                x_adv = method.perturb(x[places], y[places], places)
-                step = method.loss(x[places], x_adv, y[places], places)
+                x_adv = method.perturb(x[indices], y[indices], indices)
+                step = method.loss(x[indices], x_adv, y[indices], indices)
                 optimizer.zero_grad()
                 step.loss.backward()
                 method.after_backward(x_adv)
@@ -95,9 +83,6 @@ def train_both(
                 trace.append(want)
             assert next(expected, None) is None
     return trace
-
-
-MODES = ["eval", "train", "separate"]
 
 
 @pytest.mark.parametrize(
@@ -190,17 +175,24 @@ def test_orthonormal_layers_are_not_penalised() -> None:
     assert orthogonality(grouped).item() == pytest.approx(0.0, abs=1e-10)
 
 
-@pytest.mark.parametrize("through_prior", [True, False])
-@pytest.mark.parametrize("mode", MODES)
-def test_fgsm_mep(mode: str, through_prior: bool) -> None:
+@pytest.mark.parametrize(
+    ("mode", "through_prior", "keys"),
+    [
+        *((mode, True, {}) for mode in ("eval", "train", "separate")),
+        *((mode, False, {}) for mode in ("eval", "train")),
+        ("train", True, {"step_scale": 0.5, "momentum": 0.9, "mse_weight": 1.0}),
+    ],
+)
+def test_fgsm_mep(mode: str, through_prior: bool, keys: dict[str, float]) -> None:
     model, net = twins()
     task = reference.Task(net, EPSILON, SEED, smoothing=0.4)
-    method = built("fgsm-mep", model, smoothing=0.4, reset_epochs=3, prior_gradient=through_prior, batch_norm=mode)
+    common: dict[str, Any] = {"reset_epochs": 3, "prior_gradient": through_prior, "batch_norm": mode}
+    method = built("fgsm-mep", model, smoothing=0.4, **common, **keys)
     plain = reference.fgsm_mep(
         task,
-        alpha=EPSILON,
-        mu=0.3,
-        lambda_=10.0,
+        alpha=EPSILON * keys.get("step_scale", 1.0),
+        mu=keys.get("momentum", 0.3),
+        lambda_=keys.get("mse_weight", 10.0),
         reset=3,
         samples=SAMPLES,
         image=IMAGE,
@@ -210,24 +202,6 @@ def test_fgsm_mep(mode: str, through_prior: bool) -> None:
     # The fourth epoch starts anew.
     trace = train_both(method, model, plain, net, epochs=4)
     assert all(bool((made.x_adv == bound).any()) for made in trace for bound in (0.0, 1.0))
-
-
-def test_fgsm_mep_other_settings() -> None:
-    model, net = twins()
-    task = reference.Task(net, EPSILON, SEED)
-    method = built("fgsm-mep", model, step_scale=0.5, momentum=0.9, mse_weight=1.0)
-    plain = reference.fgsm_mep(
-        task,
-        alpha=0.5 * EPSILON,
-        mu=0.9,
-        lambda_=1.0,
-        reset=40,
-        samples=SAMPLES,
-        image=IMAGE,
-        mode="train",
-        through_prior=True,
-    )
-    train_both(method, model, plain, net, epochs=3)
 
 
 def test_fgsm_mep_draws_its_starts_in_parts_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +304,6 @@ COSTS: list[tuple[str, dict[str, Any], int, int, int]] = [
     ("odgq", {"natural_gradient": True}, 3, 3, 0),
     ("dq", {}, 1, 1, 0),
     ("pgd", {"steps": 7}, 8, 8, 0),
-    ("pgd", {"steps": 1, "random_start": False}, 2, 2, 0),
     ("fgsm-rs", {}, 2, 2, 0),
     ("n-fgsm", {}, 2, 2, 0),
     ("free", {"repeats": 1}, 1, 1, 0),
@@ -340,7 +313,6 @@ COSTS: list[tuple[str, dict[str, Any], int, int, int]] = [
     ("fgsm-mep", {"prior_gradient": False, "batch_norm": "eval"}, 2, 2, 0),
     ("fgsm-mep", {"mse_weight": 0}, 2, 2, 0),
     ("trades", {"steps": 10}, 13, 12, 0),
-    ("trades", {"steps": 1}, 4, 3, 0),
     ("rslad", {}, 3, 3, 1),
     ("rslad", {"clean_weight": 0, "steps": 2}, 3, 3, 1),
 ]
@@ -357,7 +329,7 @@ def test_passes_are_what_a_batch_costs(
     if name == "odgq":
         method.perturbations = method.perturbations.double()
     if name == "rslad":
-        method.teacher = AskedTeacher(teacher)
+        method.teacher = OnlineTeacher(teacher)
     method.begin_epoch(0)
     counted = Counted(model)
     x, y = images(SLOTS, seed=1)
@@ -383,7 +355,7 @@ def test_every_method_that_trains_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_crafting_leaves_weights_and_modes_alone(name: str) -> None:
+def test_attack_generation_leaves_weights_and_modes_alone(name: str) -> None:
     model, _ = twins()
     keys: dict[str, Any] = {"batch_norm": "eval"} if name in ("fgsm-rs", "n-fgsm", "fgsm-mep") else {}
     method = built(name, model, **keys)
@@ -409,10 +381,10 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
         method = built(name, model, **keys)
         method.begin_epoch(0)
         x, y = images(SLOTS, seed=1)
-        places = torch.arange(SLOTS)
-        x_adv = method.perturb(x, y, places)
+        indices = torch.arange(SLOTS)
+        x_adv = method.perturb(x, y, indices)
         if twice:
-            loss = method.loss(x, x_adv, y, places).loss
+            loss = method.loss(x, x_adv, y, indices).loss
             torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
         elif name == "fgsm-mep":
             method._prior = None  # its first call would reuse the answer at the old weights
@@ -420,7 +392,7 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01)
-        loss = method.loss(x, x_adv, y, places).loss
+        loss = method.loss(x, x_adv, y, indices).loss
         loss.backward()
         assert all(torch.equal(value, state[key]) for key, value in method.state_dict().items())
         return loss.detach(), {key: value.grad for key, value in model.named_parameters() if value.grad is not None}
@@ -431,74 +403,39 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
     assert all(torch.equal(value, again[1][key]) for key, value in once[1].items())
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("natural", "odgq", "dq", "free")])
-def test_the_seed_settles_the_draws(name: str) -> None:
-    x, y = images(SLOTS, seed=1)
-
-    def perturbed(ambient: int) -> Tensor:
-        torch.manual_seed(ambient)
-        method = built(name, twins()[0])
-        method.begin_epoch(0)
-        made: Tensor = method.perturb(x, y, torch.arange(SLOTS))
-        return made
-
-    first = perturbed(1)
-    assert torch.equal(first, perturbed(2))
-
-
-def test_label_smoothing_is_that_of_torch() -> None:
-    logits, y = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3, 0, 1, 2])
-    plain = reference.Task(twins()[1], EPSILON, 0, smoothing=0.3)
-    assert CrossEntropy(0.3)(logits, y).item() == pytest.approx(plain.cross_entropy(logits, y).item(), rel=1e-5)
-
-
 BAD: list[tuple[str, str, Any]] = [
     ("pgd", "steps", 0),
     ("pgd", "steps", 2.5),
-    ("pgd", "steps", "seven"),
     ("pgd", "step_size", "quick"),
     ("pgd", "step_size", 0),
-    ("pgd", "step_size", 4),
     ("pgd", "step_size", True),
     ("pgd", "random_start", 1),
     ("pgd", "batch_norm", "joint"),
     ("pgd", "stpes", 3),
     ("fgsm-rs", "step_scale", 0),
     ("fgsm-rs", "step_scale", float("nan")),
-    ("fgsm-rs", "batch_norm", 1),
     ("n-fgsm", "noise_scale", -1),
-    ("n-fgsm", "step_scale", 0),
-    ("n-fgsm", "batch_norm", ""),
     ("free", "repeats", 0),
-    ("free", "repeats", 1.5),
-    ("free", "step_scale", float("inf")),
     ("dq", "orthogonality_weight", -1e-3),
     ("fgsm-mep", "step_scale", 0),
     ("fgsm-mep", "momentum", 1.5),
-    ("fgsm-mep", "mse_weight", -1),
     ("fgsm-mep", "reset_epochs", 0),
     ("fgsm-mep", "prior_gradient", "no"),
-    ("fgsm-mep", "batch_norm", "joint"),
     ("trades", "kl_weight", float("nan")),
-    ("trades", "steps", 1001),
     ("trades", "step_size", "1/0"),
     ("trades", "start_size", "1/510"),
     ("trades", "start_size", "auto"),
-    ("trades", "batch_norm", "x"),
     ("rslad", "teacher", 3),
     ("rslad", "teacher_sees", "both"),
-    ("rslad", "steps", 0),
-    ("rslad", "step_size", -0.1),
     ("rslad", "start_size", 0),
     ("rslad", "clean_weight", 1.01),
-    ("rslad", "batch_norm", "x"),
 ]
 
 
 @pytest.mark.parametrize(("method", "key", "value"), BAD)
 def test_bad_settings(method: str, key: str, value: Any) -> None:
     with pytest.raises(RecipeError, match=rf"{method}\.{key}\b"):
-        resolved_settings(recipe(method, **{key: value}))
+        settings_of(method, **{key: value})
 
 
 def test_all_bad_settings_are_told_at_once() -> None:
@@ -509,23 +446,14 @@ def test_all_bad_settings_are_told_at_once() -> None:
         r"trades\.start_size = 0\.001 must be at least 1/255; trades\.batch_norm = 'evil' is unknown; known: eval, "
         r"train, separate \(nearest: eval\)$",
     ):
-        resolved_settings(recipe("trades", kl_weight=-1, steps=0, step_size="far", start_size=0.001, batch_norm="evil"))
+        settings_of("trades", kl_weight=-1, steps=0, step_size="far", start_size=0.001, batch_norm="evil")
 
 
-GOOD: list[tuple[str, dict[str, Any]]] = [
-    ("pgd", {"step_size": 1}),
-    ("pgd", {"step_size": 1 / 255}),
-    ("trades", {"start_size": "1/255", "kl_weight": 0}),
-    ("trades", {"start_size": 0.003921568}),
-    ("rslad", {"clean_weight": 1}),
-    ("fgsm-mep", {"momentum": 0}),
-    ("n-fgsm", {"noise_scale": 0}),
-]
-
-
-@pytest.mark.parametrize(("method", "keys"), GOOD)
-def test_settings_at_the_ends_of_their_ranges(method: str, keys: dict[str, Any]) -> None:
-    assert resolved_settings(recipe(method, **keys)).items() >= keys.items()
+def test_settings_at_the_ends_of_their_ranges() -> None:
+    assert settings_of("pgd", step_size=1)["step_size"] == 1
+    assert settings_of("trades", start_size="1/255", kl_weight=0)["kl_weight"] == 0
+    assert settings_of("trades", start_size=0.003921568)["start_size"] == 0.003921568  # 1/255 in float32
+    assert settings_of("rslad", clean_weight=1)["clean_weight"] == 1
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -542,26 +470,13 @@ def test_what_does_not_train_is_not_built() -> None:
     with pytest.raises(UsageError, match="'ptq' does not train"):
         built("ptq", twins()[0])
     with pytest.raises(UsageError, match=r"got none; set rslad\.teacher"):
-        build_method(
-            recipe("rslad"), twins()[0], epsilon=EPSILON, image_shape=SHAPE, samples=1, device=CPU, seed=0, teacher=None
-        )
+        build(recipe("rslad"), twins()[0])
 
 
-def test_build_method_hands_the_settings_on() -> None:
-    makers: dict[str, Callable[[Any], Any]] = {
-        "pgd": lambda made: made.settings.steps,
-        "free": lambda made: made.repeats,
-        "dq": lambda made: made.settings.orthogonality_weight,
-    }
-    keys: dict[str, dict[str, Any]] = {
-        "pgd": {"steps": 5},
-        "free": {"repeats": 6},
-        "dq": {"orthogonality_weight": 0.25},
-    }
-    for name, read in makers.items():
-        method: Method = built(name, twins()[0], **keys[name])
-        assert [read(method)] == list(keys[name].values())
-    slots: Free = built("free", twins()[0])
-    assert slots.perturbation.shape == (SLOTS, *SHAPE)
-    samples: FgsmMep = built("fgsm-mep", twins()[0])
-    assert samples.perturbations.shape == samples.momenta.shape == (SAMPLES, *SHAPE)
+def test_build_method_passes_settings_and_sizes_on() -> None:
+    model = twins()[0]
+    assert built("pgd", model, steps=5).settings.steps == 5
+    assert built("free", model, repeats=6).repeats == 6
+    assert built("free", model).perturbation.shape == (SLOTS, *SHAPE)
+    mep: FgsmMep = built("fgsm-mep", model)
+    assert mep.perturbations.shape == mep.momenta.shape == (SAMPLES, *SHAPE)

@@ -12,7 +12,7 @@ from sklearn.metrics.pairwise import rbf_kernel
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.hardening.methods.mmd import _squared_distances, mmd
+from robustq.hardening.methods.mmd import mmd
 
 ESTIMATORS = ["root", "squared"]
 BANDWIDTHS: list[Any] = ["median", "mean", "mixture", 2.5]
@@ -171,18 +171,6 @@ def test_mostly_equal_samples_keep_a_usable_bandwidth(bandwidth: Any, scale: flo
     assert gradient.abs().max() * scale <= 2e-2
 
 
-def test_squared_distances_are_not_negative_and_0_on_the_diagonal() -> None:
-    # Close pairs among distant ones, where rounding leaves |u|^2 + |v|^2 - 2 uv below 0.
-    joint = features(20, 64, seed=1, dtype=torch.float32).repeat(2, 1)
-    joint += 1e-5 * features(40, 64, seed=2, dtype=torch.float32)
-    distances = _squared_distances(joint)
-    assert distances.min() >= 0.0
-    assert distances.diagonal().abs().max() == 0.0
-    exact = torch.cdist(joint.double(), joint.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    # Norms of about 64 in float32: a few units in the last place, 4e-6 each.
-    torch.testing.assert_close(distances.double(), exact, rtol=1e-6, atol=1e-4)
-
-
 @pytest.mark.parametrize("first", [0, 5, 39])
 def test_one_far_sample_does_not_blur_the_others(first: int) -> None:
     # The centre is the mean and not that sample, wherever in the batch it is. The far sample draws the mean 12 away
@@ -217,22 +205,13 @@ def test_autocast_changes_nothing(bandwidth: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    ("shapes", "settings", "named"),
     [
-        ({"estimator": "unbiased"}, "unbiased"),
-        ({"bandwidth": "modal"}, "modal"),
-        ({"bandwidth": 0.0}, "0.0"),
-        ({"bandwidth": -1.0}, "-1.0"),
-        ({"bandwidth": math.nan}, "nan"),
-        ({"bandwidth": math.inf}, "inf"),
+        (((2, 3), (2, 3)), {"estimator": "unbiased"}, "unbiased"),
+        *((((2, 3), (2, 3)), {"bandwidth": value}, str(value)) for value in ("modal", 0.0, -1.0, math.nan, math.inf)),
+        *((shapes, {}, "samples, D") for shapes in (((2, 3), (2, 4)), ((2, 3, 1, 1), (2, 3, 1, 1)), ((0, 3), (2, 3)))),
     ],
 )
-def test_unknown_settings_are_refused(settings: dict[str, Any], named: str) -> None:
+def test_invalid_arguments_are_refused(shapes: Any, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        mmd(torch.zeros(2, 3), torch.zeros(2, 3), **settings)
-
-
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((2, 3, 1, 1), (2, 3, 1, 1)), ((0, 3), (2, 3)), ((2, 3), (0, 3))])
-def test_unfit_shapes_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
-    with pytest.raises(UsageError, match="samples, D"):
-        mmd(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+        mmd(torch.zeros(shapes[0]), torch.zeros(shapes[1]), **settings)

@@ -1,4 +1,4 @@
-"""What a crafting pass computes: its input's gradient, and nothing for the weights."""
+"""Attack generation computes the gradient of the images, and none for the weights."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.hardening.methods.method import MODES, crafting
+from robustq.hardening.methods.method import attack_generation
+from robustq.hardening.methods.settings import BATCH_NORM_MODES
 from robustq.models.quant.quantizers import learned_thresholds
 from tests.models.test_shared_weights import images, network
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", BATCH_NORM_MODES)
 @pytest.mark.parametrize("bits", [32, 4, 1])
 def test_the_input_gets_the_same_gradient_and_nothing_else_one(mode: str, bits: int) -> None:
     model, twin = network(bits), network(bits)
     twin.train(mode != "eval")
     x, of_twin = images().requires_grad_(), images().requires_grad_()
-    with crafting(model, mode):
+    with attack_generation(model, mode):
         loss = model(x).logsumexp(dim=1).sum()
         loss.backward()
     twin(of_twin).logsumexp(dim=1).sum().backward()
@@ -32,7 +33,7 @@ def test_only_what_asked_before_asks_again() -> None:
     model = network(4)
     fixed = next(iter(learned_thresholds(model).values())).log_threshold.requires_grad_(False)
     asking = [name for name, value in model.named_parameters() if value.requires_grad]
-    with pytest.raises(KeyError), crafting(model, "separate"):
+    with pytest.raises(KeyError), attack_generation(model, "separate"):
         assert not any(value.requires_grad for value in model.parameters())
         raise KeyError
     assert [name for name, value in model.named_parameters() if value.requires_grad] == asking

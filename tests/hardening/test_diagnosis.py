@@ -1,0 +1,283 @@
+"""NaN, Inf and memory that runs out: recognised, traced to step and layer, and answered with what fits."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.data import Batch, TensorSplit
+from robustq.errors import NotFiniteError
+from robustq.hardening import optimization, trainer
+from robustq.hardening.diagnosis import (
+    FiniteCheck,
+    is_out_of_memory,
+    largest_that_fits,
+    nonfinite_layers,
+    runs_out_of_memory,
+)
+from robustq.hardening.forecast import fitting_setting
+from robustq.hardening.methods.method import LossOutput
+from robustq.hardening.methods.natural import Natural
+from robustq.hardening.precision import CompiledForward
+from robustq.hardening.state import StopRequest
+from robustq.models.spec import ModelSpec, build_model
+from tests.hardening.tiny import CPU, MemoryCheckpointer, ScriptedMonitor, begin, natural, recipe, training
+
+IMAGES, BATCH = 40, 8  # five steps an epoch
+
+
+class Marked(nn.Module):
+    """Passes images on, but answers a batch that holds a white pixel with Inf: it breaks at one known step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.amax() == 1.0, x * math.inf, x)
+
+
+def network(first: nn.Module, features: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(OrderedDict(first=first, flat=nn.Flatten(), fc=nn.Linear(features, 3)))
+
+
+class Split(TensorSplit):
+    """Grey images; the batch of one step, counted from 1 over all epochs, gets a pixel of another value."""
+
+    def __init__(self, step: int, value: float) -> None:
+        super().__init__(torch.full((IMAGES, 1, 4, 4), 100, dtype=torch.uint8), torch.arange(IMAGES) % 3)
+        self.step, self.value = step, value
+
+    def batches(self, batch_size: int, **keys: Any) -> Any:
+        first = keys["epoch"] * (IMAGES // BATCH) + keys["skip"] + 1
+        for number, batch in enumerate(super().batches(batch_size, **keys), start=first):
+            x = batch.x.clone()
+            if number == self.step:
+                x[3, 0, 2, 2] = self.value
+            yield Batch(x, batch.y, batch.places)
+
+
+class Faulty(Natural):
+    """Natural training, but the step whose images hold a white pixel fails in the way of its `fault`."""
+
+    fault = ""
+
+    def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        return x / 0.0 if self.fault == "images" and bool((x == 1.0).any()) else x
+
+    def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
+        output = super().loss(x, x_adv, y, indices)
+        loss, now = output.loss, bool((x == 1.0).any())
+        if now and self.fault == "loss":
+            loss = loss * math.inf
+        if now and self.fault == "weights":
+            # sqrt has an infinite slope at 0: the loss stays what it is, its gradient is NaN.
+            loss = loss + sum((0.0 * parameter).square().sum().sqrt() for parameter in self.model.parameters())
+        return LossOutput(loss, {}, output.logits)
+
+
+def run(model: nn.Module, split: TensorSplit, *, fault: str = "", **keys: Any) -> tuple[str, MemoryCheckpointer]:
+    method = natural(model, Faulty)
+    method.fault = fault
+    settings = recipe(**{"epochs": 3, "batch_size": BATCH, "lr": 0.01, **keys})
+    running = training(model, settings, method=method, data=split, seed=0)
+    checkpointer = begin(running)
+    with pytest.raises(NotFiniteError) as stopped:
+        running.run(checkpointer, StopRequest())
+    return str(stopped.value), checkpointer
+
+
+def finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(finite(part) for part in value.values())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@pytest.mark.parametrize("check_every", [1, 20])
+@pytest.mark.parametrize(
+    ("pixel", "fault", "words"),
+    [
+        (1.0, "loss", "the loss became inf in step 3 of epoch 2; every layer's output was finite"),
+        (1.0, "weights", "first.weight became NaN or Inf in the update of step 3 of epoch 2"),
+        (1.0, "images", "the adversarial images became NaN or Inf in step 3 of epoch 2"),
+        (math.nan, "", "an image of step 3 of epoch 2 is NaN or Inf"),
+        (-math.inf, "", "an image of step 3 of epoch 2 is NaN or Inf"),
+    ],
+)
+def test_step_and_place_are_named(
+    pixel: float, fault: str, words: str, check_every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "CHECK_EVERY", check_every)
+    message, checkpointer = run(network(nn.Conv2d(1, 2, 1), 32), Split(8, pixel), fault=fault)
+    assert message.startswith(words), message
+    assert "what was saved before remains" in message
+    # The first epoch was saved, nothing of the second.
+    assert checkpointer.saved == [(0, 0, False, False), (1, 0, True, True)]
+    assert finite(checkpointer.load())
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_first_layer_is_named(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimization, "CompiledForward", functools.partial(CompiledForward, backend="eager"))
+    message, _ = run(network(Marked(), 16), Split(8, 1.0), compile=compiling)
+    assert message.startswith("the output of first became NaN or Inf in step 3 of epoch 2"), message
+
+
+def test_a_state_within_an_epoch_is_where_the_repetition_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "SAVE_EVERY_SECONDS", 0.0)
+    message, checkpointer = run(network(Marked(), 16), Split(8, 1.0))
+    assert message.startswith("the output of first became NaN or Inf in step 3 of epoch 2"), message
+    assert checkpointer.saved[-1][:2] == (1, 2)  # every batch is saved here, and the broken one was not
+    assert finite(checkpointer.load())
+
+
+def test_a_fault_that_does_not_repeat_is_reported_as_such() -> None:
+    class Once(Split):
+        def batches(self, batch_size: int, **keys: Any) -> Any:
+            for batch in super().batches(batch_size, **keys):
+                if bool((batch.x == 1.0).any()):
+                    self.step = 0
+                yield batch
+
+    message, _ = run(network(Marked(), 16), Once(8, 1.0))
+    assert message.startswith("loss or weights became NaN or Inf between steps 1 and 5 of epoch 2, not when repeated")
+
+
+def test_too_high_a_learning_rate_names_a_layer_of_a_quantized_network() -> None:
+    torch.manual_seed(0)
+    model = build_model(ModelSpec("resnet8", 4, 4, 3, 1, 4, "digits", 0.1, tuple("012")))
+    draws = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (IMAGES, 1, 4, 4), generator=draws, dtype=torch.uint8)
+    message, _ = run(model, TensorSplit(images, torch.arange(IMAGES) % 3), lr=1e38, warmup_epochs=0)
+    assert " of epoch 1 " in message
+    named = message.removeprefix("the output of ").split()[0]
+    assert named in {name for name, _ in model.named_modules()} | set(model.state_dict()), message
+    assert "tensor_quant" not in named  # a layer by its usual name
+
+
+def test_the_check_sees_weights_and_running_statistics() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    check = FiniteCheck(CPU)
+    x, loss = torch.zeros(2, 1, 2, 2), torch.tensor(1.0)
+    check.add(x, loss)
+    assert check.is_finite(model)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            kept = value.clone()
+            value.fill_(math.nan)
+            assert not check.is_finite(model), name
+            value.copy_(kept)
+    assert check.is_finite(model)
+    check.add(x, loss * math.inf)
+    check.add(x, loss)
+    assert not check.is_finite(model)  # one broken batch is not forgotten
+
+
+def test_looking_for_layers_changes_nothing() -> None:
+    model = network(nn.Conv2d(1, 2, 1), 32)
+    x = torch.rand(2, 1, 4, 4)
+    before = model(x)
+    with nonfinite_layers(model) as found:
+        assert torch.equal(model(x), before)
+    assert found == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def allocate_an_exbibyte() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_a_real_allocation_that_fails_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as failed:
+        allocate_an_exbibyte()
+    assert is_out_of_memory(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_are_out_of_memory(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_other_errors_pass_through() -> None:
+    def broken() -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        runs_out_of_memory(broken)
+    assert not runs_out_of_memory(lambda: None)
+
+
+def test_the_memory_of_the_failed_work_is_free_again() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def work() -> None:
+        kept = torch.zeros(10)
+        held.append(weakref.ref(kept))
+        allocate_an_exbibyte()
+
+    gc.disable()  # the memory is needed now, not at the next collection
+    try:
+        assert runs_out_of_memory(work)
+        assert held[0]() is None
+    finally:
+        gc.enable()
+
+
+def starving_above(limit: int) -> Callable[[int], None]:
+    def work(size: int) -> None:
+        if size > limit:
+            allocate_an_exbibyte()
+
+    return work
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(9, 8), (8, 8), (7, 4), (2, 2), (1, None)])
+def test_the_largest_of_the_halves_that_fits(limit: int, expected: int | None) -> None:
+    assert largest_that_fits(starving_above(limit), too_large=16, least=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("limit", "images", "words"),
+    [
+        (9, 100, "a batch of 4 fits: --set batch_size=4"),  # 8 would, but without reserve
+        (10, 100, "a batch of 8 fits: --set batch_size=8"),
+        (1, 100, "not even a batch of 2 images fits"),
+        (32, 60, "monitoring 50 held-out images fits: --set monitor_images=50"),
+        (32, 100, "a batch of 32 fits now, so something else took the memory"),
+    ],
+)
+def test_the_answer_names_the_setting_that_fits(limit: int, images: int, words: str) -> None:
+    class Starving(Natural):
+        def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+            starving_above(limit)(len(x))
+            return x
+
+    class StarvingMonitor(ScriptedMonitor):
+        def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
+            starving_above(watched)(images or 100)
+            return 1.0
+
+    watched = images
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    data = TensorSplit(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 2)
+    settings = recipe(batch_size=32, monitor_images=100)
+    starved = training(model, settings, method=natural(model, Starving), data=data, monitor=StarvingMonitor())
+    assert fitting_setting(starved).startswith(words)
