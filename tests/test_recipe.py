@@ -23,7 +23,8 @@ from robustq.hardening.state import restore
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
-from robustq.recipe.schema import PAPER_TABLES, by_table, check_settings
+from robustq.recipe.paper import PAPER_TABLES, by_table
+from robustq.recipe.schema import check_settings
 from robustq.workflow.run import prepare
 
 RECIPES = Path(robustq.__file__).parent / "recipes"

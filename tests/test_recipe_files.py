@@ -97,7 +97,7 @@ def test_what_cannot_be_extended_is_one_clear_line(folder: Path, text: str, told
 
 @pytest.mark.parametrize("key", ["extends=natural", "paper_rows.I=1", "evidence.seed=1"])
 def test_what_stands_in_files_only_cannot_be_set(key: str) -> None:
-    with pytest.raises(RecipeError, match="stands in a recipe file only"):
+    with pytest.raises(RecipeError, match="is allowed in a recipe file only"):
         load_recipe("natural", (key,))
 
 
@@ -129,8 +129,8 @@ def test_claims_are_checked(folder: Path, old: str, new: str, told: str) -> None
 def test_claims_are_no_part_of_a_run_and_printed_as_comments(folder: Path) -> None:
     recipe = load_recipe(str(folder / "base.toml"))
     assert not {"paper_rows", "evidence"} & recipe.to_dict().keys()
-    assert recipe.claims()["evidence"]["command"] == "robustq train --recipe base.toml"
-    lines = toml_lines({**recipe.to_dict(), **recipe.claims()})
+    assert recipe.metadata()["evidence"]["command"] == "robustq train --recipe base.toml"
+    lines = toml_lines({**recipe.to_dict(), **recipe.metadata()})
     assert lines[1:4] == [
         "# row 1 of Table I of arXiv:2210.08701",
         "# evidence: clean 0.5 (seed 0, one CPU core)",
@@ -138,5 +138,5 @@ def test_claims_are_no_part_of_a_run_and_printed_as_comments(folder: Path) -> No
     ]
     # A copy of it is another recipe, of which nothing is known yet.
     again = load_recipe(child(folder, "\n".join(lines)))
-    assert again.claims() == {"paper_rows": {}, "evidence": {}}
+    assert again.metadata() == {"paper_rows": {}, "evidence": {}}
     assert {**again.to_dict(), "name": ""} == {**recipe.to_dict(), "name": ""}

@@ -82,7 +82,7 @@ class ModelSpec:
         known = {one.name: stored[one.name] for one in fields(cls) if one.name in stored}
         for name in ("weight_bits", "act_bits", "classes", "channels", "image_size"):
             if not isinstance(known[name], int) or isinstance(known[name], bool) or known[name] < 1:
-                raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be a whole number of at least 1")
+                raise ModelFileError(f"spec says {name} = {known[name]!r}; it must be an integer of at least 1")
         if not isinstance(known["architecture"], str) or not isinstance(known["data"], str):
             raise ModelFileError("spec names no architecture or no data set; write the model file again with robustq")
         epsilon = known["epsilon"]

@@ -51,7 +51,7 @@ class FgsmMepSettings:
         faults = number_errors("fgsm-mep.step_scale", self.step_scale, low=0, high=1000, above=True)
         faults += number_errors("fgsm-mep.momentum", self.momentum, low=0, high=1)
         faults += number_errors("fgsm-mep.mse_weight", self.mse_weight, low=0, high=100_000)
-        faults += number_errors("fgsm-mep.reset_epochs", self.reset_epochs, low=1, high=100_000, whole=True)
+        faults += number_errors("fgsm-mep.reset_epochs", self.reset_epochs, low=1, high=100_000, integer=True)
         faults += mode_errors("fgsm-mep.batch_norm", self.batch_norm)
         if faults:
             raise RecipeError("; ".join(faults))

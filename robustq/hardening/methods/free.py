@@ -30,7 +30,7 @@ class FreeSettings:
     step_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        faults = number_errors("free.repeats", self.repeats, low=1, high=1000, whole=True)
+        faults = number_errors("free.repeats", self.repeats, low=1, high=1000, integer=True)
         faults += number_errors("free.step_scale", self.step_scale, low=0, high=1000, above=True)
         if faults:
             raise RecipeError("; ".join(faults))

@@ -85,7 +85,7 @@ class OdgqSettings:
             if getattr(self, key) not in allowed and not (key == "bandwidth" and _positive(self.bandwidth))
         ]
         if not (1 <= self.domains <= MOST_DOMAINS and self.domains == int(self.domains)):
-            faults.append(f"odgq.domains = {shown(self.domains)} must be a whole number from 1 to {MOST_DOMAINS}")
+            faults.append(f"odgq.domains = {shown(self.domains)} must be an integer from 1 to {MOST_DOMAINS}")
         if not 0 <= self.mmd_weight <= 1e6:
             faults.append(f"odgq.mmd_weight = {shown(self.mmd_weight)} must be a number from 0 to 1000000")
         if not 0 < self.local_scale <= 1e3:

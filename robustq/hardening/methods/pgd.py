@@ -44,7 +44,7 @@ class PgdSettings:
     batch_norm: str = "eval"
 
     def __post_init__(self) -> None:
-        faults = number_errors("pgd.steps", self.steps, low=1, high=1000, whole=True)
+        faults = number_errors("pgd.steps", self.steps, low=1, high=1000, integer=True)
         faults += length_errors("pgd.step_size", self.step_size, words=(AUTO,))
         faults += mode_errors("pgd.batch_norm", self.batch_norm)
         if faults:

@@ -156,7 +156,7 @@ class RsladSettings:
     batch_norm: str = "eval"
 
     def __post_init__(self) -> None:
-        faults = number_errors("rslad.steps", self.steps, low=1, high=1000, whole=True)
+        faults = number_errors("rslad.steps", self.steps, low=1, high=1000, integer=True)
         faults += length_errors("rslad.step_size", self.step_size, words=(AUTO,))
         faults += length_errors("rslad.start_size", self.start_size, least=1 / 255)
         faults += number_errors("rslad.clean_weight", self.clean_weight, low=0, high=1)

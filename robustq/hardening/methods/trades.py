@@ -48,7 +48,7 @@ class TradesSettings:
 
     def __post_init__(self) -> None:
         faults = number_errors("trades.kl_weight", self.kl_weight, low=0, high=100_000)
-        faults += number_errors("trades.steps", self.steps, low=1, high=1000, whole=True)
+        faults += number_errors("trades.steps", self.steps, low=1, high=1000, integer=True)
         faults += length_errors("trades.step_size", self.step_size, words=(AUTO,))
         faults += length_errors("trades.start_size", self.start_size, least=1 / 255)
         faults += mode_errors("trades.batch_norm", self.batch_norm)
