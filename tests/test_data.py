@@ -32,7 +32,7 @@ from robustq.data import (
 )
 from robustq.data.augment import crop_and_flip, draw_crops_and_flips
 from robustq.data.folder import imagenet_class_names
-from robustq.data.splits import named_parts, stratified_parts, stratified_places
+from robustq.data.splits import split_by_name, stratified_indices, stratified_split
 from robustq.errors import DataError, RobustqError, RobustqWarning, UsageError
 
 BOTH = Augment(crop_padding=2, flip=True)
@@ -136,7 +136,7 @@ def test_shuffling_permutes_images_together_with_labels(split: Split) -> None:
     assert not known  # every image came, and came once
     assert not torch.equal(y, labels)
     batches = list(split.batches(4, device="cpu", seed=0))
-    places = torch.cat([batch.places for batch in batches])
+    places = torch.cat([batch.indices for batch in batches])
     assert places.dtype == torch.int64 and places.tolist() != sorted(places.tolist())
     assert torch.equal(torch.cat([batch.x for batch in batches]), to_float(images[places]))
     assert torch.equal(torch.cat([batch.y for batch in batches]), labels[places])
@@ -279,28 +279,28 @@ def test_tensor_split_refuses_what_is_no_split(images: Tensor, labels: Tensor, m
 
 def test_stratified_places_keeps_class_shares_to_the_image() -> None:
     labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[torch.randperm(100, generator=torch.manual_seed(0))]
-    chosen = stratified_places(labels, 10, at_least=0, spare=1, seed=0)
+    chosen = stratified_indices(labels, 10, at_least=0, spare=1, seed=0)
     assert labels[chosen].bincount().tolist() == [5, 3, 2]
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     # 11 images: shares 5.5, 3.3, 2.2, so the first class lost most by rounding down.
-    assert labels[stratified_places(labels, 11, at_least=0, spare=1, seed=0)].bincount().tolist() == [6, 3, 2]
-    assert not torch.equal(chosen, stratified_places(labels, 10, at_least=0, spare=1, seed=1))
+    assert labels[stratified_indices(labels, 11, at_least=0, spare=1, seed=0)].bincount().tolist() == [6, 3, 2]
+    assert not torch.equal(chosen, stratified_indices(labels, 10, at_least=0, spare=1, seed=1))
     # Within a class the choice is spread, not the first ones.
-    assert stratified_places(torch.zeros(1000, dtype=torch.int64), 100, at_least=0, spare=0, seed=0).max() > 800
+    assert stratified_indices(torch.zeros(1000, dtype=torch.int64), 100, at_least=0, spare=0, seed=0).max() > 800
 
 
 def test_stratified_places_respects_both_bounds() -> None:
     labels = torch.tensor([0] * 97 + [1, 2, 2])
-    assert labels[stratified_places(labels, 4, at_least=1, spare=0, seed=0)].bincount().tolist() == [2, 1, 1]
-    assert labels[stratified_places(labels, 100, at_least=0, spare=1, seed=0)].bincount().tolist() == [96, 0, 1]
+    assert labels[stratified_indices(labels, 4, at_least=1, spare=0, seed=0)].bincount().tolist() == [2, 1, 1]
+    assert labels[stratified_indices(labels, 100, at_least=0, spare=1, seed=0)].bincount().tolist() == [96, 0, 1]
 
 
 def test_stratified_parts_are_disjoint_and_complete() -> None:
     labels = torch.arange(101) % 7
-    rest, part = stratified_parts(labels, 0.1, seed=0)
+    rest, part = stratified_split(labels, 0.1, seed=0)
     assert len(part) == 10 and sorted(rest.tolist() + part.tolist()) == list(range(101))
-    assert len(stratified_parts(torch.arange(6), 0.1, seed=0)[1]) == 0  # one image per class: none to give
-    assert len(stratified_parts(torch.tensor([0, 0]), 0.1, seed=0)[1]) == 1
+    assert len(stratified_split(torch.arange(6), 0.1, seed=0)[1]) == 0  # one image per class: none to give
+    assert len(stratified_split(torch.tensor([0, 0]), 0.1, seed=0)[1]) == 1
 
 
 def test_digits_are_scaled_split_and_stay_as_they_are() -> None:
@@ -652,12 +652,12 @@ def test_a_file_more_or_less_moves_no_other_between_training_and_test(tmp_path: 
 def test_named_parts_take_a_fifth_and_leave_no_class_empty() -> None:
     names = [f"{label}/{number}.png" for label in range(5) for number in range(2000)]
     labels = torch.arange(5).repeat_interleave(2000)
-    rest, part = named_parts(names, labels)
+    rest, part = split_by_name(names, labels)
     assert sorted(rest.tolist() + part.tolist()) == list(range(10_000))
     # 4 standard deviations of a binomial share of 0.2 among 2000 are 0.036.
     assert ((labels[part].bincount() / 2000 - 0.2).abs() < 0.036).all()
     for number in range(50):
-        rest, part = named_parts([f"a{number}", f"b{number}", f"c{number}"], torch.tensor([0, 0, 1]))
+        rest, part = split_by_name([f"a{number}", f"b{number}", f"c{number}"], torch.tensor([0, 0, 1]))
         assert len(part) == 1 and sorted(rest.tolist() + part.tolist()) == [0, 1, 2] and 2 in rest.tolist()
 
 
@@ -830,8 +830,6 @@ def test_streamed_refuses_what_is_no_split() -> None:
         StreamedSplit([], torch.zeros(0), image_size=8)
     with pytest.raises(DataError):
         StreamedSplit(["a.png"], torch.zeros(2), image_size=8)
-    with pytest.raises(UsageError, match="-1"):
-        StreamedSplit(["a.png"], torch.zeros(1), image_size=8, workers=-1)
 
 
 def test_imagenet(tmp_path: Path) -> None:

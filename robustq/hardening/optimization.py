@@ -127,7 +127,7 @@ class Descent:
         return outcome
 
     def _descend(self, batch: Batch, *, epoch: int) -> Step:
-        x, y, places = batch.x, batch.y, batch.places
+        x, y, places = batch.x, batch.y, batch.indices
         recipe = self.recipe
         if recipe.awp_gamma and epoch >= recipe.awp_warmup_epochs:
             with self._quantized_once():
@@ -153,7 +153,7 @@ class Descent:
             yield
 
     def _gradient(self, batch: Batch, x_adv: Tensor) -> Step:
-        outcome = self.method.loss(batch.x, x_adv, batch.y, batch.places)
+        outcome = self.method.loss(batch.x, x_adv, batch.y, batch.indices)
         self.optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)

@@ -32,12 +32,12 @@ def test_skipped_batches_leave_the_others_as_they_are(split: Split, seed: int | 
         for batch, same in zip(rest, whole[skip:], strict=True):
             assert torch.equal(batch.x, same.x)
             assert torch.equal(batch.y, same.y)
-            assert torch.equal(batch.places, same.places)
+            assert torch.equal(batch.indices, same.indices)
 
 
 def test_skipped_images_are_not_read(tmp_path: Path) -> None:
     split = streamed(tmp_path / "images")
-    order = torch.cat([batch.places for batch in split.batches(4, device="cpu", seed=1)])
+    order = torch.cat([batch.indices for batch in split.batches(4, device="cpu", seed=1)])
     (sorted((tmp_path / "images").rglob("*.png"))[int(order[0])]).write_bytes(b"broken")
     with pytest.raises(DataError):
         list(split.batches(4, device="cpu", seed=1))
@@ -47,12 +47,12 @@ def test_skipped_images_are_not_read(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_terminal_leaves_the_workers_alone(tmp_path: Path) -> None:
     split = streamed(tmp_path / "images", workers=2)
     batches = split.batches(2, device="cpu", seed=0)
-    places = [next(batches).places for _ in range(2)]  # one of each worker: both have begun
+    places = [next(batches).indices for _ in range(2)]  # one of each worker: both have begun
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid or 0, signal.SIGINT)  # a terminal sends it to every process
-    places += [batch.places for batch in batches]
+    places += [batch.indices for batch in batches]
     assert sorted(torch.cat(places).tolist()) == list(range(24))
 
 

@@ -61,8 +61,8 @@ def test_a_cached_teacher_answers_to_the_image_in_the_data_set(monkeypatch: pyte
     # Whatever crop is asked about, in any order: the answer is that to the image. Bits may differ from a pass through
     # other batches (another kernel sums in another order): a few units in the last place of float32.
     for part in split().batches(4, device=CPU, seed=1, epoch=2, augment=Augment(2, True)):
-        assert not torch.equal(part.x, plain[part.places])
-        torch.testing.assert_close(teacher.logits(part.x, part.places), fresh[part.places], rtol=1e-6, atol=1e-6)
+        assert not torch.equal(part.x, plain[part.indices])
+        torch.testing.assert_close(teacher.logits(part.x, part.indices), fresh[part.indices], rtol=1e-6, atol=1e-6)
     assert network.shown == shown
     assert teacher.passes == 0
 
@@ -81,8 +81,8 @@ def test_what_the_cached_labels_deviate_by() -> None:
     cached, asked = CachedTeacher(Network(), split(), mirrored=False, device=CPU), AskedTeacher(Network())
     (part,) = split().batches(IMAGES, device=CPU, seed=1, augment=Augment(1, False))
     (same,) = split().batches(IMAGES, device=CPU)
-    moved = kl(cached.logits(part.x, part.places), asked.logits(part.x, part.places))
-    still = kl(cached.logits(same.x, same.places), asked.logits(same.x, same.places))
+    moved = kl(cached.logits(part.x, part.indices), asked.logits(part.x, part.indices))
+    still = kl(cached.logits(same.x, same.indices), asked.logits(same.x, same.indices))
     assert still.abs().max() < 1e-6 < 1e-4 < moved.max() < 0.5
 
 
