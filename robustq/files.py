@@ -75,7 +75,7 @@ PARTIAL = ".partial"
 
 
 @contextmanager
-def file_when_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes ``path`` when the block ends well, and disappears when it does not.
 
     Its bytes are on the disk before it takes the name, and the name is on the disk before the call returns: whatever
@@ -118,8 +118,8 @@ def remove_partials(folder: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8: see :func:`file_when_whole`."""
-    with file_when_whole(path) as file:
+    """Write ``text`` as UTF-8: see :func:`atomic_file`."""
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -145,7 +145,7 @@ def check_new(path: Path) -> Path:
     return path
 
 
-def check_place(out: Path | None, default: Path) -> None:
+def check_output(out: Path | None, default: Path) -> None:
     """Make sure, before any work is done, that a result can be written: at ``out``, by default below ``default``.
 
     Raises:
@@ -164,7 +164,7 @@ def _check_writable(path: Path) -> None:
 
 
 @contextmanager
-def folder_when_whole(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``path`` when the block ends well, and disappears when it does not.
 
     Raises:

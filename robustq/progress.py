@@ -34,7 +34,7 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def notes_of(start: str) -> Iterator[None]:
+def only_notes(start: str) -> Iterator[None]:
     """Within the block only notes that begin with ``start`` are printed: a job inside a job has its say in a line."""
     global _kept
     before, _kept = _kept, start

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from robustq.checkpoint import save_atomically
-from robustq.files import PARTIAL, file_when_whole, remove_partials, write_text_atomically
+from robustq.files import PARTIAL, atomic_file, remove_partials, write_text_atomically
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def test_a_text_that_does_not_fit_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
     path = tmp_path / "below" / "text"
-    with file_when_whole(path) as file:
+    with atomic_file(path) as file:
         file.write(b"half")
         file.flush()
         assert not path.exists()
@@ -63,7 +63,7 @@ def test_nothing_is_seen_before_the_end(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), file_when_whole(tmp_path / "text") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_file(tmp_path / "text") as file:
         file.write(b"half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

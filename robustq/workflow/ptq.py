@@ -14,7 +14,7 @@ from robustq.checkpoint import save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
+from robustq.files import atomic_folder, free_path, sha256, write_text_atomically
 from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.methods.registry import resolved_settings
@@ -83,7 +83,7 @@ def quantize_only(
     }
     info = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
     info["holdout_clean_accuracy"] = int(held.sum()) / len(held)
-    with folder_when_whole(final) as folder:
+    with atomic_folder(final) as folder:
         _write_json(folder / CONFIG, config)
         for name in ("best.pt", "last.pt"):  # there is one state only; whoever looks for either finds it
             save_model(folder / name, model, spec, info=info)
