@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from robustq.errors import UsageError
 from robustq.models.fx.passes import (
-    clamps_to_rectifiers,
+    clamp_to_relu,
+    duplicate_shared_modules,
     functions_to_modules,
-    one_module_a_call,
-    out_of_place,
-    rectifiers_first,
+    relu_first,
+    remove_inplace,
 )
-from robustq.models.fx.shapes import fixed_pooling, fixed_reshapes, means_to_pooling, pooling_windows
-from robustq.models.fx.trace import probe, trace
+from robustq.models.fx.shapes import fix_adaptive_pooling, fix_pooling_windows, fix_reshapes, mean_to_pooling
+from robustq.models.fx.trace import shape_prop, trace
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +44,7 @@ def traced(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule
 def probed(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule:
     graph = traced(function, **modules)
     functions_to_modules(graph)
-    probe(graph, channels=4, image_size=6, name="net")
+    shape_prop(graph, channels=4, image_size=6, name="net")
     return graph
 
 
@@ -74,7 +74,7 @@ def add_to_itself(_: nn.Module, x: Tensor) -> Tensor:
 
 def test_in_place_operations_give_what_later_readers_saw() -> None:
     graph = traced(add_to_itself)
-    out_of_place(graph)
+    remove_inplace(graph)
     assert steps(graph) == ["mul", "add", "relu", "mul", "sub", "leaky_relu", "add"]
     assert same(graph, add_to_itself)
     x = X.clone()
@@ -91,7 +91,7 @@ def modules_in_place(net: nn.Module, x: Tensor) -> Tensor:
 def test_a_module_in_place_whose_result_is_dropped() -> None:
     act = nn.ReLU(inplace=True)
     graph = traced(modules_in_place, act=act)
-    out_of_place(graph)
+    remove_inplace(graph)
     assert same(graph, modules_in_place, act=act)
     assert act.inplace and not graph.get_submodule("act").inplace
 
@@ -107,7 +107,7 @@ def test_a_module_in_place_whose_result_is_dropped() -> None:
 )
 def test_clamps(clamp: Callable[..., Tensor], kind: str) -> None:
     graph = traced(clamp)
-    clamps_to_rectifiers(graph)
+    clamp_to_relu(graph)
     assert steps(graph) == [kind]
     assert same(graph, clamp)
 
@@ -138,7 +138,7 @@ def shared(net: nn.Module, x: Tensor) -> Tensor:
 def test_shared_modules_are_copied_under_free_names() -> None:
     modules = {"act": nn.ReLU(), "act_1": nn.Hardtanh(0.0, 0.1)}
     graph = traced(shared, **modules)
-    one_module_a_call(graph)
+    duplicate_shared_modules(graph)
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert targets == ["act", "act_2", "act_3", "act_1"]
     assert same(graph, shared, **modules)
@@ -156,7 +156,7 @@ def test_shared_modules_are_copied_under_free_names() -> None:
 )
 def test_means(mean: Callable[..., Tensor], expected: list[str]) -> None:
     graph = probed(mean)
-    means_to_pooling(graph)
+    mean_to_pooling(graph)
     assert steps(graph) == expected
     assert same(graph, mean)
 
@@ -177,7 +177,7 @@ def test_means(mean: Callable[..., Tensor], expected: list[str]) -> None:
 )
 def test_reshapes(reshape: Callable[..., Tensor], expected: list[str]) -> None:
     graph = probed(reshape)
-    fixed_reshapes(graph)
+    fix_reshapes(graph)
     assert steps(graph) == expected
     assert same(graph, reshape)
 
@@ -188,7 +188,7 @@ def pooled_then_rectified(net: nn.Module, x: Tensor) -> Tensor:
 
 def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
     graph = probed(pooled_then_rectified, drop=nn.Dropout(0.5))
-    rectifiers_first(graph)
+    relu_first(graph)
     assert steps(graph) == ["ReLU", "MaxPool2d", "Dropout", "flatten"]
     assert same(graph, pooled_then_rectified, drop=nn.Dropout(0.5))
 
@@ -204,7 +204,7 @@ def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
 )
 def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> None:
     graph = probed(stays, drop=nn.Dropout(0.5))
-    rectifiers_first(graph)
+    relu_first(graph)
     (rectifier,) = [node for node in graph.graph.nodes if "relu" in node.name]
     assert rectifier.all_input_nodes[0].name == behind
     assert same(graph, stays, drop=nn.Dropout(0.5))
@@ -216,7 +216,7 @@ def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> Non
 )
 def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
-    fixed_pooling(graph)
+    fix_adaptive_pooling(graph)
     assert type(graph.get_submodule("pool")) is kind
     with torch.no_grad():
         # Windows of equal size: the same sums, perhaps in another order.
@@ -227,7 +227,7 @@ def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) ->
 def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
     with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
-        fixed_pooling(graph)
+        fix_adaptive_pooling(graph)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
 )
 def test_pooling_windows(pool: nn.Module, expected: list[str], ceil_mode: bool, counts: bool | None) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=pool)
-    pooling_windows(graph)
+    fix_pooling_windows(graph)
     assert steps(graph) == expected
     made = graph.get_submodule("pool")
     assert (made.ceil_mode, getattr(made, "count_include_pad", None)) == (ceil_mode, counts)
