@@ -250,4 +250,7 @@ def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str)
         )
     weight = next(model.parameters(), torch.empty(0))
     x = torch.zeros(BATCH, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
-    _ShapeProp(model, name).run(x)
+    try:
+        _ShapeProp(model, name).run(x)
+    except UsageError as error:  # Brevitas' Interpreter appends the node and a traceback to the message
+        raise UsageError(str(error).partition("\n\nWhile executing")[0]) from error
