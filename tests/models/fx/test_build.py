@@ -14,7 +14,7 @@ from robustq.errors import UsageError
 from robustq.models.fx.build import quantized_graph
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import Widths, learned_thresholds
-from tests.models.own.own_nets import CLASSES, NETS, SIDE, float_net, graph_of, pixels
+from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, graph_of, pixels
 
 ALL = sorted(NETS)
 X = pixels().float() / 255

@@ -15,7 +15,7 @@ from robustq.models.fx.fold import fold_graph
 from robustq.models.quant.exact_layers import ExactConv2d, ExactLinear
 from robustq.models.quant.folding import fold_layer
 from robustq.models.quant.quantizers import Widths, learned_thresholds
-from tests.models.own.own_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
+from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
 
 ALL = sorted(NETS)
 X = pixels().float() / 255
