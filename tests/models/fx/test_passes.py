@@ -1,4 +1,4 @@
-"""Each graph pass by itself: how often it fires, where, and that no answer changes."""
+"""Each graph pass by itself: what it rewrites, and that no answer changes."""
 
 from __future__ import annotations
 
@@ -96,22 +96,6 @@ def test_a_module_in_place_whose_result_is_dropped() -> None:
     assert act.inplace and not graph.get_submodule("act").inplace
 
 
-@pytest.mark.parametrize(
-    ("clamp", "kind"),
-    [
-        (lambda _, x: x.clamp(min=0), "relu"),
-        (lambda _, x: torch.clamp(x, 0), "relu"),
-        (lambda _, x: x.clip(0, 1.5), "hardtanh"),
-        (lambda _, x: torch.clamp(x, max=2, min=0.0), "hardtanh"),
-    ],
-)
-def test_clamps(clamp: Callable[..., Tensor], kind: str) -> None:
-    graph = traced(clamp)
-    clamp_to_relu(graph)
-    assert steps(graph) == [kind]
-    assert same(graph, clamp)
-
-
 def functions(net: nn.Module, x: Tensor) -> Tensor:
     x = functional.relu(x)
     x = net.relu(x - 1)  # type: ignore[operator]
@@ -145,52 +129,41 @@ def test_shared_modules_are_copied_under_free_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "expected"),
+    ("rewrite", "function", "expected"),
     [
-        (lambda _, x: x.mean((2, 3)), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: x.mean([-1, -2]), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: torch.mean(x, dim=(3, 2)), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: torch.mean(x, [2, 3], True), ["AdaptiveAvgPool2d"]),
-        (lambda _, x: x.mean(dim=(2, 3), keepdim=True), ["AdaptiveAvgPool2d"]),
+        (clamp_to_relu, lambda _, x: torch.clamp(x, 0), ["relu"]),
+        (clamp_to_relu, lambda _, x: x.clip(0, 1.5), ["hardtanh"]),
+        (clamp_to_relu, lambda _, x: torch.clamp(x, max=2, min=0.0), ["hardtanh"]),
+        (mean_to_pooling, lambda _, x: x.mean([-1, -2]), ["AdaptiveAvgPool2d", "flatten"]),
+        (mean_to_pooling, lambda _, x: torch.mean(x, dim=(3, 2)), ["AdaptiveAvgPool2d", "flatten"]),
+        (mean_to_pooling, lambda _, x: torch.mean(x, [2, 3], True), ["AdaptiveAvgPool2d"]),
+        (fix_reshapes, lambda _, x: x.view(x.size(0), -1), ["flatten"]),
+        (fix_reshapes, lambda _, x: torch.reshape(x, (x.shape[0], x.shape[1] * 36)), ["flatten"]),
+        (fix_reshapes, lambda _, x: x.view(x.size(0), 2, 2, x.size(2), x.size(3)), ["reshape"]),
+        (fix_reshapes, lambda _, x: x.flatten(2), ["reshape"]),
+        (fix_reshapes, lambda _, x: x.chunk(3, dim=1)[1], ["split", "getitem"]),
+        (fix_reshapes, lambda _, x: torch.chunk(x, 2, 2)[0], ["split", "getitem"]),
+        (fix_reshapes, lambda _, x: x.permute(1, 0, 2, 3).reshape(4, -1), ["permute", "reshape"]),
     ],
 )
-def test_means(mean: Callable[..., Tensor], expected: list[str]) -> None:
-    graph = probed(mean)
-    mean_to_pooling(graph)
+def test_calls_are_replaced(
+    rewrite: Callable[[GraphModule], None], function: Callable[..., Tensor], expected: list[str]
+) -> None:
+    graph = probed(function)
+    rewrite(graph)
     assert steps(graph) == expected
-    assert same(graph, mean)
+    assert same(graph, function)
 
 
-@pytest.mark.parametrize(
-    ("reshape", "expected"),
-    [
-        (lambda _, x: x.view(x.size(0), -1), ["flatten"]),
-        (lambda _, x: x.view(-1, 144), ["flatten"]),
-        (lambda _, x: torch.reshape(x, (x.shape[0], x.shape[1] * 36)), ["flatten"]),
-        (lambda _, x: torch.flatten(x, start_dim=1), ["flatten"]),
-        (lambda _, x: x.view(x.size(0), 2, 2, x.size(2), x.size(3)), ["reshape"]),
-        (lambda _, x: x.flatten(2), ["reshape"]),
-        (lambda _, x: x.chunk(3, dim=1)[1], ["split", "getitem"]),
-        (lambda _, x: torch.chunk(x, 2, 2)[0], ["split", "getitem"]),
-        (lambda _, x: x.permute(1, 0, 2, 3).reshape(4, -1), ["permute", "reshape"]),
-    ],
-)
-def test_reshapes(reshape: Callable[..., Tensor], expected: list[str]) -> None:
-    graph = probed(reshape)
-    fix_reshapes(graph)
-    assert steps(graph) == expected
-    assert same(graph, reshape)
-
-
-def pooled_then_rectified(net: nn.Module, x: Tensor) -> Tensor:
+def pooled_then_relu(net: nn.Module, x: Tensor) -> Tensor:
     return functional.relu(torch.flatten(net.drop(functional.max_pool2d(x, 3, padding=1)), 1))  # type: ignore[operator]
 
 
-def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
-    graph = probed(pooled_then_rectified, drop=nn.Dropout(0.5))
+def test_a_relu_moves_to_the_front_of_all_that_commutes() -> None:
+    graph = probed(pooled_then_relu, drop=nn.Dropout(0.5))
     relu_first(graph)
     assert steps(graph) == ["ReLU", "MaxPool2d", "Dropout", "flatten"]
-    assert same(graph, pooled_then_rectified, drop=nn.Dropout(0.5))
+    assert same(graph, pooled_then_relu, drop=nn.Dropout(0.5))
 
 
 @pytest.mark.parametrize(
@@ -202,11 +175,11 @@ def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
         (lambda net, x: (lambda y: functional.relu(y) + y)(functional.max_pool2d(x, 2)), "max_pool2d"),
     ],
 )
-def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> None:
+def test_other_relus_stay(stays: Callable[..., Tensor], behind: str) -> None:
     graph = probed(stays, drop=nn.Dropout(0.5))
     relu_first(graph)
-    (rectifier,) = [node for node in graph.graph.nodes if "relu" in node.name]
-    assert rectifier.all_input_nodes[0].name == behind
+    (relu,) = [node for node in graph.graph.nodes if "relu" in node.name]
+    assert relu.all_input_nodes[0].name == behind
     assert same(graph, stays, drop=nn.Dropout(0.5))
 
 
@@ -223,7 +196,7 @@ def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) ->
         torch.testing.assert_close(graph(X), nn.AdaptiveAvgPool2d(size)(X), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("size", [4, 5, 7, (6, 5), (3, 12)])
+@pytest.mark.parametrize("size", [4, (6, 5), (3, 12)])
 def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
     with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
@@ -237,7 +210,7 @@ def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
         (nn.AvgPool2d(3, 2, ceil_mode=True), ["AvgPool2d"], True, False),  # 6 -> 3, not 2
         (nn.AvgPool2d(2, 2, ceil_mode=True), ["AvgPool2d"], False, False),
         (nn.AvgPool2d(2, 2, 1, ceil_mode=True), ["AvgPool2d"], False, True),
-        (nn.AvgPool2d(2, 3, 1, ceil_mode=True), ["AvgPool2d"], False, True),  # the window added lies in the padding
+        (nn.AvgPool2d(2, 3, 1, ceil_mode=True), ["AvgPool2d"], False, True),  # the added window lies in the padding
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True), ["pad", "AvgPool2d"], True, False),
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), ["AvgPool2d"], True, False),
         (nn.AvgPool2d(3, 2, (1, 0), ceil_mode=True), ["pad", "AvgPool2d"], True, False),

@@ -1,4 +1,4 @@
-"""robustq.data: what every split promises, the fixed parts, and one line of error for each way data can be wrong."""
+"""Data sets by name, from .npz files and from folders, and one line of error for each way data can be wrong."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pickle
 import re
 import urllib.error
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,291 +16,12 @@ import sklearn.datasets
 import torch
 import torchvision
 from PIL import Image
-from torch import Tensor
 
 import robustq.data.folder
-from robustq.data import (
-    DATASET_NAMES,
-    NO_AUGMENT,
-    Augment,
-    Dataset,
-    Split,
-    StreamedSplit,
-    TensorSplit,
-    load_dataset,
-    to_float,
-)
-from robustq.data.augment import crop_and_flip, draw_crops_and_flips
+from robustq.data import DATASET_NAMES, Dataset, Split, StreamedSplit, TensorSplit, load_dataset
 from robustq.data.folder import imagenet_class_names
-from robustq.data.splits import split_by_name, stratified_indices, stratified_split
 from robustq.errors import DataError, RobustqError, RobustqWarning, UsageError
-
-BOTH = Augment(crop_padding=2, flip=True)
-
-
-def pixels(*shape: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def tensor_split(count: int = 23, channels: int = 3, side: int = 6) -> TensorSplit:
-    # Image i holds the value i in its first pixel and is unique, so that a batch tells which images it holds.
-    images = torch.from_numpy(pixels(count, channels, side, side))
-    images[:, 0, 0, 0] = torch.arange(count, dtype=torch.uint8)
-    return TensorSplit(images, torch.arange(count) % 5)
-
-
-def write_images(
-    folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0
-) -> Path:
-    """COUNTS[name] images of (width, height) `size` in folder/name, 00.png, 01.png, ..."""
-    for place, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        shape = (count, size[1], size[0], *([3] if mode == "RGB" else []))
-        for number, image in enumerate(pixels(*shape, seed=100 * seed + place)):
-            Image.fromarray(image).save(folder / name / f"{number:02}.png")
-    return folder
-
-
-def streamed(folder: Path, *, workers: int = 0, channels: int = 3, **options: Any) -> StreamedSplit:
-    """24 images of 16x12 in two classes, made into 7x7."""
-    if not folder.exists():
-        write_images(folder, {"cat": 14, "dog": 10}, size=(16, 12))
-    paths = sorted(folder.rglob("*.png"))
-    labels = torch.tensor([int(path.parent.name == "dog") for path in paths])
-    return StreamedSplit(paths, labels, image_size=7, channels=channels, workers=workers, **options)
-
-
-def gather(split: Split, batch_size: int = 4, **options: Any) -> tuple[Tensor, Tensor]:
-    xs, ys = zip(*split.batches(batch_size, device="cpu", **options), strict=True)  # a batch unpacks as x, y
-    return torch.cat(xs), torch.cat(ys)
-
-
-def write_npz(path: Path, **changes: Any) -> Path:
-    """A good file of 40 + 8 images, 4 classes, 6x6 RGB, with the named arrays replaced; None leaves one out."""
-    arrays: dict[str, Any] = {
-        "x_train": pixels(40, 6, 6, 3),
-        "y_train": np.arange(40) % 4,
-        "x_test": pixels(8, 6, 6, 3, seed=1),
-        "y_test": np.arange(8) % 4,
-    }
-    arrays.update(changes)
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-    return path
-
-
-@pytest.fixture(params=["tensor", "streamed"])
-def split(request: pytest.FixtureRequest, tmp_path: Path) -> Split:
-    made: Split = tensor_split() if request.param == "tensor" else streamed(tmp_path / "images")
-    return made
-
-
-# The contract of every split
-
-
-def test_batches_in_order_hold_every_image_once_in_the_promised_types(split: Split) -> None:
-    batches = list(split.batches(5, device="cpu"))
-    assert [len(x) for x, _ in batches] == [5] * (len(split) // 5) + [len(split) % 5]
-    images, labels = split.take(0)
-    assert images.dtype == torch.uint8 and labels.dtype == split.labels.dtype == torch.int64
-    for x, y in batches:
-        assert x.dtype == torch.float32 and y.dtype == torch.int64
-        assert x.is_contiguous() and x.min() >= 0 and x.max() <= 1
-    x, y = gather(split)
-    # Exact: pixel / 255 is one correctly rounded division, numpy's as well as torch's.
-    np.testing.assert_array_equal(x.numpy(), images.numpy().astype(np.float32) / np.float32(255))
-    assert torch.equal(x, to_float(images)) and torch.equal(y, labels) and torch.equal(y, split.labels)
-
-
-def test_an_epoch_is_a_pure_function_of_seed_and_epoch(split: Split) -> None:
-    x, y = gather(split, seed=3, epoch=5, augment=BOTH)
-    torch.manual_seed(1)
-    list(split.batches(4, device="cpu", seed=9))
-    again, labels = gather(split, 7, seed=3, epoch=5, augment=BOTH)  # another batch size too
-    assert torch.equal(x, again) and torch.equal(y, labels)
-    for seed, epoch in [(3, 6), (4, 5), (5, 3)]:
-        assert not torch.equal(x, gather(split, seed=seed, epoch=epoch, augment=BOTH)[0])
-
-
-def test_batches_leave_the_random_state_of_the_process_alone(split: Split) -> None:
-    before = torch.get_rng_state()
-    gather(split, seed=3, augment=BOTH)
-    split.take(3)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_shuffling_permutes_images_together_with_labels(split: Split) -> None:
-    images, labels = split.take(0)
-    known = {image.numpy().tobytes(): int(label) for image, label in zip(to_float(images), labels, strict=True)}
-    x, y = gather(split, seed=0)
-    assert [known.pop(image.numpy().tobytes()) for image in x] == y.tolist()
-    assert not known  # every image came, and came once
-    assert not torch.equal(y, labels)
-    batches = list(split.batches(4, device="cpu", seed=0))
-    places = torch.cat([batch.indices for batch in batches])
-    assert places.dtype == torch.int64 and places.tolist() != sorted(places.tolist())
-    assert torch.equal(torch.cat([batch.x for batch in batches]), to_float(images[places]))
-    assert torch.equal(torch.cat([batch.y for batch in batches]), labels[places])
-
-
-def test_without_a_seed_nothing_is_augmented(split: Split) -> None:
-    assert torch.equal(gather(split, augment=BOTH)[0], gather(split)[0])
-
-
-def test_epochs_differ_in_augmentation_and_not_only_in_order(split: Split) -> None:
-    def kinds(epoch: int, augment: Augment) -> set[bytes]:
-        return {image.numpy().tobytes() for image in gather(split, seed=0, epoch=epoch, augment=augment)[0]}
-
-    assert kinds(0, NO_AUGMENT) == kinds(1, NO_AUGMENT)
-    assert len(kinds(0, BOTH) & kinds(1, BOTH)) < len(split) / 2
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 22])
-def test_take_is_evenly_spaced(split: Split, n: int) -> None:
-    images, labels = split.take(n)
-    everything, all_labels = split.take(0)
-    places = [i * len(split) // n for i in range(n)]
-    assert torch.equal(images, everything[places]) and torch.equal(labels, all_labels[places])
-
-
-def test_take_gives_everything_for_zero_or_more_than_there_is(split: Split) -> None:
-    assert len(split.take(0)[0]) == len(split.take(1000)[1]) == len(split)
-    with pytest.raises(UsageError, match="-1"):
-        split.take(-1)
-
-
-def test_take_from_a_split_sorted_by_class_gives_every_class(tmp_path: Path) -> None:
-    split = TensorSplit(torch.zeros(1000, 1, 2, 2, dtype=torch.uint8), torch.arange(1000) // 100)
-    assert split.take(20)[1].bincount().tolist() == [2] * 10
-    assert set(streamed(tmp_path / "images").take(4)[1].tolist()) == {0, 1}
-
-
-def test_a_batch_size_below_one_is_refused_before_iteration(split: Split) -> None:
-    with pytest.raises(UsageError, match="batch size is 0"):
-        split.batches(0, device="cpu")
-
-
-def test_a_batch_can_be_changed_without_changing_the_split(split: Split) -> None:
-    images, labels = split.take(0)
-    for options in ({}, {"seed": 0}):
-        for x, y in split.batches(50, device="cpu", **options):  # type: ignore[arg-type]
-            x.zero_()
-            y.zero_()
-    assert torch.equal(gather(split)[0], to_float(images)) and torch.equal(gather(split)[1], labels)
-    assert torch.equal(split.labels, labels) and labels.any()
-
-
-# Augmentation of tensors
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("padding", [0, 1, 4])
-def test_crop_and_flip_equals_the_slow_way_image_by_image(channels: int, padding: int) -> None:
-    images = pixels(64, channels, 5, 7)  # not square: rows and columns must not be mixed up
-    generator = torch.Generator().manual_seed(0)
-    offsets, flips = draw_crops_and_flips(Augment(padding, True), 64, generator=generator)
-    got = crop_and_flip(torch.from_numpy(images), offsets, flips, padding=padding)
-    for image, (row, column), flip, result in zip(images, offsets.tolist(), flips.tolist(), got, strict=True):
-        expected = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
-        expected = expected[:, row : row + 5, column : column + 7]
-        np.testing.assert_array_equal(result.numpy(), expected[:, :, ::-1] if flip else expected)
-
-
-def test_batches_apply_crop_and_flip_to_each_image_on_its_own() -> None:
-    image = torch.arange(1, 26, dtype=torch.uint8).view(1, 1, 5, 5)
-    split = TensorSplit(image.expand(4000, 1, 5, 5).contiguous(), torch.zeros(4000, dtype=torch.int64))
-    x, _ = gather(split, 500, seed=0, augment=Augment(crop_padding=1, flip=True))
-    padded = torch.nn.functional.pad(image[0], (1, 1, 1, 1))
-    crops = [padded[:, i : i + 5, j : j + 5] for i in range(3) for j in range(3)]
-    shapes = torch.stack([to_float(v) for crop in crops for v in (crop, crop.flip(2))])
-    matches = (x[:, None] == shapes).flatten(2).all(2)
-    assert matches.sum(1).eq(1).all()
-    # 4000 / 18 = 222 of each; 5 standard deviations (14.5 each) around it.
-    assert matches.sum(0).min() > 150 and matches.sum(0).max() < 295
-
-
-def test_crop_alone_never_flips_and_flip_alone_never_crops() -> None:
-    generator = torch.Generator().manual_seed(0)
-    offsets, flips = draw_crops_and_flips(Augment(crop_padding=4), 500, generator=generator)
-    assert not flips.any() and set(offsets.flatten().tolist()) == set(range(9))
-    assert not torch.equal(offsets[:, 0], offsets[:, 1])
-    offsets, flips = draw_crops_and_flips(Augment(flip=True), 500, generator=generator)
-    assert not offsets.any() and 150 < flips.sum() < 350  # 250 expected, 9 standard deviations
-
-
-def test_augment_refuses_negative_padding() -> None:
-    with pytest.raises(UsageError, match="-1"):
-        Augment(crop_padding=-1)
-
-
-def test_tensor_split_copies_itself_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    split, moves, move = tensor_split(), [], Tensor.to
-
-    def record(tensor: Tensor, *to: Any, **options: Any) -> Tensor:
-        moves.append(tensor is split.images)
-        return move(tensor, *to, **options)
-
-    monkeypatch.setattr(Tensor, "to", record)
-    for device in ("meta", torch.device("meta"), "meta"):
-        list(split.batches(4, device=device, seed=1, augment=BOTH))
-    assert sum(moves) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_gives_the_same_batches_as_the_cpu() -> None:
-    split = tensor_split(200)
-    x, y = gather(split, seed=1, augment=BOTH)
-    batches = list(split.batches(4, device="cuda", seed=1, augment=BOTH))
-    memory = torch.cuda.memory_allocated()
-    split.batches(4, device="cuda:0")  # the same device under another name: no second copy
-    assert torch.cuda.memory_allocated() - memory < split.images.nbytes
-    assert all(x.is_cuda and y.is_cuda for x, y in batches)
-    # Bit for bit: all is drawn on the CPU, and the division by 255 is a true one on both.
-    assert torch.equal(x, torch.cat([x.cpu() for x, _ in batches]))
-    assert torch.equal(y, torch.cat([y.cpu() for _, y in batches]))
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (torch.zeros(3, 1, 2, 2), torch.zeros(3), "float32"),
-        (torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(3), r"\(3, 2, 2\)"),
-        (torch.zeros(0, 1, 2, 2, dtype=torch.uint8), torch.zeros(0), "N > 0"),
-        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(2), r"\(2,\)"),
-    ],
-)
-def test_tensor_split_refuses_what_is_no_split(images: Tensor, labels: Tensor, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        TensorSplit(images, labels)
-
-
-# Fixed choices
-
-
-def test_stratified_places_keeps_class_shares_to_the_image() -> None:
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)[torch.randperm(100, generator=torch.manual_seed(0))]
-    chosen = stratified_indices(labels, 10, at_least=0, spare=1, seed=0)
-    assert labels[chosen].bincount().tolist() == [5, 3, 2]
-    assert chosen.tolist() == sorted(set(chosen.tolist()))
-    # 11 images: shares 5.5, 3.3, 2.2, so the first class lost most by rounding down.
-    assert labels[stratified_indices(labels, 11, at_least=0, spare=1, seed=0)].bincount().tolist() == [6, 3, 2]
-    assert not torch.equal(chosen, stratified_indices(labels, 10, at_least=0, spare=1, seed=1))
-    # Within a class the choice is spread, not the first ones.
-    assert stratified_indices(torch.zeros(1000, dtype=torch.int64), 100, at_least=0, spare=0, seed=0).max() > 800
-
-
-def test_stratified_places_respects_both_bounds() -> None:
-    labels = torch.tensor([0] * 97 + [1, 2, 2])
-    assert labels[stratified_indices(labels, 4, at_least=1, spare=0, seed=0)].bincount().tolist() == [2, 1, 1]
-    assert labels[stratified_indices(labels, 100, at_least=0, spare=1, seed=0)].bincount().tolist() == [96, 0, 1]
-
-
-def test_stratified_parts_are_disjoint_and_complete() -> None:
-    labels = torch.arange(101) % 7
-    rest, part = stratified_split(labels, 0.1, seed=0)
-    assert len(part) == 10 and sorted(rest.tolist() + part.tolist()) == list(range(101))
-    assert len(stratified_split(torch.arange(6), 0.1, seed=0)[1]) == 0  # one image per class: none to give
-    assert len(stratified_split(torch.tensor([0, 0]), 0.1, seed=0)[1]) == 1
+from tests.data.images import pixels, write_images, write_npz
 
 
 def test_digits_are_scaled_split_and_stay_as_they_are() -> None:
@@ -338,6 +59,9 @@ def test_train_images_leave_the_holdout_and_the_test_part_alone() -> None:
     assert counts.min() >= 19 and counts.max() <= 21
     known = {image.numpy().tobytes() for image in full.train.take(0)[0]}
     assert all(image.numpy().tobytes() in known for image in data.train.take(0)[0])
+    for count, message in ((9, "give 10 to 1294"), (1295, "1294"), (-1, "-1")):
+        with pytest.raises(RobustqError, match=message):
+            load_dataset("digits", train_images=count)
 
 
 def test_train_images_keep_rare_classes(tmp_path: Path) -> None:
@@ -345,15 +69,6 @@ def test_train_images_keep_rare_classes(tmp_path: Path) -> None:
     path = write_npz(tmp_path / "rare.npz", x_train=pixels(100, 6, 6, 3), y_train=labels, y_test=np.zeros(8, int))
     data = load_dataset(str(path), train_images=4)
     assert sorted(set(data.train.labels.tolist())) == [0, 1, 2] and len(data.train) == 4
-
-
-@pytest.mark.parametrize(("count", "message"), [(9, "give 10 to 1294"), (1295, "1294"), (-1, "-1")])
-def test_train_images_out_of_range(count: int, message: str) -> None:
-    with pytest.raises(RobustqError, match=message):
-        load_dataset("digits", train_images=count)
-
-
-# Names
 
 
 class TinyTorchvision:
@@ -386,9 +101,7 @@ class TinyMnist(TinyTorchvision):
 @pytest.mark.parametrize(
     ("name", "attribute", "kind"),
     [
-        ("mnist", "MNIST", TinyMnist),
         ("fashion-mnist", "FashionMNIST", TinyMnist),
-        ("cifar10", "CIFAR10", TinyTorchvision),
         ("cifar100", "CIFAR100", TinyTorchvision),
     ],
 )
@@ -480,25 +193,16 @@ def test_unknown_names_are_told_the_known_and_the_nearest() -> None:
     check_error("", "''")
 
 
-@pytest.mark.parametrize("name", ["some/folder", "absent.npz", "./digits", "~no-such-user/x"])
-def test_a_path_that_is_absent(name: str) -> None:
-    check_error(name, f"{re.escape(name)} does not exist")
-
-
-def test_a_file_of_another_kind(tmp_path: Path) -> None:
+def test_paths_and_options_that_are_refused(tmp_path: Path) -> None:
+    for name in ("some/folder", "absent.npz", "./digits", "~no-such-user/x"):
+        check_error(name, f"{re.escape(name)} does not exist")
     (tmp_path / "x.zip").write_bytes(b"x")
     check_error(tmp_path / "x.zip", r"x\.zip is neither")
-
-
-def test_image_size_and_workers_out_of_range(tmp_path: Path) -> None:
     for options, message in [({"image_size": 0}, "image_size is 0"), ({"workers": -1}, "workers is -1")]:
         with pytest.raises(UsageError, match=message):
             load_dataset("digits", **options)  # type: ignore[arg-type]
     check_error("digits", "image_size is 16.*8x8", image_size=16)
     assert load_dataset("digits", image_size=8).image_size == 8
-
-
-# .npz
 
 
 @pytest.mark.parametrize(
@@ -534,9 +238,7 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"x_test": pixels(8, 36)}, r"x_test of .*\(8, 36\)"),
     ({"x_train": pixels(40, 6, 5, 3)}, "x_train of .* 6x5"),
     ({"x_train": pixels(0, 6, 6, 3), "y_train": np.arange(0)}, "x_train of .* no images"),
-    ({"x_test": pixels(0, 6, 6, 3), "y_test": np.arange(0)}, "x_test of .* no images"),
     ({"x_test": pixels(8, 6, 6)}, r"differ in channels or size.*\(6, 6, 3\).*\(6, 6\)"),
-    ({"x_test": pixels(8, 7, 7, 3)}, "differ in channels or size"),
     ({"y_train": np.arange(39) % 4}, "40 images in x_train but 39 labels in y_train"),
     ({"y_test": np.arange(8) % 4 * 1.0}, "y_test of .* is float64"),
     ({"y_train": np.eye(4, dtype=int)[np.arange(40) % 4]}, r"y_train of .*\(40, 4\)"),
@@ -553,7 +255,6 @@ BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
 def test_npz_with_bad_arrays(tmp_path: Path, changes: dict[str, Any], pattern: str) -> None:
     path = write_npz(tmp_path / "bad.npz", **changes)
     check_error(path, pattern)
-    check_error(path, re.escape(str(path)))
 
 
 class Payload:
@@ -593,9 +294,6 @@ def test_npz_that_is_broken(tmp_path: Path) -> None:
         check_error(path, f"{name}.npz " + ("cannot be read .*CRC" if name == "flipped" else "is not a whole"))
 
 
-# Folders
-
-
 def test_folder_with_train_and_test(tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"dog": 12, "ant": 9, "cat": 9})
     write_images(tmp_path / "test", {"dog": 2, "cat": 3}, seed=1)
@@ -610,12 +308,6 @@ def test_folder_with_train_and_test(tmp_path: Path) -> None:
     # Images that have the network's size already are not touched: bit for bit.
     expected = np.concatenate([pixels(3, 8, 8, 3, seed=101), pixels(2, 8, 8, 3, seed=100)])
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
-
-
-def test_folder_takes_val_where_test_is_absent(tmp_path: Path) -> None:
-    write_images(tmp_path / "train", {"a": 5, "b": 5})
-    write_images(tmp_path / "val", {"a": 1, "b": 2})
-    assert len(load_dataset(str(tmp_path), workers=0).test) == 3
 
 
 def test_folder_of_classes_only_gives_a_fifth_away(tmp_path: Path) -> None:
@@ -647,18 +339,6 @@ def test_a_file_more_or_less_moves_no_other_between_training_and_test(tmp_path: 
 
     assert not images(before.test) & images(after.train, after.holdout)
     assert not images(before.train, before.holdout) & images(after.test)
-
-
-def test_named_parts_take_a_fifth_and_leave_no_class_empty() -> None:
-    names = [f"{label}/{number}.png" for label in range(5) for number in range(2000)]
-    labels = torch.arange(5).repeat_interleave(2000)
-    rest, part = split_by_name(names, labels)
-    assert sorted(rest.tolist() + part.tolist()) == list(range(10_000))
-    # 4 standard deviations of a binomial share of 0.2 among 2000 are 0.036.
-    assert ((labels[part].bincount() / 2000 - 0.2).abs() < 0.036).all()
-    for number in range(50):
-        rest, part = split_by_name([f"a{number}", f"b{number}", f"c{number}"], torch.tensor([0, 0, 1]))
-        assert len(part) == 1 and sorted(rest.tolist() + part.tolist()) == [0, 1, 2] and 2 in rest.tolist()
 
 
 def test_bad_images_are_skipped_only_when_asked_and_named(tmp_path: Path) -> None:
@@ -696,15 +376,6 @@ def test_folder_images_are_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
         assert scaled.transpose(2, 0, 1).tobytes() in images
 
 
-def test_an_image_error_stays_on_one_line_whatever_pillow_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
-        raise OSError("two\nlines")
-
-    write_images(tmp_path, {"a": 5, "b": 5})
-    monkeypatch.setattr(Image, "open", fail)
-    check_error(tmp_path, r"png cannot be read as an image \(two lines\)")
-
-
 def make(**folders: dict[str, int]) -> Callable[[Path], None]:
     def build(root: Path) -> None:
         for folder, counts in folders.items():
@@ -727,24 +398,19 @@ def sixteen_bit(root: Path) -> None:
     Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(root / "b" / "04.png")
 
 
-def broken(content: bytes) -> Callable[[Path], None]:
-    def build(root: Path) -> None:
-        write_images(root, {"a": 5, "b": 5})
-        original = (root / "b" / "03.png").read_bytes()
-        (root / "b" / "03.png").write_bytes(content or original[: len(original) // 2])
-
-    return build
+def broken(root: Path) -> None:
+    write_images(root, {"a": 5, "b": 5})
+    original = (root / "b" / "03.png").read_bytes()
+    (root / "b" / "03.png").write_bytes(original[: len(original) // 2])
 
 
 BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (make(), "no class folders"),
-    (make(a={}, b={}), "no class folders"),
     (make(top={"a": 0, "b": 0}), "no images"),
     (make(top={"a": 5, "b": 0}), "b has no images"),
     (make(top={"a": 5}), r"one class only .a."),
     (make(top={"a": 1, "b": 1}), "one image per class"),
     (make(train={"a": 1, "b": 1}, test={"a": 1}), "one training image per class"),
-    (make(train={"a": 5}, test={"a": 1}), "train has one class only"),
     (make(train={"a": 5, "b": 5}), "has train but not test or val"),
     (make(val={"a": 5, "b": 5}), "has val but not train"),
     (make(train={"a": 5, "b": 5}, test={"a": 1, "c": 1}), "test has the class c, which .*train lacks"),
@@ -752,8 +418,7 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (other_size, r"b/00.png is 9x9, others 8x8.*image_size"),
     (not_square, r"a/\d\d.png is 8x9\).*image_size"),
     (sixteen_bit, r"b/04.png has more than 8 bits"),
-    (broken(b"no image"), r"b/03.png cannot be read as an image"),
-    (broken(b""), r"b/03.png cannot be read as an image"),
+    (broken, r"b/03.png cannot be read as an image"),
 ]
 
 
@@ -762,10 +427,6 @@ def test_bad_folders(tmp_path: Path, build: Callable[[Path], None], pattern: str
     (tmp_path / "data").mkdir()
     build(tmp_path / "data")
     check_error(tmp_path / "data", pattern)
-    check_error(tmp_path / "data", re.escape(str(tmp_path / "data")))
-
-
-# Streaming
 
 
 def test_large_folders_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -779,57 +440,6 @@ def test_large_folders_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(isinstance(part, StreamedSplit) for part in (data.train, data.holdout, data.test))
     for part, other in [(data.train, decoded.train), (data.holdout, decoded.holdout), (data.test, decoded.test)]:
         assert torch.equal(part.labels, other.labels)
-
-
-def test_streamed_evaluation_scales_to_8_7_and_cuts_the_middle(tmp_path: Path) -> None:
-    images, _ = streamed(tmp_path / "images").take(0)
-    paths: Sequence[Path] = sorted(tmp_path.rglob("*.png"))
-    for path, image in zip(paths, images, strict=True):
-        # 16x12 -> shorter side 8 -> 10x8 (10.67 cut down, as torchvision does) -> the middle 7x7. The corner of the cut
-        # is half of (10 - 7, 8 - 7) = (1.5, 0.5), which Python rounds to even: (2, 0).
-        scaled = np.asarray(Image.open(path).resize((10, 8), Image.Resampling.BILINEAR))[0:7, 2:9]
-        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), scaled)
-
-
-def test_streamed_results_do_not_depend_on_workers(tmp_path: Path) -> None:
-    alone, together = streamed(tmp_path / "images"), streamed(tmp_path / "images", workers=2)
-    options: dict[str, Any] = {"seed": 1, "epoch": 2, "augment": BOTH}
-    for ours, theirs in zip(gather(alone, **options), gather(together, **options), strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_streamed_augmentations_are_those_asked_for(tmp_path: Path) -> None:
-    split = streamed(tmp_path / "images", shorter_side=7)
-    plain = {image.numpy().tobytes(): place for place, image in enumerate(gather(split)[0])}
-    mirrored = {image.flip(2).contiguous().numpy().tobytes() for image in gather(split)[0]}
-    flipped = {image.numpy().tobytes() for image in gather(split, seed=0, augment=Augment(flip=True))[0]}
-    assert flipped <= plain.keys() | mirrored
-    assert 4 <= len(flipped & mirrored) <= 20  # of 24; 12 expected, 2.4 a standard deviation
-    cropped = {image.numpy().tobytes() for image in gather(split, seed=0, augment=Augment(crop_padding=1))[0]}
-    assert len(cropped - plain.keys()) > 20
-
-
-def test_streamed_grey(tmp_path: Path) -> None:
-    split = streamed(tmp_path / "images", channels=1)
-    assert split.take(2)[0].shape == (2, 1, 7, 7)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_streamed_names_an_unreadable_image_in_one_line(tmp_path: Path, workers: int) -> None:
-    split = streamed(tmp_path / "images", workers=workers)
-    (tmp_path / "images" / "dog" / "03.png").write_bytes(b"no image")
-    uses: list[Callable[[], object]] = [lambda: gather(split, seed=0), lambda: split.take(0)]
-    for use in uses:
-        with pytest.raises(DataError, match=r"dog/03.png cannot be read") as caught:
-            use()
-        assert "\n" not in str(caught.value)
-
-
-def test_streamed_refuses_what_is_no_split() -> None:
-    with pytest.raises(DataError):
-        StreamedSplit([], torch.zeros(0), image_size=8)
-    with pytest.raises(DataError):
-        StreamedSplit(["a.png"], torch.zeros(2), image_size=8)
 
 
 def test_imagenet(tmp_path: Path) -> None:
