@@ -50,13 +50,7 @@ FEATURE_LAYERS = {
 
 
 def build(name: str, **options: Any) -> GraphModule:
-    settings: dict[str, Any] = {
-        "widths": Widths(4, 4),
-        "classes": CLASSES,
-        "channels": 3,
-        "image_size": SIDE,
-        **options,
-    }
+    defaults: dict[str, Any] = {"widths": Widths(4, 4), "classes": CLASSES, "channels": 3, "image_size": SIDE}
     return quantized_graph(float_net(name), name="net", **{**defaults, **options})
 
 
