@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,19 +31,27 @@ TAKE_BATCH = 64
 """Images that a worker decodes at a time for `take`; changes no result."""
 
 
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and more on broken files
+        raise DataError(
+            f"{path} cannot be read as an image ({one_line(error)}); replace or remove it, or add --skip-bad-images"
+        ) from error
+
+
 def image_header(path: str | Path) -> tuple[str, tuple[int, int]]:
     """Pillow's mode ("L", "RGB", ...) and (width, height) of an image file; its pixels are not decoded.
 
     Raises:
         DataError: no readable image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.mode, image.size
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and more on broken files
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        return image.mode, image.size
 
 
 def read_image(path: str | Path, *, channels: int) -> Image.Image:
@@ -51,23 +60,12 @@ def read_image(path: str | Path, *, channels: int) -> Image.Image:
     Raises:
         DataError: no readable image, or one of more than 8 bits per channel.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            decoded = image.convert("L" if channels == 1 else "RGB")
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        mode = image.mode
+        decoded = image.convert("L" if channels == 1 else "RGB")
     if mode in DEEP_MODES:
         raise DataError(f"{path} has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits first")
     return decoded
-
-
-def _unreadable(path: str | Path, error: Exception) -> DataError:
-    return DataError(
-        f"{path} cannot be read as an image ({one_line(error)}); replace or remove it, or add --skip-bad-images"
-    )
 
 
 def default_workers() -> int:

@@ -98,9 +98,7 @@ def _read_extended(name: str, children: list[str]) -> dict[str, Any]:
     ``extends`` names one recipe: one that comes with robustq, or a .toml file relative to the extending file. Tables
     are merged key by key. Where the extending recipe has another method, the table of the other method is dropped.
 
-    Args:
-        name: a recipe's name or a .toml file.
-        children: the recipes that extend this one, directly or not; the first is the one that was asked for.
+    ``children`` are the recipes that extend this one, directly or not; the first is the one that was asked for.
 
     Raises:
         RecipeError: no such recipe, broken TOML, or recipes that extend one another in a circle.

@@ -142,17 +142,11 @@ TRAINING_KEYS = tuple(key for key, declared in _DECLARED.items() if declared.is_
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The registries of models and methods, for checks that need them.
+    """The registries of models and methods, for checks that need them."""
 
-    Args:
-        settings: method -> dataclass of its own table.
-        architectures: names.
-        bits: widths.
-    """
-
-    settings: Mapping[str, type]
+    settings: Mapping[str, type]  # method -> dataclass of its own table
     architectures: Sequence[str]
-    bits: Sequence[int]
+    bits: Sequence[int]  # widths
 
 
 def validation_errors(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[str]:
@@ -264,13 +258,9 @@ def unknown_value(key: str, value: object, known: Sequence[Any]) -> str:
 def number_errors(
     key: str, value: float, *, low: float, high: float, integer: bool = False, above: bool = False
 ) -> list[str]:
-    """Validation errors of a number in a method's table: none or one.
+    """Validation errors (none or one) of a number in a method's table, whose ``key`` includes the table's name.
 
-    Args:
-        key, value: as in the recipe, the table's name included.
-        low, high: smallest and largest value.
-        integer: no fractions.
-        above: ``low`` itself is too small.
+    The allowed numbers are ``low`` to ``high``; with ``above`` without ``low`` itself, with ``integer`` no fractions.
     """
     if (low < value if above else low <= value) and value <= high and not (integer and value != int(value)):
         return []

@@ -60,12 +60,7 @@ def quantized_graph(
 
 
 def standardise(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
-    """Rewrite ``model`` in place into standard form; every answer stays, bit for bit, and all nodes get their shapes.
-
-    Args:
-        model: from :func:`robustq.models.fx.trace.trace`.
-        channels, image_size: of the images.
-        name: of the model, for messages.
+    """Rewrite a traced model in place into standard form; answers stay bit for bit, and all nodes get their shapes.
 
     Raises:
         UsageError: an operation that cannot be rewritten, or does not take images of this shape; it is named.
@@ -86,16 +81,10 @@ _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool
 
 
 def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> str | None:
-    """The layer whose inputs are the features that ODG-Q aligns.
+    """The layer whose inputs are the features that ODG-Q aligns, in a standardised model.
 
-    Args:
-        model: a standardised graph.
-        wanted: the user's choice: a layer, or a group of layers (its first one is taken); None: look for one.
-        name: of the model, for messages.
-
-    Returns:
-        The last global pooling; without one the last pooling of all, as in VGG; None without any pooling of
-        (N, C, H, W).
+    It is the first layer of the module ``wanted``; by default the last global pooling, else the last pooling
+    of all, as in VGG; None without any pooling of (N, C, H, W).
 
     Raises:
         UsageError: ``wanted`` is no layer, or takes no (N, C, H, W).

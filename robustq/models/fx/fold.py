@@ -37,11 +37,7 @@ class FoldLayer(Protocol):
 def fold_graph(model: GraphModule, *, fold_layer: FoldLayer) -> GraphModule:
     """A copy of ``model`` on the CPU, in eval mode, with each BatchNorm folded into the layer before it.
 
-    A BatchNorm that does not directly follow a layer stays in float.
-
-    Args:
-        model: from :func:`robustq.models.fx.build.quantized_graph`.
-        fold_layer: the arithmetic of one layer.
+    A BatchNorm that does not directly follow a layer stays in float. ``fold_layer`` is the arithmetic of one layer.
     """
     folded: GraphModule = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():

@@ -53,9 +53,7 @@ class BoundedThreshold(LearnedThreshold):
     A ReLU that clips at ``bound``, followed by a quantizer that clips below, equals the quantizer alone: the deployed
     file needs no clipping of its own, which would keep onnxruntime from running the layer before it as integers.
 
-    Args:
-        bit_width, signed: as :class:`LearnedThreshold`.
-        bound: largest threshold, in the unit of the activations.
+    ``bound`` is in the unit of the activations.
     """
 
     def __init__(self, bit_width: int, signed: bool, bound: float) -> None:
@@ -105,14 +103,10 @@ class _Plan:
     shared_sums: set[Node]
 
 
-def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> GraphModule:
-    """Quantize ``model`` in place and return it; weights and names stay.
+def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> None:
+    """Quantize ``model`` (after :func:`robustq.models.fx.build.standardise`) in place; weights and names stay.
 
-    Args:
-        model: a float model after :func:`robustq.models.fx.build.standardise`.
-        widths: of the inner layers; neither float nor binary.
-        name: of the model, for messages.
-        shared_sum_scale: quantize both inputs of each sum by one signed 8-bit quantizer.
+    Args as for :func:`robustq.models.fx.build.quantized_graph`.
 
     Raises:
         UsageError: binary widths, no layer at all, or an operation that cannot be quantized (named).
@@ -148,18 +142,14 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
             _share_quantizer(model, node)
     model.graph.lint()
     model.recompile()
-    return model
 
 
 def _outer_layers(
     nodes: Iterable[Node], kinds: dict[Node, Kind], neighbours: Callable[[Node], Iterable[Node]]
 ) -> tuple[set[Node], set[Node]]:
-    """The layers that no other layer separates from the images (or from the logits), and all nodes that one separates.
+    """The layers that no other layer separates from the images (or the logits), and all nodes that one separates.
 
-    Args:
-        nodes: of the graph, beginning at the images (or the logits).
-        kinds: of the nodes.
-        neighbours: the next nodes in the direction of the images (or the logits).
+    ``nodes`` begin at the images (or the logits); ``neighbours`` are the next nodes in their direction.
     """
     outer, separated = set(), set()
     for node in nodes:

@@ -52,15 +52,12 @@ class _Tracer(Tracer):  # type: ignore[misc]
     record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn's modules, normalisation transforms, and subclasses of layers that only change the constructor."""
-        if is_normalise(m):
-            return True
+        """torch.nn's modules, normalisation transforms, and subclasses of layers with the forward of the layer."""
         for layer in _LAYERS:
             if isinstance(m, layer):
-                # A forward of its own is traced: it may change the weights.
-                own = type(m).forward is not layer.forward
-                return not own and getattr(type(m), "_conv_forward", None) is getattr(layer, "_conv_forward", None)
-        return bool(super().is_leaf_module(m, module_qualified_name))
+                names = ("forward", "_conv_forward")
+                return all(getattr(type(m), name, None) is getattr(layer, name, None) for name in names)
+        return is_normalise(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
 
 def is_normalise(module: nn.Module) -> bool:
@@ -73,10 +70,6 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
     """The graph of ``network``, in eval mode, with its own parameters (not copies).
 
     ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads).
-
-    Args:
-        network: the float model.
-        name: of the model, for messages.
 
     Raises:
         UsageError: control flow that depends on values, several inputs or outputs, or a layer that is called twice.
