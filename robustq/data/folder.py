@@ -34,9 +34,7 @@ class _Files:
         return _Files([self.paths[index] for index in indices.tolist()], self.labels[indices])
 
 
-def load_folder(
-    folder: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
-) -> Dataset:
+def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
     """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else from FOLDER/<class>/*, of which a
     fifth becomes the test part (see `splits.split_by_name`).
 
@@ -76,20 +74,16 @@ def load_folder(
 
     def split(files: _Files) -> TensorSplit | StreamedSplit:
         if total * channels * side**2 > STREAM_ABOVE_BYTES:
-            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, workers=workers)
+            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels)
         # With a shorter side of the image size, images of this size are not changed.
-        decoded = StreamedSplit(
-            files.paths, files.labels, image_size=side, channels=channels, workers=workers, shorter_side=side
-        )
+        decoded = StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, shorter_side=side)
         return TensorSplit(*decoded.take(0))
 
     parts = [split(files) for files in (train.subset(kept), train.subset(held), test)]
     return Dataset(str(folder.resolve()), class_names, channels, side, *parts)
 
 
-def load_imagenet(
-    root: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
-) -> Dataset:
+def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
     """ImageNet from ROOT/imagenet/{train,val}/<class>/*: RGB, streamed, by default 224 pixels.
 
     Its 1,000 usual folders (n01440764, ...) get their English names.
@@ -106,8 +100,8 @@ def load_imagenet(
     folder_names, train, test = _two_folders(train_folder, test_folder, skip_bad_images)
     side = IMAGENET_SIZE if image_size is None else image_size
     return assemble(
-        StreamedSplit(train.paths, train.labels, image_size=side, workers=workers),
-        StreamedSplit(test.paths, test.labels, image_size=side, workers=workers),
+        StreamedSplit(train.paths, train.labels, image_size=side),
+        StreamedSplit(test.paths, test.labels, image_size=side),
         train_images=train_images,
         name="imagenet",
         class_names=imagenet_class_names(folder_names),

@@ -106,23 +106,17 @@ def _replaced_tqdm(name: str) -> Iterator[None]:
 
 
 def load_dataset(
-    name_or_path: str,
-    *,
-    root: Path | None = None,
-    train_images: int = 0,
-    image_size: int | None = None,
-    workers: int | None = None,
-    skip_bad_images: bool = False,
+    name_or_path: str, *, train_images: int = 0, image_size: int | None = None, skip_bad_images: bool = False
 ) -> Dataset:
     """Load a data set; the same call always gives the same images in the same three splits.
+
+    Downloads, and `imagenet`, lie in $ROBUSTQ_DATA, else in ~/.cache/robustq.
 
     Args:
         name_or_path: one of `DATASET_NAMES`, an `.npz` file (`npz.load_npz`) or a folder of images
             (`folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
-        root: folder of downloads and of `imagenet`; None for $ROBUSTQ_DATA, else ~/.cache/robustq.
         train_images: number of training images, class shares kept; the hold-out does not change; 0 for all.
         image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
-        workers: processes that decode image files; None for one per CPU; 0 for none.
         skip_bad_images: leave out unreadable image files with a warning, instead of refusing the folder.
 
     Raises:
@@ -133,22 +127,24 @@ def load_dataset(
         raise UsageError(
             f"image_size is {image_size}; give the side of the square images in pixels, from 1 to {LARGEST_SIDE}"
         )
-    if workers is not None and workers < 0:
-        raise UsageError(f"workers is {workers}; give a number of processes, 0 for none")
-    options: dict[str, Any] = {"workers": workers, "skip_bad_images": skip_bad_images}
+    options: dict[str, Any] = {
+        "train_images": train_images,
+        "image_size": image_size,
+        "skip_bad_images": skip_bad_images,
+    }
     if name_or_path == "imagenet":
-        return load_imagenet(data_root(root), train_images=train_images, image_size=image_size, **options)
+        return load_imagenet(data_root(), **options)
     if name_or_path == "digits":
         dataset = _load_digits(train_images)
     elif name_or_path in TORCHVISION:
-        dataset = _load_torchvision(name_or_path, data_root(root), train_images)
+        dataset = _load_torchvision(name_or_path, data_root(), train_images)
     else:
         # os.path never raises here, whatever was typed; Path does.
         path = Path(os.path.expanduser(name_or_path))
         if not name_or_path or not os.path.exists(path):
             raise _not_found(name_or_path)
         if path.is_dir():
-            return load_folder(path, train_images=train_images, image_size=image_size, **options)
+            return load_folder(path, **options)
         if path.suffix.lower() != ".npz":
             raise DataError(f"{path} is neither a folder of images nor an .npz file; give one of these")
         dataset = load_npz(path, train_images=train_images)
@@ -160,10 +156,8 @@ def load_dataset(
     return dataset
 
 
-def data_root(root: Path | None) -> Path:
-    """`root`, else $ROBUSTQ_DATA, else ~/.cache/robustq."""
-    if root is not None:
-        return root
+def data_root() -> Path:
+    """$ROBUSTQ_DATA, else ~/.cache/robustq."""
     return Path(os.environ.get("ROBUSTQ_DATA") or "~/.cache/robustq").expanduser()
 
 

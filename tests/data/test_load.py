@@ -25,6 +25,11 @@ from robustq.errors import DataError, RobustqError, RobustqWarning, UsageError
 from tests.data.images import pixels, write_images, write_npz
 
 
+@pytest.fixture(autouse=True)
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTQ_DATA", str(tmp_path))
+
+
 def test_digits_are_scaled_split_and_stay_as_they_are() -> None:
     data = load_dataset("digits")
     assert (data.name, data.classes, data.channels, data.image_size) == ("digits", 10, 1, 8)
@@ -115,7 +120,7 @@ def test_torchvision_sets(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torchvision.datasets, attribute, kind)
-    data = load_dataset(name, root=tmp_path)
+    data = load_dataset(name)
     assert (data.name, data.channels, data.image_size) == (name, 3 if kind.colour else 1, kind.side)
     assert (len(data.train), len(data.holdout), len(data.test)) == (36, 4, 10)
     expected = pixels(10, kind.side, kind.side, *([3] if kind.colour else []), seed=0).reshape(10, kind.side, -1)
@@ -127,7 +132,7 @@ def test_torchvision_sets(
     assert printed.out == printed.err == ""  # stdout is for results, and a library call prints nothing
     # No temporary file is left, and nothing is downloaded twice.
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["archive-False", "archive-True", "sub"]
-    again = load_dataset(name, root=tmp_path)
+    again = load_dataset(name)
     assert same_images(again.test, data.test) and capsys.readouterr().out == ""
 
 
@@ -145,7 +150,7 @@ def test_a_download_that_is_cut_off_leaves_nothing(
     tqdm = torchvision.datasets.utils.tqdm
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", CutOff)
     with pytest.raises(KeyboardInterrupt if fault is KeyboardInterrupt else DataError):
-        load_dataset("cifar10", root=tmp_path)
+        load_dataset("cifar10")
     assert list(tmp_path.iterdir()) == []
     assert torchvision.datasets.utils.tqdm is tqdm
 
@@ -157,19 +162,19 @@ def test_a_failed_download_is_one_line_that_names_the_alternatives(
         raise urllib.error.URLError("no route\nto host")
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
-    check_error("cifar10", r"cifar10.*no route to host.*--data FILE.npz.*FOLDER", root=tmp_path)
+    check_error("cifar10", r"cifar10.*no route to host.*--data FILE.npz.*FOLDER")
 
 
 def test_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROBUSTQ_DATA", "/somewhere")
-    assert [data_root(None), data_root(Path("/other"))] == [Path("/somewhere"), Path("/other")]
+    assert data_root() == Path("/somewhere")
     monkeypatch.delenv("ROBUSTQ_DATA")
-    assert data_root(None) == Path.home() / ".cache" / "robustq"
+    assert data_root() == Path.home() / ".cache" / "robustq"
 
 
 def check_error(name: str | Path, pattern: str, **options: Any) -> None:
     with pytest.raises(DataError) as caught:
-        load_dataset(str(name), **{"workers": 0, **options})
+        load_dataset(str(name), **options)
     message = str(caught.value)
     assert re.search(pattern, message), message
     assert "\n" not in message
@@ -187,9 +192,8 @@ def test_paths_and_options_that_are_refused(tmp_path: Path) -> None:
         check_error(name, f"{re.escape(name)} does not exist")
     (tmp_path / "x.zip").write_bytes(b"x")
     check_error(tmp_path / "x.zip", r"x\.zip is neither")
-    for options, message in [({"image_size": 0}, "image_size is 0"), ({"workers": -1}, "workers is -1")]:
-        with pytest.raises(UsageError, match=message):
-            load_dataset("digits", **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="image_size is 0"):
+        load_dataset("digits", image_size=0)
     check_error("digits", "image_size is 16.*8x8", image_size=16)
     assert load_dataset("digits", image_size=8).image_size == 8
 
@@ -287,7 +291,7 @@ def test_npz_that_is_broken(tmp_path: Path) -> None:
 def test_folder_with_train_and_test(part: str, tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"dog": 12, "ant": 9, "cat": 9})
     write_images(tmp_path / part, {"dog": 2, "cat": 3}, seed=1)
-    data = load_dataset(str(tmp_path), workers=0)
+    data = load_dataset(str(tmp_path))
     assert data.name == str(tmp_path) and data.class_names == ("ant", "cat", "dog")
     assert (data.channels, data.image_size, data.classes) == (3, 8, 3)
     assert isinstance(data.train, TensorSplit) and isinstance(data.test, TensorSplit)
@@ -304,7 +308,7 @@ def test_folder_of_classes_only_gives_a_fifth_away(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 30, "b": 20})
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    data = load_dataset(str(tmp_path), workers=0)
+    data = load_dataset(str(tmp_path))
     # Golden: the part of a file depends on its name alone, on every machine.
     counts = [part.labels.bincount().tolist() for part in (data.train, data.holdout, data.test)]
     assert counts == [[21, 13], [2, 2], [7, 5]]
@@ -314,10 +318,10 @@ def test_folder_of_classes_only_gives_a_fifth_away(tmp_path: Path) -> None:
 
 def test_a_file_more_or_less_moves_no_other_between_training_and_test(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 40, "b": 40})
-    before = load_dataset(str(tmp_path), workers=0)
+    before = load_dataset(str(tmp_path))
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a" / "000-first-in-order.png")
     (tmp_path / "b" / "20.png").unlink()
-    after = load_dataset(str(tmp_path), workers=0)
+    after = load_dataset(str(tmp_path))
 
     def images(*parts: Split) -> set[bytes]:
         return {image.numpy().tobytes() for part in parts for image in part.take(0)[0]}
@@ -333,27 +337,27 @@ def test_bad_images_are_skipped_only_when_asked_and_named(tmp_path: Path) -> Non
     (tmp_path / "a" / "07.png").write_bytes(original[: len(original) // 2])
     check_error(tmp_path, "cannot be read as an image.*--skip-bad-images")
     with pytest.warns(RobustqWarning, match=r"skipped 2 of 24 images.*a/07\.png, .*b/03\.png$"):
-        data = load_dataset(str(tmp_path), workers=0, skip_bad_images=True)
+        data = load_dataset(str(tmp_path), skip_bad_images=True)
     assert len(data.train) + len(data.holdout) + len(data.test) == 22
     for path in (tmp_path / "b").iterdir():
         path.write_bytes(b"no image")
     with pytest.warns(RobustqWarning, match="skipped 13 of 24"), pytest.raises(DataError, match="b has no images"):
-        load_dataset(str(tmp_path), workers=0, skip_bad_images=True)
+        load_dataset(str(tmp_path), skip_bad_images=True)
 
 
 def test_folder_is_grey_only_when_every_image_is(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 6, "b": 6}, mode="L")
-    data = load_dataset(str(tmp_path), workers=0)
+    data = load_dataset(str(tmp_path))
     assert data.channels == 1 and data.train.take(0)[0].shape[1:] == (1, 8, 8)
     write_images(tmp_path, {"b": 1})
-    assert load_dataset(str(tmp_path), workers=0).channels == 3
+    assert load_dataset(str(tmp_path)).channels == 3
     # Not even a training subset of grey images only changes that.
-    assert load_dataset(str(tmp_path), workers=0, train_images=4).channels == 3
+    assert load_dataset(str(tmp_path), train_images=4).channels == 3
 
 
 def test_folder_images_are_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 6, "b": 6}, size=(24, 12))
-    data = load_dataset(str(tmp_path), image_size=6, workers=0)
+    data = load_dataset(str(tmp_path), image_size=6)
     assert data.image_size == 6
     images = {image.numpy().tobytes() for part in (data.train, data.holdout, data.test) for image in part.take(0)[0]}
     for path in tmp_path.rglob("*.png"):  # independently, by Pillow alone: to 12x6, then columns 3..8
@@ -416,27 +420,27 @@ def test_bad_folders(tmp_path: Path, build: Callable[[Path], None], pattern: str
 
 def test_large_folders_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path, {"a": 30, "b": 20}, size=(16, 16))
-    decoded = load_dataset(str(tmp_path), image_size=8, workers=0)
+    decoded = load_dataset(str(tmp_path), image_size=8)
     size = 50 * 3 * 8 * 8
     monkeypatch.setattr(robustq.data.folder, "STREAM_ABOVE_BYTES", size)
-    assert isinstance(load_dataset(str(tmp_path), image_size=8, workers=0).train, TensorSplit)
+    assert isinstance(load_dataset(str(tmp_path), image_size=8).train, TensorSplit)
     monkeypatch.setattr(robustq.data.folder, "STREAM_ABOVE_BYTES", size - 1)
-    data = load_dataset(str(tmp_path), image_size=8, workers=0)
+    data = load_dataset(str(tmp_path), image_size=8)
     assert all(isinstance(part, StreamedSplit) for part in (data.train, data.holdout, data.test))
     for part, other in [(data.train, decoded.train), (data.holdout, decoded.holdout), (data.test, decoded.test)]:
         assert torch.equal(part.labels, other.labels)
 
 
 def test_imagenet(tmp_path: Path) -> None:
-    check_error("imagenet", "imagenet/train.*ROBUSTQ_DATA.*--data FOLDER", root=tmp_path)
+    check_error("imagenet", "imagenet/train.*ROBUSTQ_DATA.*--data FOLDER")
     write_images(tmp_path / "imagenet" / "train", {"n01": 10, "n02": 10}, size=(20, 30))
     write_images(tmp_path / "imagenet" / "val", {"n01": 2, "n02": 2})
     write_images(tmp_path / "imagenet" / "test", {"unlabelled": 2})
-    data: Dataset = load_dataset("imagenet", root=tmp_path, workers=0)
+    data: Dataset = load_dataset("imagenet")
     assert (data.name, data.image_size, data.channels, data.class_names) == ("imagenet", 224, 3, ("n01", "n02"))
     assert isinstance(data.train, StreamedSplit) and data.train.shorter_side == 256
     assert (len(data.train), len(data.holdout), len(data.test)) == (18, 2, 4)
-    small = load_dataset("imagenet", root=tmp_path, workers=0, image_size=7, train_images=10)
+    small = load_dataset("imagenet", image_size=7, train_images=10)
     assert (len(small.train), len(small.holdout)) == (10, 2)
     assert small.train.take(1)[0].shape == (1, 3, 7, 7)
 

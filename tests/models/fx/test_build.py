@@ -54,13 +54,13 @@ def build(name: str, **options: Any) -> GraphModule:
     return quantized_graph(float_net(name), name="net", **{**defaults, **options})
 
 
-def activations(model: nn.Module, kinds: tuple[type, ...] = (qnn.QuantReLU, qnn.QuantIdentity)) -> dict[str, Tensor]:
+def activations(model: nn.Module) -> dict[str, Tensor]:
     """Quantizer name -> its values for X."""
     caught: dict[str, Tensor] = {}
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: caught.__setitem__(name, output.detach()))
         for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        if isinstance(module, qnn.QuantReLU | qnn.QuantIdentity)
     ]
     with torch.no_grad():
         model(X)
