@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import ModelFileError, RobustqError, UsageError
-from robustq.files import file_when_whole
+from robustq.files import atomic_file
 from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.resnet import SIGN_NORMS
@@ -44,12 +44,12 @@ class _Sink:
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """``torch.save`` into a file that takes its name when it is whole (:func:`robustq.files.file_when_whole`).
+    """``torch.save`` into a file that takes its name when it is whole (:func:`robustq.files.atomic_file`).
 
     Raises:
         OSError: it cannot be written; ``path`` is as it was.
     """
-    with file_when_whole(path) as file:
+    with atomic_file(path) as file:
         sink = _Sink(file)
         try:
             torch.save(content, sink)  # type: ignore[arg-type]

@@ -1,6 +1,11 @@
-"""Every error that robustq raises on purpose: one line that says what was wrong, the value received, and what to do."""
+"""The exceptions of robustq: one line with the error, the value received, and the remedy."""
 
 from __future__ import annotations
+
+
+def one_line(error: BaseException, *, longest: int | None = None) -> str:
+    """The text of an exception on one line, cut to ``longest`` characters; its class name where it has no text."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
 class RobustqError(Exception):
@@ -8,47 +13,47 @@ class RobustqError(Exception):
 
 
 class UsageError(RobustqError):
-    """An option or an argument that makes no sense: a bit width outside the table, an epsilon over 1, an absent GPU."""
+    """An invalid option or argument: an unknown bit width, an epsilon over 1, an absent GPU."""
 
 
 class DataError(RobustqError):
-    """A data set that cannot be had or read: an unknown name, an empty folder, an .npz without the right arrays."""
+    """A data set that cannot be loaded: an unknown name, an empty folder, an .npz without the right arrays."""
 
 
 class RecipeError(RobustqError):
-    """A recipe that does not exist, or holds keys or values that nothing reads."""
+    """A recipe that does not exist, or has unknown keys or invalid values."""
 
 
 class ModelFileError(RobustqError):
-    """A model file that is missing, broken, foreign, or does not fit what it is used for."""
+    """A model file that is missing, broken, unknown, or unfit for its use."""
 
 
 class ExportError(RobustqError):
-    """A network or a format that cannot be lowered to a deployable file."""
+    """A network that cannot be lowered to the wanted format."""
 
 
 class OutputExistsError(RobustqError):
-    """An explicit output path that exists already: nothing is ever overwritten."""
+    """An explicit output path that exists: nothing is ever overwritten."""
 
 
 class OutOfMemoryError(RobustqError):
-    """Memory that does not suffice for a batch; the message says which batch fits."""
+    """Too little memory for a batch; the message names the batch size that fits."""
 
 
 class OutputError(RobustqError):
-    """A disk that is full, or a place that cannot be written."""
+    """A full disk, or a path that cannot be written."""
 
 
 class RunLockedError(RobustqError):
-    """A run folder that another process is writing."""
+    """A run folder that another process is using."""
 
 
 class RunStoppedError(RobustqError):
-    """A run that was asked to stop (Ctrl-C, SIGTERM) and says how to go on; the command line exits with 130."""
+    """A run that was stopped (Ctrl-C, SIGTERM) and can be resumed; the command line exits with 130."""
 
 
 class CheckFailedError(RobustqError):
-    """A check that fell short (parity, a required accuracy): the command line exits with 1 instead of 2."""
+    """A failed check (parity, a required accuracy); the command line exits with 1 instead of 2."""
 
 
 class NotFiniteError(CheckFailedError):
@@ -56,4 +61,4 @@ class NotFiniteError(CheckFailedError):
 
 
 class RobustqWarning(UserWarning):
-    """Everything that robustq warns of: the command line shows these and hides those of the libraries below it."""
+    """All warnings of robustq; the command line shows these and hides those of other libraries."""

@@ -1,9 +1,4 @@
-"""Files: which may be read, and how they are written whole.
-
-Files that a command is given, looked at before anything heavy is loaded: torch alone takes seconds.
-
-Where results are written: names that are free, paths that may be taken, files that appear only when whole.
-"""
+"""Checks of input files before torch is loaded, atomic writes, and free names for results."""
 
 from __future__ import annotations
 
@@ -20,10 +15,10 @@ from robustq.errors import ModelFileError, OutputExistsError, UsageError
 
 
 def check_model_file(path: Path) -> Path:
-    """Return ``path`` when a file with content lies there.
+    """Return ``path`` if it is a file with content.
 
     Raises:
-        ModelFileError: it is missing, a folder (of a run or an export: the file in it is named) or empty.
+        ModelFileError: it is missing, empty, or a folder (the message names the model file in it).
     """
     if not path.exists():
         raise ModelFileError(
@@ -38,10 +33,10 @@ def check_model_file(path: Path) -> Path:
 
 
 def check_export_folder(path: Path) -> Path:
-    """Return ``path`` when it is a folder.
+    """Return ``path`` if it is a folder.
 
     Raises:
-        ModelFileError: nothing is there, or a file.
+        ModelFileError: it is missing, or a file.
     """
     if not path.exists():
         raise ModelFileError(f"{path}: no such folder; give the folder that 'robustq export' wrote")
@@ -56,10 +51,10 @@ def check_export_folder(path: Path) -> Path:
 
 
 def check_attackable(path: Path) -> Path:
-    """Return ``path`` when it may be a model file or an export folder.
+    """Return ``path`` if it is a model file, or a folder that is no run folder.
 
     Raises:
-        ModelFileError: nothing is there, or a run folder (the file to give is named).
+        ModelFileError: it is missing, or a run folder (the message names the model file in it).
     """
     if path.is_dir():
         if (path / "best.pt").is_file() and not any(path.glob("*.onnx")):
@@ -71,18 +66,18 @@ def check_attackable(path: Path) -> Path:
 
 
 PARTIAL = ".partial"
-"""Ending of files that are being written; the name starts with a dot."""
+"""Ending of files that are being written; their names start with a dot."""
 
 
 @contextmanager
-def file_when_whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` when the block ends well, and disappears when it does not.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that replaces ``path`` when the block ends without an exception, and is removed otherwise.
 
-    Its bytes are on the disk before it takes the name, and the name is on the disk before the call returns: whatever
-    happens to the machine, ``path`` holds the old content or the new one, whole.
+    Content and name are flushed to the disk: after a crash of the machine too, ``path`` holds either the old content or
+    the new one.
 
     Raises:
-        OSError: it cannot be written (a full disk, say); ``filename`` is ``path``, which is as it was.
+        OSError: it cannot be written (a full disk, say); its ``filename`` is ``path``, which is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
@@ -98,12 +93,12 @@ def file_when_whole(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # write() and fsync() do not say what they wrote to
+            error.filename = str(path)  # the errors of write() and fsync() do not name the file
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk: a rename alone may be lost with the machine's memory."""
+    """Flush the names in ``folder`` to the disk: a crash of the machine may undo a rename."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -112,19 +107,19 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what a killed process left half-written in ``folder``; call it only where nobody else writes."""
+    """Remove the unfinished files of a killed process; no other process may be writing to ``folder``."""
     for partial in folder.glob(f".*{PARTIAL}"):
         partial.unlink(missing_ok=True)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8: see :func:`file_when_whole`."""
-    with file_when_whole(path) as file:
+    """Write ``text`` as UTF-8: see :func:`atomic_file`."""
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def free_path(wanted: Path) -> Path:
-    """``wanted``, or ``wanted-2``, ``wanted-3``, ... when it is taken: for default names only."""
+    """``wanted``, or ``wanted-2``, ``wanted-3``, ... if it exists; for default names only."""
     candidate, number = wanted, 2
     while candidate.exists():
         candidate = wanted.with_name(f"{wanted.name}-{number}")
@@ -133,11 +128,11 @@ def free_path(wanted: Path) -> Path:
 
 
 def check_new(path: Path) -> Path:
-    """Return an explicit output path that does not exist yet.
+    """Return ``path``, an explicit output path.
 
     Raises:
-        OutputExistsError: it does.
-        UsageError: the folder it would lie in cannot be written.
+        OutputExistsError: it exists.
+        UsageError: its folder cannot be written.
     """
     if path.exists() or path.is_symlink():
         raise OutputExistsError(f"{path} exists already; nothing is overwritten: name another --out or remove it")
@@ -145,8 +140,8 @@ def check_new(path: Path) -> Path:
     return path
 
 
-def check_place(out: Path | None, default: Path) -> None:
-    """Make sure, before any work is done, that a result can be written: at ``out``, by default below ``default``.
+def check_output(out: Path | None, default: Path) -> None:
+    """Check that a result can be written to ``out``, or without it below ``default``.
 
     Raises:
         OutputExistsError, UsageError: as :func:`check_new`.
@@ -164,11 +159,11 @@ def _check_writable(path: Path) -> None:
 
 
 @contextmanager
-def folder_when_whole(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well, and disappears when it does not.
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to ``path`` when the block ends without an exception, and removed otherwise.
 
     Raises:
-        OutputExistsError: ``path`` was taken while the block ran.
+        OutputExistsError: another process made ``path`` while the block ran.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))

@@ -1,7 +1,6 @@
-"""Progress on stderr: one bar at a time, with rate and time left. Silent until the command line switches it on.
+"""Progress on stderr: notes, and one bar at a time with rate and time left.
 
-A library call prints nothing; ``robustq`` calls :func:`show` once. Without a terminal no bar is drawn, notes are still
-printed.
+Everything is off until the command line calls :func:`show`. Without a terminal only notes are printed.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ _kept: str | None = None
 
 
 def show(enabled: bool, *, details: bool = False) -> None:
-    """Switch bars and notes on or off for this process, and details with them."""
+    """Switch bars and notes, and separately details, on or off for this process."""
     global _shown, _detailed
     _shown, _detailed = enabled, details
 
 
 def note(text: str) -> None:
-    """One line for the person who watches; never part of a result."""
+    """Print one line; never part of a result."""
     if _shown and (_kept is None or text.startswith(_kept)):
         print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def notes_of(start: str) -> Iterator[None]:
-    """Within the block only notes that begin with ``start`` are printed: a job inside a job has its say in a line."""
+def only_notes(start: str) -> Iterator[None]:
+    """Within the block, which runs a job inside a job, print only notes that begin with ``start``."""
     global _kept
     before, _kept = _kept, start
     try:
@@ -45,7 +44,7 @@ def notes_of(start: str) -> Iterator[None]:
 
 
 def detail(text: str) -> None:
-    """One line for the person who asked for every setting (``--verbose``)."""
+    """Print one line with ``--verbose`` only."""
     if _detailed:
         print(text, file=sys.stderr, flush=True)
 
@@ -59,7 +58,7 @@ class Bar:
         self._unit = unit
         self._done = 0.0
         self._text = ""
-        self._told = 0.0
+        self._updated = 0.0
         self._start = time.perf_counter()
 
     @property
@@ -70,21 +69,21 @@ class Bar:
     def advance(self, count: float, text: str | Callable[[], str] = "") -> None:
         """Count ``count`` more units and show ``text`` beside the bar.
 
-        A function is called twice a second at most, and only where a bar is drawn: reading a loss makes a GPU wait.
+        A function is called at most twice a second, and only if a bar is drawn: reading a loss makes a GPU wait.
         """
         self._done += count
         if self._progress is None or self._task is None:
             return
         now = time.perf_counter()
-        if now - self._told > 0.5:
-            self._text, self._told = text() if callable(text) else text, now
+        if now - self._updated > 0.5:
+            self._text, self._updated = text() if callable(text) else text, now
         shown = f"{self.rate:,.0f} {self._unit}/s  {self._text}".strip()
         self._progress.update(self._task, advance=count, text=shown)
 
 
 @contextmanager
 def bar(label: str, total: float, unit: str = "img") -> Iterator[Bar]:
-    """Draw a bar while the block runs; inside another bar's block none, since a terminal shows one at a time."""
+    """Draw a bar while the block runs, unless another bar is being drawn."""
     global _drawn
     if not _shown or _drawn or not sys.stderr.isatty():
         yield Bar(None, None, unit)

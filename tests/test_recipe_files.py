@@ -1,4 +1,4 @@
-"""Recipes that extend one another, and what a recipe claims of itself."""
+"""Recipe files: extending one by another, and their metadata."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_keys_lie_over_and_tables_are_merged(folder: Path) -> None:
     recipe = load_recipe(child(folder, 'extends = "base.toml"\nepochs = 5\nmilestones = [4]\n[odgq]\ndomains = 6\n'))
     assert (recipe.method, recipe.epochs, recipe.batch_size, recipe.milestones) == ("odgq", 5, 8, (4,))
     assert recipe.settings == {"domains": 6, "mmd_weight": 0.5}
-    # What a recipe says of itself is true of no other.
+    # Metadata are not inherited.
     assert (recipe.summary, recipe.paper_rows, recipe.evidence) == ("", {}, {})
     base = load_recipe(str(folder / "base.toml"))
     assert (base.epochs, base.settings) == (3, {"domains": 2, "mmd_weight": 0.5})
@@ -78,12 +78,9 @@ def test_another_method_leaves_the_others_table_behind(folder: Path) -> None:
         ('extends = "odqg"', "child.toml extends 'odqg': unknown recipe 'odqg' (nearest: odgq)"),
         ('extends = "none.toml"', "none.toml: no such recipe file"),
         ("extends = 3", "extends = '3' is not a word"),
-        ('extends = ["natural"]', "is not a word; give one recipe's name or .toml file"),
         ('extends = "broken.toml"', "broken.toml: not valid TOML"),
         ('extends = "child.toml"', "extend one another in a circle"),
         ('extends = "back.toml"', "extend one another in a circle"),
-        ('extends = "base.toml"\nepoch = 3', "unknown key 'epoch' (nearest: epochs)"),
-        ('extends = "base.toml"\nodgq = 3', "odgq"),
     ],
 )
 def test_what_cannot_be_extended_is_one_clear_line(folder: Path, text: str, told: str) -> None:
@@ -95,10 +92,10 @@ def test_what_cannot_be_extended_is_one_clear_line(folder: Path, text: str, told
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("key", ["extends=natural", "paper_rows.I=1", "evidence.seed=1"])
-def test_what_stands_in_files_only_cannot_be_set(key: str) -> None:
-    with pytest.raises(RecipeError, match="stands in a recipe file only"):
-        load_recipe("natural", (key,))
+def test_keys_of_files_cannot_be_set() -> None:
+    for key in ("extends=natural", "paper_rows.I=1", "evidence.seed=1"):
+        with pytest.raises(RecipeError, match="is allowed in a recipe file only"):
+            load_recipe("natural", (key,))
 
 
 @pytest.mark.parametrize(
@@ -106,31 +103,27 @@ def test_what_stands_in_files_only_cannot_be_set(key: str) -> None:
     [
         ("{ I = 1 }", "{ VI = 1 }", "paper_rows' table = 'VI' is unknown; known: I, II, III, IV, V"),
         ("{ I = 1 }", "{ I = 12 }", "paper_rows.I = 12 is no row from 1 to 11"),
-        ("{ I = 1 }", "{ I = true }", "paper_rows.I = True is no row"),
         ("{ I = 1 }", "3", "paper_rows = 3 is not a table"),
         ("seed = 0\n", "", "evidence.seed is missing (its seed"),
         ("seed = 0", "seed = [1, true]", "evidence.seed = [1, True] is not a seed"),
-        ("seed = 0", "seed = []", "evidence.seed = [] is not a seed"),
         ("hardware =", "machine =", "evidence's key = 'machine' is unknown"),
         ('"one CPU core"', '" "', "evidence.hardware = ' ' is not a text"),
         ("{ clean = 0.5 }", "{}", "evidence.figures = {} is not a table of at least one number"),
-        ("{ clean = 0.5 }", "0.5", "evidence.figures = 0.5 is not a table"),
-        ("clean = 0.5", "clean = nan", "evidence.figures.clean = nan is not a finite number"),
         ("clean = 0.5", 'clean = "high"', "evidence.figures.clean = 'high' is not a finite number"),
     ],
 )
-def test_claims_are_checked(folder: Path, old: str, new: str, told: str) -> None:
+def test_metadata_are_checked(folder: Path, old: str, new: str, told: str) -> None:
     assert old in BASE
     with pytest.raises(RecipeError) as raised:
         load_recipe(child(folder, BASE.replace(old, new)))
     assert told in str(raised.value)
 
 
-def test_claims_are_no_part_of_a_run_and_printed_as_comments(folder: Path) -> None:
+def test_metadata_are_no_part_of_a_run_and_printed_as_comments(folder: Path) -> None:
     recipe = load_recipe(str(folder / "base.toml"))
     assert not {"paper_rows", "evidence"} & recipe.to_dict().keys()
-    assert recipe.claims()["evidence"]["command"] == "robustq train --recipe base.toml"
-    lines = toml_lines({**recipe.to_dict(), **recipe.claims()})
+    assert recipe.metadata()["evidence"]["command"] == "robustq train --recipe base.toml"
+    lines = toml_lines({**recipe.to_dict(), **recipe.metadata()})
     assert lines[1:4] == [
         "# row 1 of Table I of arXiv:2210.08701",
         "# evidence: clean 0.5 (seed 0, one CPU core)",
@@ -138,5 +131,5 @@ def test_claims_are_no_part_of_a_run_and_printed_as_comments(folder: Path) -> No
     ]
     # A copy of it is another recipe, of which nothing is known yet.
     again = load_recipe(child(folder, "\n".join(lines)))
-    assert again.claims() == {"paper_rows": {}, "evidence": {}}
+    assert again.metadata() == {"paper_rows": {}, "evidence": {}}
     assert {**again.to_dict(), "name": ""} == {**recipe.to_dict(), "name": ""}

@@ -1,11 +1,11 @@
-"""The data sets: by name, from an `.npz` file, or from a folder of images.
+"""Data sets: by name, from an `.npz` file, or from a folder of images.
 
-Every set becomes a `Dataset` of three splits (train, holdout, test). A split hands out batches as the models want them:
-images float32 in [0, 1], NCHW; labels int64 (N,). Small sets live as one uint8 tensor on the compute device
-(`TensorSplit`) and are augmented there; large folders are decoded while they are used (`StreamedSplit`).
+Every set is a `Dataset` of three splits (train, holdout, test), whose batches are images float32 in [0, 1], NCHW, and
+labels int64 (N,). Small sets live as one uint8 tensor on the compute device (`TensorSplit`); large folders are decoded
+while they are used (`StreamedSplit`).
 
-Which image belongs to which split is fixed: no seed of the user moves it. Order and augmentation of a training epoch
-are a pure function of (seed, epoch), so a resumed run needs no generator state.
+The split of an image is fixed: no seed changes it. Order and augmentation of a training epoch are a pure function of
+(seed, epoch), so that a resumed run needs no generator state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Augmentation of a whole batch at once: every image has its own crop and its own flip, and no loop visits images.
+"""Augmentation of whole batches: every image has its own crop and flip, without a loop over images.
 
-The usual CIFAR augmentation (He et al., arXiv:1512.03385, section 4.2): zero padding, a random crop of the original
-size, a horizontal flip with probability 1/2.
+Random crops of the zero-padded image and horizontal flips, as in He et al., arXiv:1512.03385, section 4.2.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from robustq.errors import UsageError
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to a training image.
+    """Augmentation of training images.
 
-    `crop_padding`: zero pixels added on every side before a crop of the original size at a random place (0: no crop).
+    `crop_padding`: zero pixels added on every side before a random crop of the original size (0: no crop).
     `flip`: mirror left and right with probability 1/2.
 
     Raises:
@@ -37,35 +36,33 @@ class Augment:
 
 NO_AUGMENT = Augment()
 
-_MIRRORED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
-"""Named sets whose pictures may be mirrored."""
+_FLIPPED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
 
 
 def usual_augment(name: str, image_size: int) -> Augment:
-    """What is usual for the data set called `name` with images of `image_size` pixels a side: crops padded by an eighth
-    of the side, flips of photographs.
+    """The usual augmentation of a data set: padding by an eighth of the side, and flips for photographs.
 
-    Digits and the user's own data are not mirrored: a mirrored digit is another sign.
+    Digits and the user's own data are not flipped: a mirrored digit is another sign.
     """
-    return Augment(crop_padding=image_size // 8, flip=name in _MIRRORED)
+    return Augment(crop_padding=image_size // 8, flip=name in _FLIPPED)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Pixels as the models want them: uint8 0..255 (any shape) to float32 in [0, 1], pixel / 255, same device."""
-    # A divisor that lies on the device: for a Python number CUDA multiplies by the rounded reciprocal instead, so that
-    # some pixels would differ from the CPU's in the last bit.
+    """uint8 0..255 (any shape) to float32 in [0, 1]: pixel / 255, on the same device."""
+    # For a Python number CUDA multiplies by the rounded reciprocal, so that some pixels would differ from the CPU's in
+    # the last bit: hence a divisor on the device.
     return images.to(torch.float32) / torch.full((), 255.0, device=images.device)
 
 
 def mixed_seed(*parts: int) -> int:
-    """A 63-bit seed from several integers, such as (seed, epoch); neighbouring tuples get unrelated streams."""
-    # A hash of the text: (1, 0) and (1, 0, 0) differ, and the value is the same on every machine and version.
+    """A 63-bit seed from several integers, such as (seed, epoch); the same on every machine and version."""
+    # A hash of the text: (1, 0) and (1, 0, 0) differ, and neighbours get unrelated random numbers.
     text = ",".join(str(int(part)) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def draw_crops_and_flips(augment: Augment, count: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the augmentation of `count` images on the CPU, so that it is the same on every device.
+    """Draw the augmentation of `count` images, on the CPU: the same for every device.
 
     Returns:
         offsets int64 (count, 2), row and column of the crop's corner in the padded image, each 0..2 * crop_padding;
@@ -77,7 +74,7 @@ def draw_crops_and_flips(augment: Augment, count: int, *, generator: torch.Gener
 
 
 def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, *, padding: int) -> Tensor:
-    """Crop each zero-padded image at its own offset, then mirror the ones that `flips` marks: one gather per batch.
+    """Crop each zero-padded image at its own offset, then mirror the images marked by `flips`.
 
     Args:
         images: (N, C, H, W), any dtype.
@@ -93,5 +90,5 @@ def crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor, *, padding: in
     rows = offsets[:, 0, None] + torch.arange(height, device=images.device)
     columns = offsets[:, 1, None] + torch.arange(width, device=images.device)
     columns = torch.where(flips[:, None], columns.flip(1), columns)
-    places = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
-    return padded.flatten(2).gather(2, places.flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape)
+    indices = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+    return padded.flatten(2).gather(2, indices.flatten(1)[:, None].expand(-1, channels, -1)).view(images.shape)

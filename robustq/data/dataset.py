@@ -1,4 +1,4 @@
-"""A data set in three splits, and the two choices that every set shares: hold-out and training subset."""
+"""A data set with its three splits: training, hold-out and test images."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.data.splits import (
-    HOLDOUT_SEED,
-    SUBSET_SEED,
-    Split,
-    TensorSplit,
-    count_classes,
-    stratified_parts,
-    stratified_places,
-)
+from robustq.data.splits import HOLDOUT_SEED, SUBSET_SEED, Split, TensorSplit, stratified_indices, stratified_split
 from robustq.data.streamed import StreamedSplit
 from robustq.errors import DataError, UsageError
 
@@ -25,11 +17,11 @@ HOLDOUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, ready to train and to test on.
+    """A data set, ready for training and testing.
 
-    `name` loads the same set again: the known name, or the absolute path of the file or folder. `image_size` is the
-    side of the square images in pixels. `holdout` was taken out of the training part to watch training; `test` is for
-    the final numbers only.
+    `name`: the known name, or the absolute path of the file or folder; it loads the same set again.
+    `image_size`: side of the square images in pixels.
+    `holdout`: images taken out of the training part to monitor training; `test` is for the final numbers only.
     """
 
     name: str
@@ -46,22 +38,21 @@ class Dataset:
         return len(self.class_names)
 
     def digest(self) -> str:
-        """A short name of all images, labels and class names; where they lie takes no part."""
+        """A hash of all images, labels and class names; their path takes no part."""
         parts = [*self.class_names, *(split.digest() for split in (self.train, self.holdout, self.test))]
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-def training_parts(
+def training_indices(
     labels: Tensor, train_images: int, *, name: str, class_names: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Places of the images to train on, and of the hold-out: a fixed stratified tenth of the whole training part.
+    """Indices of the images to train on, and of the hold-out: a fixed stratified tenth of the whole training part.
 
-    The hold-out is cut first and does not depend on `train_images`: what a short run trains on is never what another
-    run is judged by.
+    The hold-out does not depend on `train_images`: no run trains on the hold-out images of another run.
 
     Args:
         labels: int64 (N,) of the whole training part.
-        train_images: how many of the others to train on, class shares kept, every class present; 0 for all.
+        train_images: number of training images, class shares kept, every class present; 0 for all.
         name, class_names: the data set's, for the messages.
 
     Returns:
@@ -69,12 +60,12 @@ def training_parts(
 
     Raises:
         UsageError: a negative number.
-        DataError: labels of one class only, a training part that is too small to give anything away, more images wanted
-            than there are, or fewer than there are classes.
+        DataError: labels of one class only, one image per class, more images wanted than there are, or fewer than there
+            are classes.
     """
-    if count_classes(labels) < 2:
+    if len(set(labels.tolist())) < 2:
         raise DataError(f"{name} has training images of one class only ({class_names[int(labels[0])]}); need two")
-    rest, held = stratified_parts(labels, HOLDOUT_SHARE, seed=HOLDOUT_SEED)
+    rest, held = stratified_split(labels, HOLDOUT_SHARE, seed=HOLDOUT_SEED)
     if len(held) == 0:
         raise DataError(
             f"{name} has one training image per class ({len(labels)} in all), so none can be held out; use more images"
@@ -87,25 +78,18 @@ def _subset(labels: Tensor, train_images: int, *, name: str) -> Tensor:
         raise UsageError(f"train_images is {train_images}; give a positive number, or 0 for all")
     if train_images == 0:
         return torch.arange(len(labels))
-    classes = count_classes(labels)
+    classes = len(set(labels.tolist()))
     if not classes <= train_images <= len(labels):
         raise DataError(
             f"train_images is {train_images}, but {name} has {len(labels)} training images in {classes} classes beside "
             f"the held-out ones; give {classes} to {len(labels)}, or 0 for all"
         )
-    return stratified_places(labels, train_images, at_least=1, spare=0, seed=SUBSET_SEED)
+    return stratified_indices(labels, train_images, at_least=1, spare=0, seed=SUBSET_SEED)
 
 
 def assemble(
-    train: TensorSplit | StreamedSplit,
-    test: Split,
-    *,
-    train_images: int,
-    name: str,
-    class_names: tuple[str, ...],
-    channels: int,
-    image_size: int,
+    train: TensorSplit | StreamedSplit, test: Split, *, train_images: int, name: str, class_names: tuple[str, ...]
 ) -> Dataset:
-    """Take hold-out and training images out of `train` (see `training_parts`), and put the data set together."""
-    kept, held = training_parts(train.labels, train_images, name=name, class_names=class_names)
-    return Dataset(name, class_names, channels, image_size, train.subset(kept), train.subset(held), test)
+    """A data set whose hold-out and training images are taken out of `train` (see `training_indices`)."""
+    kept, held = training_indices(train.labels, train_images, name=name, class_names=class_names)
+    return Dataset(name, class_names, train.channels, train.image_size, train.subset(kept), train.subset(held), test)

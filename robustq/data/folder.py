@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from robustq.data.dataset import Dataset, assemble, training_parts
-from robustq.data.splits import TensorSplit, named_parts
+from robustq.data.dataset import Dataset, assemble, training_indices
+from robustq.data.splits import TensorSplit, split_by_name
 from robustq.data.streamed import StreamedSplit, default_workers, image_header, read_image
 from robustq.errors import DataError, RobustqWarning
 from robustq.progress import bar
 
-# Above this many bytes as uint8 at the network's image size a folder is streamed instead of decoded once.
 STREAM_ABOVE_BYTES = 1 << 30
+"""A folder with more bytes than this, as uint8 at the network's image size, is streamed."""
 
 IMAGENET_SIZE = 224
 
@@ -30,22 +30,20 @@ class _Files:
     paths: list[str]
     labels: Tensor
 
-    def subset(self, places: Tensor) -> _Files:
-        return _Files([self.paths[place] for place in places.tolist()], self.labels[places])
+    def subset(self, indices: Tensor) -> _Files:
+        return _Files([self.paths[index] for index in indices.tolist()], self.labels[indices])
 
 
-def load_folder(
-    folder: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
-) -> Dataset:
+def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
     """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else from FOLDER/<class>/*, of which a
-    fifth becomes the test part, chosen by file name (see `stratify.named_parts`).
+    fifth becomes the test part (see `splits.split_by_name`).
 
     One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once: shorter side scaled
-    to the image size, middle cut out. Large ones are streamed (see `StreamedSplit`).
+    to the image size, centre cropped. Large sets are streamed (see `StreamedSplit`).
 
     Raises:
         DataError: no images, fewer than two classes, a class of the test part that training lacks, an unreadable image,
-            one part of train and test alone, or images that are not all of one square size while `image_size` is None.
+            only one of train and test, or images that are not all of one square size while `image_size` is None.
 
     Warns:
         RobustqWarning: unreadable images were left out, with `skip_bad_images`.
@@ -63,33 +61,32 @@ def load_folder(
     else:
         class_names = class_folders(folder)
         files = _image_files(folder, class_names, skip_bad_images)
-        rest, part = named_parts([Path(os.path.relpath(path, folder)).as_posix() for path in files.paths], files.labels)
+        rest, part = split_by_name(
+            [Path(os.path.relpath(path, folder)).as_posix() for path in files.paths], files.labels
+        )
         if len(part) == 0:
             raise DataError(f"{folder} has one image per class, so none can be set apart for testing; add images")
         train, test = files.subset(rest), files.subset(part)
-    # Before the subset is taken, which must not decide whether the networks see grey or RGB.
-    channels, side = _survey(train.paths + test.paths, folder, image_size)
-    kept, held = training_parts(train.labels, train_images, name=str(folder), class_names=class_names)
+    # Of all images: the training subset must not decide between grey and RGB.
+    channels, side = _channels_and_side(train.paths + test.paths, folder, image_size)
+    kept, held = training_indices(train.labels, train_images, name=str(folder), class_names=class_names)
     total = len(kept) + len(held) + len(test.paths)
 
     def split(files: _Files) -> TensorSplit | StreamedSplit:
         if total * channels * side**2 > STREAM_ABOVE_BYTES:
-            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, workers=workers)
-        # With a shorter side of exactly the image size, images that have this size already stay as they are.
-        once = StreamedSplit(
-            files.paths, files.labels, image_size=side, channels=channels, workers=workers, shorter_side=side
-        )
-        return TensorSplit(*once.take(0))
+            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels)
+        # With a shorter side of the image size, images of this size are not changed.
+        decoded = StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, shorter_side=side)
+        return TensorSplit(*decoded.take(0))
 
     parts = [split(files) for files in (train.subset(kept), train.subset(held), test)]
     return Dataset(str(folder.resolve()), class_names, channels, side, *parts)
 
 
-def load_imagenet(
-    root: Path, *, train_images: int, image_size: int | None, workers: int | None, skip_bad_images: bool = False
-) -> Dataset:
-    """ImageNet from ROOT/imagenet/train/<class>/* and ROOT/imagenet/val/<class>/*: RGB, always streamed, 224 pixels
-    unless told otherwise. Its 1,000 usual folders (n01440764, ...) get their English names.
+def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
+    """ImageNet from ROOT/imagenet/{train,val}/<class>/*: RGB, streamed, by default 224 pixels.
+
+    Its 1,000 usual folders (n01440764, ...) get their English names.
 
     Raises:
         DataError: the folders are absent, or as `load_folder`.
@@ -103,18 +100,16 @@ def load_imagenet(
     folder_names, train, test = _two_folders(train_folder, test_folder, skip_bad_images)
     side = IMAGENET_SIZE if image_size is None else image_size
     return assemble(
-        StreamedSplit(train.paths, train.labels, image_size=side, workers=workers),
-        StreamedSplit(test.paths, test.labels, image_size=side, workers=workers),
+        StreamedSplit(train.paths, train.labels, image_size=side),
+        StreamedSplit(test.paths, test.labels, image_size=side),
         train_images=train_images,
         name="imagenet",
         class_names=imagenet_class_names(folder_names),
-        channels=3,
-        image_size=side,
     )
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the class folders in `folder`, sorted; hidden ones (.ipynb_checkpoints, ...) are none.
+    """Names of the class folders in `folder`, sorted, without hidden folders (.ipynb_checkpoints, ...).
 
     Raises:
         DataError: none, or `folder` cannot be read.
@@ -129,7 +124,7 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def imagenet_class_names(folder_names: tuple[str, ...]) -> tuple[str, ...]:
-    """English names for ImageNet's 1,000 WordNet folders, in their sorted order; other folder names stay."""
+    """English names for ImageNet's 1,000 WordNet folders, in their sorted order; other names are kept."""
     from torchvision.models import ResNet18_Weights
 
     names: list[str] = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
@@ -141,7 +136,7 @@ def imagenet_class_names(folder_names: tuple[str, ...]) -> tuple[str, ...]:
 def _two_folders(
     train_folder: Path, test_folder: Path, skip_bad_images: bool
 ) -> tuple[tuple[str, ...], _Files, _Files]:
-    """Class names, training files and test files; the test part may lack classes, but have none of its own."""
+    """Class names, training files and test files; the test part may lack classes of the training part."""
     class_names = class_folders(train_folder)
     unknown = sorted(set(class_folders(test_folder)) - set(class_names))
     if unknown:
@@ -155,21 +150,18 @@ def _image_files(folder: Path, class_names: tuple[str, ...], skip_bad_images: bo
 
     With `every`, as for training, a class without images is an error, and so is a single class.
     """
-    from torchvision.datasets.folder import (
-        IMG_EXTENSIONS,
-        make_dataset,
-    )
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     if every and len(class_names) < 2:
         raise DataError(
             f"{folder} has one class only ({class_names[0]}); a classifier needs at least two class folders"
         )
-    places = {name: place for place, name in enumerate(class_names)}
-    samples: list[tuple[str, int]] = make_dataset(folder, places, extensions=IMG_EXTENSIONS, allow_empty=True)
+    numbers = {name: number for number, name in enumerate(class_names)}
+    samples: list[tuple[str, int]] = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
     if skip_bad_images:
         samples = _readable(samples, folder)
-    labels = torch.tensor([place for _, place in samples], dtype=torch.int64)
-    empty = sorted(set(places.values()) - set(labels.tolist()))
+    labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
+    empty = sorted(set(numbers.values()) - set(labels.tolist()))
     if not samples or (every and empty):
         where = folder / class_names[empty[0]] if samples else folder
         raise DataError(f"{where} has no images; file names must end in one of {' '.join(IMG_EXTENSIONS)}")
@@ -177,37 +169,34 @@ def _image_files(folder: Path, class_names: tuple[str, ...], skip_bad_images: bo
 
 
 def _readable(samples: list[tuple[str, int]], folder: Path) -> list[tuple[str, int]]:
-    """The image files that decode; a warning names the others. Reads every file once, since only decoding finds all."""
+    """The image files that decode; a warning names the others. Every file is decoded once."""
 
-    def fault(path: str) -> DataError | None:
+    def is_readable(path: str) -> bool:
         try:
             read_image(path, channels=3)
-        except DataError as error:
-            return error
-        return None
+        except DataError:
+            return False
+        return True
 
-    faults = []
+    good: list[tuple[str, int]] = []
+    bad: list[tuple[str, int]] = []
     # Threads: Pillow decodes without Python's lock.
     with ThreadPoolExecutor(default_workers()) as pool, bar(f"check {folder.name}", len(samples)) as progress:
         try:
-            for found in pool.map(fault, [path for path, _ in samples]):
-                faults.append(found)
+            for sample, readable in zip(samples, pool.map(is_readable, [path for path, _ in samples]), strict=True):
+                (good if readable else bad).append(sample)
                 progress.advance(1)
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait until the last of a million files is read
+            pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all files
             raise
-    bad = [path for (path, _), found in zip(samples, faults, strict=True) if found is not None]
     if bad:
-        shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
-        warnings.warn(f"skipped {len(bad)} of {len(samples)} images that cannot be read: {shown}", RobustqWarning, 2)
-    return [sample for sample, found in zip(samples, faults, strict=True) if found is None]
+        names = ", ".join(path for path, _ in bad[:5]) + (", ..." if len(bad) > 5 else "")
+        warnings.warn(f"skipped {len(bad)} of {len(samples)} images that cannot be read: {names}", RobustqWarning, 2)
+    return good
 
 
-def _survey(paths: list[str], folder: Path, image_size: int | None) -> tuple[int, int]:
-    """Channels (1 when all images are grey, else 3) and side of the images, from the files' headers.
-
-    Stops reading as soon as both are settled.
-    """
+def _channels_and_side(paths: list[str], folder: Path, image_size: int | None) -> tuple[int, int]:
+    """Channels (1 when all images are grey, else 3) and side of the images, from the headers of as few files as do."""
     channels, side = 1, image_size
     for path in paths:
         if channels == 3 and image_size is not None:

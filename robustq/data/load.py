@@ -1,9 +1,4 @@
-"""Loading a data set by name or path.
-
-The sets that torchvision downloads: fetched aside and moved into place when whole, with a bar of our own.
-
-From what the user wrote after --data (a name, a folder, a file) to a data set.
-"""
+"""Loading a data set by name (embedded or downloaded), or from an .npz file or a folder of images."""
 
 from __future__ import annotations
 
@@ -21,12 +16,19 @@ import torch
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.folder import IMAGENET_SIZE, load_folder, load_imagenet
 from robustq.data.npz import load_npz
-from robustq.data.splits import TEST_SEED, TEST_SHARE, TensorSplit, stratified_parts
-from robustq.errors import DataError, UsageError
+from robustq.data.splits import TEST_SEED, TEST_SHARE, TensorSplit, stratified_split
+from robustq.errors import DataError, UsageError, one_line
 from robustq.progress import Bar, bar, note
 
-# name -> torchvision.datasets' class
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+"""Name -> class of torchvision.datasets."""
+
+DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
+
+SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet": IMAGENET_SIZE}
+"""Side of the images in pixels."""
+
+LARGEST_SIDE = 4096
 
 
 def load_torchvision_parts(name: str, root: Path) -> list[Any]:
@@ -39,16 +41,15 @@ def load_torchvision_parts(name: str, root: Path) -> list[Any]:
 
     kind = getattr(datasets, TORCHVISION[name])
     try:
-        # stdout is for the result (--json), and what a download has to say is said here.
+        # torchvision prints during a download; stdout is for the result (--json).
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 return [kind(root=str(root), train=train, download=False) for train in (True, False)]
-            except RuntimeError:  # torchvision's word for: not found, or not whole
+            except RuntimeError:  # not found, or incomplete
                 return _download(kind, name, root)
     except Exception as error:  # URL, socket, archive and checksum errors share no base class
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
-            f"{name} could neither be read from {root} nor downloaded to it ({reason}); pass --data FILE.npz "
+            f"{name} could neither be read from {root} nor downloaded to it ({one_line(error)}); pass --data FILE.npz "
             "or --data FOLDER (of images) instead"
         ) from error
 
@@ -56,9 +57,9 @@ def load_torchvision_parts(name: str, root: Path) -> list[Any]:
 def _download(kind: Any, name: str, root: Path) -> list[Any]:
     note(f"data    downloading {name} to {root}")
     root.mkdir(parents=True, exist_ok=True)
-    # Aside, so that whatever stops it leaves no half archive behind under a name that counts.
+    # A temporary folder: an interrupted download leaves no partial archive behind.
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-        with _own_bar(name):
+        with _replaced_tqdm(name):
             parts = [kind(root=folder, train=train, download=True) for train in (True, False)]
         for file in sorted(Path(folder).rglob("*")):
             if file.is_file():
@@ -69,21 +70,21 @@ def _download(kind: Any, name: str, root: Path) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _own_bar(name: str) -> Iterator[None]:
-    """Torchvision draws a tqdm bar, asked for or not, on a terminal or not; put ours in its place meanwhile."""
+def _replaced_tqdm(name: str) -> Iterator[None]:
+    """Replace torchvision's tqdm bar, which it always draws, by ours."""
     from torchvision.datasets import utils
 
-    theirs = getattr(utils, "tqdm", None)
+    tqdm = getattr(utils, "tqdm", None)
 
-    class Drawn:
-        """As much of tqdm as torchvision uses; in kB."""
+    class OurBar:
+        """The part of tqdm that torchvision uses; in kB."""
 
         def __init__(self, total: int | None = None, **_: Any) -> None:
             self._stack = contextlib.ExitStack()
             self._total = (total or 0) / 1000
             self._bar: Bar | None = None
 
-        def __enter__(self) -> Drawn:
+        def __enter__(self) -> OurBar:
             self._bar = self._stack.enter_context(bar(f"download {name}", self._total, "kB"))
             return self
 
@@ -94,80 +95,56 @@ def _own_bar(name: str) -> Iterator[None]:
         def __exit__(self, *_: object) -> None:
             self._stack.close()
 
-    if theirs is None:
+    if tqdm is None:
         yield
         return
-    utils.tqdm = Drawn
+    utils.tqdm = OurBar
     try:
         yield
     finally:
-        utils.tqdm = theirs
-
-
-DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
-
-SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet": IMAGENET_SIZE}
-"""Pixels a side of the sets known by name."""
-
-LARGEST_SIDE = 4096
+        utils.tqdm = tqdm
 
 
 def load_dataset(
-    name_or_path: str,
-    *,
-    root: Path | None = None,
-    train_images: int = 0,
-    image_size: int | None = None,
-    workers: int | None = None,
-    skip_bad_images: bool = False,
+    name_or_path: str, *, train_images: int = 0, image_size: int | None = None, skip_bad_images: bool = False
 ) -> Dataset:
-    """Load a data set; the same call gives the same images in the same three splits, always.
+    """Load a data set; the same call always gives the same images in the same three splits.
+
+    Downloads, and `imagenet`, lie in $ROBUSTQ_DATA, else in ~/.cache/robustq.
 
     Args:
-        name_or_path: one of `DATASET_NAMES`; an `.npz` file (see `npz.load_npz`); or a folder of images (see
-            `folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
-        root: where downloads are kept and `imagenet` is looked for; None for $ROBUSTQ_DATA, else ~/.cache/robustq.
-        train_images: train on so many images only, class shares kept; the hold-out stays as it is; 0 for all.
+        name_or_path: one of `DATASET_NAMES`, an `.npz` file (`npz.load_npz`) or a folder of images
+            (`folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
+        train_images: number of training images, class shares kept; the hold-out does not change; 0 for all.
         image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
-        workers: processes that decode image files; None for one per CPU; 0 for none.
-        skip_bad_images: leave out image files that cannot be read, with a warning that names them, instead of refusing
-            the folder.
+        skip_bad_images: leave out unreadable image files with a warning, instead of refusing the folder.
 
     Raises:
-        DataError: unknown name, missing or broken file, a failed download, or data that makes no classification set.
+        DataError: unknown name, missing or broken file, a failed download, or data unfit for classification.
         UsageError: a negative number.
     """
     if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
         raise UsageError(
             f"image_size is {image_size}; give the side of the square images in pixels, from 1 to {LARGEST_SIDE}"
         )
-    if workers is not None and workers < 0:
-        raise UsageError(f"workers is {workers}; give a number of processes, 0 for none")
+    options: dict[str, Any] = {
+        "train_images": train_images,
+        "image_size": image_size,
+        "skip_bad_images": skip_bad_images,
+    }
     if name_or_path == "imagenet":
-        return load_imagenet(
-            data_root(root),
-            train_images=train_images,
-            image_size=image_size,
-            workers=workers,
-            skip_bad_images=skip_bad_images,
-        )
+        return load_imagenet(data_root(), **options)
     if name_or_path == "digits":
         dataset = _load_digits(train_images)
     elif name_or_path in TORCHVISION:
-        dataset = _load_torchvision(name_or_path, data_root(root), train_images)
+        dataset = _load_torchvision(name_or_path, data_root(), train_images)
     else:
-        # os.path rather than Path: these two never raise, whatever was typed.
+        # os.path never raises here, whatever was typed; Path does.
         path = Path(os.path.expanduser(name_or_path))
         if not name_or_path or not os.path.exists(path):
             raise _not_found(name_or_path)
         if path.is_dir():
-            return load_folder(
-                path,
-                train_images=train_images,
-                image_size=image_size,
-                workers=workers,
-                skip_bad_images=skip_bad_images,
-            )
+            return load_folder(path, **options)
         if path.suffix.lower() != ".npz":
             raise DataError(f"{path} is neither a folder of images nor an .npz file; give one of these")
         dataset = load_npz(path, train_images=train_images)
@@ -179,10 +156,8 @@ def load_dataset(
     return dataset
 
 
-def data_root(root: Path | None) -> Path:
-    """`root`, else $ROBUSTQ_DATA, else ~/.cache/robustq."""
-    if root is not None:
-        return root
+def data_root() -> Path:
+    """$ROBUSTQ_DATA, else ~/.cache/robustq."""
     return Path(os.environ.get("ROBUSTQ_DATA") or "~/.cache/robustq").expanduser()
 
 
@@ -204,8 +179,14 @@ def _load_digits(train_images: int) -> Dataset:
     bunch = load_digits()
     images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
     whole = TensorSplit(images, torch.from_numpy(bunch.target))
-    rest, part = stratified_parts(whole.labels, TEST_SHARE, seed=TEST_SEED)
-    return _tensor_dataset("digits", whole.subset(rest), whole.subset(part), tuple("0123456789"), train_images)
+    rest, part = stratified_split(whole.labels, TEST_SHARE, seed=TEST_SEED)
+    return assemble(
+        whole.subset(rest),
+        whole.subset(part),
+        train_images=train_images,
+        name="digits",
+        class_names=tuple("0123456789"),
+    )
 
 
 def _load_torchvision(name: str, root: Path, train_images: int) -> Dataset:
@@ -214,25 +195,10 @@ def _load_torchvision(name: str, root: Path, train_images: int) -> Dataset:
     train, test = (
         TensorSplit(_channels_first(torch.as_tensor(part.data)), torch.as_tensor(part.targets)) for part in parts
     )
-    # MNIST's names are "0 - zero", ...
-    class_names = tuple(class_name.partition(" - ")[0] for class_name in parts[0].classes)
-    return _tensor_dataset(name, train, test, class_names, train_images)
+    class_names = tuple(class_name.partition(" - ")[0] for class_name in parts[0].classes)  # MNIST: "0 - zero"
+    return assemble(train, test, train_images=train_images, name=name, class_names=class_names)
 
 
 def _channels_first(images: torch.Tensor) -> torch.Tensor:
     """(N, H, W) or (N, H, W, C) to (N, C, H, W)."""
     return images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-
-
-def _tensor_dataset(
-    name: str, train: TensorSplit, test: TensorSplit, class_names: tuple[str, ...], train_images: int
-) -> Dataset:
-    return assemble(
-        train,
-        test,
-        train_images=train_images,
-        name=name,
-        class_names=class_names,
-        channels=train.images.shape[1],
-        image_size=train.images.shape[2],
-    )

@@ -1,9 +1,4 @@
-"""Splits and subsets.
-
-Choosing images class by class: the fixed test part, hold-out and training subset of a data set.
-
-What a split of a data set can do, and the split that lives as one uint8 tensor on the compute device.
-"""
+"""Splits of a data set: the fixed choice of images, and the split that lives in memory as one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -19,30 +14,24 @@ from torch import Tensor
 from robustq.data.augment import NO_AUGMENT, Augment, crop_and_flip, draw_crops_and_flips, mixed_seed, to_float
 from robustq.errors import DataError, UsageError
 
-# The test part of a set that comes without one.
 TEST_SHARE = 0.2
+"""Test part of a set that has none of its own."""
 
-# Constants on purpose: a seed of the user must not move an image from one part to another.
+# Constants: a seed of the user must not move an image from one part to another.
 TEST_SEED, SUBSET_SEED, HOLDOUT_SEED = 1, 2, 3
 
 
-def count_classes(labels: Tensor) -> int:
-    """How many different labels there are."""
-    return len(np.unique(labels.numpy()))
+def stratified_indices(labels: Tensor, count: int, *, at_least: int, spare: int, seed: int) -> Tensor:
+    """Choose `count` images at random; every class keeps its share (largest remainder method).
 
-
-def stratified_places(labels: Tensor, count: int, *, at_least: int, spare: int, seed: int) -> Tensor:
-    """Choose `count` images so that every class keeps its share as exactly as whole images allow.
-
-    Largest remainder: a class of n among N images gets n * count / N rounded down, and what is missing goes to the
-    classes that lost most by rounding (the lower label first). For one seed a smaller choice lies within a larger one
-    wherever its class quotas do.
+    A class of n among N images gets n * count / N, rounded down; the missing images come from the classes that lost
+    most by rounding (the lower label first).
 
     Args:
         labels: int64 (N,), on the CPU.
-        count: how many; fewer are chosen when `spare` does not allow so many.
-        at_least: images that each class gets whatever its share (if it has them).
-        spare: images that each class keeps out of the choice.
+        count: number of images; fewer are chosen where `spare` does not allow so many.
+        at_least: smallest number of images of each class (if it has them).
+        spare: images of each class that are never chosen.
         seed: of the choice within each class.
 
     Returns:
@@ -55,72 +44,64 @@ def stratified_places(labels: Tensor, count: int, *, at_least: int, spare: int, 
     quotas = np.clip(sizes * count // len(labels), low, high)
     while quotas.sum() != count:
         step = 1 if quotas.sum() < count else -1
-        # In integers (times N), so that equal classes tie exactly on every machine.
+        # In integers (times N): equal classes tie exactly on every machine.
         lost = step * (sizes * count - quotas * len(labels))
         movable = quotas < high if step > 0 else quotas > low
         quotas[np.argmax(np.where(movable, lost, np.iinfo(np.int64).min))] += step
-    # RandomState, the legacy generator, is the one whose stream numpy promises never to change.
+    # numpy promises that the numbers of RandomState never change.
     random = np.random.RandomState(seed)
     members = np.split(np.argsort(which, kind="stable"), np.cumsum(sizes)[:-1])
-    chosen = [random.permutation(places)[:quota] for places, quota in zip(members, quotas, strict=True)]
+    chosen = [random.permutation(indices)[:quota] for indices, quota in zip(members, quotas, strict=True)]
     return torch.from_numpy(np.sort(np.concatenate(chosen)).astype(np.int64))
 
 
-def stratified_parts(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Part `share` (0..1, at least one image) of every class from the rest; no class is emptied by it.
+def stratified_split(labels: Tensor, share: float, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Split off `share` (0..1, at least one image) of the images, class shares kept; no class is emptied.
 
     Returns:
-        places of the rest and of the part: int64, increasing. The part is empty only when every class has one image.
+        indices of the rest and of the part: int64, increasing. The part is empty only when every class has one image.
     """
-    part = stratified_places(labels, max(1, round(len(labels) * share)), at_least=0, spare=1, seed=seed)
+    part = stratified_indices(labels, max(1, round(len(labels) * share)), at_least=0, spare=1, seed=seed)
     kept = torch.ones(len(labels), dtype=torch.bool)
     kept[part] = False
     return kept.nonzero().flatten(), part
 
 
-def named_parts(names: Sequence[str], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """About a fifth (`TEST_SHARE`) of every class from the rest, chosen by a hash of each file's name.
+def split_by_name(names: Sequence[str], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Split off about a fifth (`TEST_SHARE`) of every class, chosen by a hash in [0, 1) of each file name.
 
-    An image stays in its part whatever is added or removed beside it. Only where a class has no image below the fifth
-    the lowest hash stands in, and where it has nothing else the highest stays in the rest: such an image may move when
-    its class grows. A class of one image gives nothing.
+    An image stays in its part when other files are added or removed. In every class the lowest hash belongs to the part
+    and the highest to the rest, so only these images may move when their class grows. A class of one image stays whole.
 
     Args:
         names: of the files, relative to the data's folder: CLASS/FILE.
         labels: int64 (N,).
 
     Returns:
-        places of the rest and of the part: int64, increasing.
+        indices of the rest and of the part: int64, increasing.
     """
-    shares = np.array([_share(name) for name in names])
-    part = shares < TEST_SHARE
+    digests = [hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in names]
+    hashes = np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
+    part = hashes < TEST_SHARE
     for label in np.unique(labels.numpy()):
-        places = np.flatnonzero(labels.numpy() == label)
-        lowest, highest = places[shares[places].argmin()], places[shares[places].argmax()]
-        part[lowest] = True
-        part[highest] = False
+        indices = np.flatnonzero(labels.numpy() == label)
+        part[indices[hashes[indices].argmin()]] = True
+        part[indices[hashes[indices].argmax()]] = False
     return torch.from_numpy(np.flatnonzero(~part)), torch.from_numpy(np.flatnonzero(part))
-
-
-def _share(name: str) -> float:
-    """A number in [0, 1) from a name, the same on every machine."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of a split with their labels; it unpacks as the pair `x, y`.
+    """Images of a split with their labels, on one device; it unpacks as the pair `x, y`.
 
     x: float32 in [0, 1], (B, C, H, W).
     y: int64 (B,).
-    places: int64 (B,), where the images stand in the split, for methods that remember something about each image.
-    All three lie on the same device.
+    indices: int64 (B,), of the images in the split, for methods that keep values for each image.
     """
 
     x: Tensor
     y: Tensor
-    places: Tensor
+    indices: Tensor
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.x, self.y))
@@ -146,20 +127,19 @@ class Split(Protocol):
         augment: Augment = NO_AUGMENT,
         skip: int = 0,
     ) -> Iterator[Batch]:
-        """Go once through the split, a short last batch included.
+        """Iterate once over the split; the last batch may be short.
 
         Args:
             batch_size: images per batch, at least 1.
-            device: where the batches are needed.
-            seed: None for the split's own order and no augmentation at all, whatever `augment` says. With a number, the
-                order and every augmentation draw are a pure function of (seed, epoch): the same on every device, and
-                per image the same for every batch size.
+            device: of the batches.
+            seed: None: the split's own order and no augmentation. With a number, order and augmentation are a pure
+                function of (seed, epoch): the same on every device, and per image the same for every batch size.
             epoch: the epoch's number, from 0.
-            augment: what may happen to the images when there is a seed.
-            skip: batches to leave out at the start of the epoch, without reading them; the others stay what they are.
+            augment: used with a seed only.
+            skip: batches to leave out at the start of the epoch, without reading them; the others do not change.
 
         Yields:
-            A `Batch` on `device`; `for x, y in split.batches(...)` works too.
+            A `Batch`; `for x, y in split.batches(...)` works too.
 
         Raises:
             UsageError: a batch size below 1.
@@ -167,12 +147,11 @@ class Split(Protocol):
         ...
 
     def digest(self) -> str:
-        """A short name of what the split holds, in its order: it tells a resumed run whether its data changed."""
+        """A hash of the images and labels in their order, by which a resumed run notices that its data changed."""
         ...
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
-        """`n` images at evenly spaced places (all for n = 0 or n >= len), so that a split sorted by class gives every
-        class. Always the same ones.
+        """`n` images at evenly spaced indices (all for n = 0 or n >= len): a split sorted by class gives every class.
 
         Returns:
             images uint8 (n, C, H, W) and labels int64 (n,), both on the CPU, in the split's order.
@@ -181,7 +160,7 @@ class Split(Protocol):
 
 
 def evenly_spaced(length: int, n: int) -> Tensor:
-    """The places floor(i * length / n), i = 0..n-1: int64, increasing, from 0; every place for n = 0 or n >= length.
+    """The indices floor(i * length / n), i = 0..n-1: int64, increasing, from 0; all for n = 0 or n >= length.
 
     Raises:
         UsageError: a negative n.
@@ -219,26 +198,27 @@ class TensorSplit:
             raise DataError(f"{len(images)} images need labels with shape ({len(images)},), got {tuple(labels.shape)}")
         self.images = images
         self.labels = labels.to(torch.int64)
+        self.channels, self.image_size = images.shape[1:3]
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def subset(self, places: Tensor) -> TensorSplit:
-        """The images at `places` (int64 (M,)) as a split of its own."""
-        return TensorSplit(self.images[places], self.labels[places])
+    def subset(self, indices: Tensor) -> TensorSplit:
+        """The images at `indices` (int64 (M,)) as a split of their own."""
+        return TensorSplit(self.images[indices], self.labels[indices])
 
     def digest(self) -> str:
         """See `Split.digest`: pixels and labels."""
-        seen = hashlib.blake2b(repr(tuple(self.images.shape)).encode(), digest_size=16)
-        seen.update(self.images.contiguous().numpy().data)
-        seen.update(self.labels.contiguous().numpy().data)
-        return seen.hexdigest()
+        digest = hashlib.blake2b(repr(tuple(self.images.shape)).encode(), digest_size=16)
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def take(self, n: int) -> tuple[Tensor, Tensor]:
         """See `Split.take`."""
-        places = evenly_spaced(len(self), n)
-        return self.images[places], self.labels[places]
+        indices = evenly_spaced(len(self), n)
+        return self.images[indices], self.labels[indices]
 
     def batches(
         self,
@@ -250,14 +230,13 @@ class TensorSplit:
         augment: Augment = NO_AUGMENT,
         skip: int = 0,
     ) -> Iterator[Batch]:
-        """See `Split.batches`. A random crop is one after zero padding."""
+        """See `Split.batches`. Random crops are taken after zero padding."""
         check_batch_size(batch_size)
         images, labels = self._on(device)
         order = torch.arange(len(self))
         offsets = flips = None
         if seed is not None:
-            # Everything is drawn for the whole epoch before the first batch: what happens to an image does not depend
-            # on the batch size, and an iterator that is dropped early leaves nothing half drawn.
+            # Drawn for the whole epoch at once: the augmentation of an image does not depend on the batch size.
             generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
             order = torch.randperm(len(self), generator=generator)
             if augment != NO_AUGMENT:
@@ -266,18 +245,17 @@ class TensorSplit:
         order = order.to(images.device)
 
         def generate() -> Iterator[Batch]:
-            for places in torch.split(order, batch_size)[skip:]:
-                x = images[places]
+            for indices in torch.split(order, batch_size)[skip:]:
+                x = images[indices]
                 if offsets is not None and flips is not None:
-                    x = crop_and_flip(x, offsets[places], flips[places], padding=augment.crop_padding)
-                yield Batch(to_float(x), labels[places], places)
+                    x = crop_and_flip(x, offsets[indices], flips[indices], padding=augment.crop_padding)
+                yield Batch(to_float(x), labels[indices], indices)
 
         return generate()
 
     def _on(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
         """Images and labels on `device`, copied there by the first call only."""
-        # An empty tensor tells the device's full name: "cuda" and "cuda:0" must not hold two copies.
-        place = torch.empty(0, device=device).device
-        if place not in self._copies:
-            self._copies[place] = self.images.to(place), self.labels.to(place)
-        return self._copies[place]
+        device = torch.empty(0, device=device).device  # "cuda" and "cuda:0" must not hold two copies
+        if device not in self._copies:
+            self._copies[device] = self.images.to(device), self.labels.to(device)
+        return self._copies[device]

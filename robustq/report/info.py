@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
-from robustq.recipe.schema import PAPER_TABLES
+from robustq.recipe import METADATA, format_epsilon, parse_epsilon
+from robustq.recipe.paper import PAPER_TABLES
 from robustq.report.attack import bounded, percent, size
 from robustq.report.text import not_for_lines
 
@@ -167,7 +167,7 @@ def toml_lines(recipe: dict[str, Any]) -> list[str]:
     """One recipe as TOML: every value that it settles, and in comments what settles the others."""
     lines = [f"# {' '.join(recipe['name'].split())}", *_claims(recipe)]
     for key, value in recipe.items():
-        if key in ("name", "settings", *CLAIMS):
+        if key in ("name", "settings", *METADATA):
             continue
         lines.append(f"# {key}: {_OPEN[key]}" if value is None else f"{key} = {_toml(key, value)}")
     if recipe["settings"]:

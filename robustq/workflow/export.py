@@ -18,7 +18,7 @@ from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
 from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
-from robustq.files import check_place, folder_when_whole, free_path
+from robustq.files import atomic_folder, check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
@@ -79,7 +79,7 @@ def export_model(
     """
     place = pick_device(device)
     chosen = last_hardened() if model is None else Path(model)
-    check_place(out, EXPORTS)
+    check_output(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, own_model=own_model)
@@ -89,7 +89,7 @@ def export_model(
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
     final = out or free_path(EXPORTS / name)
-    with folder_when_whole(final) as folder:
+    with atomic_folder(final) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None

@@ -15,7 +15,7 @@ from robustq.data import load_dataset
 from robustq.evaluation.evaluate import evaluate
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK
-from robustq.files import check_place, free_path, write_text_atomically
+from robustq.files import check_output, free_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS
 from robustq.progress import note
 from robustq.workflow.export import export_model, recheck_bundle
@@ -47,7 +47,7 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     """
     start = time.perf_counter()
     place = pick_device(device)
-    check_place(out, RUNS)
+    check_output(out, RUNS)
     folder = out or free_path(RUNS / "quickstart")
     shared: dict[str, Any] = {"seed": seed, "device": str(place)}
     note("1/5  train a float ResNet-8 on the digits")

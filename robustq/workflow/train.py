@@ -12,7 +12,7 @@ from torch import nn
 from robustq.checkpoint import load_weights
 from robustq.data import Dataset, load_dataset
 from robustq.errors import UsageError
-from robustq.files import check_place
+from robustq.files import check_output
 from robustq.hardening.run_folder import RUNS, check_new_run
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec, build_model, check_architecture
@@ -90,7 +90,7 @@ def train_model(
     widths, layer_bits = options.resolve(settings, source=None)
     if out is not None:
         check_new_run(out)
-    check_place(out, RUNS)
+    check_output(out, RUNS)
     loaded = load_dataset(
         wanted_data,
         train_images=settings.train_images,
@@ -175,7 +175,7 @@ def harden_model(
     place = pick_device(device)
     if out is not None:
         check_new_run(out)
-    check_place(out, RUNS)
+    check_output(out, RUNS)
     options = WidthOptions(bits=bits, weight_bits=weight_bits, act_bits=act_bits, bits_per_layer=bits_per_layer)
     options.check()
     wanted_data = data or settings.data

@@ -186,7 +186,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*H4, "--set", "batch_size=10000000000"), "batch_size = 10000000000 must be at most 65536"),
     ((*H4, "--set", "crop_padding=10000000"), "crop_padding = 10000000 must be at most 4096"),
     ((*H4, "--set", "crop_padding=8"), "crop_padding = 8 is no less than the side"),
-    ((*H4, "--set", "odgq.domains=1000000000"), "must be a whole number from 1 to 256"),
+    ((*H4, "--set", "odgq.domains=1000000000"), "must be an integer from 1 to 256"),
     ((*H4, "--set", "momentum=1"), "momentum = 1 must be at most 0.9999"),
     ((*H4, "--set", "epochs=" + "9" * 5000), "epochs = "),
     (("recipes", "nothing/there"), "unknown recipe 'nothing/there'"),

@@ -248,7 +248,7 @@ def test_a_printed_recipe_runs_again_as_given(run: Run, tmp_path: Path, name: st
     own.write_text(printed.out, encoding="utf-8")
     resolved = resolved_recipe(load_recipe(name))
     assert resolved_recipe(load_recipe(str(own))) == {**resolved, "name": str(own)}
-    assert run("recipes", name, "--json").json["recipes"] == [{**resolved, **load_recipe(name).claims()}]
+    assert run("recipes", name, "--json").json["recipes"] == [{**resolved, **load_recipe(name).metadata()}]
     # Every value is there: what is open says in a comment what settles it.
     for key, value in resolved.items():
         if key not in ("name", "settings"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from robustq.recipe import load_recipe, recipe_names
-from robustq.recipe.schema import PAPER_TABLES, by_table
+from robustq.recipe.paper import PAPER_TABLES, by_table
 from robustq.report.info import list_lines
 from tests.cli.conftest import Run
 

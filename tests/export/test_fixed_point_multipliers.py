@@ -22,7 +22,7 @@ from robustq.export.qonnx_file import execute
 from tests.export import hand_made as hm
 from tests.export.exported import net, parsed
 from tests.export.test_own_networks import X, spec
-from tests.models.own.own_nets import folded_of
+from tests.models.fx.custom_nets import folded_of
 from tests.models.small_nets import small_spec
 
 STEP, BRANCH, SUM, BIAS_STEP = 0.3, 0.017, 0.41, 0.0007

@@ -20,7 +20,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import Widths
 from robustq.models.spec import ModelSpec
-from tests.models.own.own_nets import CLASSES, NETS, SIDE, folded_of, pixels
+from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, folded_of, pixels
 
 X = to_float(pixels(120, seed=3))
 

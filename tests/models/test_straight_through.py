@@ -27,7 +27,7 @@ from robustq.models.quant.straight_through import (
     staircase_derivative,
     under_rule,
 )
-from tests.models.own.own_nets import folded_of, graph_of, pixels
+from tests.models.fx.custom_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 
 NETWORKS = [*(f"resnet8-{bits}" for bits in (32, 4, 1)), "folded-4", "folded-1", "own-4", "own-folded-8"]

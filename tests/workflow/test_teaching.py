@@ -134,7 +134,7 @@ def test_answers_are_cached_where_that_is_exact_or_asked_for(
     if kind is CachedTeacher and flip:
         expected = (expected + network(batch.x.flip(3)).softmax(1)) / 2
     # float32, through a logarithm and back.
-    torch.testing.assert_close(teacher.logits(batch.x, batch.places).softmax(1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(teacher.logits(batch.x, batch.indices).softmax(1), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sees", ["augmented", "original"])

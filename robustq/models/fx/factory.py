@@ -1,4 +1,4 @@
-"""Architecture text -> float network: ``torchvision:NAME``, or ``module:function`` of the user's own code."""
+"""From the name of a custom model to the float model: ``torchvision:NAME``, or ``module:function`` of the user."""
 
 from __future__ import annotations
 
@@ -13,34 +13,31 @@ from typing import Any
 
 from torch import nn
 
-from robustq.errors import ModelFileError, UsageError
+from robustq.errors import ModelFileError, UsageError, one_line
 
 TORCHVISION = "torchvision:"
 
-OUR_CODE = "torchvision"
-"""The one module name before the colon that needs no permission: it is a library, and only its model list is read."""
-
 
 def is_custom(architecture: str) -> bool:
-    """Whether ``architecture`` names a network that robustq did not write: it has a colon."""
+    """Whether ``architecture`` names a custom model: it has a colon."""
     return ":" in architecture
 
 
 def runs_user_code(architecture: str) -> bool:
-    """Whether building ``architecture`` imports a module that the user must have named on this command line."""
+    """Whether building ``architecture`` imports a module of the user."""
     return is_custom(architecture) and not architecture.startswith(TORCHVISION)
 
 
 def check_permission(architecture: str, named: str | None) -> None:
-    """A model file must never decide which code runs: the user names it again, in every command.
+    """Check that the user named the code that a model file needs: a file must never decide which code runs.
 
     Args:
-        architecture: what the model file says.
-        named: what ``--model`` said on this command line; None: nothing.
+        architecture: of the model file.
+        named: the value of ``--model``, or None.
 
     Raises:
-        ModelFileError: the file needs code that nobody named.
-        UsageError: another network was named.
+        ModelFileError: the file needs code that the user did not name.
+        UsageError: the user named another model.
     """
     if named is not None and named != architecture:
         raise UsageError(f"--model {named} was given, but the file holds a {architecture}; name that, or leave it out")
@@ -49,16 +46,15 @@ def check_permission(architecture: str, named: str | None) -> None:
 
 
 def float_network(architecture: str, *, classes: int) -> nn.Module:
-    """The float network with fresh weights, as its author wrote it; nothing is downloaded.
+    """The float model with fresh weights; nothing is downloaded.
 
     Args:
         architecture: ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
-            ``python -m``; the function is called without arguments, or with ``num_classes=`` or ``classes=`` where it
-            has such a parameter.
+            ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
         classes: number of classes of the data.
 
     Raises:
-        UsageError: no such network, or its code raises.
+        UsageError: no such model, or its code raises.
     """
     if architecture.startswith(TORCHVISION):
         return _torchvision_network(architecture.removeprefix(TORCHVISION), classes)
@@ -66,7 +62,7 @@ def float_network(architecture: str, *, classes: int) -> nn.Module:
 
 
 def torchvision_names() -> list[str]:
-    """Names of torchvision's image classifiers, as they stand after ``torchvision:``."""
+    """Names of torchvision's image classifiers."""
     from torchvision import models
 
     names: list[str] = models.list_models(module=models)
@@ -82,8 +78,7 @@ def _torchvision_network(name: str, classes: int) -> nn.Module:
         raise UsageError(f"torchvision has no classifier '{name}'; nearest: {near}")
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        # Their own initialisation spends a minute in scipy. The auxiliary heads, whose weights are in the published
-        # files, answer in training only and are not traced.
+        # Their initialisation takes a minute. Their auxiliary heads are in the published weights, but not traced.
         options = {"aux_logits": True, "init_weights": False}
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     return network
@@ -111,7 +106,7 @@ def _user_network(architecture: str, classes: int) -> nn.Module:
     try:
         network = function(**_class_argument(function, classes))
     except Exception as error:  # the user's own code may raise anything
-        raise UsageError(f"{architecture}: raised {_told(error)}{_place(error)}") from error
+        raise UsageError(f"{architecture}: raised {_described(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{architecture}: returned a {type(network).__name__}; it must return a torch.nn.Module")
     return network
@@ -133,7 +128,7 @@ def _import(name: str, architecture: str) -> ModuleType:
             ) from error
         raise UsageError(f"{architecture}: needs the module '{missing}', which is not installed") from error
     except Exception as error:  # the user's own code may raise anything
-        raise UsageError(f"{architecture}: importing it raised {_told(error)}{_place(error)}") from error
+        raise UsageError(f"{architecture}: importing it raised {_described(error)}") from error
     finally:
         if added:
             sys.path.remove(here)
@@ -150,11 +145,9 @@ def _class_argument(function: Any, classes: int) -> dict[str, int]:
     return {}
 
 
-def _told(error: Exception) -> str:
-    text = " ".join(str(error).split())[:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _place(error: Exception) -> str:
+def _described(error: Exception) -> str:
+    """Class, text and line of an exception of the user's code."""
+    name, text = type(error).__name__, one_line(error, longest=160)
     frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    line = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return (name if text == name else f"{name}: {text}") + line

@@ -1,7 +1,6 @@
-"""BatchNorm into weights and biases, on the graph of the user's own network.
+"""BatchNorm folded into weights and int32 biases, on the graph of a custom model.
 
-Each layer gets an int32 bias that holds its own scale, so that the values between layers stay plain tensors and every
-operation in between is the one that the network was written with.
+Every layer holds the scale of its bias: values between layers are plain tensors, and other operations do not change.
 """
 
 from __future__ import annotations
@@ -19,41 +18,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from robustq.errors import ExportError
 from robustq.models.fx.ops import NORMS
 from robustq.models.fx.quantize import QuantReLU6
+from robustq.models.fx.trace import called_module
 from robustq.models.layers import weight_quantizer
 from robustq.models.quant.folded_layers import BiasQuant, ExactConv2d, ExactLinear
 from robustq.models.quant.quantizers import QuantReLU
 
-_GEOMETRY = ("stride", "padding", "dilation", "groups")
-
 
 class FoldLayer(Protocol):
-    """Fills one layer of the folded network (:func:`robustq.models.quant.folding.fold_layer`)."""
+    """The arithmetic of one layer (:func:`robustq.models.quant.folding.fold_layer`)."""
 
     def __call__(self, layer: Any, norm: _BatchNorm | None, target: Any, quantizer: Any) -> None:
-        """Write weight, scales and bias of ``layer`` and the ``norm`` behind it into ``target``; ``quantizer`` is the
-        one whose values enter, None in a float network.
+        """Write weight, scales and bias of ``layer`` and its ``norm`` into ``target``; ``quantizer`` is that of the
+        layer's input, None in a float model.
         """
 
 
 def fold_graph(model: GraphModule, *, fold_layer: FoldLayer) -> GraphModule:
-    """The network with the answers of ``model`` in eval mode, its BatchNorms in weights and int32 biases; on the CPU.
+    """A copy of ``model`` on the CPU, in eval mode, with each BatchNorm folded into the layer before it.
 
-    A BatchNorm that does not follow a layer alone stays as it is, in float.
-
-    Args:
-        model: a graph that :func:`robustq.models.fx.build.quantized_graph` made; stays as it was.
-        fold_layer: the arithmetic of one layer.
+    A BatchNorm that does not directly follow a layer stays in float. ``fold_layer`` is the arithmetic of one layer.
     """
     folded: GraphModule = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():
         for node in list(folded.graph.nodes):
-            if node.op != "call_module":
-                continue
-            layer = folded.get_submodule(str(node.target))
+            layer = called_module(folded, node)
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 _fold(folded, node, layer, fold_layer)
-            elif isinstance(layer, QuantReLU6):
-                _plain_rectifier(folded, node, layer)
+            elif isinstance(layer, QuantReLU6):  # its quantizer clips at or below the bound of the ReLU
+                relu = QuantReLU(bit_width=_scaling(layer).bit_width)
+                _scaling(relu).log_threshold.copy_(_scaling(layer).limited(_scaling(layer).log_threshold))
+                set_module(folded, relu.eval(), str(node.target))
             elif isinstance(layer, nn.Dropout | nn.Dropout2d):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 folded.graph.erase_node(node)
@@ -63,17 +57,21 @@ def fold_graph(model: GraphModule, *, fold_layer: FoldLayer) -> GraphModule:
     return folded.eval()
 
 
+def _scaling(relu: Any) -> Any:
+    return relu.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
+
+
 def _fold(folded: GraphModule, node: Node, layer: Any, fold_layer: FoldLayer) -> None:
-    behind = _own_norm(folded, node)
     norm: Any = None
-    if behind is not None:
-        norm = folded.get_submodule(str(behind.target))
+    users = list(node.users)
+    if len(users) == 1 and isinstance(called_module(folded, users[0]), NORMS):
+        norm = called_module(folded, users[0])
+        users[0].replace_all_uses_with(node)
+        folded.graph.erase_node(users[0])
         if norm.weight is None:
             norm.weight, norm.bias = (nn.Parameter(one(norm.num_features)) for one in (torch.ones, torch.zeros))
-        behind.replace_all_uses_with(node)
-        folded.graph.erase_node(behind)
     is_float = not hasattr(layer, "weight_quant")
-    target = _empty_twin(layer, is_float=is_float)
+    target = _without_weights(layer, is_float=is_float)
     quantizer: Any = None if is_float else _input_quantizer(folded, node).act_quant
     fold_layer(layer, norm, target, quantizer)
     if not is_float:
@@ -82,42 +80,25 @@ def _fold(folded: GraphModule, node: Node, layer: Any, fold_layer: FoldLayer) ->
     set_module(folded, target.eval(), str(node.target))
 
 
-def _own_norm(folded: GraphModule, node: Node) -> Node | None:
-    users = list(node.users)
-    if len(users) != 1 or users[0].op != "call_module":
-        return None
-    return users[0] if isinstance(folded.get_submodule(str(users[0].target)), NORMS) else None
-
-
-def _empty_twin(layer: Any, *, is_float: bool) -> Any:
+def _without_weights(layer: Any, *, is_float: bool) -> Any:
+    """A layer of the same shape, with a bias and fresh weights."""
     is_conv = isinstance(layer, nn.Conv2d)
     sizes = ("in_channels", "out_channels", "kernel_size") if is_conv else ("in_features", "out_features")
     shape: list[Any] = [getattr(layer, size) for size in sizes]
-    options: dict[str, Any] = {name: getattr(layer, name) for name in _GEOMETRY} if is_conv else {}
-    options["bias"] = True
+    geometry = ("stride", "padding", "dilation", "groups") if is_conv else ()
+    options: dict[str, Any] = {"bias": True, **{name: getattr(layer, name) for name in geometry}}
     if is_float:
         return (nn.Conv2d if is_conv else nn.Linear)(*shape, **options)
     options |= weight_quantizer(int(layer.weight_quant.bit_width()), folded=True)
     return (ExactConv2d if is_conv else ExactLinear)(*shape, bias_quant=BiasQuant, **options)
 
 
-def _input_quantizer(folded: GraphModule, node: Node) -> nn.Module:
-    """The quantizer whose values reach the layer, through whatever only moves them."""
+def _input_quantizer(folded: GraphModule, node: Node) -> Any:
+    """The quantizer of the values that reach the layer, possibly through operations that keep the grid."""
     source = node.all_input_nodes[0]
     while source.op != "placeholder":
-        if source.op == "call_module":
-            module = folded.get_submodule(str(source.target))
-            if isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
-                found: nn.Module = module
-                return found
+        module = called_module(folded, source)
+        if isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
+            return module
         source = source.all_input_nodes[0]
     raise ExportError(f"no quantizer stands before layer '{node.target}', so it cannot run as integers")
-
-
-def _plain_rectifier(folded: GraphModule, node: Node, layer: Any) -> None:
-    """ReLU in place of a rectifier that clips: its quantizer clips at or below the same bound."""
-    scaling = layer.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
-    plain = QuantReLU(bit_width=scaling.bit_width)
-    own = plain.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl
-    own.log_threshold.copy_(scaling.limited(scaling.log_threshold))
-    set_module(folded, plain.eval(), str(node.target))

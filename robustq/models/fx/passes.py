@@ -1,32 +1,6 @@
-"""Graph passes that bring a traced network into standard form.
+"""Graph passes that rewrite a traced model into standard form; no answer changes.
 
-Clamps become rectifiers.
-
-Contract: ``clamp(min=0)`` becomes ``relu``, ``clamp(0, m)`` becomes ``hardtanh`` of these bounds; any other clamp is
-refused, since its lower end is on no unsigned grid.
-
-Functions and methods that a quantizer replaces become modules, by Brevitas' own rewriters.
-
-Contract: every call of a function in :data:`FUNCTIONS` or a method in :data:`METHODS` is a module of its own
-afterwards, named like its node. Brevitas' table lacks some functions, and its rewriter takes a name that the network
-may have already.
-
-A module without parameters that is called several times gets a copy for each call.
-
-Contract: afterwards no two calls name the same rectifier, pooling or dropout, since each call has a scale of its own.
-Brevitas has such a pass (DuplicateSharedStatelessModule), which overwrites a module that has the copy's name already.
-
-No operation works in place any more.
-
-Contract: what worked in place gives its result to everybody who read its input afterwards, and leaves the input alone.
-Why: quantizers are put between operations, and a value that somebody changes behind its quantizer is off its grid.
-
-A rectifier behind max pooling, dropout or a flatten moves in front of it.
-
-Contract: the order of the two changes, their values do not: the largest of rectified values is the rectified largest,
-and ReLU of a positive multiple is that multiple of ReLU. Why: a convolution is one integer operation only together with
-a quantizer right behind it, and the rectifier is where the quantizer is. Needs shapes
-(:func:`robustq.models.fx.trace.probe`).
+They run in the order of this file; :func:`relu_first` needs the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 """
 
 from __future__ import annotations
@@ -44,37 +18,19 @@ from torch import nn
 from torch.nn import functional
 
 from robustq.errors import UsageError
-from robustq.models.fx.ops import GRID_METHODS, LAYERS, NORMS, RECTIFIERS
-from robustq.models.fx.trace import describe
+from robustq.models.fx.ops import GRID_METHODS, LAYERS, NORMS, RELUS
+from robustq.models.fx.trace import call_arguments, called_module, describe, free_name, replace_call
 
-
-def clamps_to_rectifiers(graph: GraphModule) -> None:
-    """Rewrite ``graph``.
-
-    Raises:
-        UsageError: a clamp that does not start at 0; it is named.
-    """
-    for node in list(graph.graph.nodes):
-        function = node.op == "call_function" and node.target in (torch.clamp, torch.clip)
-        if not function and not (node.op == "call_method" and node.target in ("clamp", "clip")):
-            continue
-        bounds = dict(zip(("min", "max"), node.args[1:], strict=False)) | dict(node.kwargs)
-        low, high = bounds.get("min"), bounds.get("max")
-        if low != 0 or not (high is None or (isinstance(high, int | float) and high > 0)):
-            raise UsageError(
-                f"{describe(graph, node)} clamps to [{low}, {high}], which cannot be quantized; a clamp must start at 0"
-            )
-        with graph.graph.inserting_before(node):
-            call = (
-                graph.graph.call_function(functional.relu, (node.args[0],))
-                if high is None
-                else graph.graph.call_function(functional.hardtanh, (node.args[0], 0.0, float(high)))
-            )
-            call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.graph.erase_node(node)
-    graph.recompile()
-
+OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    functional.relu_: functional.relu,
+    torch.relu_: torch.relu,
+    functional.hardtanh_: functional.hardtanh,
+    functional.leaky_relu_: functional.leaky_relu,
+}
 
 FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
     *(pair for pair in TorchFunctionalToModule.FN_TO_MODULE_MAP if not pair[1].__name__.endswith(("1d", "3d"))),
@@ -89,122 +45,117 @@ FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
     (functional.softplus, nn.Softplus),
     (functional.adaptive_max_pool2d, nn.AdaptiveMaxPool2d),
 )
-"""Brevitas' table of functions and their modules, and what it lacks."""
-
-METHODS: tuple[tuple[str, type[nn.Module]], ...] = (("relu", nn.ReLU),)
+"""Brevitas' table of functions and their modules, and the functions that it lacks."""
 
 
-def functions_to_modules(graph: GraphModule) -> None:
-    """Rewrite ``graph``."""
-    for node in graph.graph.nodes:
-        while node.op in ("call_function", "call_method") and hasattr(graph, node.name):
-            node.name = graph.graph._graph_namespace.create_name(f"{node.name}_call", None)
-    for function, module in FUNCTIONS:
-        FnToModule(function, module).apply(graph)
-    for method, module in METHODS:
-        MethodToModule(method, module).apply(graph)
+def remove_inplace(model: GraphModule) -> None:
+    """Replace in-place operations: nodes behind one read its result, and its input keeps its value.
 
-
-def one_module_a_call(graph: GraphModule) -> None:
-    """Rewrite ``graph``."""
-    seen: set[str] = set()
-    for node in graph.graph.nodes:
-        if node.op != "call_module":
-            continue
-        target = str(node.target)
-        module = graph.get_submodule(target)
-        if target in seen and not isinstance(module, LAYERS + NORMS) and not list(module.parameters()):
-            node.target = free_name(graph, target)
-            set_module(graph, copy.deepcopy(module), node.target)
-        seen.add(str(node.target))
-    graph.recompile()
-
-
-def free_name(graph: GraphModule, wanted: str) -> str:
-    """``wanted_1``, ``wanted_2``, ...: the first that the network does not use."""
-    *path, last = wanted.split(".")
-    owner = graph.get_submodule(".".join(path))
-    number = 1
-    while hasattr(owner, f"{last}_{number}"):
-        number += 1
-    return ".".join([*path, f"{last}_{number}"])
-
-
-OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    functional.relu_: functional.relu,
-    torch.relu_: torch.relu,
-    functional.hardtanh_: functional.hardtanh,
-    functional.leaky_relu_: functional.leaky_relu,
-}
-
-
-def out_of_place(graph: GraphModule) -> None:
-    """Rewrite ``graph``.
+    Why: an in-place change behind a quantizer would take the quantized values off their grid.
 
     Raises:
-        UsageError: something is changed in place that is a part of another tensor; it is named.
+        UsageError: a part of a tensor is changed in place; the operation is named.
     """
-    order = {node: place for place, node in enumerate(graph.graph.nodes)}
-    for node in graph.graph.nodes:
-        if not _works_in_place(graph, node) or not node.all_input_nodes:
+    order = {node: index for index, node in enumerate(model.graph.nodes)}
+    for node in model.graph.nodes:
+        if not _is_inplace(model, node) or not node.all_input_nodes:
             continue
         source = node.all_input_nodes[0]
-        if _is_part(source) and (len(source.users) > 1 or not node.users):
-            raise UsageError(f"{describe(graph, node)} changes a part of a tensor in place; write it out of place")
+        is_part = source.op in ("call_function", "call_method") and source.target in (*GRID_METHODS, operator.getitem)
+        if is_part and (len(source.users) > 1 or not node.users):
+            raise UsageError(f"{describe(model, node)} changes a part of a tensor in place; write it out of place")
         for user in [one for one in source.users if order[one] > order[node]]:
             user.replace_input_with(source, node)
-        _replace(graph, node)
-    graph.recompile()
+        if node.op == "call_module":
+            module = copy.copy(called_module(model, node))
+            module.inplace = False
+            set_module(model, module, str(node.target))
+        elif node.op == "call_method":
+            node.target = str(node.target).rstrip("_")
+        else:
+            node.target = OUT_OF_PLACE.get(node.target, node.target)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
+    model.recompile()
 
 
-def _is_part(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and (
-        node.target in GRID_METHODS or node.target is operator.getitem
-    )
-
-
-def _replace(graph: GraphModule, node: Node) -> None:
+def _is_inplace(model: GraphModule, node: Node) -> bool:
     if node.op == "call_module":
-        module = copy.copy(graph.get_submodule(str(node.target)))
-        module.inplace = False
-        set_module(graph, module, str(node.target))
-    elif node.op == "call_method":
-        node.target = str(node.target).rstrip("_")
-    else:
-        node.target = OUT_OF_PLACE.get(node.target, node.target)
-        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
-
-
-def _works_in_place(graph: GraphModule, node: Node) -> bool:
-    if node.op == "call_module":
-        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
+        return bool(getattr(called_module(model, node), "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     return node.op == "call_function" and (node.target in OUT_OF_PLACE or bool(node.kwargs.get("inplace", False)))
 
 
-def rectifiers_first(graph: GraphModule) -> None:
-    """Rewrite ``graph`` until nothing moves any more."""
-    while any(_moved(graph, node) for node in list(graph.graph.nodes)):
+def clamp_to_relu(model: GraphModule) -> None:
+    """``clamp(min=0)`` becomes ``relu``, and ``clamp(0, m)`` becomes ``hardtanh`` with these bounds.
+
+    Raises:
+        UsageError: a clamp that does not start at 0, whose lower end is on no unsigned grid; it is named.
+    """
+    for node in list(model.graph.nodes):
+        function = node.op == "call_function" and node.target in (torch.clamp, torch.clip)
+        if not function and not (node.op == "call_method" and node.target in ("clamp", "clip")):
+            continue
+        bounds = call_arguments(node, "min", "max")
+        low, high = bounds.get("min"), bounds.get("max")
+        if low != 0 or not (high is None or (isinstance(high, int | float) and high > 0)):
+            raise UsageError(
+                f"{describe(model, node)} clamps to [{low}, {high}], which cannot be quantized; a clamp must start at 0"
+            )
+        if high is None:
+            replace_call(model, node, functional.relu, node.args[0])
+        else:
+            replace_call(model, node, functional.hardtanh, node.args[0], 0.0, float(high))
+    model.recompile()
+
+
+def functions_to_modules(model: GraphModule) -> None:
+    """Each call of a function in :data:`FUNCTIONS`, and of the method ``relu``, becomes a module named like its node.
+
+    By Brevitas' rewriters, which would overwrite a module that has the name already: such nodes are renamed first.
+    """
+    for node in model.graph.nodes:
+        while node.op in ("call_function", "call_method") and hasattr(model, node.name):
+            node.name = model.graph._graph_namespace.create_name(f"{node.name}_call", None)
+    for function, module in FUNCTIONS:
+        FnToModule(function, module).apply(model)
+    MethodToModule("relu", nn.ReLU).apply(model)
+
+
+def duplicate_shared_modules(model: GraphModule) -> None:
+    """Give each call of a module without parameters its own copy, since each call gets its own scale.
+
+    Brevitas' DuplicateSharedStatelessModule would overwrite a module that has the name of the copy already.
+    """
+    seen: set[str] = set()
+    for node in model.graph.nodes:
+        module = called_module(model, node)
+        if module is None:
+            continue
+        if str(node.target) in seen and not isinstance(module, LAYERS + NORMS) and not list(module.parameters()):
+            node.target = free_name(model, str(node.target))
+            set_module(model, copy.deepcopy(module), node.target)
+        seen.add(str(node.target))
+    model.recompile()
+
+
+def relu_first(model: GraphModule) -> None:
+    """Move each ReLU in front of the max pooling, dropout or flatten before it, where the two commute.
+
+    Why: a convolution is one integer operation only with a quantizer right behind it, and the quantizer is in the ReLU.
+    """
+    while any(_swap_with_input(model, node) for node in list(model.graph.nodes)):
         pass
-    graph.graph.lint()
-    graph.recompile()
+    model.graph.lint()
+    model.recompile()
 
 
-def _moved(graph: GraphModule, node: Node) -> bool:
-    if node.op != "call_module":
-        return False
-    rectifier = graph.get_submodule(str(node.target))
-    if not isinstance(rectifier, RECTIFIERS):
+def _swap_with_input(model: GraphModule, node: Node) -> bool:
+    relu = called_module(model, node)
+    if not isinstance(relu, RELUS):
         return False
     before = node.all_input_nodes[0]
-    if len(before.users) > 1:
-        return False
-    if not _commutes(graph, before, bounded=not isinstance(rectifier, nn.ReLU)):
+    if len(before.users) > 1 or not _commutes(model, before, bounded=not isinstance(relu, nn.ReLU)):
         return False
     source = before.all_input_nodes[0]
     node.replace_all_uses_with(before)
@@ -215,11 +166,10 @@ def _moved(graph: GraphModule, node: Node) -> bool:
     return True
 
 
-def _commutes(graph: GraphModule, node: Node, *, bounded: bool) -> bool:
-    if node.op == "call_module":
-        module = graph.get_submodule(str(node.target))
-        if isinstance(module, nn.MaxPool2d | nn.Flatten):
-            return not getattr(module, "return_indices", False)
-        # While training, dropout scales by 1 / (1 - p), which a bound from above does not let pass.
-        return isinstance(module, nn.Dropout | nn.Dropout2d) and not bounded
+def _commutes(model: GraphModule, node: Node, *, bounded: bool) -> bool:
+    module = called_module(model, node)
+    if isinstance(module, nn.MaxPool2d | nn.Flatten):
+        return not getattr(module, "return_indices", False)
+    if isinstance(module, nn.Dropout | nn.Dropout2d):
+        return not bounded  # in training, dropout scales by 1 / (1 - p), possibly over the bound
     return node.target is torch.flatten

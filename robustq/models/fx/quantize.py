@@ -1,26 +1,20 @@
-"""Quantizing a traced network.
+"""Placing the quantizers of :mod:`robustq.models.quant.quantizers` in a standardised graph.
 
-A learned threshold with a largest value: the quantizer of ReLU6, which clips at 6 whatever it learns.
+The result of every layer, sum and average is quantized at once, by the ReLU behind it or by a quantizer of its own, so
+that each operation becomes one integer operation of the deployed file. Bit widths:
 
-What the graph says of values and layers: which may be negative, which come first, which last.
-
-Places the quantizers of :mod:`robustq.models.quant.quantizers` in a standardised graph.
-
-Every value that a layer, a sum or an average makes is quantized at once: by the rectifier that follows it, or by a
-quantizer of its own, so that each operation in between is one integer operation of the deployed file. Widths:
-
-- weights: the network's width, 8 bit in the first and the last layer;
-- values that cannot be negative: unsigned, at the activation width, 8 bit where only the last layer or the logits see
+- weights: the model's width; 8 bits in the first and the last layer;
+- values that cannot be negative: unsigned, at the activation width; 8 bits where only the last layer or the logits use
   them;
-- values that may be negative (linear bottlenecks, residual branches, functions such as SiLU): signed 8 bit;
-- pixels: scale 1/255; behind a normalisation, which stays in float in front, signed 8 bit with a learned scale.
+- values that may be negative (linear bottlenecks, residual branches, functions such as SiLU): signed, 8 bits;
+- pixels: scale 1/255; behind a normalisation, which stays in float, signed 8 bits with a learned scale.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import brevitas.nn as qnn
 import torch
@@ -33,7 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from robustq.errors import UsageError
 from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
-from robustq.models.fx.trace import describe
+from robustq.models.fx.trace import called_module, describe, free_name
 from robustq.models.layers import OUTER_BITS, weight_quantizer
 from robustq.models.quant.quantizers import (
     ActQuant,
@@ -44,6 +38,8 @@ from robustq.models.quant.quantizers import (
     QuantReLU,
     Widths,
 )
+
+INPUT_QUANTIZER = "input_quant"
 
 
 class _AtMost(torch.autograd.Function):
@@ -59,15 +55,12 @@ class _AtMost(torch.autograd.Function):
 
 
 class BoundedThreshold(LearnedThreshold):
-    """:class:`LearnedThreshold` that is never above ``bound``.
+    """:class:`LearnedThreshold` of at most ``bound``, for ReLU6.
 
-    A rectifier that clips at ``bound`` followed by a quantizer that clips at a threshold up to ``bound`` is the
-    quantizer alone, so a deployed file needs no clipping of its own between convolution and quantizer, which would keep
-    onnxruntime from running the convolution as integers.
+    A ReLU that clips at ``bound``, followed by a quantizer that clips below, equals the quantizer alone: the deployed
+    file needs no clipping of its own, which would keep onnxruntime from running the layer before it as integers.
 
-    Args:
-        bit_width, signed: as :class:`LearnedThreshold`.
-        bound: largest threshold, in the unit of the activations.
+    ``bound`` is in the unit of the activations.
     """
 
     def __init__(self, bit_width: int, signed: bool, bound: float) -> None:
@@ -75,99 +68,18 @@ class BoundedThreshold(LearnedThreshold):
         self.bound = bound
 
     def limited(self, log_threshold: Tensor) -> Tensor:
-        """At most the bound; above it the gradient goes on, so that training can come back."""
+        """At most the bound; the gradient passes above it too, so that training can come back."""
         return _AtMost.apply(log_threshold, math.log(self.bound))  # type: ignore[no-any-return]
 
 
 class BoundedActQuant(ActQuant):
-    """Unsigned activations after a rectifier that clips at ``bound``."""
+    """Unsigned activations behind a ReLU that clips at ``bound``."""
 
     scaling_impl = BoundedThreshold  # type: ignore[assignment]
 
 
-def kinds(graph: GraphModule) -> dict[Node, Kind]:
-    """The kind of every node.
-
-    Raises:
-        UsageError: an operation that cannot be quantized; it is named.
-    """
-    return {node: kind(graph, node) for node in graph.graph.nodes}
-
-
-def unsigned_values(graph: GraphModule, of: dict[Node, Kind]) -> set[Node]:
-    """The nodes whose values are never negative, by what made them; pixels are among them."""
-    unsigned: set[Node] = set()
-    for node, its_kind in of.items():
-        sources = computed_inputs(node)
-        inherits = its_kind in (Kind.KEEPS_GRID, Kind.AVERAGE, Kind.JOIN) and node.target not in SUBTRACTIONS
-        if (
-            its_kind in (Kind.INPUT, Kind.RECTIFIER)
-            or (its_kind is Kind.FLOAT and is_unsigned(graph, node))
-            or (inherits and bool(sources) and all(one in unsigned for one in sources))
-            or (its_kind is Kind.KEEPS_GRID and bool(node.all_input_nodes) and node.all_input_nodes[0] in unsigned)
-        ):
-            unsigned.add(node)
-    return unsigned
-
-
-def first_layers(of: dict[Node, Kind]) -> set[Node]:
-    """The layers that see the images without another layer in between."""
-    behind: set[Node] = set()  # nodes with a layer somewhere before them
-    first = set()
-    for node, its_kind in of.items():
-        if any(one in behind or of[one] is Kind.LAYER for one in node.all_input_nodes):
-            behind.add(node)
-        elif its_kind is Kind.LAYER:
-            first.add(node)
-    return first
-
-
-def last_layers(of: dict[Node, Kind]) -> set[Node]:
-    """The layers whose values reach the logits without another layer in between."""
-    ahead: set[Node] = set()  # nodes with a layer somewhere after them
-    last = set()
-    for node in reversed(of):
-        if any(user in ahead or of[user] is Kind.LAYER for user in node.users):
-            ahead.add(node)
-        elif of[node] is Kind.LAYER:
-            last.add(node)
-    return last
-
-
-def layers_ahead(node: Node, of: dict[Node, Kind]) -> set[Node]:
-    """The layers that the values of ``node`` reach on their grid: through nothing but moves of values."""
-    found: set[Node] = set()
-    open_nodes, seen = [node], {node}
-    while open_nodes:
-        for user in open_nodes.pop().users:
-            if of[user] is Kind.LAYER:
-                found.add(user)
-            elif of[user] is Kind.KEEPS_GRID and user not in seen:
-                seen.add(user)
-                open_nodes.append(user)
-    return found
-
-
-def leads_to_logits_alone(node: Node, of: dict[Node, Kind]) -> bool:
-    """Whether nothing takes the values of ``node`` but the output, moved about or through functions in float."""
-    return bool(node.users) and all(
-        of[user] is Kind.OUTPUT
-        or (of[user] in (Kind.KEEPS_GRID, Kind.FLOAT, Kind.AFFINE) and leads_to_logits_alone(user, of))
-        for user in node.users
-    )
-
-
-def norm_of(layer: Node, of: dict[Node, Kind]) -> Node | None:
-    """The BatchNorm that takes the values of ``layer``, and nobody else does: it folds into the layer."""
-    users = list(layer.users)
-    return users[0] if len(users) == 1 and of[users[0]] is Kind.NORM else None
-
-
-INPUT_QUANTIZER = "input_quant"
-
-
 class QuantReLU6(qnn.QuantReLU):  # type: ignore[misc]
-    """A rectifier that clips at ``bound``, and its unsigned quantizer, whose threshold stays at or below the bound."""
+    """A ReLU that clips at ``bound``, with its unsigned quantizer, whose threshold is at most ``bound``."""
 
     def __init__(self, *, bit_width: int, bound: float) -> None:
         QuantNonLinearActLayer.__init__(
@@ -184,171 +96,192 @@ class QuantReLU6(qnn.QuantReLU):  # type: ignore[misc]
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Plan:
-    """What the graph says, read once before anything is changed."""
+    """The model before any change: kinds of its nodes, and sets of nodes."""
 
-    graph: GraphModule
+    model: GraphModule
     widths: Widths
-    of: dict[Node, Kind]
+    kinds: dict[Node, Kind]
     unsigned: set[Node]
-    first: set[Node]
+    outer: set[Node]  # first and last layers
     last: set[Node]
-    before_layer: set[Node] = field(default_factory=set)
-    shared_sums: set[Node] = field(default_factory=set)
+    before_layer: set[Node]
+    shared_sums: set[Node]
 
 
-def quantize(graph: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> GraphModule:
-    """Quantize ``graph`` (standardised and probed) in place and return it; weights and names stay.
+def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> None:
+    """Quantize ``model`` (after :func:`robustq.models.fx.build.standardise`) in place; weights and names stay.
 
-    Args:
-        graph: a float graph.
-        widths: of the inner layers; neither float nor binary.
-        name: what messages call the network.
-        shared_sum_scale: quantize both inputs of each sum by one signed 8-bit quantizer.
+    Args as for :func:`robustq.models.fx.build.quantized_graph`.
 
     Raises:
         UsageError: binary widths, no layer at all, or an operation that cannot be quantized (named).
     """
     if widths.weight_bits == 1 or widths.act_bits == 1:
         raise UsageError(f"{name}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2 (or 32)")
-    of = kinds(graph)
-    plan = _Plan(graph, widths, of, unsigned_values(graph, of), first_layers(of), last_layers(of))
-    if shared_sum_scale:
-        plan.shared_sums |= {node for node in of if of[node] is Kind.JOIN and node.target in SUMS}
-    if not plan.first:
+    kinds = {node: kind(model, node) for node in model.graph.nodes}
+    first, _ = _outer_layers(kinds, kinds, lambda node: node.all_input_nodes)
+    last, before_layer = _outer_layers(reversed(kinds), kinds, lambda node: node.users)
+    sums = {node for node in kinds if kinds[node] is Kind.JOIN and node.target in SUMS} if shared_sum_scale else set()
+    plan = _Plan(model, widths, kinds, _unsigned_values(model, kinds), first | last, last, before_layer, sums)
+    if not first:
         raise UsageError(f"{name}: has no convolution and no linear layer; there is nothing to quantize")
-    for node in reversed(of):
-        if any(of[user] is Kind.LAYER or user in plan.before_layer for user in node.users):
-            plan.before_layer.add(node)
-    in_front = _in_front(of)
-    for node, its_kind in of.items():
+    float_prefix = _float_prefix(kinds)
+    for node, its_kind in kinds.items():
         if its_kind is Kind.LAYER:
             _quantize_layer(plan, node)
-        elif its_kind is Kind.RECTIFIER:
-            _quantize_rectifier(plan, node)
-    for node in list(of):
-        if node is in_front[-1]:
-            only_pixels = of[node] is Kind.INPUT
-            quantizer = qnn.QuantIdentity(act_quant=PixelQuant if only_pixels else NormalisedQuant)
-            _insert_after(plan, node, _free(graph, INPUT_QUANTIZER), quantizer)
-        elif node not in in_front and _needs_quantizer(plan, node):
-            _insert_after(plan, node, _quantizer_name(graph, node), _quantizer(plan, node))
-    for node in of:
+        elif its_kind is Kind.RELU:
+            _quantize_relu(plan, node)
+    for node in kinds:
+        if node is float_prefix[-1]:
+            quantizer = qnn.QuantIdentity(act_quant=PixelQuant if kinds[node] is Kind.INPUT else NormalisedQuant)
+            _insert_after(plan, node, INPUT_QUANTIZER, quantizer)
+        elif node not in float_prefix and _needs_quantizer(plan, node):
+            if node in plan.unsigned:
+                quantizer = qnn.QuantIdentity(act_quant=ActQuant, bit_width=_act_bits(plan, node))
+            else:
+                quantizer = qnn.QuantIdentity(act_quant=BranchQuant)
+            made_by = str(node.target) if node.op == "call_module" else node.name
+            _insert_after(plan, node, f"{made_by}_quant", quantizer)
+    for node in kinds:
         if node in plan.shared_sums:
-            _share_quantizer(graph, node)
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+            _share_quantizer(model, node)
+    model.graph.lint()
+    model.recompile()
 
 
-def _in_front(of: dict[Node, Kind]) -> list[Node]:
-    """The images and what is done to them in float before the input quantizer: normalisation, if any."""
-    node = next(node for node, its_kind in of.items() if its_kind is Kind.INPUT)
+def _outer_layers(
+    nodes: Iterable[Node], kinds: dict[Node, Kind], neighbours: Callable[[Node], Iterable[Node]]
+) -> tuple[set[Node], set[Node]]:
+    """The layers that no other layer separates from the images (or the logits), and all nodes that one separates.
+
+    ``nodes`` begin at the images (or the logits); ``neighbours`` are the next nodes in their direction.
+    """
+    outer, separated = set(), set()
+    for node in nodes:
+        if any(one in separated or kinds[one] is Kind.LAYER for one in neighbours(node)):
+            separated.add(node)
+        elif kinds[node] is Kind.LAYER:
+            outer.add(node)
+    return outer, separated
+
+
+def _unsigned_values(model: GraphModule, kinds: dict[Node, Kind]) -> set[Node]:
+    """The nodes whose values cannot be negative, given the operations alone; pixels are among them."""
+    unsigned: set[Node] = set()
+    for node, its_kind in kinds.items():
+        sources = computed_inputs(node)
+        inherits = its_kind in (Kind.KEEPS_GRID, Kind.AVERAGE, Kind.JOIN) and node.target not in SUBTRACTIONS
+        if (
+            its_kind in (Kind.INPUT, Kind.RELU)
+            or (its_kind is Kind.FLOAT and is_unsigned(model, node))
+            or (inherits and bool(sources) and unsigned.issuperset(sources))
+            or (its_kind is Kind.KEEPS_GRID and bool(node.all_input_nodes) and node.all_input_nodes[0] in unsigned)
+        ):
+            unsigned.add(node)
+    return unsigned
+
+
+def _float_prefix(kinds: dict[Node, Kind]) -> list[Node]:
+    """The images and the operations in float before the input quantizer: normalisation, if any."""
+    node = next(node for node, its_kind in kinds.items() if its_kind is Kind.INPUT)
     chain = [node]
-    front = 1
+    length = 1
     while True:
-        users = [user for user in node.users if of[user] is not Kind.NOT_A_TENSOR]
-        if len(users) != 1 or of[users[0]] not in (Kind.AFFINE, Kind.NORM, Kind.KEEPS_GRID):
-            return chain[:front]
+        users = [user for user in node.users if kinds[user] is not Kind.NOT_A_TENSOR]
+        if len(users) != 1 or kinds[users[0]] not in (Kind.AFFINE, Kind.NORM, Kind.KEEPS_GRID):
+            return chain[:length]
         node = users[0]
         chain.append(node)
-        if of[node] is not Kind.KEEPS_GRID:
-            front = len(chain)
+        if kinds[node] is not Kind.KEEPS_GRID:
+            length = len(chain)
 
 
 def _quantize_layer(plan: _Plan, node: Node) -> None:
-    layer: Any = plan.graph.get_submodule(str(node.target))
+    layer = called_module(plan.model, node)
     if is_parametrized(layer) or any(hasattr(layer, hidden) for hidden in ("weight_g", "weight_orig", "weight_v")):
         raise UsageError(
-            f"{describe(plan.graph, node)} computes its weight (weight or spectral norm, pruning), which cannot be "
+            f"{describe(plan.model, node)} computes its weight (weight or spectral norm, pruning), which cannot be "
             "quantized; make the result its weight first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise UsageError(
-            f"{describe(plan.graph, node)} pads with '{layer.padding_mode}', which cannot be quantized; "
+            f"{describe(plan.model, node)} pads with '{layer.padding_mode}', which cannot be quantized; "
             "use padding_mode='zeros'"
         )
-    bits = OUTER_BITS if node in plan.first | plan.last else plan.widths.weight_bits
-    kind = qnn.QuantConv2d if isinstance(layer, nn.Conv2d) else qnn.QuantLinear
-    swap = ModuleToModuleByInstance(layer, kind, bias_quant=None, **weight_quantizer(bits, folded=False))
-    swap.apply(plan.graph)
+    bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
+    layer_type = qnn.QuantConv2d if isinstance(layer, nn.Conv2d) else qnn.QuantLinear
+    swap = ModuleToModuleByInstance(layer, layer_type, bias_quant=None, **weight_quantizer(bits, folded=False))
+    swap.apply(plan.model)
 
 
-def _quantize_rectifier(plan: _Plan, node: Node) -> None:
-    rectifier = plan.graph.get_submodule(str(node.target))
+def _quantize_relu(plan: _Plan, node: Node) -> None:
+    relu = called_module(plan.model, node)
     bits = _act_bits(plan, node)
-    bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(rectifier), getattr(rectifier, "max_val", None))
+    bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
     quantized = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
-    set_module(plan.graph, quantized, str(node.target))
+    set_module(plan.model, quantized, str(node.target))
 
 
 def _needs_quantizer(plan: _Plan, node: Node) -> bool:
-    of = plan.of
-    its_kind = of[node]
+    kinds = plan.kinds
+    its_kind = kinds[node]
     if its_kind not in (Kind.LAYER, Kind.NORM, Kind.AVERAGE, Kind.JOIN, Kind.AFFINE, Kind.FLOAT):
         return False
-    users = {of[user] for user in node.users} - {Kind.NOT_A_TENSOR}
-    if not users or users == {Kind.RECTIFIER} or leads_to_logits_alone(node, of):
+    users = [user for user in node.users if kinds[user] is not Kind.NOT_A_TENSOR]
+    user_kinds = {kinds[user] for user in users}
+    if not users or user_kinds == {Kind.RELU} or _reaches_logits_alone(node, kinds):
         return False
-    if all(user in plan.shared_sums or of[user] is Kind.NOT_A_TENSOR for user in node.users):
-        return False  # the sums quantize what enters them
-    if its_kind is Kind.LAYER and norm_of(node, of) is not None:
-        return False
-    own_norm = its_kind is Kind.NORM and of[node.all_input_nodes[0]] is Kind.LAYER
+    if plan.shared_sums.issuperset(users):
+        return False  # their quantizer takes the values
+    if its_kind is Kind.LAYER and len(node.users) == 1 and user_kinds == {Kind.NORM}:
+        return False  # the norm folds into the layer
+    own_norm = its_kind is Kind.NORM and kinds[node.all_input_nodes[0]] is Kind.LAYER
     in_float = its_kind in (Kind.FLOAT, Kind.AFFINE) or (its_kind is Kind.NORM and not own_norm)
-    # Functions in float that follow each other round nothing in between.
-    return not (in_float and users <= {Kind.FLOAT, Kind.AFFINE, Kind.RECTIFIER})
+    # No rounding between functions in float.
+    return not (in_float and user_kinds <= {Kind.FLOAT, Kind.AFFINE, Kind.RELU})
 
 
-def _share_quantizer(graph: GraphModule, node: Node) -> None:
-    """Let one quantizer take each input of the sum ``node``."""
-    name = _free(graph, f"{node.name}_shared_quant")
-    set_module(graph, qnn.QuantIdentity(act_quant=BranchQuant), name)
-    for source in computed_inputs(node):
-        with graph.graph.inserting_before(node):
-            quantized = graph.graph.call_module(name, (source,))
-        node.replace_input_with(source, quantized)
-
-
-def _quantizer(plan: _Plan, node: Node) -> nn.Module:
-    if node in plan.unsigned:
-        layer: nn.Module = qnn.QuantIdentity(act_quant=ActQuant, bit_width=_act_bits(plan, node))
-    else:
-        layer = qnn.QuantIdentity(act_quant=BranchQuant)
-    return layer
-
-
-def _act_bits(plan: _Plan, node: Node) -> int:
-    """8 where no inner layer takes the values: only the last one, or nothing but the logits."""
-    ahead = layers_ahead(node, plan.of)
-    if node not in plan.before_layer or (ahead and ahead <= plan.last and not _joins(node, plan.of)):
-        return OUTER_BITS
-    return plan.widths.act_bits
-
-
-def _joins(node: Node, of: dict[Node, Kind]) -> bool:
-    return any(
-        of[user] in (Kind.JOIN, Kind.AVERAGE) or (of[user] is Kind.KEEPS_GRID and _joins(user, of))
+def _reaches_logits_alone(node: Node, kinds: dict[Node, Kind]) -> bool:
+    """Whether the values reach only the output, possibly through moves and functions in float."""
+    return bool(node.users) and all(
+        kinds[user] is Kind.OUTPUT
+        or (kinds[user] in (Kind.KEEPS_GRID, Kind.FLOAT, Kind.AFFINE) and _reaches_logits_alone(user, kinds))
         for user in node.users
     )
 
 
-def _quantizer_name(graph: GraphModule, node: Node) -> str:
-    made_by = str(node.target) if node.op == "call_module" else node.name
-    return _free(graph, f"{made_by}_quant")
+def _act_bits(plan: _Plan, node: Node) -> int:
+    """8 where no inner layer uses the values: only the last layer, or the logits."""
+    users = _grid_users(node, plan.kinds)
+    layers = {user for user in users if plan.kinds[user] is Kind.LAYER}
+    mixed = any(plan.kinds[user] in (Kind.JOIN, Kind.AVERAGE) for user in users)
+    if node not in plan.before_layer or (layers and layers <= plan.last and not mixed):
+        return OUTER_BITS
+    return plan.widths.act_bits
 
 
-def _free(graph: GraphModule, wanted: str) -> str:
-    *path, last = wanted.split(".")
-    owner = graph.get_submodule(".".join(path))
-    name, number = last, 1
-    while hasattr(owner, name):
-        name, number = f"{last}_{number}", number + 1
-    return ".".join([*path, name])
+def _grid_users(node: Node, kinds: dict[Node, Kind]) -> set[Node]:
+    """The nodes that use the values of ``node`` on their grid: directly, or through moves of values."""
+    found: set[Node] = set()
+    for user in node.users:
+        found |= _grid_users(user, kinds) if kinds[user] is Kind.KEEPS_GRID else {user}
+    return found
 
 
-def _insert_after(plan: _Plan, node: Node, name: str, quantizer: nn.Module) -> None:
-    set_module(plan.graph, quantizer, name)
-    sizes = [user for user in node.users if plan.of[user] is Kind.NOT_A_TENSOR]
-    InsertModuleCallAfter(name, node, sizes).apply(plan.graph)
+def _share_quantizer(model: GraphModule, node: Node) -> None:
+    """Quantize both inputs of the sum ``node`` by one quantizer."""
+    name = free_name(model, f"{node.name}_shared_quant")
+    set_module(model, qnn.QuantIdentity(act_quant=BranchQuant), name)
+    for source in computed_inputs(node):
+        with model.graph.inserting_before(node):
+            quantized = model.graph.call_module(name, (source,))
+        node.replace_input_with(source, quantized)
+
+
+def _insert_after(plan: _Plan, node: Node, wanted: str, quantizer: nn.Module) -> None:
+    name = free_name(plan.model, wanted)
+    set_module(plan.model, quantizer, name)
+    sizes = [user for user in node.users if plan.kinds[user] is Kind.NOT_A_TENSOR]
+    InsertModuleCallAfter(name, node, sizes).apply(plan.model)

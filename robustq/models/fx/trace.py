@@ -1,18 +1,17 @@
-"""Tracing a custom network with torch.fx.
+"""Tracing a custom model with torch.fx: its graph, and the shapes of all values.
 
-A float network -> its graph, by Brevitas' symbolic tracer: one node a tensor operation, module names kept.
-
-The network is traced in eval mode, so a branch on ``self.training`` is taken as in eval mode for good; dropout and
-BatchNorm are modules and still follow the mode.
-
-One run of a graph on two blank images: which nodes are tensors, of which shape, and which depend on the images.
+The model is traced in eval mode by Brevitas' tracer, so a branch on ``self.training`` is fixed as in eval mode. Dropout
+and BatchNorm are modules and follow the mode.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
 import traceback
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,22 @@ import torch
 from brevitas.backport.fx import GraphModule, Interpreter, Node, Tracer
 from torch import Tensor, nn
 
-from robustq.errors import UsageError
+from robustq.errors import UsageError, one_line
 
 _LIBRARIES = (
     *(str(Path(module.__file__).parent) + os.sep for module in (torch, brevitas) if module.__file__),
     str(Path(__file__).parent) + os.sep,
 )
-"""Where a frame is never the user's own line."""
+"""Folders without code of the user."""
 
 _LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
+BATCH = 2
+"""Batch size of the shapes in ``meta``: not 1, which other axes may have too."""
+
 
 class Constant(nn.Module):
-    """A tensor that the network uses and its state dict does not hold; as a module it stays out of ours as well."""
+    """A tensor outside the state dict; as a module it stays outside the state dict of the graph as well."""
 
     value: Tensor
 
@@ -46,25 +48,20 @@ class Constant(nn.Module):
         return self.value
 
 
-class _NamedTracer(Tracer):  # type: ignore[misc]
-    """Keeps the user's line of every node, and takes as one node what must stay one."""
-
+class _Tracer(Tracer):  # type: ignore[misc]
     record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn's modules, normalisation transforms, and subclasses of layers that only change the constructor."""
-        if is_normalise(m):
-            return True
+        """torch.nn's modules, normalisation transforms, and subclasses of layers with the forward of the layer."""
         for layer in _LAYERS:
             if isinstance(m, layer):
-                # A subclass with a forward of its own is traced through: what it does to its weights must be seen.
-                own = type(m).forward is not layer.forward
-                return not own and getattr(type(m), "_conv_forward", None) is getattr(layer, "_conv_forward", None)
-        return bool(super().is_leaf_module(m, module_qualified_name))
+                names = ("forward", "_conv_forward")
+                return all(getattr(type(m), name, None) is getattr(layer, name, None) for name in names)
+        return is_normalise(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
 
 def is_normalise(module: nn.Module) -> bool:
-    """Whether ``module`` is one of torchvision's Normalize transforms, which look into the tensor and trace badly."""
+    """Whether ``module`` is one of torchvision's Normalize transforms, whose forward cannot be traced."""
     kind = type(module)
     return kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms")
 
@@ -72,71 +69,88 @@ def is_normalise(module: nn.Module) -> bool:
 def trace(network: nn.Module, *, name: str) -> GraphModule:
     """The graph of ``network``, in eval mode, with its own parameters (not copies).
 
-    Entries of the state dict that the forward never uses (auxiliary heads) are left out and listed in
-    ``graph.meta["unused_entries"]``.
-
-    Args:
-        network: the float network.
-        name: what messages call it.
+    ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads).
 
     Raises:
-        UsageError: control flow that depends on values, several inputs or outputs, a layer that is used twice; with
-            the line of the user's code where it is known.
+        UsageError: control flow that depends on values, several inputs or outputs, or a layer that is called twice.
     """
     network.eval()
     entries = set(network.state_dict())
-    tracer = _NamedTracer()
+    tracer = _Tracer()
     try:
         graph = tracer.trace(network, _defaults(network, name))
     except UsageError:
         raise
-    except Exception as error:  # tracing runs the user's forward, which may raise anything
-        text = " ".join(str(error).split())[:140] or type(error).__name__
+    except Exception as error:  # the user's forward may raise anything
+        frames = [(frame.filename, frame.lineno) for frame in reversed(traceback.extract_tb(error.__traceback__))]
         raise UsageError(
-            f"{name}: its forward cannot be traced{_place_of(error)}: {text}; "
+            f"{name}: its forward cannot be traced{_location(' at {}:{}', frames)}: {one_line(error, longest=140)}; "
             "write it without branches and loops over tensor values"
         ) from error
-    traced = GraphModule(tracer.root, graph, type(network).__name__)
-    _remember_places(traced)
-    _constants_to_modules(traced, entries)
-    _check_shape(traced, name)
-    traced.eval()
-    traced.meta["unused_entries"] = tuple(sorted(entries - set(traced.state_dict())))
-    return traced
+    model = GraphModule(tracer.root, graph, type(network).__name__)
+    _keep_locations(model)
+    _constants_to_modules(model, entries)
+    _check_graph(model, name)
+    model.eval()
+    model.meta["unused_entries"] = tuple(sorted(entries - set(model.state_dict())))
+    return model
 
 
-def place(node: Node) -> str:
-    """`` (file:line)`` of the user's own code that made ``node``, or nothing where it is not known."""
-    return str(node.meta.get("place", ""))
+def called_module(model: GraphModule, node: Node) -> Any:
+    """The module that ``node`` calls; None where it calls none."""
+    return model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def describe(graph: GraphModule, node: Node) -> str:
-    """A node in words: what it is, its name and the line that made it."""
-    if node.op == "call_module":
-        return f"{type(graph.get_submodule(str(node.target))).__name__} '{node.target}'{place(node)}"
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", repr(node.target))
-    return f"{target}() '{node.name}'{place(node)}"
+def call_arguments(node: Node, *names: str) -> dict[str, Any]:
+    """The arguments of a call behind the first one, by name; ``names`` are those of positional arguments."""
+    return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
-def _place_of(error: Exception) -> str:
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_LIBRARIES) and not frame.filename.startswith("<"):
-            return f" at {frame.filename}:{frame.lineno}"
+def replace_call(model: GraphModule, node: Node, function: Any, *args: Any) -> None:
+    """Replace ``node`` by a call of ``function`` with ``args``."""
+    with model.graph.inserting_before(node):
+        call = model.graph.call_function(function, args)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    model.graph.erase_node(node)
+
+
+def free_name(model: GraphModule, wanted: str) -> str:
+    """``wanted``, else ``wanted_1``, ``wanted_2``, ...: the first name that the model does not use."""
+    path, _, last = wanted.rpartition(".")
+    owner = model.get_submodule(path)
+    name, number = last, 1
+    while hasattr(owner, name):
+        name, number = f"{last}_{number}", number + 1
+    return f"{path}.{name}" if path else name
+
+
+def describe(model: GraphModule, node: Node) -> str:
+    """Operation and name of a node, and the line of the user's code that made it, for messages."""
+    module, target = called_module(model, node), node.target
+    if module is not None:
+        return f"{type(module).__name__} '{target}'{node.meta.get('location', '')}"
+    called = target if isinstance(target, str) else getattr(target, "__name__", repr(target))
+    return f"{called}() '{node.name}'{node.meta.get('location', '')}"
+
+
+def _location(text: str, frames: Iterable[tuple[str, Any]]) -> str:
+    """``text`` with file and line of the first of ``frames`` that is the user's code; else nothing."""
+    for file, line in frames:
+        if not file.startswith((*_LIBRARIES, "<")):
+            return text.format(file, line)
     return ""
 
 
-def _remember_places(traced: GraphModule) -> None:
-    """Of each node's whole stack, innermost frame first, keep the innermost line outside the libraries."""
-    for node in traced.graph.nodes:
-        for line in (node.meta.pop("stack_trace", None) or "").splitlines():
-            words = line.strip().split('"')
-            if len(words) >= 3 and words[0] == "File " and not words[1].startswith(_LIBRARIES):
-                node.meta["place"] = f" ({words[1]}:{words[2].split()[2].rstrip(',')})"
-                break
+def _keep_locations(model: GraphModule) -> None:
+    """Keep of each node's stack trace, whose innermost frame comes first, the innermost line of the user's code."""
+    for node in model.graph.nodes:
+        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.pop("stack_trace", None) or "")
+        node.meta["location"] = _location(" ({}:{})", frames)
 
 
 def _defaults(network: nn.Module, name: str) -> dict[str, Any]:
-    """Arguments of forward behind the first keep their defaults."""
+    """Defaults of forward's arguments behind the first."""
     parameters = list(inspect.signature(network.forward).parameters.values())
     if not parameters:
         raise UsageError(f"{name}: its forward takes no input")
@@ -147,55 +161,49 @@ def _defaults(network: nn.Module, name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
 
 
-def _constants_to_modules(traced: GraphModule, entries: set[str]) -> None:
-    for node in list(traced.graph.nodes):
+def _constants_to_modules(model: GraphModule, entries: set[str]) -> None:
+    """Make a :class:`Constant` of each tensor that is not among the ``entries`` of the state dict."""
+    for node in list(model.graph.nodes):
         if node.op != "get_attr" or str(node.target) in entries:
             continue
-        *path, last = str(node.target).split(".")
-        owner = traced.get_submodule(".".join(path))
+        path, _, last = str(node.target).rpartition(".")
+        owner = model.get_submodule(path)
         value = getattr(owner, last)
         if isinstance(value, Tensor):
             delattr(owner, last)
             owner.add_module(last, Constant(value.detach()))
-        with traced.graph.inserting_before(node):
-            call = traced.graph.call_module(str(node.target))
+        with model.graph.inserting_before(node):
+            call = model.graph.call_module(str(node.target))
             call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
-        traced.graph.erase_node(node)
-    traced.recompile()
+        model.graph.erase_node(node)
+    model.recompile()
 
 
-def _check_shape(traced: GraphModule, name: str) -> None:
-    for node in list(traced.graph.nodes):
+def _check_graph(model: GraphModule, name: str) -> None:
+    """One input, one output, and no layer that is called twice."""
+    for node in list(model.graph.nodes):
         if node.op == "placeholder" and node.args and not node.users:
-            traced.graph.erase_node(node)  # an argument that kept its default
+            model.graph.erase_node(node)  # an argument that kept its default
         if node.op == "output" and not isinstance(node.args[0], Node):
             raise UsageError(
                 f"{name}: its forward returns a {type(node.args[0]).__name__}; it must return the logits alone"
             )
-    inputs = [node for node in traced.graph.nodes if node.op == "placeholder" and node.users]
+    inputs = [node for node in model.graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise UsageError(f"{name}: its forward takes {len(inputs)} inputs; it must take images alone")
-    calls: dict[str, int] = {}
-    for node in traced.graph.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    for target, count in calls.items():
-        module = traced.get_submodule(target)
-        if count > 1 and isinstance(module, _LAYERS):
+    for target, count in Counter(str(node.target) for node in model.graph.nodes if node.op == "call_module").items():
+        layer = model.get_submodule(target)
+        if count > 1 and isinstance(layer, _LAYERS):
             raise UsageError(
-                f"{name}: {type(module).__name__} '{target}' is called {count} times; a layer that is shared has no "
+                f"{name}: {type(layer).__name__} '{target}' is called {count} times; a layer that is shared has no "
                 "one scale for its input, so give each call a layer of its own"
             )
 
 
-BATCH = 2
-"""Two images tell the batch axis from an axis of length one."""
-
-
-class _Probe(Interpreter):  # type: ignore[misc]
-    def __init__(self, graph: GraphModule, name: str) -> None:
-        super().__init__(graph)
+class _ShapeProp(Interpreter):  # type: ignore[misc]
+    def __init__(self, model: GraphModule, name: str) -> None:
+        super().__init__(model)
         self.name = name
 
     def run_node(self, node: Node) -> Any:
@@ -203,7 +211,7 @@ class _Probe(Interpreter):  # type: ignore[misc]
             value = super().run_node(node)
         except UsageError:
             raise
-        except Exception as error:  # an operation of the user's network may raise anything
+        except Exception as error:  # an operation of a custom model may raise anything
             text = " ".join(str(error).split("\n")[0].split())[:140]
             raise UsageError(
                 f"{self.name}: {describe(self.module, node)} does not take what reaches it ({text}); "
@@ -211,37 +219,31 @@ class _Probe(Interpreter):  # type: ignore[misc]
             ) from error
         node.meta["tensor"] = isinstance(value, Tensor) and value.is_floating_point()
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
-        node.meta["constant"] = node.op == "get_attr" or (
-            node.op == "call_module" and isinstance(self.module.get_submodule(str(node.target)), Constant)
-        )
+        node.meta["constant"] = node.op == "get_attr" or isinstance(called_module(self.module, node), Constant)
         if node.op in ("call_function", "call_method") and isinstance(value, Tensor):
-            # What is computed from constants alone, such as a reshaped mean, is one.
+            # The result of constants alone, such as a reshaped mean.
             sources = [one for one in node.all_input_nodes if one.meta["tensor"]]
             node.meta["constant"] = bool(sources) and all(one.meta["constant"] for one in sources)
         return value
 
 
 @torch.no_grad()
-def probe(graph: GraphModule, *, channels: int, image_size: int, name: str) -> None:
-    """Write ``tensor``, ``shape`` (with a batch of two) and ``constant`` into every node's ``meta``.
+def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
+    """Write ``tensor`` (is it one, of floats), ``shape`` (for :data:`BATCH` images) and ``constant`` into ``meta``.
 
     Raises:
         UsageError: an operation fails on images of this shape; it is named.
     """
-    graph.eval()
-    parameter = next(graph.parameters(), torch.empty(0))
-    x = torch.zeros(BATCH, channels, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    _check_channels(graph, channels, name)
-    _Probe(graph, name).run(x)
-
-
-def _check_channels(graph: GraphModule, channels: int, name: str) -> None:
-    first = next((module for module in _modules_in_order(graph) if isinstance(module, nn.Conv2d)), None)
+    model.eval()
+    modules = [called_module(model, node) for node in model.graph.nodes]
+    first = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         raise UsageError(
             f"{name} takes images of {first.in_channels} channels, the data have {channels}; give other data"
         )
-
-
-def _modules_in_order(graph: GraphModule) -> list[nn.Module]:
-    return [graph.get_submodule(str(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
+    weight = next(model.parameters(), torch.empty(0))
+    x = torch.zeros(BATCH, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
+    try:
+        _ShapeProp(model, name).run(x)
+    except UsageError as error:  # Brevitas' Interpreter appends the node and a traceback to the message
+        raise UsageError(str(error).partition("\n\nWhile executing")[0]) from error

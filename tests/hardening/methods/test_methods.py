@@ -441,7 +441,7 @@ def test_bad_settings(method: str, key: str, value: Any) -> None:
 def test_all_bad_settings_are_told_at_once() -> None:
     with pytest.raises(
         RecipeError,
-        match=r"trades\.kl_weight = -1 must be a number from 0 to 100000; trades\.steps = 0 must be a whole number "
+        match=r"trades\.kl_weight = -1 must be a number from 0 to 100000; trades\.steps = 0 must be an integer "
         r"from 1 to 1000; trades\.step_size = 'far' is not 'auto' or a number from 0 to 1, such as 2/255; "
         r"trades\.start_size = 0\.001 must be at least 1/255; trades\.batch_norm = 'evil' is unknown; known: eval, "
         r"train, separate \(nearest: eval\)$",

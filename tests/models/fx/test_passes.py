@@ -1,4 +1,4 @@
-"""Each graph pass by itself: how often it fires, where, and that no answer changes."""
+"""Each graph pass by itself: what it rewrites, and that no answer changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn import functional
 
 from robustq.errors import UsageError
 from robustq.models.fx.passes import (
-    clamps_to_rectifiers,
+    clamp_to_relu,
+    duplicate_shared_modules,
     functions_to_modules,
-    one_module_a_call,
-    out_of_place,
-    rectifiers_first,
+    relu_first,
+    remove_inplace,
 )
-from robustq.models.fx.shapes import fixed_pooling, fixed_reshapes, means_to_pooling, pooling_windows
-from robustq.models.fx.trace import probe, trace
+from robustq.models.fx.shapes import fix_adaptive_pooling, fix_pooling_windows, fix_reshapes, mean_to_pooling
+from robustq.models.fx.trace import shape_prop, trace
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -44,7 +44,7 @@ def traced(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule
 def probed(function: Callable[..., Tensor], **modules: nn.Module) -> GraphModule:
     graph = traced(function, **modules)
     functions_to_modules(graph)
-    probe(graph, channels=4, image_size=6, name="net")
+    shape_prop(graph, channels=4, image_size=6, name="net")
     return graph
 
 
@@ -74,7 +74,7 @@ def add_to_itself(_: nn.Module, x: Tensor) -> Tensor:
 
 def test_in_place_operations_give_what_later_readers_saw() -> None:
     graph = traced(add_to_itself)
-    out_of_place(graph)
+    remove_inplace(graph)
     assert steps(graph) == ["mul", "add", "relu", "mul", "sub", "leaky_relu", "add"]
     assert same(graph, add_to_itself)
     x = X.clone()
@@ -91,25 +91,9 @@ def modules_in_place(net: nn.Module, x: Tensor) -> Tensor:
 def test_a_module_in_place_whose_result_is_dropped() -> None:
     act = nn.ReLU(inplace=True)
     graph = traced(modules_in_place, act=act)
-    out_of_place(graph)
+    remove_inplace(graph)
     assert same(graph, modules_in_place, act=act)
     assert act.inplace and not graph.get_submodule("act").inplace
-
-
-@pytest.mark.parametrize(
-    ("clamp", "kind"),
-    [
-        (lambda _, x: x.clamp(min=0), "relu"),
-        (lambda _, x: torch.clamp(x, 0), "relu"),
-        (lambda _, x: x.clip(0, 1.5), "hardtanh"),
-        (lambda _, x: torch.clamp(x, max=2, min=0.0), "hardtanh"),
-    ],
-)
-def test_clamps(clamp: Callable[..., Tensor], kind: str) -> None:
-    graph = traced(clamp)
-    clamps_to_rectifiers(graph)
-    assert steps(graph) == [kind]
-    assert same(graph, clamp)
 
 
 def functions(net: nn.Module, x: Tensor) -> Tensor:
@@ -138,59 +122,48 @@ def shared(net: nn.Module, x: Tensor) -> Tensor:
 def test_shared_modules_are_copied_under_free_names() -> None:
     modules = {"act": nn.ReLU(), "act_1": nn.Hardtanh(0.0, 0.1)}
     graph = traced(shared, **modules)
-    one_module_a_call(graph)
+    duplicate_shared_modules(graph)
     targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert targets == ["act", "act_2", "act_3", "act_1"]
     assert same(graph, shared, **modules)
 
 
 @pytest.mark.parametrize(
-    ("mean", "expected"),
+    ("rewrite", "function", "expected"),
     [
-        (lambda _, x: x.mean((2, 3)), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: x.mean([-1, -2]), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: torch.mean(x, dim=(3, 2)), ["AdaptiveAvgPool2d", "flatten"]),
-        (lambda _, x: torch.mean(x, [2, 3], True), ["AdaptiveAvgPool2d"]),
-        (lambda _, x: x.mean(dim=(2, 3), keepdim=True), ["AdaptiveAvgPool2d"]),
+        (clamp_to_relu, lambda _, x: torch.clamp(x, 0), ["relu"]),
+        (clamp_to_relu, lambda _, x: x.clip(0, 1.5), ["hardtanh"]),
+        (clamp_to_relu, lambda _, x: torch.clamp(x, max=2, min=0.0), ["hardtanh"]),
+        (mean_to_pooling, lambda _, x: x.mean([-1, -2]), ["AdaptiveAvgPool2d", "flatten"]),
+        (mean_to_pooling, lambda _, x: torch.mean(x, dim=(3, 2)), ["AdaptiveAvgPool2d", "flatten"]),
+        (mean_to_pooling, lambda _, x: torch.mean(x, [2, 3], True), ["AdaptiveAvgPool2d"]),
+        (fix_reshapes, lambda _, x: x.view(x.size(0), -1), ["flatten"]),
+        (fix_reshapes, lambda _, x: torch.reshape(x, (x.shape[0], x.shape[1] * 36)), ["flatten"]),
+        (fix_reshapes, lambda _, x: x.view(x.size(0), 2, 2, x.size(2), x.size(3)), ["reshape"]),
+        (fix_reshapes, lambda _, x: x.flatten(2), ["reshape"]),
+        (fix_reshapes, lambda _, x: x.chunk(3, dim=1)[1], ["split", "getitem"]),
+        (fix_reshapes, lambda _, x: torch.chunk(x, 2, 2)[0], ["split", "getitem"]),
+        (fix_reshapes, lambda _, x: x.permute(1, 0, 2, 3).reshape(4, -1), ["permute", "reshape"]),
     ],
 )
-def test_means(mean: Callable[..., Tensor], expected: list[str]) -> None:
-    graph = probed(mean)
-    means_to_pooling(graph)
+def test_calls_are_replaced(
+    rewrite: Callable[[GraphModule], None], function: Callable[..., Tensor], expected: list[str]
+) -> None:
+    graph = probed(function)
+    rewrite(graph)
     assert steps(graph) == expected
-    assert same(graph, mean)
+    assert same(graph, function)
 
 
-@pytest.mark.parametrize(
-    ("reshape", "expected"),
-    [
-        (lambda _, x: x.view(x.size(0), -1), ["flatten"]),
-        (lambda _, x: x.view(-1, 144), ["flatten"]),
-        (lambda _, x: torch.reshape(x, (x.shape[0], x.shape[1] * 36)), ["flatten"]),
-        (lambda _, x: torch.flatten(x, start_dim=1), ["flatten"]),
-        (lambda _, x: x.view(x.size(0), 2, 2, x.size(2), x.size(3)), ["reshape"]),
-        (lambda _, x: x.flatten(2), ["reshape"]),
-        (lambda _, x: x.chunk(3, dim=1)[1], ["split", "getitem"]),
-        (lambda _, x: torch.chunk(x, 2, 2)[0], ["split", "getitem"]),
-        (lambda _, x: x.permute(1, 0, 2, 3).reshape(4, -1), ["permute", "reshape"]),
-    ],
-)
-def test_reshapes(reshape: Callable[..., Tensor], expected: list[str]) -> None:
-    graph = probed(reshape)
-    fixed_reshapes(graph)
-    assert steps(graph) == expected
-    assert same(graph, reshape)
-
-
-def pooled_then_rectified(net: nn.Module, x: Tensor) -> Tensor:
+def pooled_then_relu(net: nn.Module, x: Tensor) -> Tensor:
     return functional.relu(torch.flatten(net.drop(functional.max_pool2d(x, 3, padding=1)), 1))  # type: ignore[operator]
 
 
-def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
-    graph = probed(pooled_then_rectified, drop=nn.Dropout(0.5))
-    rectifiers_first(graph)
+def test_a_relu_moves_to_the_front_of_all_that_commutes() -> None:
+    graph = probed(pooled_then_relu, drop=nn.Dropout(0.5))
+    relu_first(graph)
     assert steps(graph) == ["ReLU", "MaxPool2d", "Dropout", "flatten"]
-    assert same(graph, pooled_then_rectified, drop=nn.Dropout(0.5))
+    assert same(graph, pooled_then_relu, drop=nn.Dropout(0.5))
 
 
 @pytest.mark.parametrize(
@@ -202,11 +175,11 @@ def test_a_rectifier_moves_to_the_front_of_all_that_commutes() -> None:
         (lambda net, x: (lambda y: functional.relu(y) + y)(functional.max_pool2d(x, 2)), "max_pool2d"),
     ],
 )
-def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> None:
+def test_other_relus_stay(stays: Callable[..., Tensor], behind: str) -> None:
     graph = probed(stays, drop=nn.Dropout(0.5))
-    rectifiers_first(graph)
-    (rectifier,) = [node for node in graph.graph.nodes if "relu" in node.name]
-    assert rectifier.all_input_nodes[0].name == behind
+    relu_first(graph)
+    (relu,) = [node for node in graph.graph.nodes if "relu" in node.name]
+    assert relu.all_input_nodes[0].name == behind
     assert same(graph, stays, drop=nn.Dropout(0.5))
 
 
@@ -216,18 +189,18 @@ def test_other_rectifiers_stay(stays: Callable[..., Tensor], behind: str) -> Non
 )
 def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
-    fixed_pooling(graph)
+    fix_adaptive_pooling(graph)
     assert type(graph.get_submodule("pool")) is kind
     with torch.no_grad():
         # Windows of equal size: the same sums, perhaps in another order.
         torch.testing.assert_close(graph(X), nn.AdaptiveAvgPool2d(size)(X), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("size", [4, 5, 7, (6, 5), (3, 12)])
+@pytest.mark.parametrize("size", [4, (6, 5), (3, 12)])
 def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
     with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
-        fixed_pooling(graph)
+        fix_adaptive_pooling(graph)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +210,7 @@ def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
         (nn.AvgPool2d(3, 2, ceil_mode=True), ["AvgPool2d"], True, False),  # 6 -> 3, not 2
         (nn.AvgPool2d(2, 2, ceil_mode=True), ["AvgPool2d"], False, False),
         (nn.AvgPool2d(2, 2, 1, ceil_mode=True), ["AvgPool2d"], False, True),
-        (nn.AvgPool2d(2, 3, 1, ceil_mode=True), ["AvgPool2d"], False, True),  # the window added lies in the padding
+        (nn.AvgPool2d(2, 3, 1, ceil_mode=True), ["AvgPool2d"], False, True),  # the added window lies in the padding
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True), ["pad", "AvgPool2d"], True, False),
         (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), ["AvgPool2d"], True, False),
         (nn.AvgPool2d(3, 2, (1, 0), ceil_mode=True), ["pad", "AvgPool2d"], True, False),
@@ -249,7 +222,7 @@ def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
 )
 def test_pooling_windows(pool: nn.Module, expected: list[str], ceil_mode: bool, counts: bool | None) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=pool)
-    pooling_windows(graph)
+    fix_pooling_windows(graph)
     assert steps(graph) == expected
     made = graph.get_submodule("pool")
     assert (made.ceil_mode, getattr(made, "count_include_pad", None)) == (ceil_mode, counts)
