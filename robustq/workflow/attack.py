@@ -27,8 +27,8 @@ from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
-from robustq.evaluation.evaluate import check_radius, run_suite, suite_called
 from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new
@@ -66,7 +66,7 @@ def crafted_fast(target: Target, source: nn.Module, images: Tensor, *, compiled:
             stack.enter_context(SharedWeights(network).quantized_once())
         if copied is not None:
             if len(images) >= FEWEST:
-                kinds = len(target.sources) + 1
+                kinds = len(target.gradient_models) + 1
                 note(f"note    {kinds} kinds of passes compile when first asked for, in half a minute or so each")
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is source)
@@ -83,8 +83,8 @@ def tell_what_compiling_saves(seconds: float, device: torch.device) -> None:
 
 def _compiled(target: Target, network: nn.Module, *, judged: bool) -> Target:
     fast = CompiledNetwork(network)
-    sources = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.sources}
-    return replace(target, sources=sources, guide=fast if judged else None)
+    sources = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
+    return replace(target, gradient_models=sources, proxy=fast if judged else None)
 
 
 def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> None:
@@ -143,7 +143,7 @@ def attack_model(
     Raises:
         RobustqError: bad input.
     """
-    chosen = suite_called(suite)
+    chosen = find_suite(suite)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     for one in [*epsilons, *([] if epsilon is None else [epsilon])]:
@@ -166,7 +166,7 @@ def attack_model(
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),
         # Nothing is attacked in a ball of radius 0.
-        make=train_surrogates and (chosen.hunts_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
+        make=train_surrogates and (chosen.checks_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
         own_model=own_model,
         device=place,
     )
@@ -240,7 +240,7 @@ def _curve(
 ) -> list[dict[str, Any]]:
     """Accuracies over radii, smallest first: what breaks an image in a ball breaks it in every larger one."""
     points, known = [], None
-    plain = replace(suite, hunts_masking=False)
+    plain = replace(suite, checks_masking=False)
     for epsilon in sorted({*epsilons, found.epsilon}) if epsilons else ():
         if epsilon == found.epsilon:
             here = found
@@ -279,7 +279,7 @@ def _pictures(found: Evaluation, x: Tensor, y: Tensor, data: Dataset, result: di
     return AdversarialImages(
         x_adv=found.x_adv,
         labels=y,
-        places=evenly_spaced(len(data.test), len(x)),
+        indices=evenly_spaced(len(data.test), len(x)),
         attack=found.found_by,
         broken=~found.robust,
         epsilon=found.epsilon,

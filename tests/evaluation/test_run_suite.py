@@ -14,8 +14,8 @@ from robustq.attacks import fgsm, pgd, random_corners, square, uniform_noise
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct
-from robustq.evaluation.evaluate import evaluate, run_suite, suite_called
 from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import evaluate, find_suite, run_suite
 from robustq.evaluation.suites import RECHECK, NamedAttack, Suite
 from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, settled
 from tests.evaluation.budgets import small
@@ -32,7 +32,7 @@ QUICK = Suite(
         NamedAttack("fgsm", fgsm, random=False),
         NamedAttack("pgd", pgd, {"steps": 5, "keep_best": True}),
     ),
-    hunts_masking=False,
+    checks_masking=False,
 )
 
 
@@ -99,7 +99,7 @@ HUNTING = Suite(
         NamedAttack("corners", random_corners, {"corners": 5}, asks="judge", hunts=True),
         NamedAttack("square", square, {"queries": 20}, asks="judge", hunts=True),
     ),
-    hunts_masking=False,
+    checks_masking=False,
 )
 
 
@@ -134,7 +134,7 @@ def test_a_judge_that_is_asked_otherwise_has_no_guide() -> None:
 
     for judge, alone in ((random, False), (of_its_batch, False), (model, True)):
         target, _ = settled(Target(judge, {AS_TRAINED: model}, guide=model, image_by_image=alone), x, batch_size=60)
-        assert target.guide is None and target.asked is target.judge
+        assert target.guide is None and target.query_model is target.judge
     target, _ = settled(Target(model, {AS_TRAINED: model}, guide=model), x, batch_size=60)
     assert target.guide is model
 
@@ -156,7 +156,7 @@ def test_only_rounded_pictures_inside_the_ball_count() -> None:
     suite = Suite(
         "cheats",
         (NamedAttack("cheat", cheat, random=False), NamedAttack("far", far, random=False)),
-        hunts_masking=False,
+        checks_masking=False,
     )
     target = Target(judge, {AS_TRAINED: trained("natural")})
     found = run_suite(target, images, torch.zeros_like(labels), suite=suite, epsilon=EPSILON, device=CPU)
@@ -166,14 +166,14 @@ def test_only_rounded_pictures_inside_the_ball_count() -> None:
 def test_broken_images_are_dropped_from_later_attacks() -> None:
     found = run(Target.of(trained("natural")))
     standing = int(found.clean.sum())
-    for trial in found.trials:
+    for trial in found.results:
         assert len(trial.places) == standing
-        standing = trial.standing
+        standing = trial.remaining
         assert standing == len(trial.kept_indices)
     assert standing == int(found.robust.sum()) < int(found.clean.sum())
     # FGSM takes one gradient of each image that it meets, PGD five.
-    steps = {trial.name: trial.gradient_steps for trial in found.trials}
-    met = {trial.name: len(trial.places) for trial in found.trials}
+    steps = {trial.name: trial.gradient_steps for trial in found.results}
+    met = {trial.name: len(trial.places) for trial in found.results}
     assert steps == {"noise": 0, "fgsm": met["fgsm"], "pgd": 5 * met["pgd"]}
     assert found.to_dict()["gradient_steps"] == sum(steps.values())
 
@@ -195,7 +195,7 @@ def test_queries_count_what_the_judge_was_asked() -> None:
     judge = Recording(trained("natural"))
     found = run(Target(judge, {AS_TRAINED: trained("natural")}))
     assert not any(wants for _, wants in judge.calls)
-    asked_by_attacks = sum(trial.queries for trial in found.trials if trial.name == "noise")
+    asked_by_attacks = sum(trial.queries for trial in found.results if trial.name == "noise")
     assert asked_by_attacks == int(found.clean.sum())
     assert sum(count for count, _ in judge.calls) >= found.to_dict()["queries"]
 
@@ -203,7 +203,7 @@ def test_queries_count_what_the_judge_was_asked() -> None:
 def test_a_smaller_ball_is_taken_over() -> None:
     target = Target.of(trained("natural"))
     small = run(target, epsilon=16 / 255)
-    nothing = Suite("nothing", (), hunts_masking=False)
+    nothing = Suite("nothing", (), checks_masking=False)
     taken = run(target, nothing, known=small)
     assert torch.equal(taken.robust, small.robust)
     assert torch.equal(taken.x_adv[~small.robust], small.x_adv[~small.robust])
@@ -233,7 +233,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
         small("standard"),
         small("full"),
         small("paper"),
-        pytest.param(suite_called("standard"), marks=pytest.mark.slow, id="whole"),
+        pytest.param(find_suite("standard"), marks=pytest.mark.slow, id="whole"),
     ],
     ids=lambda suite: suite.name,
 )
@@ -241,7 +241,7 @@ def test_another_batch_size_changes_at_most_one_image(suite: Suite) -> None:
     model = trained("n-fgsm")
     assert isinstance(model, Net)
     target = Target(model, {AS_TRAINED: model}, features=model.features, surrogates={"other": trained("natural", 1)})
-    plain = replace(suite, hunts_masking=False)
+    plain = replace(suite, checks_masking=False)
     found = [run(target, plain, count=60, batch_size=batch_size) for batch_size in (13, 32, 60)]
     # Kernels sum in another order at another batch size, which may turn an image that sits on a boundary.
     robust = [int(one.robust.sum()) for one in found]
@@ -331,7 +331,7 @@ def test_one_class_leaves_nothing_to_attack(suite: str) -> None:
     )
     assert found.clean_accuracy == found.robust_accuracy == 1.0
     assert found.verdict == "not judged"
-    assert not found.trials
+    assert not found.results
 
 
 @pytest.mark.parametrize("suite", ["standard", "paper", "recheck"])
@@ -345,7 +345,7 @@ def test_one_image(suite: str) -> None:
 def test_epsilon_zero_attacks_nothing() -> None:
     found = run(Target.of(trained("natural")), "standard", epsilon=0.0)
     assert found.robust_accuracy == found.clean_accuracy
-    assert not found.trials
+    assert not found.results
     assert found.verdict == "not judged"
     assert "nothing to attack at epsilon 0" in " ".join(found.not_judged_for)
 
@@ -418,15 +418,15 @@ def test_few_images_are_not_judged() -> None:
 
 
 def test_suites_have_the_stages_that_they_promise() -> None:
-    stages = {name: list(dict.fromkeys(a.stage for a in suite_called(name).attacks)) for name in ("standard", "full")}
+    stages = {name: list(dict.fromkeys(a.stage for a in find_suite(name).attacks)) for name in ("standard", "full")}
     five = ["noise and corners", "white-box", "features", "transfer", "square"]
     assert stages == {"standard": five, "full": [*five, "hard label"]}
-    budgets = {a.name: dict(a.settings) for a in suite_called("standard").attacks}
+    budgets = {a.name: dict(a.settings) for a in find_suite("standard").attacks}
     assert budgets["corners"] == {"corners": 20}
     assert budgets["apgd-ce"]["steps"] == budgets["apgd-margin"]["steps"] == budgets["apgd-t"]["steps"] == 50
     assert budgets["pgd++"] == {"steps": 20}
     assert budgets["square"] == {"queries": 1000}
-    full = {a.name: dict(a.settings) for a in suite_called("full").attacks}
+    full = {a.name: dict(a.settings) for a in find_suite("full").attacks}
     assert full["apgd-ce"]["steps"] == full["apgd-t"]["steps"] == full["fab-t"]["steps"] == 100
     assert full["apgd-t"]["target_classes"] == full["fab-t"]["target_classes"] == 9
     assert full["square"] == {"queries": 5000}
@@ -438,7 +438,7 @@ def test_suites_have_the_stages_that_they_promise() -> None:
 def test_every_backward_rule_is_attacked_and_a_column_has_one() -> None:
     rules = {AS_TRAINED: trained("natural"), "other": trained("natural", 1)}
     target = Target(trained("natural"), rules)
-    dropping = run(target, replace(small("standard"), hunts_masking=False))
+    dropping = run(target, replace(small("standard"), checks_masking=False))
     for name in ("apgd-ce", "apgd-margin", "apgd-t", "pgd++"):
         assert {name, f"{name} (other)"} <= dropping.attacked.keys()
     assert {"corners", "square", "uniform noise"} <= dropping.attacked.keys()
@@ -465,8 +465,8 @@ def test_surrogates_and_features_are_asked_and_counted() -> None:
     model, other = trained("n-fgsm"), trained("natural", 1)
     assert isinstance(model, Net)
     target = Target(model, {AS_TRAINED: model}, features=model.features, surrogates={"other": other})
-    found = run(target, replace(small("standard"), hunts_masking=False))
-    trials = {trial.name: trial for trial in found.trials}
+    found = run(target, replace(small("standard"), checks_masking=False))
+    trials = {trial.name: trial for trial in found.results}
     assert trials["features"].gradient_steps == 5 * len(trials["features"].places)
     # APGD takes a gradient at its start and after each of its steps but the last.
     assert trials["transfer: other"].gradient_steps == 5 * len(trials["transfer: other"].places)

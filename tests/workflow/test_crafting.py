@@ -53,9 +53,9 @@ def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
         assert fast.judge is target.judge is opened.source
         assert changed(opened.source) == {"quant_weight"}  # weights quantized once: the same answers
         assert torch.equal(fast.judge(x), answers)
-        assert fast.guide is not None and torch.equal(fast.guide(x.clone()), answers)
-        assert fast.sources.keys() == target.sources.keys()
-        for source, (logits, slope) in zip(fast.sources.values(), expected, strict=True):
+        assert fast.proxy is not None and torch.equal(fast.proxy(x.clone()), answers)
+        assert fast.gradient_models.keys() == target.gradient_models.keys()
+        for source, (logits, slope) in zip(fast.gradient_models.values(), expected, strict=True):
             ours = input_slope(source, x.clone())
             torch.testing.assert_close(ours[0], logits, rtol=0.0, atol=1e-4)
             assert (ours[1].sign() == slope.sign()).float().mean() > 0.99
@@ -64,7 +64,7 @@ def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
 
 def test_without_it_weights_are_quantized_once_for_every_network(opened: Opened, digits_w4a4: Path) -> None:
     other = open_attackable(digits_w4a4, device=CPU).source
-    target = Target(opened.source, opened.target().sources, surrogates={"other": other}, control=other)
+    target = Target(opened.source, opened.target().gradient_models, surrogates={"other": other}, control=other)
     with crafted_fast(target, opened.source, images(), compiled=False) as fast:
         assert fast is target
         assert changed(other) == changed(opened.source) == {"quant_weight"}
@@ -95,9 +95,9 @@ def test_codes_are_convolved_in_whole_numbers_and_come_back_in_float32(
 
 def test_another_judge_is_asked_itself(opened: Opened) -> None:
     """As onnxruntime is of a deployed file."""
-    target = Target(lambda x: opened.source(x), opened.target().sources)
+    target = Target(lambda x: opened.source(x), opened.target().gradient_models)
     with crafted_fast(target, opened.source, images(), compiled=True) as fast:
-        assert fast.guide is None and fast.asked is target.judge
+        assert fast.proxy is None and fast.query_model is target.judge
 
 
 @pytest.mark.parametrize("seconds", [0.0, WORTH_COMPILING])
