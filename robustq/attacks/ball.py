@@ -31,7 +31,6 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     Args:
         x_adv: (N, C, H, W) float, any range.
         x: the clean images, same shape, in [0, 1].
-        epsilon: radius, 0 to 1.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient; equal to `x` for epsilon 0.
@@ -48,13 +47,7 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
     """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
 
-    Args:
-        x: (N, C, H, W) float in [0, 1].
-        epsilon: radius, 0 to 1.
-        generator: a CPU generator, or one generator per image; the numbers are drawn on the CPU.
-
-    Returns:
-        (N, C, H, W), dtype and device of `x`, without gradient.
+    The numbers are drawn on the CPU. Returns (N, C, H, W), dtype and device of `x`, without gradient.
 
     Raises:
         UsageError: epsilon outside [0, 1], or generators of another number of images.
@@ -88,7 +81,6 @@ def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     Args:
         x_adv: (N, C, H, W) float, any range.
         x: the clean images, same shape, float k/255 with k = 0 .. 255.
-        epsilon: radius, 0 to 1.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient. Each value is the float nearest to k/255, on every device.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import uniform_start
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings, model_for
+from robustq.attacks.base import AttackState, Criterion, Model, model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.pgd import default_step, sign_ascent
 
@@ -45,8 +45,7 @@ def feature_space(
         features: the same network's logits and features; `Counted.sharing(features)` counts its passes.
         steps: each costs a forward and a backward pass; the attack costs three forward passes more.
     """
-    check_settings(epsilon=epsilon, steps=steps)
-    step_size = default_step(step_size, epsilon=epsilon)
+    step_size = default_step(step_size, epsilon=epsilon, steps=steps)
     generators = image_generators(generator, x)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     rows = state.remaining

@@ -38,12 +38,13 @@ Record = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows (n,), x_adv (n, C, H, W), logits (n, K)) -> (n,) bool, the rows to continue with."""
 
 
-def default_step(step_size: float | None, *, epsilon: float) -> float:
+def default_step(step_size: float | None, *, epsilon: float, steps: int) -> float:
     """The step size of an attack: `epsilon / 4` if none is given.
 
     Raises:
-        UsageError: a step size outside [0, 1].
+        UsageError: epsilon or the step size outside [0, 1], or fewer than one step.
     """
+    check_settings(epsilon=epsilon, steps=steps)
     if step_size is None:
         return epsilon / 4
     if not 0.0 <= step_size <= 1.0:
@@ -69,8 +70,6 @@ def sign_ascent(
         model_for: rows -> the model h for these images.
         x: (N, C, H, W), the clean images of the whole batch.
         start: (n, C, H, W), for each of the rows.
-        objective: the loss to ascend.
-        epsilon, step_size, steps: see `robustq.attacks`.
         rows: (n,) int64, the images to attack; default: all.
         record: gets every iterate but the last, and may drop images.
 
@@ -131,8 +130,7 @@ def pgd(
         keep_best: return per image not the last iterate but a misclassified one if any was met (first and last
             included); of these, or else of all, the one with the highest loss. Costs one forward pass more.
     """
-    check_settings(epsilon=epsilon, steps=steps)
-    step_size = default_step(step_size, epsilon=epsilon)
+    step_size = default_step(step_size, epsilon=epsilon, steps=steps)
     start = uniform_start(x, epsilon=epsilon, generator=generator) if random_start else x.detach()
     best = _BestIterate(y, loss) if keep_best else None
     rows, x_adv = sign_ascent(
@@ -195,8 +193,7 @@ def tpgd(
     Args (the others are those of all attacks, see `robustq.attacks`):
         start: half the width of the random start, 1/255 to 1.
     """
-    check_settings(epsilon=epsilon, steps=steps)
-    step_size = default_step(step_size, epsilon=epsilon)
+    step_size = default_step(step_size, epsilon=epsilon, steps=steps)
     if not 1.0 - LEVEL_TOLERANCE <= 255.0 * start <= 255.0:
         raise UsageError(f"start is {start}; give 1/255 to 1: an 8-bit input quantizer rounds a smaller one away")
     with torch.no_grad():
@@ -235,8 +232,7 @@ def pgd_plus_plus(
     Args (the others are those of all attacks, see `robustq.attacks`):
         loss: another loss; with `losses.cross_entropy` it is PGD that stops at success.
     """
-    check_settings(epsilon=epsilon, steps=steps)
-    step_size = default_step(step_size, epsilon=epsilon)
+    step_size = default_step(step_size, epsilon=epsilon, steps=steps)
     generators = image_generators(generator, x)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     rows = state.remaining

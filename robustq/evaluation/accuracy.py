@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -142,13 +142,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "images": self.images,
-            "only_first": self.only_first,
-            "only_second": self.only_second,
-            "difference": self.difference,
-            "half_width": self.half_width,
-        }
+        return {**asdict(self), "difference": self.difference, "half_width": self.half_width}
 
 
 def compare_kept(first: Tensor, second: Tensor, *, images: int) -> Comparison:

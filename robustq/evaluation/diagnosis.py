@@ -48,9 +48,7 @@ def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: i
     """Check for every kind of masking in the table of docs/flags.md.
 
     Args:
-        target: as it was attacked.
-        evaluator: after the attacks of the suite; the attacks of the diagnosis are added to it.
-        suite: that was run.
+        target, evaluator, suite: after the attacks of the suite; the attacks of the diagnosis are added.
         different: number of clean images on which gradient model and judge disagree.
         random: share of images that two calls of the judge answered differently.
 
@@ -74,13 +72,7 @@ def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: i
 
 
 class _Diagnosis:
-    """Runs PGD on up to 500 images; each method is a check.
-
-    Attributes:
-        indices: of these images.
-        right: those of them that are right without attack.
-        pgd: the result of PGD on them.
-    """
+    """Runs PGD on those of up to 500 images (indices) that are right without attack; each method is a check."""
 
     def __init__(self, target: Target, evaluator: Evaluator, suite: Suite) -> None:
         self.target, self.evaluator, self.suite = target, evaluator, suite

@@ -85,8 +85,7 @@ class Evaluator:
         """Attack some images through ``model``, and count on the judge.
 
         Args:
-            attack: to run.
-            model: images -> logits, for the attack.
+            attack, model: to run on each other.
             indices: (n,) int64 on the CPU.
             label: name in results; None: the attack's own.
             stage: of the suite; None: the attack's own.
@@ -125,13 +124,7 @@ class Evaluator:
         return result
 
     def start_from(self, x_adv: Tensor, found_by: Sequence[str], *, broken: Tensor) -> None:
-        """Start from adversarial images of a smaller ball, which lies in this one.
-
-        Args:
-            x_adv: uint8 (N, C, H, W).
-            found_by: N names.
-            broken: (N,) bool, the images that their adversarial image broke.
-        """
+        """Start from adversarial images of a smaller ball: x_adv uint8 (N, C, H, W), and broken (N,) bool by them."""
         rows = broken.to(self.x.device)
         self.x_adv[rows] = to_float(x_adv[broken].to(self.x.device))
         self.robust &= ~broken

@@ -65,11 +65,8 @@ class Check:
 def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:
     """The natural control keeps more than 0.5% of the images, so that the attacks do not work as they should.
 
-    Args:
-        kept: number of images that the control gets right under attack.
-        images: number of all images.
-        epsilon: of the ball, grown until the control broke or it reached its limit.
-        clean: number of images that the control gets right without attack.
+    kept, clean: numbers of images that the control gets right with and without attack. epsilon: of the ball, which
+    grew until the control broke or it reached its limit.
     """
     return Check(
         "harness",
@@ -97,12 +94,8 @@ def step_order(one_step: Comparison, more_steps: Comparison) -> Check:
 def large_ball(*, kept: int, images: int, chance: float, against_small: Comparison, epsilon: float) -> Check:
     """Accuracy above chance in a ball where no image can be recognised, or more left there than in the smaller ball.
 
-    Args:
-        kept: number of images that are right in the large ball.
-        images: number of all images.
-        chance: accuracy of the best constant answer.
-        against_small: the large ball against that of the evaluation.
-        epsilon: radius of the large ball.
+    kept: number of images that are right in the large ball, of radius epsilon. chance: accuracy of the best constant
+    answer. against_small: the large ball (first) and that of the evaluation (second).
     """
     found = []
     if wilson_interval(kept, images)[0] > chance:
@@ -126,9 +119,7 @@ def large_ball(*, kept: int, images: int, chance: float, against_small: Comparis
 def noise(pgd_against_noise: Comparison, *, control: Comparison) -> Check:
     """PGD leaves at least as much as noise, in a ball in which PGD takes more than 5 points from the natural control.
 
-    Args:
-        pgd_against_noise: uniform noise (first) and PGD (second) on the model.
-        control: no attack (first) and PGD (second) on the natural control.
+    pgd_against_noise: uniform noise (first) and PGD (second). control: no attack (first) and PGD (second) on it.
     """
     return Check(
         "noise",
@@ -162,8 +153,7 @@ def logit_scale(plain_against_rescaled: Comparison, *, left: tuple[float, float]
 def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
     """Another loss breaks over 6 points more than cross-entropy (3 to 4 are usual).
 
-    Args:
-        found: (name of the attack with the loss, cross-entropy against it, accuracies under both).
+    found: (name of the attack with the loss, cross-entropy against it, accuracies under both).
     """
     over = [entry for entry in found if entry[1].exceeds(LOSS_POINTS)] or list(found)
     name, _, left = max(over, key=lambda entry: entry[1].difference)
@@ -181,10 +171,7 @@ def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
 def gradient_free(*, broken: int, left: int, images: int) -> Check:
     """Attacks without gradients break more than 1% of the images that white-box attacks left.
 
-    Args:
-        broken: number of images that only attacks without gradients broke.
-        left: number of images that no white-box attack broke.
-        images: number of all images.
+    broken: number of images that only attacks without gradients broke. left: that no white-box attack broke.
     """
     return Check(
         "gradient-free",
@@ -208,9 +195,7 @@ def transfer(found: Sequence[tuple[str, Comparison]]) -> Check:
 def randomness(*, share: float, draws: int) -> Check:
     """Two calls give different answers, so that an attack meets another network at every step.
 
-    Args:
-        share: of the images that differ.
-        draws: the number of answers whose mean was attacked and judged.
+    share: of the images that differ. draws: number of answers whose mean was attacked and judged.
     """
     return Check(
         "randomness",

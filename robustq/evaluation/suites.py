@@ -66,12 +66,9 @@ class NamedAttack:
         criterion: Criterion | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> adversarial images of the same shape, not rounded.
+        """Adversarial images, not rounded; args as in :mod:`robustq.attacks`.
 
-        Args:
-            model, x, y, epsilon: see :mod:`robustq.attacks`.
-            generator, criterion: passed on if the attack takes them.
-            inputs: ``features`` or ``surrogates``.
+        The attack gets generator and criterion if it takes them, and the other inputs (features, surrogates).
         """
         accepted = inspect.signature(self.attack).parameters
         common = {"generator": generator, "criterion": criterion}

@@ -199,7 +199,8 @@ def test_impossible_settings_are_refused_before_the_model_runs(images: Images) -
         for epsilon in (-1 / 255, 8.0, float("nan")):
             with pytest.raises(UsageError, match="epsilon"):
                 attack_with(case, never, *images, epsilon=epsilon)
-        impossible = {"steps": 0, "restarts": 0, "target_classes": 0, "queries": 0, "corners": 0, "step_size": 2.0}
+        impossible: dict[str, Any] = dict.fromkeys(("steps", "restarts", "target_classes", "queries", "corners"), 0)
+        impossible["step_size"] = 2.0
         for parameter, value in impossible.items():
             if parameter in inspect.signature(ATTACKS[name]).parameters:
                 with pytest.raises(UsageError, match=parameter):
@@ -252,7 +253,7 @@ def test_image_is_attacked_alike_in_any_batch(case: str, images: Images) -> None
     generators = ImageGenerators.of(3, range(100, 124), attack=case)
 
     def attack(rows: Tensor, generators: ImageGenerators = generators) -> Tensor:
-        more = {"generator": generators[rows]} if case in RANDOM else {}
+        more: dict[str, Any] = {"generator": generators[rows]} if case in RANDOM else {}
         return attack_with(case, imagewise, x[rows], y[rows], epsilon=4 / 255, **more)
 
     together = attack(torch.arange(24))

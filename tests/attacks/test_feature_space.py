@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustq.attacks import Counted, ImageGenerators, feature_space, transfer
 from robustq.attacks.ball import uniform_start
+from robustq.attacks.base import Model
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.hardening.features import FeatureTap
@@ -68,7 +69,7 @@ def test_features_of_a_layer_of_a_trained_network_break_it() -> None:
 
 
 def test_transfer_queries_the_model_with_one_image_of_each_surrogate() -> None:
-    surrogates = [lambda x: x.flatten(1) @ INNER[:3].T, lambda x: x.flatten(1) @ INNER[2:].T]
+    surrogates: list[Model] = [lambda x: x.flatten(1) @ INNER[:3].T, lambda x: x.flatten(1) @ INNER[2:].T]
     queried: list[Tensor] = []
 
     def judge(x: Tensor) -> Tensor:
