@@ -102,8 +102,7 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor) -> Tensor:
     sum_i |normal_i| min(r, room_i), which is piecewise linear and growing in r: sorting the rooms gives r exactly.
 
     Args:
-        points: (n, D) float in [0, 1].
-        normal: (n, D) float.
+        points, normal: (n, D) float; points in [0, 1].
         value: (n,) float, of the affine function at the points.
 
     Returns:

@@ -87,8 +87,7 @@ class ImageGenerators:
 def image_generators(generator: torch.Generator | ImageGenerators | None, x: Tensor) -> ImageGenerators:
     """The given generators of images x (N, ...), or new ones from one draw of a generator (None: the global one).
 
-    Raises:
-        UsageError: generators of another number of images.
+    UsageError for generators of another number of images.
     """
     if isinstance(generator, ImageGenerators):
         if len(generator) != len(x):

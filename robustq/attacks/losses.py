@@ -45,9 +45,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
     The margin divided by the spread of the three highest logits: invariant to shift and scale of the logits (Croce &
     Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. For two classes it is the margin.
-
-    Returns:
-        (N,), from -1 to 1 up to rounding for K of at least 3; positive when misclassified.
+    From -1 to 1 up to rounding for K of at least 3; positive when misclassified.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -84,8 +82,7 @@ def rescaled_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     each image has its own factor, from its own logits, so that it does not depend on its batch. It is searched where
     beta times the range of the logits is 0.5 to 100. Constant logits keep beta = 1.
 
-    Returns:
-        (N,), not negative; two answers to one image have different factors, so that their losses do not compare.
+    Not negative; two answers to one image have different factors, so that their losses do not compare.
     """
     logits = _full_precision(logits)
     return cross_entropy(unsaturating_factor(logits)[:, None] * logits, y)
@@ -112,13 +109,7 @@ def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
 
     That is KL(p || q), the order of TRADES (Zhang et al. 2019, arXiv:1901.08573). With p constant, its gradient with
     respect to `logits` is q - p, the same as that of the cross-entropy of q against the soft labels p.
-
-    Args:
-        logits: of the attacked images.
-        clean_logits: of the clean images.
-
-    Returns:
-        (N,), not negative up to rounding.
+    Not negative up to rounding.
     """
     log_q = functional.log_softmax(_full_precision(logits), dim=1)
     log_p = functional.log_softmax(_full_precision(clean_logits), dim=1)

@@ -126,11 +126,7 @@ def run_suite(
 
 
 def find_suite(name: str) -> Suite:
-    """The suite of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The suite of that name; UsageError if there is none."""
     if name not in SUITES:
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
     return SUITES[name]
@@ -196,11 +192,7 @@ def _notes(target: Target, suite: Suite, evaluator: Evaluator, *, random: float)
 
 
 def _check_image_shape(judge: Model, x: Tensor) -> None:
-    """Query the judge with one image.
-
-    Raises:
-        UsageError: it cannot take images of this shape.
-    """
+    """Query the judge with one image; UsageError if it cannot take the shape."""
     try:
         all_logits(judge, x[:1], batch_size=1)
     except RobustqError:

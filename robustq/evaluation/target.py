@@ -91,13 +91,8 @@ def averaged(model: Model) -> Model:
 def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
     """Judge image by image where answers depend on the batch, and in the mean of several answers where they are random.
 
-    Args:
-        target: to adapt.
-        x: (N, C, H, W), clean images; the first 32 are used.
-        batch_size: images per call.
-
-    Returns:
-        the target, and the share of images that two calls answered differently.
+    x: (N, C, H, W), clean images; the first 32 are used. Returns the target, and the share of images that two calls
+    answered differently.
     """
     x = x[:_PROBES]
     if target.image_by_image:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, transfer, uniform_noise
+from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, tpgd, transfer, uniform_noise
 from robustq.attacks.base import input_gradient, model_for
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
@@ -31,6 +31,7 @@ TWO_WRONG = torch.tensor([0, 1, 0, 2, 0])  # images 1 and 3 are wrong as they ar
         (fgsm, {}, 0, 1),
         (pgd, {"steps": 7}, 0, 7),
         (pgd, {"steps": 7, "keep_best": True}, 1, 7),
+        (tpgd, {"steps": 7}, 1, 7),
         # The clean image and the last point; a gradient for each step.
         (pgd_plus_plus, {"steps": 7}, 2, 7),
         (apgd, {"steps": 10, "restarts": 3}, 4, 30),

@@ -63,14 +63,6 @@ def test_half_precision_is_raised(loss: Loss) -> None:
     assert torch.equal(half, loss(LOGITS, LABELS))
 
 
-@pytest.mark.parametrize("gap", [0.01, 1.0, 1e4])
-def test_rescaling_factor_for_two_classes(gap: float) -> None:
-    # beta^2 p (1 - p) is highest where (beta gap / 2) tanh(beta gap / 2) = 1, at beta gap = 2.39936.
-    beta = unsaturating_factor(torch.tensor([[0.0, gap], [gap + 3.0, 3.0]]))
-    # The grid's factors are 9.4% apart.
-    assert beta.tolist() == pytest.approx([2.39936 / gap] * 2, rel=0.05)
-
-
 def test_rescaling_factor_is_the_best_of_a_finer_grid() -> None:
     logits = 20 * torch.randn(10, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     grid = torch.logspace(-4, 2, 1000, dtype=torch.float64)
