@@ -67,8 +67,9 @@ def _passes(opened: Opened, pixels: Tensor, y: Tensor, options: argparse.Namespa
     # The network as it is written has its weights quantized once in there too, as without --compile.
     with crafted_fast(target, opened.source, pixels, compiled=True) as fast:
         ways = {
-            f"gradient, {rule}": (_gradient, target.sources[rule], fast.sources[rule]) for rule in target.sources
-        } | {"answers": (_answers, target.source, fast.source)}
+            f"gradient, {rule}": (_gradient, target.gradient_models[rule], fast.gradient_models[rule])
+            for rule in target.gradient_models
+        } | {"answers": (_answers, target.gradient_model, fast.gradient_model)}
         print("| pass | images | as written | compiled | ratio | first | other signs |")
         print("|---|---|---|---|---|---|---|")
         for name, (run, written, compiled) in ways.items():

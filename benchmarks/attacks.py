@@ -36,9 +36,9 @@ from robustq.attacks.ball import round_to_uint8
 from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.evaluator import DIAGNOSIS
 from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import run_suite
 from robustq.workflow.open_model import open_attackable
 from robustq.workflow.setup import DEFAULT_EPSILON, data_for, pick_device
 
@@ -68,7 +68,7 @@ def main() -> None:
     x, y = to_float(images.to(device)), labels.to(device)
     print(f"{opened.spec.label}, {len(x)} images, epsilon {255 * epsilon:g}/255, {torch.get_num_threads()} thread(s)\n")
     if options.pairs:
-        result = pairs(target.source, x, y, epsilon=epsilon, options=options)
+        result = pairs(target.gradient_model, x, y, epsilon=epsilon, options=options)
     else:
         ours = run_suite(
             target,
@@ -80,7 +80,7 @@ def main() -> None:
             batch_size=options.batch_size,
             seed=options.seed,
         )
-        theirs = autoattack(target.source, x, y, epsilon=epsilon, options=options)
+        theirs = autoattack(target.gradient_model, x, y, epsilon=epsilon, options=options)
         result = suites_table(ours, theirs)
     print("\n" + json.dumps(result))
 
@@ -158,8 +158,8 @@ def pairs(model: Model, x: Tensor, y: Tensor, *, epsilon: float, options: argpar
 
 def suites_table(ours: Evaluation, theirs: Theirs) -> dict[str, object]:
     """The two suites side by side."""
-    stages = [trial for trial in ours.trials if trial.stage != DIAGNOSIS]
-    seconds, left_by_stages = sum(trial.seconds for trial in stages), stages[-1].standing
+    stages = [trial for trial in ours.results if trial.stage != DIAGNOSIS]
+    seconds, left_by_stages = sum(trial.seconds for trial in stages), stages[-1].remaining
     in_all = int(ours.robust.sum())
 
     def accuracy(count: int) -> str:
@@ -180,7 +180,7 @@ def suites_table(ours: Evaluation, theirs: Theirs) -> dict[str, object]:
         "clean": int(ours.clean.sum()),
         "theirs": asdict(theirs),
         "ours": {"left": left_by_stages, "left_in_all": in_all, "seconds": seconds, "seconds_in_all": ours.seconds},
-        "trials": [trial.to_dict(images=ours.images) for trial in ours.trials],
+        "trials": [trial.to_dict(images=ours.images) for trial in ours.results],
     }
 
 

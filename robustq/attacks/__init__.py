@@ -1,13 +1,29 @@
 """Attacks in the L-infinity ball, one file per family, on any callable images -> logits.
 
-Every attack is a plain function `attack(model, x, y, *, epsilon, ...) -> x_adv`. It keeps these promises:
+Every attack is a function `attack(model, x, y, *, epsilon, ...) -> x_adv`.
 
-- x_adv has the shape, dtype and device of x, carries no gradient, and lies inside the ball and inside [0, 1];
-- at epsilon 0 it is x, bit for bit;
-- randomness comes from the CPU generator it is given (the global CPU generator without one), or from random streams
-  that belong to the images (`generators.ImageGenerators`), so that results do not depend on the device;
-- the model is called as it stands: no mode, flag or parameter is changed and no `.grad` is left on it. A forward pass
-  in train mode moves BatchNorm's running statistics all the same, so put the model into the mode you mean to attack.
+Args that attacks share:
+    model: images (N, C, H, W) -> logits (N, K); for gradient attacks differentiable with respect to the images. No
+        mode, flag or parameter of it is changed, and no `.grad` is left on it. Put it into eval mode first: a forward
+        pass in train mode moves BatchNorm's running statistics.
+    x: (N, C, H, W) float32 in [0, 1].
+    y: (N,) int64 labels.
+    epsilon: radius of the ball, 0 to 1.
+    step_size: in the unit of the images; default epsilon / 4.
+    steps, restarts, queries, ...: budget per image, at least 1.
+    stop_when_broken: drop images from the batch when they break. It changes the cost, not which images break.
+    criterion: decides which misclassified images count as broken (`base.Criterion`); default: all of them.
+    generator: a CPU generator (default: torch's global one), or `ImageGenerators`, one per image; the results do not
+        depend on the device.
+
+Returns:
+    (N, C, H, W), dtype and device of `x`, without gradient, inside the ball and [0, 1]; at epsilon 0 bitwise `x`.
+    Attacks with `criterion` return misclassified images as they are. Of the others they return an adversarial image
+    that broke, if one was met; of these, or else of all, the one with the highest margin.
+
+Raises:
+    UsageError: a setting out of its range, a model without gradient where one is needed, or, in attacks with
+        `criterion`, a model with fewer than two classes.
 """
 
 from __future__ import annotations
@@ -28,26 +44,14 @@ from robustq.attacks.rays import rays
 from robustq.attacks.square import square
 from robustq.attacks.transfer import transfer
 
-ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        "gaussian_noise": gaussian_noise,
-        "uniform_noise": uniform_noise,
-        "fgsm": fgsm,
-        "bim": bim,
-        "pgd": pgd,
-        "tpgd": tpgd,
-        "pgd_plus_plus": pgd_plus_plus,
-        "apgd": apgd,
-        "apgd_targeted": apgd_targeted,
-        "fab": fab,
-        "fab_targeted": fab_targeted,
-        "random_corners": random_corners,
-        "square": square,
-        "rays": rays,
-        "feature_space": feature_space,
-        "transfer": transfer,
-    }
+_ATTACKS = (
+    *(gaussian_noise, uniform_noise, random_corners),
+    *(fgsm, bim, pgd, tpgd, pgd_plus_plus),
+    *(apgd, apgd_targeted, fab, fab_targeted),
+    *(square, rays, feature_space, transfer),
 )
+
+ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({attack.__name__: attack for attack in _ATTACKS})
 """Every attack by its name (read-only). `feature_space` and `transfer` need more than a model and a radius."""
 
 __all__ = [

@@ -1,7 +1,7 @@
 """The L-infinity ball around an image, in floats and in uint8 pixel levels.
 
-Images are float tensors in [0, 1] (pixel / 255) and epsilon is in the same unit. Whoever made an adversarial image, it
-passes through `project` (or `round_to_uint8`, for what a device with uint8 input can receive) before it counts.
+Images are float tensors in [0, 1] (pixel / 255); epsilon is in the same unit. Every adversarial image passes through
+`project`, or through `round_to_uint8` where a device with uint8 input receives it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.errors import UsageError
 
 LEVEL_TOLERANCE = 1e-4
-"""How far, in pixel levels, a value may be from a whole number and still mean it.
+"""Distance from an integer, in pixel levels, up to which a value still means that level.
 
-float32 holds k/255 to within 5e-5 levels however it was computed (k / 255 or k * (1 / 255), then times 255), and 8/255
-written with six digits, 0.0313725, is 7.99999 levels. Through it the ball grows by at most 4e-7.
+float32 holds k/255 to within 5e-5 levels however it was computed (k / 255, or k * (1 / 255)), and 8/255 written with
+six digits, 0.0313725, is 7.99999 levels. The tolerance enlarges the ball by at most 4e-7.
 """
 
 
@@ -26,18 +26,17 @@ written with six digits, 0.0313725, is 7.99999 levels. Through it the ball grows
 def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     """Move every pixel of `x_adv` to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
 
-    A NaN pixel becomes the pixel of `x`: NaN is inside no ball, and would break any model without being an attack.
+    A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack.
 
     Args:
         x_adv: (N, C, H, W) float, any range.
         x: the clean images, same shape, in [0, 1].
-        epsilon: radius, 0 to 1.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient; equal to `x` for epsilon 0.
 
     Raises:
-        UsageError: epsilon outside [0, 1] (usually 8 where 8/255 is meant), or the shapes differ.
+        UsageError: epsilon outside [0, 1] (usually 8 instead of 8/255), or the shapes differ.
     """
     _check(x_adv, x, epsilon=epsilon)
     x_adv = torch.where(x_adv.isnan(), x, x_adv)
@@ -48,17 +47,10 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
     """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
 
-    Args:
-        x: (N, C, H, W) float in [0, 1].
-        epsilon: radius, 0 to 1.
-        generator: a CPU generator, or streams with one key per image; the draw is made on the CPU and moved, so that it
-            does not depend on the device.
-
-    Returns:
-        (N, C, H, W), dtype and device of `x`, without gradient.
+    The numbers are drawn on the CPU. Returns (N, C, H, W), dtype and device of `x`, without gradient.
 
     Raises:
-        UsageError: epsilon outside [0, 1], or streams of another number of images.
+        UsageError: epsilon outside [0, 1], or generators of another number of images.
     """
     check_epsilon(epsilon)
     if isinstance(generator, ImageGenerators):
@@ -68,26 +60,34 @@ def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | Ima
     return project(x + epsilon * (2.0 * noise - 1.0), x, epsilon=epsilon)
 
 
+def uniform_noise_and_peak(x: Tensor, generators: ImageGenerators) -> tuple[Tensor, Tensor]:
+    """Uniform noise in [-1, 1), (N, C, H, W), and each image's largest absolute value of it, (N, 1, 1, 1).
+
+    The noise divided by its peak touches the edge of the unit ball.
+    """
+    noise = (2.0 * generators.uniform(tuple(x.shape[1:])) - 1.0).to(x)
+    return noise, noise.flatten(1).abs().amax(dim=1).clamp(min=1e-12)[:, None, None, None]
+
+
 @torch.no_grad()
 def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
-    """The uint8 picture nearest to `x_adv` inside the epsilon-ball of the uint8 picture `x`, as floats k/255.
+    """The uint8 image nearest to `x_adv` inside the epsilon-ball of the uint8 image `x`, as floats k/255.
 
-    All arithmetic is on whole pixel levels (exact in float32): with r = floor(255 epsilon), a level k of `x` may become
-    any of max(k - r, 0) .. min(k + r, 255). So 8/255 allows exactly 8 levels up or down, 8.9/255 allows 8 as well, and
-    an epsilon below 1/255 allows nothing. Values within `LEVEL_TOLERANCE` of a whole level count as that level. A pixel
-    half-way between two levels goes to the even one; a NaN pixel becomes the pixel of `x`.
+    All arithmetic is on integer pixel levels, exact in float32. With r = floor(255 epsilon), a level k of `x` may
+    become any of max(k - r, 0) .. min(k + r, 255): 8/255 and 8.9/255 allow 8 levels, an epsilon below 1/255 none.
+    Values within `LEVEL_TOLERANCE` of an integer level count as that level. Half-way values go to the even level. A NaN
+    pixel becomes the pixel of `x`.
 
     Args:
         x_adv: (N, C, H, W) float, any range.
         x: the clean images, same shape, float k/255 with k = 0 .. 255.
-        epsilon: radius, 0 to 1.
 
     Returns:
         (N, C, H, W), dtype of `x`, without gradient. Each value is the float nearest to k/255, on every device.
 
     Raises:
-        UsageError: epsilon outside [0, 1], the shapes differ, or `x` holds no uint8 picture (usually because it was
-            normalised, resized or augmented in float: round it first).
+        UsageError: epsilon outside [0, 1], the shapes differ, or `x` does not hold uint8 pixels (usually because it was
+            normalised, resized or augmented in float).
     """
     _check(x_adv, x, epsilon=epsilon)
     levels = (x * 255.0).round()
@@ -95,14 +95,14 @@ def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     # Written so that NaN fails as well.
     if not bool(((off <= LEVEL_TOLERANCE) & (levels >= 0) & (levels <= 255)).all()):
         raise UsageError(
-            f"the clean images are no uint8 pictures: values from {float(x.min()):.6g} to {float(x.max()):.6g}, up to "
+            f"the clean images are not uint8 pixels: values from {float(x.min()):.6g} to {float(x.max()):.6g}, up to "
             f"{float(off.max()):.3g} levels away from k/255; give images that are uint8 pixels divided by 255"
         )
     radius = math.floor(255.0 * epsilon + LEVEL_TOLERANCE)
     wanted = torch.where(x_adv.isnan(), levels, (x_adv * 255.0).round())
     wanted = torch.clamp(wanted, min=levels - radius, max=levels + radius).clamp(0.0, 255.0)
-    # A tensor as divisor: CUDA turns division by a Python number into a product with its rounded reciprocal, which
-    # misses the nearest float for some levels.
+    # A tensor as divisor: CUDA multiplies by the rounded reciprocal of a Python number, which misses the nearest float
+    # for some levels.
     return wanted / torch.full_like(wanted, 255.0)
 
 

@@ -1,10 +1,9 @@
 """Random numbers that belong to an image: the same ones whichever images share its batch, or have left it.
 
-A generator hands its numbers out in the order of asking, so that an image which drops out of a batch would move the
-numbers of all that follow. Here every image has a key, and a number is a hash of key and position (a counter-based
-generator, Salmon et al. 2011, doi:10.1145/2063384.2063405; the hash is the finalizer of SplitMix64, Steele et al. 2014,
-doi:10.1145/2660193.2660195). All numbers of a batch are made by one vectorised expression of wrapping int64 arithmetic
-on the CPU, hence bitwise the same everywhere.
+Every image has a key, and a number is a hash of key and position (a counter-based generator, Salmon et al. 2011,
+doi:10.1145/2063384.2063405; the hash is the finalizer of SplitMix64, Steele et al. 2014, doi:10.1145/2660193.2660195).
+All numbers of a batch come from one vectorised expression of wrapping int64 arithmetic on the CPU, and are bitwise the
+same everywhere.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ _SECOND = _signed(0x94D049BB133111EB)
 
 
 class ImageGenerators:
-    """One independent stream of random numbers per image. A value: asked again, it gives the same numbers.
+    """One independent generator per image. It has no state: the same call gives the same numbers again.
 
-    Ask a `child` for other numbers (of the next restart, of the next step), and index it for fewer images.
+    Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images.
 
     Args:
         keys: (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
@@ -41,26 +40,26 @@ class ImageGenerators:
         self.keys = keys
 
     @classmethod
-    def of(cls, seed: int, numbers: Tensor | range, *, attack: str = "") -> ImageGenerators:
-        """The streams of images by their number in the data set.
+    def of(cls, seed: int, indices: Tensor | range, *, attack: str = "") -> ImageGenerators:
+        """The generators of images by their index in the data set.
 
         Args:
             seed: of the whole evaluation.
-            numbers: (N,) integers, where each image stands in the data set; equal numbers get equal streams.
+            indices: (N,) integers; equal indices get equal generators.
             attack: its name, so that attacks do not share their draws.
         """
-        numbers = torch.as_tensor(list(numbers) if isinstance(numbers, range) else numbers).to("cpu", torch.int64)
-        return cls(_mix(_mix(numbers * _GOLDEN) + _word("seed", seed))).child(attack)
+        indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices).to("cpu", torch.int64)
+        return cls(_mix(_mix(indices * _GOLDEN) + _word("seed", seed))).child(attack)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, rows: Tensor | slice) -> ImageGenerators:
-        """The streams of some of the images: a slice, a bool mask (N,), or indices (n,), on any device."""
+        """The generators of some of the images: a slice, a bool mask (N,), or indices (n,), on any device."""
         return ImageGenerators(self.keys[rows if isinstance(rows, slice) else rows.cpu()])
 
     def child(self, *labels: int | str) -> ImageGenerators:
-        """Independent streams of the same images, one for each sequence of labels."""
+        """Other generators of the same images, independent for each sequence of labels."""
         keys = self.keys
         for label in labels:
             keys = _mix(_mix(keys) + _word("child", label))
@@ -79,15 +78,6 @@ class ImageGenerators:
         """(N, *shape) float32 on the CPU: -1 or +1, equally likely."""
         return (self.bits(shape) >> 63).to(torch.float32) * 2.0 + 1.0
 
-    def integers(self, high: int | Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) int64 on the CPU, uniform over 0 .. high - 1 (up to one part in 2^32 / high).
-
-        Args:
-            high: 1 to 2^31, one number or a CPU tensor that broadcasts to the result.
-            shape: per image.
-        """
-        return (_unsigned_shift(self.bits(shape), 32) * high) >> 32
-
     def normal(self, shape: tuple[int, ...] = ()) -> Tensor:
         """(N, *shape) float32 on the CPU, standard normal (Box and Muller 1958)."""
         first, second = (_unsigned_shift(self.bits((*shape, 2)), 11).to(torch.float64) * 2.0**-53).unbind(-1)
@@ -95,36 +85,30 @@ class ImageGenerators:
 
 
 def image_generators(generator: torch.Generator | ImageGenerators | None, x: Tensor) -> ImageGenerators:
-    """The streams of a batch: those that were given, or new ones from one draw of the generator.
+    """The given generators of images x (N, ...), or new ones from one draw of a generator (None: the global one).
 
-    Args:
-        generator: streams, a CPU generator, or None for the global CPU generator.
-        x: (N, ...), the images of the batch.
-
-    Raises:
-        UsageError: streams of another number of images.
+    UsageError for generators of another number of images.
     """
     if isinstance(generator, ImageGenerators):
         if len(generator) != len(x):
-            raise UsageError(f"{len(generator)} random streams and {len(x)} images; give one stream per image")
+            raise UsageError(f"{len(generator)} random generators and {len(x)} images; give one per image")
         return generator
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return ImageGenerators.of(seed, range(len(x)))
+    return ImageGenerators.of(int(torch.randint(2**62, (), generator=generator)), range(len(x)))
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer: a bijection of 64-bit words in which each input bit moves half of the output bits."""
+    """SplitMix64's finalizer, a bijection of 64-bit words."""
     z = (z ^ _unsigned_shift(z, 30)) * _FIRST
     z = (z ^ _unsigned_shift(z, 27)) * _SECOND
     return z ^ _unsigned_shift(z, 31)
 
 
 def _unsigned_shift(z: Tensor, bits: int) -> Tensor:
-    """Shift to the right and fill with zeros; int64's own shift repeats the sign."""
+    """Shift to the right, filled with zeros (the shift of int64 repeats the sign)."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _word(kind: str, label: int | str) -> int:
-    """64 bits for a label; numbers and texts never meet, since Python writes them differently."""
+    """64 bits for a label; repr keeps integers and strings apart."""
     digest = hashlib.blake2b(f"{kind} {label!r}".encode(), digest_size=8).digest()
     return _signed(int.from_bytes(digest, "little"))

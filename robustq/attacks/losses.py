@@ -1,8 +1,7 @@
-"""What attacks ascend: one number per image, higher is worse for the model.
+"""Losses of attacks: one number per image, higher is worse for the model.
 
-Losses stay apart per image and attacks differentiate their sum, so that the gradient of an image does not depend on
-which images share its batch (a mean would also shrink it by the batch size). Half-precision logits are raised to
-float32.
+Attacks differentiate the sum over the images, so that the gradient of an image does not depend on its batch. All logits
+are (N, K) float, labels and targets (N,) int64 in 0 .. K-1, losses (N,). Half-precision logits are raised to float32.
 """
 
 from __future__ import annotations
@@ -24,15 +23,7 @@ _NO_DIVISION_BY_ZERO = 1e-12
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy, -log softmax(z)_y.
-
-    Args:
-        logits: (N, K) float.
-        y: (N,) int64, 0 .. K-1.
-
-    Returns:
-        (N,) float, not negative.
-    """
+    """Cross-entropy, -log softmax(z)_y: (N,), not negative."""
     return functional.cross_entropy(_full_precision(logits), y, reduction="none")
 
 
@@ -40,14 +31,8 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best other logit minus that of the label, max over j != y of z_j - z_y: positive when misclassified.
 
     Its gradient does not vanish when the model is confident, unlike that of cross-entropy (the loss f_6 of Carlini &
-    Wagner 2017, arXiv:1608.04644, without its cut at a confidence). Of several equal runners-up one gets the gradient.
-
-    Args:
-        logits: (N, K) float, K at least 2.
-        y: (N,) int64, 0 .. K-1.
-
-    Returns:
-        (N,) float, any sign.
+    Wagner 2017, arXiv:1608.04644, without its cut at a confidence). One of several equal runners-up gets the gradient.
+    K is at least 2.
     """
     logits = _full_precision(logits)
     label = y[:, None]
@@ -58,18 +43,9 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, (max over j != y of z_j - z_y) / (z_(1) - z_(3)), z_(i) the i-th highest logit.
 
-    The margin over the spread of the three highest logits, so that it depends on neither shift nor scale of the logits
-    (Croce & Hein 2020, arXiv:2003.01690, Eq. 6). The ratio has a gradient of its own, also through the divisor.
-
-    With two classes there is no third logit (and the margin over z_(1) - z_(2) would be +-1 everywhere): it is the
-    margin then.
-
-    Args:
-        logits: (N, K) float, K at least 2.
-        y: (N,) int64, 0 .. K-1.
-
-    Returns:
-        (N,) float, from -1 to 1 up to rounding for K of at least 3; positive when misclassified.
+    The margin divided by the spread of the three highest logits: invariant to shift and scale of the logits (Croce &
+    Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. For two classes it is the margin.
+    From -1 to 1 up to rounding for K of at least 3; positive when misclassified.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -80,15 +56,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2) (arXiv:2003.01690, Eq. 7).
 
-    With fewer than four classes there is no fourth logit: it is the targeted margin z_t - z_y then.
-
-    Args:
-        logits: (N, K) float, K at least 2.
-        y: (N,) int64, 0 .. K-1.
-        target: (N,) int64, another class.
-
-    Returns:
-        (N,) float; positive when the target beats the label, which means misclassified.
+    With fewer than four classes it is the targeted margin. Positive when the target beats the label.
     """
     if logits.shape[1] < 4:
         return targeted_margin(logits, y, target)
@@ -98,39 +66,23 @@ def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def targeted_margin(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """The target's logit minus that of the label, z_t - z_y.
-
-    Args:
-        logits: (N, K) float.
-        y: (N,) int64, 0 .. K-1.
-        target: (N,) int64, another class.
-
-    Returns:
-        (N,) float; positive when the target beats the label.
-    """
+    """The target's logit minus that of the label, z_t - z_y: positive when the target beats the label."""
     logits = _full_precision(logits)
     return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 def rescaled_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of beta * logits, with a factor per image that keeps it from saturating; PGD++'s loss.
+    """Cross-entropy of beta * logits, with a factor per image that prevents saturation; the loss of PGD++.
 
-    beta is the factor at which the Hessian of cross-entropy with respect to the logits, beta^2 (diag(p) - p p^T) with
-    p = softmax(beta z), has the largest Frobenius norm: too small a factor flattens the softmax, too large a one
-    saturates it, and the norm vanishes both ways (Hessian norm scaling, Gupta & Ajanthan 2022, arXiv:2003.13511,
-    section 4.2). Multiplying all logits by a number thus changes nothing. beta is held constant in the gradient.
+    beta maximises the Frobenius norm of the Hessian of cross-entropy with respect to the logits,
+    beta^2 (diag(p) - p p^T) with p = softmax(beta z) (Hessian norm scaling, Gupta & Ajanthan 2022, arXiv:2003.13511,
+    section 4.2). Scaling all logits thus changes nothing. beta is held constant in the gradient.
 
-    Deviations from the paper, which estimates one factor for a network: here each image has its own, from its own
-    logits and of them alone (the paper's Hessian is that with respect to the images), so that no image depends on the
-    others of its batch. It is searched where beta times the range of the logits is 0.5 to 100. Constant logits have no
-    range, and keep beta = 1.
+    Deviations from the paper, which estimates one factor for a network from the Hessian with respect to the images:
+    each image has its own factor, from its own logits, so that it does not depend on its batch. It is searched where
+    beta times the range of the logits is 0.5 to 100. Constant logits keep beta = 1.
 
-    Args:
-        logits: (N, K) float.
-        y: (N,) int64, 0 .. K-1.
-
-    Returns:
-        (N,) float, not negative; not to be compared between two answers to the same image, whose factors differ.
+    Not negative; two answers to one image have different factors, so that their losses do not compare.
     """
     logits = _full_precision(logits)
     return cross_entropy(unsaturating_factor(logits)[:, None] * logits, y)
@@ -157,17 +109,16 @@ def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
 
     That is KL(p || q), the order of TRADES (Zhang et al. 2019, arXiv:1901.08573). With p constant, its gradient with
     respect to `logits` is q - p, the same as that of the cross-entropy of q against the soft labels p.
-
-    Args:
-        logits: (N, K) float, of the attacked images.
-        clean_logits: (N, K) float, of the clean images.
-
-    Returns:
-        (N,) float, not negative up to rounding.
+    Not negative up to rounding.
     """
     log_q = functional.log_softmax(_full_precision(logits), dim=1)
     log_p = functional.log_softmax(_full_precision(clean_logits), dim=1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+
+
+def nan_to_lowest(losses: Tensor) -> Tensor:
+    """Replace NaN by -inf: no later loss would compare as higher than NaN."""
+    return losses.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def _full_precision(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd
-from robustq.attacks.base import AttackState, Criterion, Model, asked_about, step_length
+from robustq.attacks.base import AttackState, Criterion, Model, check_settings, model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy
 from robustq.errors import UsageError
@@ -27,54 +27,40 @@ def transfer(
     criterion: Criterion | None = None,
     generator: torch.Generator | ImageGenerators | None = None,
 ) -> Tensor:
-    """Attack each surrogate with APGD and ask the model about the picture with the surrogate's highest margin.
+    """Attack each surrogate with APGD, and query the model with the image of the surrogate's highest margin.
 
-    On the surrogate an image is attacked to the last step, whether the surrogate was right about it or not. The model
-    is asked about the clean images and about one picture of each surrogate, and never for a gradient.
+    On a surrogate every image gets all steps, also one that the surrogate misclassifies. The model gets the clean
+    images and one image per surrogate, and is never differentiated. Images that broke are not attacked on the next
+    surrogate.
 
-    Args:
-        model: images -> logits.
-        x: (N, C, H, W) float32 in [0, 1].
-        y: (N,) int64 true labels.
-        epsilon: radius of the ball, 0 to 1.
-        surrogates: at least one model, differentiable with respect to the images, with the same classes.
-        steps: of APGD on each surrogate, at least 1.
+    Args (the others are those of all attacks, see `robustq.attacks`):
+        surrogates: at least one differentiable model with the same classes.
+        steps: of APGD on each surrogate.
         loss: as for `apgd`.
-        stop_when_broken: leave images that broke out of the next surrogate's attack.
-        criterion: what counts as broken, where it is not the model's answer to the exact picture (`base.Criterion`).
-        generator: a CPU generator, or streams, for the starts.
-
-    Returns:
-        (N, C, H, W), dtype of `x`, without gradient: a picture that breaks the image if one was met, of these or else
-        of all the one with the model's highest margin.
-
-    Raises:
-        UsageError: epsilon outside [0, 1], steps below 1, no surrogate, a model with fewer than two classes, or a
-            surrogate without a gradient with respect to the images.
     """
-    step_length(None, epsilon=epsilon, steps=steps)
+    check_settings(epsilon=epsilon, steps=steps)
     if not surrogates:
-        raise UsageError("transfer has no surrogates; give at least one model to find pictures on")
-    streams = image_generators(generator, x)
-    hunt = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
+        raise UsageError("transfer has no surrogates; give at least one model to find adversarial images on")
+    generators = image_generators(generator, x)
+    state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for number, surrogate in enumerate(surrogates):
-        rows = hunt.standing
+        rows = state.remaining
         if not len(rows):
             break
-        found = apgd(
-            asked_about(surrogate, rows),
-            hunt.x[rows],
+        x_adv = apgd(
+            model_for(surrogate, rows),
+            state.x[rows],
             y[rows],
             epsilon=epsilon,
             steps=steps,
             loss=loss,
-            criterion=_nothing_counts,
-            generator=streams.child("transfer", number)[rows],
+            criterion=_never_broken,
+            generator=generators.child("transfer", number)[rows],
         )
-        hunt.offer(rows, found, hunt.ask(rows, found))
-    return hunt.x_adv
+        state.record(rows, x_adv, state.query(rows, x_adv))
+    return state.x_adv
 
 
-def _nothing_counts(pictures: Tensor, rows: Tensor) -> Tensor:
-    """No picture breaks the surrogate, so that each image gets all steps and the highest margin is returned."""
+def _never_broken(x_adv: Tensor, rows: Tensor) -> Tensor:
+    """No image counts as broken on the surrogate, so that each gets all steps and its highest margin is returned."""
     return torch.zeros_like(rows, dtype=torch.bool)

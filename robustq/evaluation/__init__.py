@@ -1,1 +1,1 @@
-"""Judging: accuracies with intervals, suites of attacks with the worst case per image, masking diagnosis."""
+"""Evaluation: accuracies with intervals, attack suites, the worst case per image, checks for gradient masking."""

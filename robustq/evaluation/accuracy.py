@@ -1,15 +1,10 @@
-"""Accuracy, its confidence interval, and paired comparison.
-
-Predictions, correctness per image, and the interval that a counted accuracy stands for.
-
-Two attacks on the same images: how much more one leaves than the other, and whether chance could have done it.
-"""
+"""Accuracy: predictions, confidence intervals, and the paired comparison of two attacks on the same images."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -19,36 +14,30 @@ from torch import Tensor
 from robustq.errors import UsageError
 from robustq.progress import bar
 
+_Z = NormalDist().inv_cdf(0.975)
 
-def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval of a proportion (Wilson 1927, JASA 22).
 
-    With p = correct / total, n = total and z the normal quantile of (1 + confidence) / 2:
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion (Wilson 1927, JASA 22).
+
+    With p = correct / total, n = total and z the normal quantile of 0.975:
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
-
-    Args:
-        correct: successes, 0 .. total.
-        total: trials, at least 1.
-        confidence: two-sided coverage, between 0 and 1.
 
     Returns:
         (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
 
     Raises:
-        UsageError: no trials (accuracy over zero images), correct outside 0 .. total, or a confidence outside (0, 1).
+        UsageError: no images, or correct outside 0 .. total.
     """
     if total < 1:
         raise UsageError(f"an interval over {total} images does not exist; use at least 1")
     if not 0 <= correct <= total:
         raise UsageError(f"{correct} correct of {total} images is impossible; correct must be 0 to {total}")
-    if not 0.0 < confidence < 1.0:
-        raise UsageError(f"confidence is {confidence}; give a number between 0 and 1, like 0.95")
-    z = NormalDist().inv_cdf((1.0 + confidence) / 2.0)
     p = correct / total
-    scale = 1.0 + z * z / total
-    centre = (p + z * z / (2.0 * total)) / scale
-    half_width = z * math.sqrt(p * (1.0 - p) / total + z * z / (4.0 * total * total)) / scale
-    # At the ends the formula is exact but for rounding, which would leave 1e-18 instead of 0.
+    scale = 1.0 + _Z * _Z / total
+    centre = (p + _Z * _Z / (2.0 * total)) / scale
+    half_width = _Z * math.sqrt(p * (1.0 - p) / total + _Z * _Z / (4.0 * total * total)) / scale
+    # At the ends rounding would leave 1e-18 instead of 0.
     low = 0.0 if correct == 0 else centre - half_width
     high = 1.0 if correct == total else centre + half_width
     return low, high
@@ -56,12 +45,12 @@ def wilson_interval(correct: int, total: int, *, confidence: float = 0.95) -> tu
 
 # no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
 @torch.no_grad()
-def answers(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The logits of every image; the model is called as it stands: put it into eval mode first.
+def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
+    """The logits of all images; put the model into eval mode first.
 
     Args:
         model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
-        x: (N, C, H, W) float32 in [0, 1], on the device that the model wants.
+        x: (N, C, H, W) float32 in [0, 1], on the device of the model.
         batch_size: images per call, at least 1.
 
     Returns:
@@ -87,17 +76,10 @@ def answers(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) ->
     return torch.cat(parts)
 
 
-def classes(logits: Tensor) -> Tensor:
-    """The class of the highest logit per image, -1 where any logit is NaN.
+def top_classes(logits: Tensor) -> Tensor:
+    """The class of the highest of the logits (N, K), the lowest of equal ones: (N,) int64; -1 where any logit is NaN.
 
-    A model that answers NaN has not classified the image, and argmax would report the NaN's index as a class. The
-    lowest of several equal classes wins.
-
-    Args:
-        logits: (N, K).
-
-    Returns:
-        (N,) int64.
+    A model that answers NaN has not classified the image; argmax would give the index of the NaN.
     """
     if len(logits) == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -107,27 +89,17 @@ def classes(logits: Tensor) -> Tensor:
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The class of each image as in :func:`classes`: (N,) int64 on the CPU.
+    """The class of each image as in :func:`top_classes`: (N,) int64 on the CPU.
 
-    Args, errors: as for :func:`answers`.
+    Args, Raises: as for :func:`all_logits`.
     """
-    return classes(answers(model, x, batch_size=batch_size))
+    return top_classes(all_logits(model, x, batch_size=batch_size))
 
 
 def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
-    """Whether each image is classified as its label; NaN logits count as wrong.
+    """Whether each image is classified as its label y (N,) int64: (N,) bool on the CPU; NaN logits count as wrong.
 
-    Args:
-        model: images (n, C, H, W) -> logits (n, K), as for `predict`.
-        x: (N, C, H, W) float32 in [0, 1], on the device that the model wants.
-        y: (N,) int64 labels, on any device.
-        batch_size: images per call, at least 1.
-
-    Returns:
-        (N,) bool on the CPU.
-
-    Raises:
-        UsageError: as for `predict`, or the numbers of images and labels differ.
+    Args, Raises: as for :func:`all_logits`; also if the numbers of images and labels differ.
     """
     if len(x) != len(y):
         raise UsageError(f"{len(x)} images and {len(y)} labels; give one label per image")
@@ -135,17 +107,14 @@ def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_si
     return (predictions == y.cpu()) & (predictions >= 0)
 
 
-_Z = NormalDist().inv_cdf(0.975)
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """Images that only one of two attacks leaves right; the rest say nothing about the difference.
+    """Counts of images that are right under only one of two attacks.
 
     Args:
-        images: all that were used, right or wrong.
+        images: number of all images, right or wrong.
         only_first: right under the first attack, wrong under the second.
-        only_second: the other way round.
+        only_second: right under the second attack, wrong under the first.
     """
 
     images: int
@@ -159,35 +128,29 @@ class Comparison:
 
     @property
     def half_width(self) -> float:
-        """Of the 95% interval of the difference of two paired proportions.
+        """Half the width of the 95% interval of the difference of two paired proportions.
 
-        z sqrt(b + c - (b - c)^2 / n) / n with b and c the images that only one of them leaves (Wald's interval, as in
-        Agresti 2002, Categorical Data Analysis, section 10.1.1). Its lower end passes 0 from four images against none.
+        z sqrt(b + c - (b - c)^2 / n) / n with b = only_first and c = only_second (Wald's interval, as in Agresti 2002,
+        Categorical Data Analysis, section 10.1.1). Four images against none exceed it.
         """
         apart = self.only_first - self.only_second
         return _Z * math.sqrt(self.only_first + self.only_second - apart * apart / self.images) / self.images
 
     def exceeds(self, points: float) -> bool:
-        """Whether the first leaves more than ``points`` percentage points more, and more than the interval is wide."""
+        """Whether the difference exceeds both ``points`` percentage points and the half width of its interval."""
         return self.difference > points / 100 and self.difference > self.half_width
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {
-            "images": self.images,
-            "only_first": self.only_first,
-            "only_second": self.only_second,
-            "difference": self.difference,
-            "half_width": self.half_width,
-        }
+        return {**asdict(self), "difference": self.difference, "half_width": self.half_width}
 
 
 def compare_kept(first: Tensor, second: Tensor, *, images: int) -> Comparison:
-    """Compare what two attacks left of the same images.
+    """Compare two attacks on the same images.
 
     Args:
-        first, second: (n,) bool, right under each.
-        images: the images that accuracies are shares of; n, or more where some were wrong without attack.
+        first, second: (n,) bool, right under each attack.
+        images: the number of images that accuracies are shares of; n, or more where some were wrong without attack.
 
     Raises:
         UsageError: the attacks were not run on the same number of images, or on more than ``images``.

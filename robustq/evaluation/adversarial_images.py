@@ -1,9 +1,7 @@
-"""Adversarial images as a small .npz: the proof of a robust accuracy, which anyone can replay, and a regression test.
+"""Adversarial images as an .npz file: the proof of a robust accuracy, which anyone can replay, and a regression test.
 
-Arrays: ``x_adv`` uint8 (N, C, H, W), the worst picture found of each image; ``labels`` int64 (N,); ``places`` int64
-(N,), where the images stand in the data set's test part; ``attack`` (N,) text, what found each (``clean``: the image is
-wrong as it is); ``broken`` bool (N,), whether the judge was wrong on it; ``epsilon``; ``data`` text; ``clean_sha256``
-text, of the uint8 clean images and the int64 labels; ``about`` JSON text.
+The arrays of the file are the fields of :class:`AdversarialImages`, ``about`` as JSON text; ``indices`` is stored as
+``places``.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.errors import UsageError
-from robustq.files import atomic_file
+from robustq.files import file_when_whole
 
 _TYPES = {
     "x_adv": "u1",
@@ -39,22 +37,23 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class AdversarialImages:
-    """The content of such a file.
+    """The content of the file.
 
     Args:
-        x_adv: uint8 (N, C, H, W).
-        labels, places: int64 (N,).
-        attack: N names.
-        broken: bool (N,).
+        x_adv: uint8 (N, C, H, W), the worst adversarial image of each image.
+        labels: int64 (N,).
+        indices: int64 (N,), of the images in the test part of the data set.
+        attack: N names of the attacks that found them; ``clean``: the image is wrong without attack.
+        broken: bool (N,), whether the judge was wrong on it.
         epsilon: radius in [0, 1].
         data: name of the data set.
         clean_sha256: see :func:`digest`.
-        about: model, suite, seed and accuracies of the evaluation that found them.
+        about: model, suite, seed and accuracies of the evaluation.
     """
 
     x_adv: Tensor
     labels: Tensor
-    places: Tensor
+    indices: Tensor
     attack: tuple[str, ...]
     broken: Tensor
     epsilon: float
@@ -63,17 +62,13 @@ class AdversarialImages:
     about: dict[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the file, whole or not at all.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        with atomic_file(path) as file:
+        """Write the file, whole or not at all."""
+        with file_when_whole(path) as file:
             np.savez_compressed(
                 file,
                 x_adv=self.x_adv.numpy(),
                 labels=self.labels.numpy(),
-                places=self.places.numpy(),
+                places=self.indices.numpy(),
                 attack=np.array(self.attack, dtype=np.str_),
                 broken=self.broken.numpy(),
                 epsilon=np.float64(self.epsilon),
@@ -131,27 +126,27 @@ def digest(images: Tensor, labels: Tensor) -> str:
     return seen.hexdigest()
 
 
-def check_ball(pictures: AdversarialImages, images: Tensor) -> None:
-    """Make sure that every picture lies in the epsilon-ball of its clean image.
+def check_ball(found: AdversarialImages, images: Tensor) -> None:
+    """Check that every adversarial image lies in the epsilon-ball of its clean image.
 
     Args:
-        pictures: as loaded.
-        images: uint8 (N, C, H, W), the clean images at ``pictures.places``.
+        found: as loaded.
+        images: uint8 (N, C, H, W), the clean images at ``found.indices``.
 
     Raises:
-        UsageError: one does not; it is named. Or the shapes differ.
+        UsageError: one lies outside, or the shapes differ.
     """
-    if images.shape != pictures.x_adv.shape:
+    if images.shape != found.x_adv.shape:
         raise UsageError(
-            f"the pictures have shape {tuple(pictures.x_adv.shape)} and their clean images {tuple(images.shape)}; "
-            "give the --data they were made of"
+            f"the adversarial images have shape {tuple(found.x_adv.shape)} and their clean images "
+            f"{tuple(images.shape)}; give the --data they were made of"
         )
-    allowed = math.floor(255 * pictures.epsilon + LEVEL_TOLERANCE)
-    levels = (pictures.x_adv.int() - images.cpu().int()).abs().flatten(1).amax(dim=1)
+    allowed = math.floor(255 * found.epsilon + LEVEL_TOLERANCE)
+    levels = (found.x_adv.int() - images.cpu().int()).abs().flatten(1).amax(dim=1)
     outside = (levels > allowed).nonzero()[:, 0]
     if len(outside):
         first = int(outside[0])
         raise UsageError(
-            f"{len(outside)} pictures leave the ball: that of test image {int(pictures.places[first])} by "
+            f"{len(outside)} pictures leave the ball: that of test image {int(found.indices[first])} by "
             f"{int(levels[first])} levels, {allowed} are allowed; the file was changed or is of other data"
         )

@@ -1,7 +1,7 @@
-"""The flags: what looks like gradient masking, from counts that an evaluation made (docs/flags.md).
+"""The flags: signs of gradient masking, from the counts of an evaluation (docs/flags.md).
 
-Each check is raised by numbers alone, and a raised one turns the verdict into "upper bound: masking suspected". A
-difference between two attacks counts only when it also exceeds the 95% interval of the paired images.
+A raised flag turns the verdict into "upper bound: masking suspected". A difference between two attacks counts only if
+it also exceeds the 95% interval of the paired images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from robustq.evaluation.accuracy import Comparison, wilson_interval
 
 HARNESS_KEPT = 0.005
-"""Share of the images that a network without any defence may keep in a ball that is large enough."""
+"""Share of the images that a network without defence may keep in a ball that is large enough."""
 STEP_ORDER_POINTS, MORE_STEPS_POINTS = 0.5, 1.0
 ZERO_GRADIENT_SHARE = 0.01
 LOGIT_SCALE_POINTS = 2.0
@@ -45,14 +45,7 @@ FLAG_NAMES = (
 
 @dataclass(frozen=True)
 class Check:
-    """One look for masking.
-
-    Args:
-        name: one of :data:`FLAG_NAMES`.
-        raised: whether it is a flag.
-        text: what was found, in words.
-        evidence: the numbers.
-    """
+    """A check for one kind of masking: its name (of :data:`FLAG_NAMES`), whether it is raised, and the evidence."""
 
     name: str
     raised: bool
@@ -61,7 +54,7 @@ class Check:
 
     @property
     def doc(self) -> str:
-        """Where the flag is explained."""
+        """The page that explains the flag."""
         return f"docs/flags.md#{self.name.replace(' ', '-')}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,13 +63,10 @@ class Check:
 
 
 def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:
-    """The natural control keeps more than 0.5% of the images: then the attacks are not what they should be.
+    """The natural control keeps more than 0.5% of the images, so that the attacks do not work as they should.
 
-    Args:
-        kept: images that the control still gets right.
-        images: that were used.
-        epsilon: the ball in which they were attacked, grown until the control fell or it could grow no more.
-        clean: images that the control gets right without attack.
+    kept, clean: numbers of images that the control gets right with and without attack. epsilon: of the ball, which
+    grew until the control broke or it reached its limit.
     """
     return Check(
         "harness",
@@ -87,12 +77,7 @@ def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:
 
 
 def step_order(one_step: Comparison, more_steps: Comparison) -> Check:
-    """PGD leaves more than FGSM + 0.5 point, or 100 steps leave 1 point less than 50.
-
-    Args:
-        one_step: PGD against FGSM.
-        more_steps: 50 steps of APGD against 100.
-    """
+    """PGD leaves over 0.5 points more than FGSM, or 50 steps of APGD leave over 1 point more than 100."""
     found = []
     if one_step.exceeds(STEP_ORDER_POINTS):
         found.append(f"one step breaks {_points(one_step)} more than 20 steps do")
@@ -107,14 +92,10 @@ def step_order(one_step: Comparison, more_steps: Comparison) -> Check:
 
 
 def large_ball(*, kept: int, images: int, chance: float, against_small: Comparison, epsilon: float) -> Check:
-    """Accuracy above chance where no image can be recognised, or more left in the larger ball than in the smaller.
+    """Accuracy above chance in a ball where no image can be recognised, or more left there than in the smaller ball.
 
-    Args:
-        kept: right in the large ball.
-        images: that were used.
-        chance: what the best constant answer gets.
-        against_small: the large ball against the one that was asked about.
-        epsilon: radius of the large ball.
+    kept: number of images that are right in the large ball, of radius epsilon. chance: accuracy of the best constant
+    answer. against_small: the large ball (first) and that of the evaluation (second).
     """
     found = []
     if wilson_interval(kept, images)[0] > chance:
@@ -138,9 +119,7 @@ def large_ball(*, kept: int, images: int, chance: float, against_small: Comparis
 def noise(pgd_against_noise: Comparison, *, control: Comparison) -> Check:
     """PGD leaves at least as much as noise, in a ball in which PGD takes more than 5 points from the natural control.
 
-    Args:
-        pgd_against_noise: uniform noise (first) against PGD (second) on the model.
-        control: no attack (first) against PGD (second) on the natural control.
+    pgd_against_noise: uniform noise (first) and PGD (second). control: no attack (first) and PGD (second) on it.
     """
     return Check(
         "noise",
@@ -152,12 +131,7 @@ def noise(pgd_against_noise: Comparison, *, control: Comparison) -> Check:
 
 
 def zero_gradient(*, zero: int, images: int) -> Check:
-    """More than 1% of the images have an exactly zero gradient of cross-entropy, where no step goes anywhere.
-
-    Args:
-        zero: how many.
-        images: right without attack, that were looked at.
-    """
+    """More than 1% of the images that are right without attack have an exactly zero gradient of cross-entropy."""
     return Check(
         "zero gradient",
         zero > ZERO_GRADIENT_SHARE * images,
@@ -167,12 +141,7 @@ def zero_gradient(*, zero: int, images: int) -> Check:
 
 
 def logit_scale(plain_against_rescaled: Comparison, *, left: tuple[float, float]) -> Check:
-    """Rescaling the logits, which changes no answer, breaks over 2 points more.
-
-    Args:
-        plain_against_rescaled: PGD on cross-entropy against the same PGD on cross-entropy of rescaled logits.
-        left: accuracies under both.
-    """
+    """PGD on rescaled logits, which changes no answer, breaks over 2 points more; left: the accuracies under both."""
     return Check(
         "logit scale",
         plain_against_rescaled.exceeds(LOGIT_SCALE_POINTS),
@@ -184,8 +153,7 @@ def logit_scale(plain_against_rescaled: Comparison, *, left: tuple[float, float]
 def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
     """Another loss breaks over 6 points more than cross-entropy (3 to 4 are usual).
 
-    Args:
-        found: (name of the loss, cross-entropy against it, accuracies under both).
+    found: (name of the attack with the loss, cross-entropy against it, accuracies under both).
     """
     over = [entry for entry in found if entry[1].exceeds(LOSS_POINTS)] or list(found)
     name, _, left = max(over, key=lambda entry: entry[1].difference)
@@ -201,12 +169,9 @@ def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
 
 
 def gradient_free(*, broken: int, left: int, images: int) -> Check:
-    """Attacks without gradients break more than 1% of what white-box attacks left.
+    """Attacks without gradients break more than 1% of the images that white-box attacks left.
 
-    Args:
-        broken: by Square or random search, and by no white-box attack.
-        left: images that no white-box attack broke.
-        images: that were used.
+    broken: number of images that only attacks without gradients broke. left: that no white-box attack broke.
     """
     return Check(
         "gradient-free",
@@ -217,11 +182,7 @@ def gradient_free(*, broken: int, left: int, images: int) -> Check:
 
 
 def transfer(found: Sequence[tuple[str, Comparison]]) -> Check:
-    """A surrogate's images break over 2 points that white-box did not.
-
-    Args:
-        found: (surrogate, white-box against white-box and its images).
-    """
+    """Adversarial images of a surrogate break over 2 points that white-box attacks left; found: by surrogate."""
     name, most = max(found, key=lambda entry: entry[1].difference)
     return Check(
         "transfer",
@@ -232,11 +193,9 @@ def transfer(found: Sequence[tuple[str, Comparison]]) -> Check:
 
 
 def randomness(*, share: float, draws: int) -> Check:
-    """Two calls give different answers: an attack meets another network at every step.
+    """Two calls give different answers, so that an attack meets another network at every step.
 
-    Args:
-        share: of the images that were looked at.
-        draws: answers in whose mean the model was attacked and judged for that reason.
+    share: of the images that differ. draws: number of answers whose mean was attacked and judged.
     """
     return Check(
         "randomness",
@@ -248,14 +207,9 @@ def randomness(*, share: float, draws: int) -> Check:
 
 
 def twin(*, different: int, images: int, random: bool) -> Check:
-    """The model that gives the gradients and the judge disagree on more than one image in a thousand.
+    """Gradient model and judge disagree on more than one clean image in a thousand.
 
-    One image may always sit on a tie: two make a flag.
-
-    Args:
-        different: clean images that they put into different classes.
-        images: that were used.
-        random: answers are random, so that a model differs from itself; that is a flag of its own.
+    A single image may sit on a tie. Random answers are a flag of their own.
     """
     return Check(
         "twin",

@@ -1,39 +1,86 @@
-"""What an evaluation found: counts, intervals, what each attack did, flags, and the pictures that show it."""
+"""Results of an evaluation: counts, intervals, each attack's result, flags, and the adversarial images as proof."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.evaluator import AttackResult
 from robustq.evaluation.flags import MASKED, NOT_FOUND, NOT_JUDGED, Check
 
 ENOUGH_IMAGES = 200
-"""Below it a difference of two points is within chance, so that most flags could not be raised."""
+"""With fewer images a difference of two points is within chance, so that most flags could not be raised."""
+
+
+@dataclass(frozen=True)
+class AttackResult:
+    """The result of one attack on some of the images.
+
+    Args:
+        name: of the attack, with the backward rule or the surrogate where there are several.
+        stage: of the suite.
+        indices: (n,) int64, the images that were attacked.
+        kept: (n,) bool, right under this attack.
+        remaining: number of images of the whole evaluation that no attack has broken so far.
+        queries: forward passes without gradient, one per image, of the judge and other models.
+        gradient_steps: forward passes with gradient, one per image.
+        seconds: wall time.
+    """
+
+    name: str
+    stage: str
+    indices: Tensor
+    kept: Tensor
+    remaining: int
+    queries: int
+    gradient_steps: int
+    seconds: float
+
+    @property
+    def kept_indices(self) -> Tensor:
+        """(k,) int64: the images that are right under this attack."""
+        return self.indices[self.kept]
+
+    @property
+    def broken_indices(self) -> Tensor:
+        """(b,) int64: the images that it broke."""
+        return self.indices[~self.kept]
+
+    def to_dict(self, *, images: int) -> dict[str, Any]:
+        """Plain values for JSON; ``accuracy`` is that after this attack, as a share of ``images``."""
+        return {
+            "stage": self.stage,
+            "attack": self.name,
+            "images": len(self.indices),
+            "kept": int(self.kept.sum()),
+            "accuracy": self.remaining / images,
+            "queries": self.queries,
+            "gradient_steps": self.gradient_steps,
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts over ``images`` images; every accuracy is a fraction.
+    """The result of an evaluation; every accuracy is a fraction of ``images``.
 
     Args:
-        images: how many were used.
+        images: N.
         epsilon: radius of the ball.
         clean: (N,) bool, right without attack.
         robust: (N,) bool, right without attack and under every attack (the worst case per image).
         attacked: attack name -> (n,) bool, right under that attack, of the images it was run on.
-        twin_agreement: share of clean images that source and judge put into the same class.
+        twin_agreement: share of clean images that gradient model and judge put into the same class.
         seconds: wall time.
-        trials: every attack that was run, in order.
-        checks: every look for masking.
-        left_out: what the suite has and this evaluation has not, in words; it cannot be judged then.
-        notes: what else is worth knowing about how it was judged.
-        x_adv: (N, C, H, W) uint8, the worst picture of each image.
+        x_adv: (N, C, H, W) uint8, the worst adversarial image of each image.
         found_by: N names of the attacks that found them.
+        results: of every attack, in order.
+        checks: for gradient masking.
+        not_checked: reasons why no verdict can be given.
+        notes: on how it was judged.
     """
 
     images: int
@@ -45,10 +92,10 @@ class Evaluation:
     seconds: float
     x_adv: Tensor
     found_by: tuple[str, ...]
-    trials: Sequence[AttackResult] = ()
-    checks: Sequence[Check] = field(default=())
-    left_out: Sequence[str] = ("this suite does not hunt for gradient masking",)
-    notes: Sequence[str] = ()
+    results: Sequence[AttackResult]
+    checks: Sequence[Check]
+    not_checked: Sequence[str]
+    notes: Sequence[str]
 
     @property
     def clean_accuracy(self) -> float:
@@ -67,13 +114,13 @@ class Evaluation:
 
     @property
     def not_judged_for(self) -> list[str]:
-        """Why no verdict is given, where none is."""
-        few = f"{self.images} images are too few, {ENOUGH_IMAGES} would do"
-        return [*self.left_out, *([few] if self.images < ENOUGH_IMAGES else [])]
+        """Reasons why no verdict is given; empty if one is."""
+        few = f"{self.images} images are too few, {ENOUGH_IMAGES} are enough"
+        return [*self.not_checked, *([few] if self.images < ENOUGH_IMAGES else [])]
 
     @property
     def verdict(self) -> str:
-        """``upper bound: masking suspected`` with any flag; ``no masking found`` when all was looked for."""
+        """``upper bound: masking suspected`` with any flag, ``not judged``, or ``no masking found``."""
         if self.flags:
             return MASKED
         return NOT_JUDGED if self.not_judged_for else NOT_FOUND
@@ -88,9 +135,9 @@ class Evaluation:
             "robust_accuracy": self.robust_accuracy,
             "interval": list(wilson_interval(int(self.robust.sum()), self.images)),
             "attacks": {name: int(kept.sum()) / len(kept) for name, kept in self.attacked.items() if len(kept)},
-            "stages": [trial.to_dict(images=self.images) for trial in self.trials],
-            "queries": sum(trial.queries for trial in self.trials),
-            "gradient_steps": sum(trial.gradient_steps for trial in self.trials),
+            "stages": [result.to_dict(images=self.images) for result in self.results],
+            "queries": sum(result.queries for result in self.results),
+            "gradient_steps": sum(result.gradient_steps for result in self.results),
             "twin_agreement": self.twin_agreement,
             "flags": [check.to_dict() for check in self.flags],
             "checks": [check.to_dict() for check in self.checks],

@@ -1,12 +1,8 @@
-"""Attack suites.
-
-An attack with its budget settled: a column of a table, a step of a suite.
-
-Named sets of attacks. A suite fixes every attack's budget, so that one word in a report says what was run.
-"""
+"""Attack suites: named sets of attacks with fixed budgets, so that one word in a report says what was run."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -36,34 +32,27 @@ from robustq.attacks.base import Criterion, Model
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
 
-Asks = Literal["judge", "source", "surrogates", "features"]
-
 
 @dataclass(frozen=True)
 class NamedAttack:
-    """An attack as a suite runs it.
+    """An attack with its budget: a column of a table, or a step of a suite.
 
     Args:
         name: in results.
         attack: ``attack(model, x, y, *, epsilon, ...) -> x_adv`` of :mod:`robustq.attacks`.
         settings: its budget, by argument.
         stage: of the suite, as results group it.
-        asks: whose answers guide it. ``judge``: no gradient is needed, so the judge's own; ``source``: the
-            differentiable model under each backward rule; ``surrogates``: each other network, one after the other;
-            ``features``: the source's inner layer.
-        random: whether it takes ``generator``.
-        hunts: whether it takes ``criterion``, by which images that broke leave it.
-        after: the attack whose survivors it is run on, broken by others since or not, so that the two compare; None:
-            on what still stands.
+        uses: ``gradients``: a differentiable model, under each backward rule; ``queries``: answers of the judge or its
+            proxy; ``surrogates``: each other network, one after the other; ``features``: the inner layer.
+        after: name of the attack whose survivors it runs on, whether other attacks have broken them since or not, so
+            that the two compare; None: on the images that are still robust.
     """
 
     name: str
     attack: Callable[..., Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
     stage: str = "white-box"
-    asks: Asks = "source"
-    random: bool = True
-    hunts: bool = False
+    uses: Literal["gradients", "queries", "surrogates", "features"] = "gradients"
     after: str | None = None
 
     def run(
@@ -75,47 +64,38 @@ class NamedAttack:
         epsilon: float,
         generator: torch.Generator | ImageGenerators,
         criterion: Criterion | None = None,
-        **others: Any,
+        **inputs: Any,
     ) -> Tensor:
-        """(B, C, H, W) in [0, 1] -> adversarial images of the same shape, not rounded.
+        """Adversarial images, not rounded; args as in :mod:`robustq.attacks`.
 
-        Args:
-            model: what it asks.
-            x: (B, C, H, W) float32 in [0, 1].
-            y: (B,) int64 labels.
-            epsilon: radius.
-            generator: randomness, where it takes any.
-            criterion: what counts as broken, where it stops at that.
-            others: ``features`` or ``surrogates``, where it asks them.
+        The attack gets generator and criterion if it takes them, and the other inputs (features, surrogates).
         """
-        more: dict[str, Any] = {**self.settings, **others}
-        if self.random:
-            more["generator"] = generator
-        if self.hunts:
-            more["criterion"] = criterion
-        return self.attack(model, x, y, epsilon=epsilon, **more)
+        accepted = inspect.signature(self.attack).parameters
+        common = {"generator": generator, "criterion": criterion}
+        inputs |= {name: value for name, value in common.items() if name in accepted}
+        return self.attack(model, x, y, epsilon=epsilon, **self.settings, **inputs)
 
 
 PAPER_STEP = 4 / 255
-"""Step of PGD, BIM and TPGD in the paper's tables, whatever the radius (arXiv:2210.08701, appendix)."""
+"""Step of PGD, BIM and TPGD in the paper's tables, for every radius (arXiv:2210.08701, appendix)."""
 
 _PAPER_STEPS = {"step_size": PAPER_STEP, "steps": 20}
 
 PAPER: tuple[NamedAttack, ...] = (
     NamedAttack("gn", gaussian_noise),
-    NamedAttack("fgsm", fgsm, random=False),
+    NamedAttack("fgsm", fgsm),
     NamedAttack("pgd20", pgd, _PAPER_STEPS),
-    NamedAttack("bim20", bim, _PAPER_STEPS, random=False),
+    NamedAttack("bim20", bim, _PAPER_STEPS),
     NamedAttack("tpgd20", tpgd, _PAPER_STEPS),
 )
 """The white-box columns of Tables I, II and V, with the paper's budgets; on surrogates they are the columns "(B)"."""
 
 RECHECK: tuple[NamedAttack, ...] = (
-    NamedAttack("fgsm", fgsm, random=False),
+    NamedAttack("fgsm", fgsm),
     NamedAttack("pgd20", pgd, {"steps": 20, "keep_best": True}),
     NamedAttack("margin_pgd40", pgd, {"steps": 40, "loss": margin, "keep_best": True}),
 )
-"""What a deployed file is re-checked with: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
+"""The re-check of a deployed file: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
 
 The last iterate of a sign attack with a fixed step overshoots, and leaves images that an earlier iterate broke.
 """
@@ -130,17 +110,17 @@ class Suite:
 
     Args:
         name: as ``--suite`` takes it.
-        attacks: cheap to dear.
-        drops_broken: later attacks meet only what the ones before left; else each is a column of its own, over all
-            images.
-        hunts_masking: the flags are looked for, and a verdict is given.
-        transfers: the white-box attacks are run on the surrogates too, as columns of their own.
+        attacks: from cheap to expensive.
+        drops_broken: later attacks run on the images that are still robust; else each attack is a column of its own,
+            over all images.
+        checks_masking: the flags are checked, and a verdict is given.
+        transfers: the white-box attacks run on the surrogates too, as columns of their own.
     """
 
     name: str
     attacks: tuple[NamedAttack, ...]
     drops_broken: bool = True
-    hunts_masking: bool = True
+    checks_masking: bool = True
     transfers: bool = False
 
 
@@ -148,28 +128,28 @@ def _white_box(*, steps: int) -> tuple[NamedAttack, ...]:
     """APGD with three losses and PGD++; the last three on all that cross-entropy left, so that they compare with it."""
     targeted = {"steps": steps, "loss": targeted_dlr, "target_classes": 9}
     return (
-        NamedAttack(CROSS_ENTROPY, apgd, {"steps": steps, "loss": cross_entropy}, hunts=True),
-        NamedAttack("apgd-margin", apgd, {"steps": 50, "loss": margin}, hunts=True, after=CROSS_ENTROPY),
-        NamedAttack("apgd-t", apgd_targeted, targeted, hunts=True, after=CROSS_ENTROPY),
-        NamedAttack("pgd++", pgd_plus_plus, {"steps": 20}, hunts=True, after=CROSS_ENTROPY),
+        NamedAttack(CROSS_ENTROPY, apgd, {"steps": steps, "loss": cross_entropy}),
+        NamedAttack("apgd-margin", apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
+        NamedAttack("apgd-t", apgd_targeted, targeted, after=CROSS_ENTROPY),
+        NamedAttack("pgd++", pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
     )
 
 
 NOISE = "uniform noise"
-"""The attack that a gradient must beat."""
+"""The attack that gradient attacks must beat."""
 
 _NOISE = (
-    NamedAttack(NOISE, uniform_noise, stage="noise and corners", asks="judge"),
-    NamedAttack("corners", random_corners, {"corners": 20}, stage="noise and corners", asks="judge", hunts=True),
+    NamedAttack(NOISE, uniform_noise, stage="noise and corners", uses="queries"),
+    NamedAttack("corners", random_corners, {"corners": 20}, stage="noise and corners", uses="queries"),
 )
 _INDIRECT = (
-    NamedAttack("features", feature_space, {"steps": 50}, stage="features", asks="features", hunts=True),
-    NamedAttack("transfer", transfer, {"steps": 50}, stage="transfer", asks="surrogates", hunts=True),
+    NamedAttack("features", feature_space, {"steps": 50}, stage="features", uses="features"),
+    NamedAttack("transfer", transfer, {"steps": 50}, stage="transfer", uses="surrogates"),
 )
 
 
 def _square(queries: int) -> NamedAttack:
-    return NamedAttack("square", square, {"queries": queries}, stage="square", asks="judge", hunts=True)
+    return NamedAttack("square", square, {"queries": queries}, stage="square", uses="queries")
 
 
 STANDARD: tuple[NamedAttack, ...] = (*_NOISE, *_white_box(steps=50), *_INDIRECT, _square(1000))
@@ -178,19 +158,19 @@ STANDARD: tuple[NamedAttack, ...] = (*_NOISE, *_white_box(steps=50), *_INDIRECT,
 FULL: tuple[NamedAttack, ...] = (
     *_NOISE,
     *_white_box(steps=100),
-    NamedAttack("fab-t", fab_targeted, {"steps": 100, "target_classes": 9}, hunts=True),
+    NamedAttack("fab-t", fab_targeted, {"steps": 100, "target_classes": 9}),
     *_INDIRECT,
     _square(5000),
-    NamedAttack("rays", rays, {"queries": 1000}, stage="hard label", asks="judge", random=False, hunts=True),
+    NamedAttack("rays", rays, {"queries": 1000}, stage="hard label", uses="queries"),
 )
-"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), 5,000 queries, and RayS, which
-sees the classes alone.
+"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS, which sees only the
+predicted class.
 """
 
 SUITES: MappingProxyType[str, Suite] = MappingProxyType(
     {
-        "paper": Suite("paper", PAPER, drops_broken=False, hunts_masking=False, transfers=True),
-        "recheck": Suite("recheck", RECHECK, drops_broken=False, hunts_masking=False),
+        "paper": Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
+        "recheck": Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
         "standard": Suite("standard", STANDARD),
         "full": Suite("full", FULL),
     }

@@ -1,4 +1,4 @@
-"""What an evaluation is handed: the judge whose answers count, and the models whose gradients find the images."""
+"""The input of an evaluation: the judge whose answers count, and the models that find adversarial images."""
 
 from __future__ import annotations
 
@@ -10,49 +10,49 @@ from torch import Tensor
 
 from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
-from robustq.evaluation.accuracy import answers
+from robustq.evaluation.accuracy import all_logits
 
 AS_TRAINED = "as trained"
-"""The backward rule that training used: the first of a target's sources, and the only one of a float model."""
+"""The backward rule of training: that of a target's first gradient model, and the only one of a float model."""
 
 DRAWS = 8
-"""Answers that stand for one where a model answers at random: their mean is what is judged, and what is attacked
-(expectation over transformation, Athalye et al. 2018, arXiv:1707.07397)."""
+"""A model that answers at random is judged and attacked in the mean of so many answers (expectation over
+transformation, Athalye et al. 2018, arXiv:1707.07397)."""
 
 _PROBES = 32
 _ROUNDING = 1e-3
-"""Share of the logit range that one kernel's rounding never reaches and another scale of activations always does."""
+"""Share of the logit range that rounding in kernels never reaches and another scale of activations always exceeds."""
 
 _MANY = 0.25
+"""Share of the images: rounding differs for few images alone and in a batch, another scale of activations for all."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One interface for a PyTorch model under test and for a file in onnxruntime.
+    """The model under attack, in PyTorch or as a file in onnxruntime, with the models that attacks use.
 
     Every model takes float32 (B, C, H, W) in [0, 1] and answers with logits (B, K).
 
     Args:
-        judge: the thing whose robustness is claimed. Its gradient is never asked for.
-        sources: name of the backward rule -> a differentiable model with the judge's forward; the first is the one
-            that training used. For a PyTorch model the judge itself.
-        features: the source's logits (B, K) and the layer that training aligned, of one pass and with gradient; None:
-            there is no such layer.
-        surrogates: name -> another network for the same task, whose images may transfer.
-        control: a naturally trained network on the same data, which has no defence; None: nobody gave one.
-        image_by_image: the judge's answer to an image depends on the images beside it (dynamic quantization), so that
-            it is asked about one at a time.
-        guide: a faster form of the judge, which attacks without gradient ask in its place; what breaks an image is the
-            judge's word all the same. None: the judge itself.
+        judge: the model whose robustness is claimed. It is never differentiated.
+        gradient_models: name of the backward rule -> a differentiable model with the judge's forward; the rule of
+            training first. For a PyTorch model the judge itself.
+        features: logits (B, K) and the layer that training aligned, of one pass and with gradient, or None.
+        surrogates: name -> another network for the same task, whose adversarial images may transfer.
+        control: a naturally trained network without defence on the same data, or None.
+        image_by_image: the judge's answer to an image depends on its batch (dynamic quantization), so that it gets one
+            image at a time.
+        proxy: a faster form of the judge for the queries of attacks without gradient; the judge still decides which
+            images break. None: the judge itself.
     """
 
     judge: Model
-    sources: Mapping[str, Model]
+    gradient_models: Mapping[str, Model]
     features: Features | None = None
     surrogates: Mapping[str, Model] = field(default_factory=dict)
     control: Model | None = None
     image_by_image: bool = False
-    guide: Model | None = None
+    proxy: Model | None = None
 
     @classmethod
     def of(cls, model: Model) -> Target:
@@ -60,90 +60,66 @@ class Target:
         return cls(model, {AS_TRAINED: model})
 
     @property
-    def source(self) -> Model:
-        """The differentiable model as training used it."""
-        return next(iter(self.sources.values()))
+    def gradient_model(self) -> Model:
+        """The differentiable model with the backward rule of training."""
+        return next(iter(self.gradient_models.values()))
 
     @property
-    def asked(self) -> Model:
-        """What attacks without gradient ask."""
-        return self.judge if self.guide is None else self.guide
+    def query_model(self) -> Model:
+        """The model for attacks without gradient: the proxy, or else the judge."""
+        return self.judge if self.proxy is None else self.proxy
 
 
 def one_by_one(model: Model) -> Model:
-    """``model``, asked about a single image at a time."""
+    """``model``, called with one image at a time."""
 
-    def asked(x: Tensor) -> Tensor:
-        return torch.cat([model(x[place : place + 1]) for place in range(len(x))]) if len(x) else model(x)
+    def logits(x: Tensor) -> Tensor:
+        return torch.cat([model(x[index : index + 1]) for index in range(len(x))]) if len(x) else model(x)
 
-    return asked
+    return logits
 
 
-def averaged(model: Model, *, draws: int = DRAWS) -> Model:
-    """The mean of ``draws`` answers, with the mean of their gradients."""
+def averaged(model: Model) -> Model:
+    """The mean of ``DRAWS`` answers, with the mean of their gradients."""
 
     def mean(x: Tensor) -> Tensor:
-        return torch.stack([model(x) for _ in range(draws)]).mean(dim=0)
+        return torch.stack([model(x) for _ in range(DRAWS)]).mean(dim=0)
 
     return mean
 
 
-def answers_at_random(judge: Model, x: Tensor, *, batch_size: int) -> float:
-    """Share of up to 32 images to which two calls give different logits, beyond a thousandth of their range.
+def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
+    """Judge image by image where answers depend on the batch, and in the mean of several answers where they are random.
 
-    Args:
-        judge: images -> logits.
-        x: (N, C, H, W) float32 in [0, 1].
-        batch_size: images per call.
+    x: (N, C, H, W), clean images; the first 32 are used. Returns the target, and the share of images that two calls
+    answered differently.
     """
-    few = x[:_PROBES]
-    return _share_apart(answers(judge, few, batch_size=batch_size), answers(judge, few, batch_size=batch_size))
-
-
-def depends_on_batch(judge: Model, x: Tensor) -> bool:
-    """Whether images get other logits alone than beside up to 31 others, beyond a thousandth of their range.
-
-    Kernels may sum in another order for one image, and in a quantized network move a value that sits on a rounding tie:
-    that touches an image now and then, another scale of the activations nearly all.
-    """
-    few = x[:_PROBES]
-    apart = _share_apart(answers(judge, few, batch_size=len(few) or 1), answers(judge, few, batch_size=1))
-    return apart > _MANY
-
-
-def settled(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
-    """The target as it is to be judged: one image at a time where answers depend on the batch, and in the mean of
-    several answers where they are random.
-
-    Args:
-        target: as it was handed in.
-        x: (N, C, H, W) some of the clean images.
-        batch_size: images per call.
-
-    Returns:
-        the target, and the share of images that two calls answered differently.
-    """
+    x = x[:_PROBES]
     if target.image_by_image:
-        target = _rejudged(target, one_by_one)
-    random = answers_at_random(target.judge, x, batch_size=batch_size)
+        target = _with_judge(target, one_by_one)
+    random = _share_apart(*(all_logits(target.judge, x, batch_size=batch_size) for _ in range(2)))
     if random > 0.0:
-        sources = {name: averaged(model) for name, model in target.sources.items()}
-        return replace(_rejudged(target, averaged), sources=sources), random
-    if not target.image_by_image and depends_on_batch(target.judge, x):
-        return replace(_rejudged(target, one_by_one), image_by_image=True), random
+        models = {name: averaged(model) for name, model in target.gradient_models.items()}
+        return replace(_with_judge(target, averaged), gradient_models=models), random
+    if target.image_by_image:
+        return target, random
+    together, alone = (all_logits(target.judge, x, batch_size=size) for size in (len(x) or 1, 1))
+    if _share_apart(together, alone) > _MANY:
+        return replace(_with_judge(target, one_by_one), image_by_image=True), random
     return target, random
 
 
-def _rejudged(target: Target, asked: Callable[[Model], Model]) -> Target:
-    """The target whose judge is asked in another way; a guide is a form of the judge as it was."""
-    return replace(target, judge=asked(target.judge), guide=None)
+def _with_judge(target: Target, wrapper: Callable[[Model], Model]) -> Target:
+    """The target with a wrapped judge, and without the proxy, which answers as the judge did before."""
+    return replace(target, judge=wrapper(target.judge), proxy=None)
 
 
 def _share_apart(first: Tensor, second: Tensor) -> float:
+    """Share of the images whose logits (N, K) differ by over 1e-3 of their range."""
     if len(first) == 0:
         return 0.0
     first, second = first.nan_to_num(), second.nan_to_num()
     spread = float(first.max() - first.min())
-    # Equal infinities leave NaN as their difference, which is not apart.
+    # The difference of equal infinities is NaN, which does not compare as apart.
     apart = (first - second).abs().amax(dim=1) > _ROUNDING * spread
     return float(apart.float().mean())

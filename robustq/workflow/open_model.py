@@ -55,7 +55,7 @@ class Opened:
         """What attacks may use, without other networks."""
         return Target(
             judge=self.judge,
-            sources=_sources(self.source),
+            gradient_models=_sources(self.source),
             features=_features(self.source),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )

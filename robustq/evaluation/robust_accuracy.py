@@ -1,0 +1,213 @@
+"""Accuracy under attack: gradient models find adversarial images, the judge counts them.
+
+The judge is the model whose robustness is claimed (for a deployed file: onnxruntime). The gradient model is a
+differentiable model near it, often the same. Every adversarial image is rounded to uint8 inside the ball before it
+counts, since a device receives uint8.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
+from robustq.attacks.base import Model
+from robustq.data import to_float
+from robustq.errors import RobustqError, UsageError
+from robustq.evaluation.accuracy import all_logits, predict
+from robustq.evaluation.diagnosis import diagnose
+from robustq.evaluation.evaluator import DIAGNOSIS, Evaluator
+from robustq.evaluation.flags import Check
+from robustq.evaluation.result import AttackResult, Evaluation
+from robustq.evaluation.suites import SUITES, NamedAttack, Suite
+from robustq.evaluation.target import AS_TRAINED, Target, adapt_target
+
+
+def evaluate(
+    judge: Model,
+    gradient_model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attacks: Sequence[NamedAttack],
+    epsilon: float,
+    device: torch.device,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Evaluation:
+    """Run each attack on all images of a judge with one gradient model, without checks for masking.
+
+    Args, Raises: as for :func:`run_suite`.
+    """
+    suite = Suite("own", tuple(attacks), drops_broken=False, checks_masking=False)
+    target = Target(judge, {AS_TRAINED: gradient_model})
+    return run_suite(
+        target, images, labels, suite=suite, epsilon=epsilon, device=device, batch_size=batch_size, seed=seed
+    )
+
+
+def run_suite(
+    target: Target,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    suite: Suite | str = "standard",
+    epsilon: float,
+    device: torch.device,
+    batch_size: int = 256,
+    seed: int = 0,
+    known: Evaluation | None = None,
+) -> Evaluation:
+    """Attack a target, count on its judge, and check for gradient masking if the suite does.
+
+    Args:
+        target: judge, gradient models, and other inputs of attacks; all models in eval mode, on ``device``.
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), 0 .. K-1.
+        suite: a suite or its name.
+        epsilon: radius in [0, 1].
+        device: of the gradient models.
+        batch_size: images per call of an attack.
+        seed: of all random numbers. Results are the same at equal batch size and device; at another batch size kernels
+            round differently.
+        known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
+
+    Raises:
+        UsageError: no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
+            below one grey level, or a judge that cannot take the images.
+    """
+    if isinstance(suite, str):
+        suite = find_suite(suite)
+    if len(images) == 0:
+        raise UsageError("no images to evaluate on; give --images of at least 1")
+    if len(images) != len(labels):
+        raise UsageError(f"{len(images)} images and {len(labels)} labels; give one label per image")
+    check_radius(epsilon)
+    start = time.perf_counter()
+    # A network that draws random numbers must not move the caller's generator, nor differ between two evaluations.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        x, y = to_float(images.to(device)), labels.to(device)
+        _check_image_shape(target.judge, x)
+        target, random = adapt_target(target, x, batch_size=batch_size)
+        evaluator = Evaluator(target.judge, x, y, epsilon=epsilon, batch_size=batch_size, seed=seed)
+        if not 0 <= int(labels.min()) <= int(labels.max()) < evaluator.classes:
+            raise UsageError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}, the model answers with "
+                f"{evaluator.classes} classes; give the data it was trained on"
+            )
+        if known is not None:
+            evaluator.start_from(known.x_adv, known.found_by, broken=known.clean & ~known.robust)
+        different = int((predict(target.gradient_model, x, batch_size=batch_size) != evaluator.predicted).sum())
+        checks: list[Check] = []
+        if epsilon > 0.0 and evaluator.classes > 1:
+            _attack(evaluator, target, suite)
+            if suite.checks_masking:
+                checks = diagnose(target, evaluator, suite=suite, different=different, random=random)
+    return Evaluation(
+        images=len(x),
+        epsilon=epsilon,
+        clean=evaluator.clean,
+        robust=evaluator.robust,
+        attacked={result.name: result.kept for result in evaluator.results if result.stage != DIAGNOSIS},
+        twin_agreement=1.0 - different / len(x),
+        seconds=time.perf_counter() - start,
+        x_adv=(evaluator.x_adv * 255.0).round().to("cpu", torch.uint8),
+        found_by=tuple(evaluator.found_by),
+        results=evaluator.results,
+        checks=checks,
+        not_checked=_not_checked(target, suite, evaluator),
+        notes=_notes(target, suite, evaluator, random=random),
+    )
+
+
+def find_suite(name: str) -> Suite:
+    """The suite of that name; UsageError if there is none."""
+    if name not in SUITES:
+        raise UsageError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
+    return SUITES[name]
+
+
+def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
+    everything = torch.arange(len(evaluator.x))
+    reference: AttackResult | None = None
+    for attack in suite.attacks:
+        if attack.uses == "surrogates":
+            for name, surrogate in target.surrogates.items():
+                indices = evaluator.remaining_indices
+                label = f"{attack.name}: {name}"
+                evaluator.run(attack, target.query_model, indices, label=label, surrogate=surrogate)
+        elif attack.uses == "features":
+            if target.features is not None:
+                indices = evaluator.remaining_indices
+                evaluator.run(attack, target.gradient_model, indices, features=target.features)
+        elif attack.uses == "queries":
+            evaluator.run(attack, target.query_model, evaluator.remaining_indices)
+        else:
+            # A column of a table uses one gradient, that of training.
+            rules = list(target.gradient_models.items())[: None if suite.drops_broken else 1]
+            for number, (rule, model) in enumerate(rules):
+                indices = evaluator.remaining_indices if suite.drops_broken else everything
+                if number == 0 and attack.after is not None and reference is not None:
+                    indices = reference.kept_indices
+                label = attack.name if number == 0 else f"{attack.name} ({rule})"
+                result = evaluator.run(attack, model, indices, label=label)
+                reference = result if reference is None else reference
+    if suite.transfers:
+        for name, surrogate in target.surrogates.items():
+            for attack in suite.attacks:
+                evaluator.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
+
+
+def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str]:
+    """The reason why no verdict can be given, if there is one."""
+    if not suite.checks_masking:
+        return ["this suite does not check for gradient masking"]
+    if evaluator.epsilon == 0.0:
+        return ["there is nothing to attack at epsilon 0"]
+    if evaluator.classes < 2:
+        return ["there is nothing to attack in a model with one class"]
+    if target.control is None:
+        return ["there is no naturally trained control to show that the attacks work"]
+    return []
+
+
+def _notes(target: Target, suite: Suite, evaluator: Evaluator, *, random: float) -> list[str]:
+    notes = []
+    if target.image_by_image:
+        notes.append("answers depend on the batch (dynamic quantization): judged image by image")
+    if random > 0.0:
+        notes.append("answers are random: judged in the mean of several")
+    if evaluator.predicted.eq(-1).any():
+        notes.append(f"{int(evaluator.predicted.eq(-1).sum())} clean images get NaN logits, which count as wrong")
+    if suite.checks_masking and target.features is None:
+        notes.append("no feature layer is known: the feature-space stage was left out")
+    if suite.checks_masking and not target.surrogates:
+        notes.append("no surrogates: the transfer stage was left out")
+    return notes
+
+
+def _check_image_shape(judge: Model, x: Tensor) -> None:
+    """Query the judge with one image; UsageError if it cannot take the shape."""
+    try:
+        all_logits(judge, x[:1], batch_size=1)
+    except RobustqError:
+        raise
+    except Exception as error:  # torch, onnxruntime and a user's own code share no base below Exception
+        first = " ".join(str(error).split())[:160]
+        raise UsageError(
+            f"the model cannot take images of shape {tuple(x.shape[1:])} ({first}); give the data it was trained on"
+        ) from error
+
+
+def check_radius(epsilon: float) -> None:
+    """Raise UsageError unless epsilon is 0, or a number up to 1 that lets a pixel change by a grey level."""
+    check_epsilon(epsilon)
+    if epsilon > 0.0 and math.floor(255 * epsilon + LEVEL_TOLERANCE) < 1:
+        raise UsageError(
+            f"epsilon {epsilon:g} is below one grey level, so that no uint8 image differs; give 0, or 1/255 and up"
+        )

@@ -1,0 +1,374 @@
+"""Suites of attacks: the models that are queried, the images that count and drop out, and the verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustq.attacks import fgsm, pgd, random_corners, square, uniform_noise
+from robustq.data import to_float
+from robustq.errors import UsageError
+from robustq.evaluation.accuracy import correct
+from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import evaluate, find_suite, run_suite
+from robustq.evaluation.suites import RECHECK, NamedAttack, Suite
+from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, adapt_target
+from tests.evaluation.budgets import small
+from tests.evaluation.nets import Net, ResizedAndPadded, Scaled, trained
+from tests.models.small_nets import digits
+
+CPU = torch.device("cpu")
+EPSILON = 32 / 255
+
+QUICK = Suite(
+    "quick",
+    (
+        NamedAttack("noise", uniform_noise, uses="queries"),
+        NamedAttack("fgsm", fgsm),
+        NamedAttack("pgd", pgd, {"steps": 5, "keep_best": True}),
+    ),
+    checks_masking=False,
+)
+SEARCHES = Suite(
+    "searches",
+    (
+        NamedAttack("corners", random_corners, {"corners": 5}, uses="queries"),
+        NamedAttack("square", square, {"queries": 20}, uses="queries"),
+    ),
+    checks_masking=False,
+)
+
+
+def few(count: int = 60) -> tuple[Tensor, Tensor]:
+    images, labels = digits()
+    return images[:count], labels[:count]
+
+
+def run(target: Target, suite: Suite | str = QUICK, *, count: int = 60, **more: Any) -> Evaluation:
+    images, labels = few(count)
+    return run_suite(target, images, labels, suite=suite, **{"epsilon": EPSILON, "device": CPU, **more})
+
+
+class Recording:
+    """A model that remembers how many images each call had, and whether a gradient was wanted."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
+        self.model = model
+        self.calls: list[tuple[int, bool]] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls.append((len(x), x.requires_grad))
+        return self.model(x)
+
+
+class Constant(nn.Module):
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.logits = torch.tensor(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits + 0.0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+
+# --- what counts -----------------------------------------------------------------------------------------------------
+
+
+def test_adversarial_images_are_the_proof_of_every_count() -> None:
+    model = trained("natural")
+    images, labels = few()
+    found = run(Target.of(model))
+    # The judge is wrong on exactly the adversarial images of the images that do not count as robust.
+    right = correct(model, to_float(found.x_adv), labels, batch_size=256)
+    assert torch.equal(right & found.clean, found.robust)
+    assert int((found.x_adv.int() - images.int()).abs().max()) == 32
+    assert found.x_adv.dtype == torch.uint8
+    assert [name == "clean" for name in found.found_by] == (~found.clean).tolist()
+    assert set(found.found_by) <= {"clean", "noise", "fgsm", "pgd"}
+    assert torch.equal(found.x_adv[~found.clean], images[~found.clean])
+    assert 0.0 < found.robust_accuracy < found.clean_accuracy
+    # Broken images are dropped from later attacks.
+    remaining = int(found.clean.sum())
+    for result in found.results:
+        assert len(result.indices) == remaining
+        remaining = result.remaining
+        assert remaining == len(result.kept_indices)
+    assert remaining == int(found.robust.sum())
+    # FGSM takes one gradient of each image that it meets, PGD five.
+    met = {result.name: len(result.indices) for result in found.results}
+    steps = {result.name: result.gradient_steps for result in found.results}
+    assert steps == {"noise": 0, "fgsm": met["fgsm"], "pgd": 5 * met["pgd"]}
+    assert found.to_dict()["gradient_steps"] == sum(steps.values())
+
+
+def test_only_the_judge_counts_and_only_rounded_images_inside_the_ball() -> None:
+    def cheat(model: object, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+        return x + 0.4 / 255  # breaks a judge that sees floats, and rounds to the clean image
+
+    def far(model: object, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+        return 1.0 - x
+
+    images, labels = few()
+
+    def judge(x: Tensor) -> Tensor:
+        """Right on uint8 images within 32 levels of one that it knows."""
+        off = ((x * 255) - (x * 255).round()).abs().flatten(1).amax(dim=1) > 1e-3
+        levels = ((x * 255).round()[:, None] - images.float()[None]).abs().flatten(2).amax(dim=2)
+        known = labels[levels.argmin(dim=1)]
+        wrong = off | (levels.amin(dim=1) > 32)
+        return nn.functional.one_hot(torch.where(wrong, (known + 1) % 10, known), 10).float()
+
+    suite = replace(QUICK, attacks=(*QUICK.attacks, NamedAttack("cheat", cheat), NamedAttack("far", far)))
+    found = run(Target(judge, {AS_TRAINED: trained("natural")}), suite)
+    assert found.clean_accuracy == found.robust_accuracy == 1.0
+    assert found.twin_agreement < 1.0
+
+
+def test_a_proxy_is_queried_and_the_judge_counts() -> None:
+    model = trained("natural")
+    judge, proxy = Recording(model), Recording(model)
+    plain = run(Target(model, {AS_TRAINED: model}), SEARCHES)
+    found = run(Target(judge, {AS_TRAINED: model}, proxy=proxy), SEARCHES)
+    assert torch.equal(found.robust, plain.robust) and torch.equal(found.x_adv, plain.x_adv)
+    assert 0.0 < found.robust_accuracy < found.clean_accuracy
+    # The judge gets clean images, images that broke the proxy, and the last ones.
+    assert sum(count for count, _ in judge.calls) < sum(count for count, _ in proxy.calls)
+    assert not any(wants_gradient for _, wants_gradient in judge.calls)
+    misled = run(Target(model, {AS_TRAINED: model}, proxy=Scaled(model, -1.0)), SEARCHES)
+    right = correct(model, to_float(misled.x_adv), few()[1], batch_size=256)
+    assert torch.equal(right & misled.clean, misled.robust)
+    assert torch.equal(misled.clean, plain.clean)
+
+
+def test_columns_are_counted_over_all_images() -> None:
+    model = trained("natural")
+    images, labels = few()
+    found = evaluate(model, model, images, labels, attacks=RECHECK, epsilon=EPSILON, device=CPU)
+    assert set(found.attacked) == {"fgsm", "pgd20", "margin_pgd40"}
+    assert all(len(kept) == len(images) for kept in found.attacked.values())
+    worst = torch.stack([found.clean, *found.attacked.values()]).all(dim=0)
+    assert torch.equal(worst, found.robust)
+    assert found.verdict == "not judged"
+
+
+def test_a_smaller_ball_is_taken_over() -> None:
+    target = Target.of(trained("natural"))
+    inner = run(target, epsilon=16 / 255)
+    taken = run(target, Suite("nothing", (), checks_masking=False), known=inner)
+    assert torch.equal(taken.robust, inner.robust)
+    assert torch.equal(taken.x_adv[~inner.robust], inner.x_adv[~inner.robust])
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    target = Target.of(trained("natural"))
+    torch.manual_seed(1)
+    first = run(target, small("standard"), count=40)
+    torch.rand(3)  # the global generator takes no part
+    state = torch.random.get_rng_state()
+    again = run(target, small("standard"), count=40)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first.x_adv, again.x_adv)
+    assert first.found_by == again.found_by
+    other = run(target, small("standard"), count=40, seed=1)
+    assert not torch.equal(first.x_adv, other.x_adv)
+
+
+@pytest.mark.parametrize("suite", [small("full"), small("paper")], ids=lambda suite: suite.name)
+def test_another_batch_size_changes_at_most_one_image(suite: Suite) -> None:
+    model = trained("n-fgsm")
+    assert isinstance(model, Net)
+    target = Target(model, {AS_TRAINED: model}, features=model.features, surrogates={"other": trained("natural", 1)})
+    found = [run(target, replace(suite, checks_masking=False), batch_size=size) for size in (13, 60)]
+    # Kernels sum in another order at another batch size, which may turn an image that sits on a boundary.
+    robust = [int(one.robust.sum()) for one in found]
+    assert max(robust) - min(robust) <= 1
+    assert 0 < robust[0] < int(found[0].clean.sum())
+    assert list(found[0].attacked) == list(found[1].attacked)
+    for name in found[0].attacked:
+        broken = [int((~one.attacked[name]).sum()) for one in found]
+        assert max(broken) - min(broken) <= 1, name
+
+
+# --- judges of every kind --------------------------------------------------------------------------------------------
+
+
+def test_a_judge_that_depends_on_the_batch_gets_one_image_at_a_time() -> None:
+    model = trained("natural")
+
+    def dynamic(x: Tensor) -> Tensor:
+        logits = model(x)
+        return torch.as_tensor(logits / logits.abs().max())
+
+    judge = Recording(dynamic)
+    found = run(Target(judge, {AS_TRAINED: model}))
+    assert "judged image by image" in " ".join(found.notes)
+    assert {count for count, _ in judge.calls[-60:]} == {1}
+    declared = Recording(model)
+    run(Target(declared, {AS_TRAINED: model}, image_by_image=True))
+    assert {count for count, _ in declared.calls} == {1}
+    assert not run(Target.of(model)).notes
+
+
+def test_a_judge_that_answers_at_random_is_attacked_in_the_mean() -> None:
+    target = Target.of(ResizedAndPadded(trained("natural")))
+    found = run(target, small("standard"), count=40)
+    (check,) = (check for check in found.flags if check.name == "randomness")
+    assert check.evidence["draws"] == DRAWS
+    assert torch.equal(found.x_adv, run(target, small("standard"), count=40).x_adv)
+
+
+def test_a_judge_that_is_wrapped_has_no_proxy() -> None:
+    model, x = trained("natural"), to_float(few()[0])
+    judges: list[tuple[Callable[[Tensor], Tensor], bool, bool]] = [
+        (lambda x: model(x) + torch.randn(len(x), 10), False, False),
+        (lambda x: model(x) * (1.0 + x.mean() + 0.1 * len(x)), False, False),
+        (model, True, False),
+        (model, False, True),
+    ]
+    for judge, alone, has_proxy in judges:
+        target = Target(judge, {AS_TRAINED: model}, proxy=model, image_by_image=alone)
+        adapted, _ = adapt_target(target, x, batch_size=60)
+        assert adapted.proxy is (model if has_proxy else None)
+        assert adapted.query_model is (model if has_proxy else adapted.judge)
+
+
+def test_nan_logits_are_never_right() -> None:
+    found = run(Target.of(Constant([float("nan")] * 10)), "standard", count=12)
+    assert found.clean_accuracy == found.robust_accuracy == 0.0
+    assert "12 clean images get NaN logits" in " ".join(found.notes)
+
+
+def test_constant_logits_keep_their_class_and_are_flagged() -> None:
+    model = Constant([0.0] * 10)
+    target = Target(model, {AS_TRAINED: model}, control=trained("natural"))
+    found = run(target, small("standard"), count=250)
+    assert found.clean_accuracy == found.robust_accuracy == int((few(250)[1] == 0).sum()) / 250
+    assert "zero gradient" in [check.name for check in found.flags]
+    assert found.verdict == "upper bound: masking suspected"
+
+
+def test_nothing_to_attack() -> None:
+    images, labels = few(12)
+    one_class = Target.of(Constant([0.0]))
+    found = run_suite(one_class, images, torch.zeros_like(labels), epsilon=EPSILON, device=CPU)
+    assert found.clean_accuracy == found.robust_accuracy == 1.0
+    assert found.verdict == "not judged" and not found.results
+    found = run(Target.of(trained("natural")), "standard", epsilon=0.0)
+    assert found.robust_accuracy == found.clean_accuracy
+    assert found.verdict == "not judged" and not found.results
+    assert "nothing to attack at epsilon 0" in " ".join(found.not_judged_for)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)}, "no images"),
+        ({"images": torch.zeros(5, 1, 8, 6, dtype=torch.uint8)}, r"cannot take images of shape \(1, 8, 6\)"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, "5 images and 3 labels"),
+        ({"labels": torch.full((5,), 10)}, "labels go from 10 to 10"),
+        ({"labels": torch.full((5,), -1)}, "labels go from -1 to -1"),
+        ({"epsilon": 0.5 / 255}, "below one grey level"),
+        ({"epsilon": float("nan")}, "epsilon is nan"),
+        ({"suite": "standart"}, "unknown suite 'standart'"),
+    ],
+)
+def test_bad_input_is_one_line(more: dict[str, Any], message: str) -> None:
+    images, labels = few(5)
+    arguments: dict[str, Any] = {"images": images, "labels": labels, "epsilon": EPSILON, "device": CPU, **more}
+    with pytest.raises(UsageError, match=message) as raised:
+        run_suite(Target.of(trained("natural")), **arguments)
+    assert "\n" not in str(raised.value)
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_control_or_with_few_images_nothing_is_judged() -> None:
+    model = trained("n-fgsm")
+    found = run(Target.of(model), small("standard"), count=210)
+    assert found.verdict == "not judged"
+    assert not {"harness", "noise", "transfer"} & {check.name for check in found.checks}
+    assert any("control" in reason for reason in found.not_judged_for)
+    found = run(Target(model, {AS_TRAINED: model}, control=trained("natural", 1)), small("standard"), count=30)
+    assert found.verdict == "not judged"
+    assert found.not_judged_for == ["30 images are too few, 200 are enough"]
+    found = run(Target.of(model), small("standard"), count=1)
+    assert found.images == 1 and found.to_dict()["interval"][1] <= 1.0
+
+
+def test_a_control_that_does_not_break_raises_the_harness_flag() -> None:
+    model = trained("n-fgsm")
+
+    def harness(control: nn.Module) -> Any:
+        found = run(Target(model, {AS_TRAINED: model}, control=control), small("standard"))
+        (check,) = (check for check in found.checks if check.name == "harness")
+        return check
+
+    standing = harness(Constant([1.0] + [0.0] * 9))
+    # It was attacked in ever larger balls, up to the limit.
+    assert standing.raised and standing.evidence["epsilon"] == 0.5
+    assert standing.evidence["kept"] == standing.evidence["clean"] > 0
+    broken = harness(trained("natural", 1))
+    assert not broken.raised and broken.evidence["kept"] == 0
+    # At 32/255 it keeps too many images to tell: natural digits need twice that.
+    assert broken.evidence["epsilon"] == 2 * EPSILON
+
+
+def test_gradients_of_another_model_are_a_flag() -> None:
+    target = Target(trained("natural"), {AS_TRAINED: Scaled(trained("natural"), -1.0)})
+    evidence = {check.name: check.evidence for check in run(target, small("standard")).flags}
+    assert evidence["twin"] == {"different": 60, "images": 60}
+
+
+# --- the models that attacks use -------------------------------------------------------------------------------------
+
+
+def test_suites_have_the_stages_and_budgets_that_docs_promise() -> None:
+    stages = {name: list(dict.fromkeys(a.stage for a in find_suite(name).attacks)) for name in ("standard", "full")}
+    five = ["noise and corners", "white-box", "features", "transfer", "square"]
+    assert stages == {"standard": five, "full": [*five, "hard label"]}
+    standard, full = ({a.name: a.settings for a in find_suite(name).attacks} for name in ("standard", "full"))
+    assert standard["corners"] == {"corners": 20} and standard["square"] == {"queries": 1000}
+    assert standard["apgd-ce"]["steps"] == standard["apgd-margin"]["steps"] == standard["apgd-t"]["steps"] == 50
+    assert full["apgd-ce"]["steps"] == full["apgd-t"]["steps"] == full["fab-t"]["steps"] == 100
+    assert full["apgd-t"]["target_classes"] == full["fab-t"]["target_classes"] == 9
+    assert full["square"] == {"queries": 5000}
+
+
+def test_the_papers_second_columns_are_found_on_surrogates() -> None:
+    model = trained("natural")
+    alone = run(Target.of(model), small("paper"))
+    target = Target(model, {AS_TRAINED: model}, surrogates={"twin": model, "robust": trained("n-fgsm")})
+    found = run(target, small("paper"))
+    columns = ["gn", "fgsm", "pgd20", "bim20", "tpgd20"]
+    assert list(alone.attacked) == columns
+    assert list(found.attacked) == columns + [
+        f"{name} (B: {other})" for other in ("twin", "robust") for name in columns
+    ]
+    # Found on the very model that is judged, they are the white-box columns.
+    for name, kept in alone.attacked.items():
+        assert torch.equal(found.attacked[f"{name} (B: twin)"], kept)
+    assert int(found.attacked["pgd20 (B: robust)"].sum()) > int(alone.attacked["pgd20"].sum())
+
+
+def test_backward_rules_surrogates_and_features_are_used_and_counted() -> None:
+    model, other = trained("n-fgsm"), trained("natural", 1)
+    assert isinstance(model, Net)
+    rules = {AS_TRAINED: model, "other": other}
+    target = Target(model, rules, features=model.features, surrogates={"other": other})
+    found = run(target, replace(small("standard"), checks_masking=False))
+    results = {result.name: result for result in found.results}
+    for name in ("apgd-ce", "apgd-margin", "apgd-t", "pgd++"):
+        assert {name, f"{name} (other)"} <= results.keys()
+    assert {"corners", "square", "uniform noise"} <= results.keys()
+    # APGD takes a gradient at its start and after each of its steps but the last.
+    for name in ("features", "transfer: other"):
+        assert results[name].gradient_steps == 5 * len(results[name].indices) > 0
+        assert results[name].queries >= len(results[name].indices)
