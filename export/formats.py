@@ -1,4 +1,4 @@
-"""Format name -> file: which exporter and which passes make it, and what it promises."""
+"""Formats: the exporter and the passes of each, and its promises."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ import onnx
 from torch import nn
 
 from robustq.errors import ExportError, UsageError
-from robustq.export.lowering.accumulator_biases import accumulator_biases
+from robustq.export.binary_qcdq import without_binary_quantizers
+from robustq.export.lowering.biases import accumulator_biases, bias_zero_points, implied_zero_points
+from robustq.export.lowering.binary_activations import binary_activations
 from robustq.export.lowering.constants import folded_constants, own_constants
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
-from robustq.export.lowering.integer_signs import integer_signs
 from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.pads import padding_in_convolutions
-from robustq.export.lowering.quantized_moves import quantized_moves
-from robustq.export.lowering.rounded_sums import rounded_sums
+from robustq.export.lowering.requantize import quantized_moves, rounded_sums
 from robustq.export.lowering.short_names import short_names
-from robustq.export.lowering.uint8_pixels import uint8_pixels
-from robustq.export.lowering.unsigned_activations import unsigned_activations
-from robustq.export.lowering.zero_points import bias_zero_points, implied_zero_points
+from robustq.export.lowering.uint8 import uint8_pixels, unsigned_activations
 from robustq.export.metadata import describe
 from robustq.export.qonnx_file import clean_up
 from robustq.export.ranges import check_ranges
-from robustq.export.signs_in_qcdq import signs_in_qcdq
 from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
 
@@ -39,16 +36,16 @@ CONSUMERS = (FINN, HLS4ML)
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a network down.
+    """A way to write a network.
 
     Args:
-        make: (folded network, what it is) -> the model. QONNX takes unfolded networks as well.
+        make: (folded network, specification) -> ONNX model. QONNX takes unfolded networks as well.
         is_float: for 32-bit networks instead of quantized ones.
         promises_integers: whether onnxruntime must run every convolution as integers.
-        runs: ways to run it that must agree with the network (:data:`robustq.export.parity.RUNS`); none where
-            onnxruntime cannot load it.
-        pixels: what the input may be.
-        batch_norm: what may become of BatchNorm.
+        runs: runs of :data:`robustq.export.parity.RUNS` that must agree with the network; none where onnxruntime cannot
+            load it.
+        pixels: allowed inputs.
+        batch_norm: allowed treatments of BatchNorm.
     """
 
     make: Callable[[nn.Module, ModelSpec], onnx.ModelProto]
@@ -72,8 +69,8 @@ def _qonnx_for_hls4ml(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 
 def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    model = export_qcdq(signs_in_qcdq(folded), spec)
-    folded_constants(model, but=frozenset({"Clip"}))  # a Clip is how QCDQ says that eight bits hold fewer
+    model = export_qcdq(without_binary_quantizers(folded), spec)
+    folded_constants(model, but=frozenset({"Clip"}))  # Clip marks the width
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
     check_ranges(model)
     return model
@@ -82,8 +79,8 @@ def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def _qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = _quantized(folded, spec)
     if spec.act_bits > 1:
-        # Where the zero point is 0, OpenVINO sees through what rounded_sums adds. Signs stay as they are: of unsigned
-        # ones onnxruntime 1.18.1 makes integer convolutions with other answers.
+        # At zero point 0 OpenVINO ignores the pairs of rounded_sums. Binary activations stay int8: with unsigned ones
+        # onnxruntime 1.18.1 gives other answers.
         unsigned_activations(model)
     rounded_sums(model)
     own_constants(model)
@@ -95,8 +92,8 @@ def _integer(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     folded_constants(model)
     padding_in_convolutions(model)
     unsigned_activations(model)
-    quantized_moves(model)  # it shows what quantized tensor enters a layer or a sign behind a pooling
-    integer_signs(model)
+    quantized_moves(model)  # so that binary activations behind a pooling meet a DequantizeLinear
+    binary_activations(model)
     rounded_sums(model)
     own_constants(model)
     return model
@@ -131,7 +128,7 @@ def check_format(
 
     Raises:
         UsageError: unknown name, or an option that the format does not have.
-        ExportError: a float network in a format of quantized ones, or the other way round.
+        ExportError: a float network in a format of quantized ones, or vice versa.
     """
     if name not in FORMATS:
         raise UsageError(f"unknown format '{name}'; known: {', '.join(FORMATS)}")
@@ -169,12 +166,12 @@ def _check_consumer(name: str, spec: ModelSpec, consumer: str | None, batch_norm
 def build(
     name: str, network: nn.Module, spec: ModelSpec, *, pixels: str = "float", consumer: str | None = None
 ) -> onnx.ModelProto:
-    """The ONNX model of ``network`` in format ``name``, with what it is in metadata_props.
+    """The ONNX model of ``network`` in format ``name``, with metadata.
 
     Args:
         name: a key of :data:`FORMATS`.
         network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
-        spec: what it is.
+        spec: its specification.
         pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
         consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
 
