@@ -87,7 +87,7 @@ def same_answers(before: onnx.ModelProto, after: onnx.ModelProto, x: Array) -> b
 def lowered(
     lower: Callable[[onnx.ModelProto], int], before: onnx.ModelProto, x: Array | None = None, *, count: int
 ) -> onnx.ModelProto:
-    """The model after a pass that must fire ``count`` times, keep every answer to ``x``, and do nothing when run again."""
+    """The model after a pass that must fire ``count`` times, keep every answer to ``x``, and then find no more."""
     after = copy.deepcopy(before)
     assert lower(after) == count
     onnx.checker.check_model(after, full_check=True)

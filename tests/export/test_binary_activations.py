@@ -28,7 +28,7 @@ def thresholds(first: list[int], rises: list[bool | None]) -> tuple[hm.Array, hm
 
 
 def chain(first: list[int], rises: list[bool | None], *, group: int = 1, also: str | None = None) -> onnx.ModelProto:
-    """Codes of a residual stream - thresholds - binary activations - a convolution with padding; ``also``: another reader."""
+    """Codes - thresholds - binary activations - a convolution with padding; ``also``: another reader."""
     channels = len(first)
     gain, threshold = thresholds(first, rises)
     draw = np.random.default_rng(0)

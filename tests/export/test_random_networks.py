@@ -1,4 +1,4 @@
-"""Networks that nobody drew: widths, depths, strides, sizes and broken channels at random; their files agree.
+"""Random networks: widths, depths, strides, sizes and broken channels; their files agree.
 
 A thousand user networks take half an hour by hand: ``python -m benchmarks.random_networks --seeds 1000``.
 """
@@ -6,7 +6,6 @@ A thousand user networks take half an hour by hand: ``python -m benchmarks.rando
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,32 +30,27 @@ from robustq.models.resnet import ResNet
 from robustq.models.spec import ModelSpec, build_model
 from tests.export.random_nets import outcome
 
+Drawn = tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]
+"""Specification, shape, broken channels (channel number, kind), and a seed."""
+
 IMAGES = 100
-SEEDS = range(3)
 BITS = [8, 4, 3, 2, 1]
 
 
-def _variance(norm: nn.BatchNorm2d) -> torch.Tensor:
-    assert norm.running_var is not None
-    return norm.running_var
-
-
-Break = Callable[[nn.BatchNorm2d, int], None]
-
-SPECIAL: dict[str, Break] = {
-    "negative gamma": lambda norm, channel: norm.weight.__setitem__(channel, -0.8),
-    "zero gamma": lambda norm, channel: norm.weight.__setitem__(channel, 0.0),
-    "tiny gamma": lambda norm, channel: norm.weight.__setitem__(channel, 1e-9),
-    "vanishing gamma": lambda norm, channel: norm.weight.__setitem__(channel, -1e-20),
-    "huge gamma": lambda norm, channel: norm.weight.__setitem__(channel, -1e6),
-    "zero variance": lambda norm, channel: _variance(norm).__setitem__(channel, 0.0),
-    "dead relu": lambda norm, channel: norm.bias.__setitem__(channel, -50.0),
+SPECIAL = {
+    "negative gamma": ("weight", -0.8),
+    "zero gamma": ("weight", 0.0),
+    "tiny gamma": ("weight", 1e-9),
+    "vanishing gamma": ("weight", -1e-20),
+    "huge gamma": ("weight", -1e6),
+    "zero variance": ("running_var", 0.0),
+    "dead relu": ("bias", -50.0),
 }
+"""Name -> tensor of a BatchNorm, and the value of one channel."""
 
 
 @st.composite
-def networks(draw: st.DrawFn) -> tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]:
-    """What it is, its shape, its broken channels (channel number, kind), and a seed."""
+def networks(draw: st.DrawFn) -> Drawn:
     stages = draw(st.integers(1, 3))
     shape = {
         "blocks": tuple(draw(st.integers(1, 2)) for _ in range(stages)),
@@ -84,21 +78,22 @@ def network(spec: ModelSpec, special: list[tuple[int, str]], seed: int) -> nn.Mo
                 module.running_mean.normal_(0.0, 0.3, generator=generator)
                 module.running_var.uniform_(0.2, 2.0, generator=generator)
                 for channel, kind in special:
-                    SPECIAL[kind](module, channel % len(module.weight))
-        calibrate(model, pictures(spec, seed)[:20])
+                    tensor, value = SPECIAL[kind]
+                    getattr(module, tensor)[channel % len(module.weight)] = value
+        calibrate(model, random_images(spec, seed)[:20])
         for threshold in learned_thresholds(model).values():
             # Off the simple fractions of one another that calibration finds: their ties are no fault of a file's.
             threshold.log_threshold.add_(0.01 * torch.randn((), generator=generator))
     return model
 
 
-def pictures(spec: ModelSpec, seed: int) -> torch.Tensor:
+def random_images(spec: ModelSpec, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + 1)
     shape = (IMAGES, spec.channels, spec.image_size, spec.image_size)
     return torch.randint(0, 256, shape, generator=generator).float() / 255
 
 
-def check(folder: Path, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int], name: str) -> None:
+def check(folder: Path, drawn: Drawn, name: str) -> None:
     spec, shape, special, seed = drawn
 
     def architecture(layers: Layers, channels: int, classes: int) -> nn.Module:
@@ -113,7 +108,7 @@ def check(folder: Path, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, 
         except ExportError as error:
             assert any(layer in str(error) for layer, _ in model.named_modules() if layer)  # the layer is named
             return
-        agreements = parity(path, folded, pictures(spec, seed), runs=FORMATS[name].runs, bound=bound_of(spec))
+        agreements = parity(path, folded, random_images(spec, seed), runs=FORMATS[name].runs, bound=bound_of(spec))
         for run, agreement in agreements.items():
             assert agreement.holds, (run, agreement)
         if FORMATS[name].promises_integers:
@@ -129,46 +124,33 @@ EXPLORE = {
 }
 
 
-@settings(max_examples=5, **EXPLORE)  # type: ignore[arg-type]
-@given(networks())
-def test_a_random_network_agrees_with_its_packed_file(
-    tmp_path: Path, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]
-) -> None:
-    check(tmp_path, drawn, "packed")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qcdq", "integer", "packed"])
-@settings(max_examples=25, **EXPLORE)  # type: ignore[arg-type]
-@given(networks())
-def test_random_networks_agree_with_their_files(
-    tmp_path: Path, name: str, drawn: tuple[ModelSpec, dict[str, Any], list[tuple[int, str]], int]
-) -> None:
+@settings(max_examples=12, **EXPLORE)  # type: ignore[arg-type]
+@given(drawn=networks(), name=st.sampled_from(["qcdq", "integer", "packed"]))
+def test_random_networks_agree_with_their_files(tmp_path: Path, drawn: Drawn, name: str) -> None:
     check(tmp_path, drawn, name)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(2))
 def test_a_random_user_network_agrees_with_its_file_or_is_refused(tmp_path: Path, seed: int) -> None:
     found = outcome(seed, "packed", tmp_path)
     assert found == "equal" or re.match(r"refused: [\w.]+: ", found), found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qcdq", "integer", "packed"])
-def test_random_user_networks_agree_with_their_files(tmp_path: Path, name: str) -> None:
-    outcomes = {seed: outcome(seed, name, tmp_path) for seed in range(100, 115)}
-    assert not {seed: found for seed, found in outcomes.items() if found.startswith("WRONG")}
-    assert list(outcomes.values()).count("equal") >= 5
+def test_random_user_networks_agree_with_their_files(tmp_path: Path) -> None:
+    outcomes = [outcome(seed, ("qcdq", "integer", "packed")[seed % 3], tmp_path) for seed in range(100, 118)]
+    assert not [found for found in outcomes if found.startswith("WRONG")]
+    assert outcomes.count("equal") >= 5
 
 
-@pytest.mark.parametrize("name", ["qcdq", "integer", "packed"])
-def test_layers_of_one_weight_that_are_equal_keep_weights_of_their_own(tmp_path: Path, name: str) -> None:
+def test_equal_layers_of_one_weight_keep_weights_of_their_own(tmp_path: Path) -> None:
     # Hypothesis found it: onnxruntime refused a file in which two shortcuts shared their only weight.
     spec = ModelSpec("random", 8, 8, 2, 1, 7, "x", None, ())
-    check(tmp_path, (spec, {"blocks": (1, 1, 1), "widths": (1, 1, 1), "large_images": False}, [], 0), name)
+    check(tmp_path, (spec, {"blocks": (1, 1, 1), "widths": (1, 1, 1), "large_images": False}, [], 0), "packed")
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [8, 3, 1])
 def test_a_network_with_every_kind_of_broken_channel(tmp_path: Path, bits: int) -> None:
     spec = ModelSpec("random", bits, bits, 5, 3, 9, "x", None, ())
     kinds = [kind for kind in SPECIAL if kind != "huge gamma"]  # which may be refused

@@ -10,10 +10,11 @@ from robustq.export.lowering.requantize import quantized_moves, rounded_sums
 from tests.export import hand_made as hm
 
 PAIR = ["QuantizeLinear", "DequantizeLinear"]
+THREE = np.uint8(3)
 X = np.random.default_rng(1).uniform(-2, 30, (16, 8, 7, 7)).astype(np.float32)
 
 
-def codes(nodes: list[onnx.NodeProto], *, zero_point: hm.Constant = np.uint8(3), **options: object) -> onnx.ModelProto:
+def codes(nodes: list[onnx.NodeProto], *, zero_point: hm.Constant = THREE, **options: object) -> onnx.ModelProto:
     """QuantizeLinear - DequantizeLinear - ``nodes``, from ``values`` to ``y``."""
     constants = {"s": np.float32(0.1), "z": zero_point, "shape": np.array([0, -1], np.int64), **options}
     quantized = [hm.quantize("x", "codes", "s", "z"), hm.dequantize("codes", "values", "s", "z")]
