@@ -58,6 +58,13 @@ class Agreement:
         """The same answers, and logits that agree in the mean, since other networks may give the same answers."""
         return self.same_answers and self.mean_difference <= self.bound
 
+    @property
+    def failure(self) -> str:
+        """The bound that is exceeded, in words."""
+        if not self.same_answers:
+            return f"{self.different_top1} of {self.images} images get another class"
+        return f"logits differ by {self.mean_difference:.1e} of their range in the mean, more than {self.bound:.0e}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         finite = {name: None if math.isnan(value) else value for name, value in asdict(self).items()}

@@ -68,14 +68,7 @@ class Proof:
     @property
     def parity_failures(self) -> list[str]:
         """The runs whose answers differ from the network's, and the first difference, in words; empty if all agree."""
-        found = [
-            f"{run}: {agreement.different_top1} of {agreement.images} images get another class"
-            if not agreement.same_answers
-            else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean, "
-            f"more than {agreement.bound:.0e}"
-            for run, agreement in self.agreements.items()
-            if not self._agrees(run)
-        ]
+        found = [f"{run}: {each.failure}" for run, each in self.agreements.items() if not self._agrees(run)]
         if found and self.first_difference is not None:
             found.append(self.first_difference)
         return found
@@ -206,16 +199,8 @@ def attack_file(
     """
     with tempfile.TemporaryDirectory() as folder:
         judged = path if FORMATS[format_name].runs else _write_stand_in(Path(folder), folded, spec)
-        return evaluate(
-            OnnxModel(judged),
-            folded.to(device),
-            images,
-            labels,
-            attacks=attacks,
-            epsilon=epsilon,
-            device=device,
-            seed=seed,
-        )
+        network, file = folded.to(device), OnnxModel(judged)
+        return evaluate(file, network, images, labels, attacks=attacks, epsilon=epsilon, device=device, seed=seed)
 
 
 def _write_stand_in(folder: Path, folded: nn.Module, spec: ModelSpec) -> Path:

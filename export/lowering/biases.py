@@ -99,10 +99,9 @@ def implied_zero_points(model: onnx.ModelProto) -> int:
     index = GraphIndex(graph)
     dropped = 0
     for node in graph.node:
-        codes = index.constant(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if codes is None or codes.dtype != np.int32 or len(node.input) < 3:
+        codes, zero_point = index.input(node, 0), index.input(node, 2)
+        if node.op_type != "DequantizeLinear" or codes is None or codes.dtype != np.int32:
             continue
-        zero_point = index.constant(node.input[2])
         if zero_point is not None and not zero_point.any():
             del node.input[2]
             dropped += 1

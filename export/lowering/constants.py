@@ -34,14 +34,13 @@ def own_constants(model: onnx.ModelProto) -> int:
     copies = 0
     for node in graph.node:
         for place, what in _OWNED.get(node.op_type, {}).items():
-            name = node.input[place] if len(node.input) > place else ""
-            values = index.constant(name)
+            values = index.input(node, place)
             if values is None:
                 continue
-            if name in taken:
+            if node.input[place] in taken:
                 node.input[place] = add_initializer(graph, f"{node.name}_{what}", values)
                 copies += 1
-            taken.add(name)
+            taken.add(node.input[place])
     drop_unused_initializers(graph)
     return copies
 

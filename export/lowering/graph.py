@@ -32,6 +32,10 @@ class GraphIndex:
         tensor = self._initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
+    def input(self, node: onnx.NodeProto, place: int) -> NDArray[Any] | None:
+        """The constant input of ``node`` at ``place``; None where it is computed or missing."""
+        return self.constant(node.input[place]) if len(node.input) > place else None
+
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Name -> value."""

@@ -67,8 +67,7 @@ def padding_in_convolutions(model: onnx.ModelProto) -> int:
 def _spatial_zeros(index: GraphIndex, pad: onnx.NodeProto) -> list[int] | None:
     """[top, left, bottom, right], when the Pad adds zeros to height and width and does nothing else."""
     mode = attributes(pad).get("mode", b"constant")
-    amounts = index.constant(pad.input[1])
-    value = index.constant(pad.input[2]) if len(pad.input) > 2 and pad.input[2] else None
+    amounts, value = index.input(pad, 1), index.input(pad, 2)
     computed = len(pad.input) > 2 and pad.input[2] and value is None
     if mode != b"constant" or computed or amounts is None or amounts.size != 8 or (value is not None and value.any()):
         return None

@@ -94,7 +94,7 @@ def _requantize(
 
 
 def _has_zero_point(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    zero_point = index.constant(node.input[2]) if len(node.input) > 2 else None
+    zero_point = index.input(node, 2)
     return zero_point is not None and zero_point.size == 1 and bool(zero_point.any())
 
 

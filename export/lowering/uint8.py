@@ -36,7 +36,7 @@ def unsigned_activations(model: onnx.ModelProto) -> int:
     for node in graph.node:
         if node.op_type != "QuantizeLinear" or index.constant(node.input[0]) is not None:
             continue
-        zero_point = index.constant(node.input[2]) if len(node.input) > 2 else None
+        zero_point = index.input(node, 2)
         if zero_point is None or zero_point.dtype != np.int8:
             continue
         node.input[2] = add_initializer(graph, f"{node.name}_zero_point", _shifted(zero_point))

@@ -90,10 +90,9 @@ def test_logits_come_in_order_whatever_the_batch() -> None:
 
 def test_each_run_is_compared(tmp_path: Path) -> None:
     made = net(4)
-    found = parity(written(tmp_path, 4, "integer"), made.folded, made.x, runs=tuple(RUNS))
+    found = parity(written(tmp_path, 4, "integer"), made.folded, made.x[:50], runs=tuple(RUNS))
     assert list(found) == ["optimised", "unoptimised", "exact"]
-    assert all(each.holds and each.images == len(made.x) for each in found.values())
-    assert list(parity(written(tmp_path, 4, "integer"), made.folded, made.x[:5], runs=("exact",))) == ["exact"]
+    assert all(each.holds and each.images == 50 for each in found.values())
 
 
 def test_the_images_would_show_a_difference() -> None:

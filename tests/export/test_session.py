@@ -81,13 +81,6 @@ def test_int8_activations_fall_back_at_arm_defaults(tmp_path: Path) -> None:
     assert len(optimised_layers(path, arm_defaults=True).float_convolutions) == 2
 
 
-def test_a_layer_without_a_name_is_still_listed(tmp_path: Path) -> None:
-    model = hm.model([hm.node("Sin", ["x"], "y")], {}, x=["n", 3], outputs={"y": 2})
-    model.graph.node[0].name = ""
-    (layer,) = optimised_layers(saved(tmp_path, model)).in_float
-    assert layer
-
-
 @pytest.mark.parametrize(("optimise", "exact"), [(False, False), (True, False), (True, True)])
 def test_answers_are_the_graphs(tmp_path: Path, optimise: bool, exact: bool) -> None:
     x = torch.rand(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))
