@@ -29,13 +29,6 @@ from tests.export.random_nets import outcome, random_images
 from tests.models.small_nets import perturb_batch_norm
 
 BROKEN = [*(("weight", gamma) for gamma in (-0.8, 0.0, 1e-9, -1e-20)), ("running_var", 0.0), ("bias", -50.0)]
-    ("weight", -0.8),
-    ("weight", 0.0),
-    ("weight", 1e-9),
-    ("weight", -1e-20),
-    ("running_var", 0.0),
-    ("bias", -50.0),
-]
 """Tensors of a BatchNorm, and the value of one channel each."""
 
 
