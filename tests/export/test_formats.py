@@ -257,15 +257,6 @@ def test_biases_count_in_the_accumulators_step(bits: int, name: str) -> None:
         np.testing.assert_allclose(bias, np.squeeze(entering * weight), rtol=1e-6)  # float32 rounding
 
 
-def test_any_batch(tmp_path: Path) -> None:
-    model, x = OnnxModel(written(tmp_path, 4, "qcdq")), net(4).x
-    together = model(x[:7])
-    assert together.shape == (7, 10)
-    # Each image by itself: the same integers; float32 sums of the classifier may run in another order.
-    alone = torch.cat([model(x[place : place + 1]) for place in range(7)])
-    torch.testing.assert_close(alone, together, rtol=0, atol=1e-4)
-
-
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="onnxruntime rewrites weights only on x86")
 def test_exact_products_need_parameters_of_their_own(tmp_path: Path) -> None:
     made, path = net(8), tmp_path / "model.onnx"
@@ -292,19 +283,6 @@ def test_each_pass_keeps_every_answer(bits: int) -> None:
         assert lower(model) == 0
     own_constants(model)
     assert own_constants(model) == 0 and answers(model, x) == before
-
-
-# --- ResNet-20 and ResNet-18 -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("bits", "sums"), [(4, 9), (1, 18)])
-def test_a_resnet20_runs_as_integers(tmp_path: Path, bits: int, sums: int) -> None:
-    path = written(tmp_path, bits, "packed", architecture="resnet20")
-    for arm_defaults in (False, True):
-        operations = hm.optimised_operations(path, arm_defaults=arm_defaults)
-        assert (operations["QLinearConv"], operations["QLinearAdd"], operations["QGemm"]) == (21, sums, 1)
-        assert optimised_layers(path, arm_defaults=arm_defaults).in_float == ()
 
 
 @pytest.mark.parametrize(

@@ -85,21 +85,12 @@ def test_int8_activations_fall_back_at_arm_defaults(tmp_path: Path) -> None:
 def test_answers_are_the_graphs(tmp_path: Path, optimise: bool, exact: bool) -> None:
     x = torch.rand(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))
     model = OnnxModel(saved(tmp_path, half_integer()), optimise=optimise, exact=exact, threads=1)
-    logits = model(x)
-    assert logits.dtype == torch.float32 and logits.device.type == "cpu"
+    logits = model(x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_())  # may lie anyhow in memory
+    assert logits.dtype == torch.float32 and logits.device.type == "cpu" and not logits.requires_grad
     # One mid code on the other side of a tie moves a mean of 16 values by at most 9 * 4 * 0.02 * 3 / 16.
     torch.testing.assert_close(logits, expected(x), rtol=0, atol=0.15)
     if not optimise:
         torch.testing.assert_close(logits, expected(x), rtol=0, atol=1e-4)  # float32 sums of 36 products
-
-
-def test_images_may_carry_gradients_and_lie_anyhow_in_memory(tmp_path: Path) -> None:
-    model = OnnxModel(saved(tmp_path, half_integer()))
-    x = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
-    turned = x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_()
-    assert not turned.is_contiguous()
-    assert torch.equal(model(turned), model(x))
-    assert not model(turned).requires_grad
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", bytes(1000), None, "qonnx", "truncated"])

@@ -57,13 +57,6 @@ def test_every_reader_is_shifted() -> None:
     assert used_types(hm.lowered(unsigned_activations, before, X, count=1)) == {"float32", "uint8"}
 
 
-def test_zero_points_per_channel() -> None:
-    constants = {"s": np.array([0.25, 0.5], np.float32), "z": np.array([0, -7], np.int8)}
-    nodes = [hm.quantize("x", "codes", "s", "z", axis=0), hm.dequantize("codes", "y", "s", "z", axis=0)]
-    before = hm.model(nodes, constants, x=[2, "n"], outputs={"y": 2})
-    hm.lowered(unsigned_activations, before, np.concatenate([X, X]), count=1)
-
-
 def test_weights_and_unsigned_activations_stay() -> None:
     draw = np.random.default_rng(0)
     constants = {
@@ -81,22 +74,6 @@ def test_weights_and_unsigned_activations_stay() -> None:
         hm.node("Conv", ["mid", "v_values"], "y"),
     ]
     assert hm.unchanged(unsigned_activations, hm.model(nodes, constants, x=[1, 1, 5, 5], outputs={"y": 4}))
-
-
-def test_a_weight_that_shares_the_zero_point_stays_int8() -> None:
-    draw = np.random.default_rng(1)
-    weight = draw.integers(-127, 128, (2, 1, 3, 3)).astype(np.int8)
-    nodes = [
-        hm.quantize("x", "codes", "s", "z"),
-        hm.dequantize("codes", "values", "s", "z"),
-        hm.dequantize("w", "weight", "ws", "z"),
-        hm.node("Conv", ["values", "weight"], "y"),
-    ]
-    constants = {"s": SCALE, "z": ZERO, "ws": np.float32(0.1), "w": weight}
-    before = hm.model(nodes, constants, x=[1, 1, 6, 6], outputs={"y": 4})
-    after = hm.lowered(unsigned_activations, before, draw.standard_normal((1, 1, 6, 6)) * 10, count=1)
-    (dequantize,) = (node for node in after.graph.node if node.output[0] == "weight")
-    assert hm.constant(after, dequantize.input[0]).dtype == hm.constant(after, dequantize.input[2]).dtype == np.int8
 
 
 @pytest.mark.parametrize(
