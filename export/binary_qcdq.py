@@ -27,7 +27,7 @@ TERNARY_BITS = 2
 
 
 class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
-    """round(x) clipped to [-1, 1]: the sign of every x that is an odd number."""
+    """round(x) clipped to [-1, 1]: the sign of odd numbers."""
 
     bit_width = TERNARY_BITS
     scaling_impl_type = ScalingImplType.CONST
@@ -86,14 +86,12 @@ def without_binary_quantizers(folded: nn.Module) -> nn.Module:
 
 def _is_binary(module: nn.Module, quantizer: str) -> bool:
     proxy: Any = getattr(module, quantizer, None)
-    # A user's own module may hold a layer under this name: the quantizer behind its part "act".
-    if not getattr(proxy, "is_quant_enabled", False):
-        return False
-    return int(proxy.bit_width()) == 1
+    # A custom module may have a part of this name that is no quantizer.
+    return bool(getattr(proxy, "is_quant_enabled", False)) and int(proxy.bit_width()) == 1
 
 
 def _follows_thresholds(block: nn.Module, name: str) -> bool:
-    """Whether the module before ``name`` in ``block``, which runs them in this order, makes odd numbers."""
+    """Whether thresholds stand before ``name`` in ``block``, which runs its modules in their order."""
     names = [each for each, _ in block.named_children()]
     return isinstance(block.get_submodule(names[names.index(name) - 1]), _OddThresholds | ChannelThresholds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -59,11 +60,16 @@ def insert_nodes(graph: onnx.GraphProto, place: int, nodes: Iterable[onnx.NodePr
 def add_initializer(graph: onnx.GraphProto, name: str, values: NDArray[Any]) -> str:
     """Add a constant under ``name``, with a number behind it when the name is taken; returns the name it got."""
     taken = {tensor.name for tensor in graph.initializer} | {out for node in graph.node for out in node.output}
-    unique, number = name, 2
-    while unique in taken:
-        unique, number = f"{name}_{number}", number + 1
+    unique = unique_name(name, taken)
     graph.initializer.append(numpy_helper.from_array(values, unique))
     return unique
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """``name``, or with the first number from 2 on behind it that is not taken."""
+    if name not in taken:
+        return name
+    return next(unique for number in itertools.count(2) if (unique := f"{name}_{number}") not in taken)
 
 
 def drop_unused_initializers(graph: onnx.GraphProto) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
+from robustq.export.lowering.graph import unique_name
+
 LAYERS = frozenset({"Add", "Conv", "Gemm", "GlobalAveragePool", "MatMul"})
 """Operations whose node keeps a name."""
 
@@ -22,7 +24,11 @@ def short_names(model: onnx.ModelProto) -> int:
             names[name] = f"_{short}" if short in kept else short
     taken: set[str] = set()
     for node in graph.node:
-        node.name = _layer_name(node.name, taken) if node.op_type in LAYERS else ""
+        if node.op_type in LAYERS:
+            node.name = unique_name(module_name(node.name), taken)
+            taken.add(node.name)
+        else:
+            node.name = ""
         node.doc_string = ""
         for names_of in (node.input, node.output):
             for place, name in enumerate(names_of):
@@ -47,12 +53,3 @@ def module_name(node_name: str) -> str:
     if kind.split("_")[0] in ("Conv", "Gemm"):
         return path or kind
     return f"{path}.{kind}".lstrip(".").lower()
-
-
-def _layer_name(name: str, taken: set[str]) -> str:
-    base = module_name(name)
-    unique, number = base, 2
-    while unique in taken:
-        unique, number = f"{base}_{number}", number + 1
-    taken.add(unique)
-    return unique
