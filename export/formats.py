@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx
 from torch import nn
@@ -25,9 +24,6 @@ from robustq.export.qonnx_file import clean_up
 from robustq.export.ranges import check_ranges
 from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
-
-Pixels = Literal["float", "uint8"]
-BatchNorm = Literal["fold", "keep"]
 
 FINN, HLS4ML = "finn", "hls4ml"
 CONSUMERS = (FINN, HLS4ML)
@@ -52,19 +48,13 @@ class Format:
     is_float: bool = False
     promises_integers: bool = False
     runs: tuple[str, ...] = ("optimised", "unoptimised", "exact")
-    pixels: tuple[Pixels, ...] = ("float", "uint8")
-    batch_norm: tuple[BatchNorm, ...] = ("fold",)
+    pixels: tuple[str, ...] = ("float", "uint8")
+    batch_norm: tuple[str, ...] = ("fold",)
 
 
 def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     model = clean_up(export_qonnx(network, spec))
     bias_zero_points(model)
-    return model
-
-
-def _qonnx_for_hls4ml(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    model = _qonnx(folded, spec)
-    fixed_point_multipliers(model)
     return model
 
 
@@ -136,31 +126,28 @@ def check_format(
     for option, value, known in (("input", pixels, chosen.pixels), ("batch-norm", batch_norm, chosen.batch_norm)):
         if value not in known:
             raise UsageError(f"--{option} {value} is not known to {name}; choose {' or '.join(known)}")
-    _check_consumer(name, spec, consumer, batch_norm)
+    if consumer is not None:
+        _check_consumer(name, spec, consumer, batch_norm)
     if spec.widths.is_float and not chosen.is_float:
-        raise ExportError(
-            f"a 32-bit (float) network cannot be written as {name}; write it as float, or quantize it first: "
-            "robustq harden MODEL --bits 4"
-        )
+        first = f"a 32-bit (float) network cannot be written as {name}; write it as float, or quantize it first"
+        raise ExportError(f"{first}: robustq harden MODEL --bits 4")
     if chosen.is_float and not spec.widths.is_float:
         raise ExportError(f"{spec.label} is quantized, and float holds 32-bit networks only; write it as qcdq")
 
 
-def _check_consumer(name: str, spec: ModelSpec, consumer: str | None, batch_norm: str) -> None:
-    if consumer is None:
-        return
+def _check_consumer(name: str, spec: ModelSpec, consumer: str, batch_norm: str) -> None:
     if consumer not in CONSUMERS:
         raise UsageError(f"--for {consumer} is not known; choose {' or '.join(CONSUMERS)}")
     if name != "qonnx":
         raise UsageError(f"--for {consumer} goes with --format qonnx, not with {name}")
-    if consumer == HLS4ML and batch_norm == "keep":
+    if consumer != HLS4ML:
+        return
+    if batch_norm == "keep":
         raise UsageError("--for hls4ml folds BatchNorm into fixed-point multipliers; leave out --batch-norm keep")
-    if consumer == HLS4ML and 1 in (spec.weight_bits, spec.act_bits, *(bits for _, bits in spec.layer_bits)):
+    if 1 in (spec.weight_bits, spec.act_bits, *(bits for _, bits in spec.layer_bits)):
         raise ExportError(f"{spec.label}: --for hls4ml holds no layers of 1 bit; harden with --bits 2 or more")
-    if consumer == HLS4ML and spec.normalisation is not None:
-        raise ExportError(
-            f"{spec.label}: --for hls4ml takes pixels in [0, 1] as they are; harden without --normalisation"
-        )
+    if spec.normalisation is not None:
+        raise ExportError(f"{spec.label}: --for hls4ml takes pixels in [0, 1]; harden without --normalisation")
 
 
 def build(
@@ -178,7 +165,9 @@ def build(
     Raises:
         ExportError: the network has an operator that the format or the consumer cannot hold.
     """
-    model = (_qonnx_for_hls4ml if consumer == HLS4ML else FORMATS[name].make)(network, spec)
+    model = FORMATS[name].make(network, spec)
+    if consumer == HLS4ML:
+        fixed_point_multipliers(model)
     if pixels == "uint8":
         uint8_pixels(model)
     if name != "qonnx":  # whose operators the checker does not know
