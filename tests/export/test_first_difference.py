@@ -6,15 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import nn
 
-from robustq.export.first_difference import Difference, first_difference, quantized_values
+from robustq.export.first_difference import Difference, first_difference
 from robustq.export.parity import APART, RUNS, compare
 from robustq.export.session import OnnxModel
-from tests.export.exported import net, parsed, written
+from tests.export.exported import net, written
 
 
 @pytest.mark.parametrize(("bits", "name"), [(32, "float"), (4, "qcdq"), (4, "packed"), (1, "qcdq"), (1, "packed")])
@@ -66,14 +65,6 @@ def test_networks_of_another_depth_do_not_line_up(tmp_path: Path) -> None:
     made = net(4)
     found = first_difference(written(tmp_path, 1, "integer"), made.folded, made.x[:2])
     assert found == Difference("the file (14 layers of the network and 24 of the file do not line up)", 1, 1, False)
-
-
-@pytest.mark.parametrize("name", ["qcdq", "packed"])
-@pytest.mark.parametrize(("bits", "count"), [(4, 14), (1, 24)])
-def test_every_quantized_value_is_found_once(bits: int, count: int, name: str) -> None:
-    model: onnx.ModelProto = parsed(bits, name)
-    names = quantized_values(model)
-    assert len(names) == len(set(names)) == count
 
 
 @pytest.mark.parametrize(("bits", "run"), [(8, "optimised"), (8, "unoptimised"), (4, "exact")])

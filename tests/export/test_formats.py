@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,11 @@ import torch
 from onnx import numpy_helper
 
 import robustq
-from robustq.errors import ExportError, ModelFileError, UsageError
+from robustq.errors import ExportError, UsageError
 from robustq.export.formats import build, check_format
-from robustq.export.lowering.binary_activations import binary_activations
-from robustq.export.lowering.constants import folded_constants, own_constants
-from robustq.export.lowering.requantize import quantized_moves
-from robustq.export.lowering.uint8 import unsigned_activations
 from robustq.export.qonnx_file import execute
 from robustq.export.session import OnnxModel, optimised_layers
-from robustq.export.torch_export import INPUT, OPSET, OUTPUT, export_qcdq
+from robustq.export.torch_export import INPUT, OPSET, OUTPUT
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from tests.export import hand_made as hm
@@ -239,50 +234,6 @@ def test_qcdq_convolutions_are_integers_at_arm_defaults(tmp_path: Path) -> None:
         layers = optimised_layers(path, arm_defaults=arm_defaults)
         assert layers.in_float == ("/fc/Gemm",)
         assert sum("Add" in name for name in layers.integer) == additions(8)
-
-
-@pytest.mark.parametrize(("bits", "name"), [(8, "qcdq"), (4, "qcdq"), (4, "packed"), (1, "packed")])
-def test_biases_count_in_the_accumulators_step(bits: int, name: str) -> None:
-    """Before 1.27 onnxruntime adds their codes to the accumulator without a look at their scale."""
-    model = parsed(bits, name)
-    folded_constants(model)
-    made_by = {output: node for node in model.graph.node for output in node.output}
-    layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm")]
-    assert len(layers) == CONVOLUTIONS + 1
-    for node in layers:
-        sources = [made_by[source] for source in node.input]
-        if sources[0].op_type == "Flatten":  # in front of the classifier
-            sources[0] = made_by[sources[0].input[0]]
-        entering, weight, bias = (hm.constant(model, source.input[1]) for source in sources)
-        np.testing.assert_allclose(bias, np.squeeze(entering * weight), rtol=1e-6)  # float32 rounding
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="onnxruntime rewrites weights only on x86")
-def test_exact_products_need_parameters_of_their_own(tmp_path: Path) -> None:
-    made, path = net(8), tmp_path / "model.onnx"
-    model = export_qcdq(made.folded, made.spec)
-    onnx.save(model, path)
-    with pytest.raises(ModelFileError) as caught:
-        OnnxModel(path, exact=True)
-    assert "Attempt to replace the existing tensor" in str(caught.value.__cause__)
-    assert own_constants(model) > 0
-    onnx.save(model, path)
-    OnnxModel(path, exact=True)
-
-
-@pytest.mark.parametrize("bits", [4, 1])
-def test_each_pass_keeps_every_answer(bits: int) -> None:
-    """On the real graph, unoptimised, bit for bit."""
-    x = net(bits).x[:16].numpy()
-    model = parsed(bits, "qcdq")
-    before = answers(model, x)
-    counts = (15, 1, 6) if bits == 1 else (0, 1, 0)  # int8 activations are the binary ones
-    for lower, count in zip((unsigned_activations, quantized_moves, binary_activations), counts, strict=True):
-        assert lower(model) == count
-        assert answers(model, x) == before
-        assert lower(model) == 0
-    own_constants(model)
-    assert own_constants(model) == 0 and answers(model, x) == before
 
 
 @pytest.mark.parametrize(
