@@ -45,6 +45,7 @@ def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
         assert agreement.mean_difference <= (1e-3 if tied else 1e-4)
     assert proof.judged_file == ("qcdq" if name == "qonnx" else name)
     assert proof.first_difference is None
+    assert bool(proof.not_for) == (bits < 32)  # every quantized file has a runtime that it is not for
     assert proof.must_be_integer == (name in INTEGER)
     if name in INTEGER:
         assert proof.layers.in_float == () and proof.layers.float_convolutions == ()
