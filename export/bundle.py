@@ -1,6 +1,4 @@
-"""The folder that leaves the house: one .onnx, the model.pt it was made from, and bundle.json, which says what was
-proved.
-"""
+"""Export bundle: the folder that is deployed. It holds one .onnx, its model.pt, and bundle.json with the checks."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from robustq.files import check_export_folder, sha256
 MODEL = "model.pt"
 RECORD = "bundle.json"
 FAILED = ".failed.onnx"
-"""Ending of a file whose answers are not those of the network it was made from."""
+"""Suffix of a file whose answers are not those of its network."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An export folder as found on disk."""
+    """An export folder on disk."""
 
     path: Path
     onnx: Path
@@ -29,12 +27,12 @@ class Bundle:
 
     @property
     def format(self) -> str:
-        """The format the .onnx was written in."""
+        """The format of the .onnx."""
         return str(self.record["format"])
 
     @property
     def failures(self) -> list[str]:
-        """A line for each check that the file did not pass when it was exported, the file's name in front."""
+        """A line for each check that the file did not pass at export, with the file's name in front."""
         found = self.record.get("shortfalls")
         return [f"{self.onnx.name}: {fall}" for fall in found] if isinstance(found, list) else []
 
@@ -44,7 +42,7 @@ def open_bundle(path: Path) -> Bundle:
 
     Raises:
         ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file
-            that is not the one the record speaks of (its sha256 differs).
+            whose sha256 is not the recorded one.
     """
     check_export_folder(path)
     found = sorted(path.glob("*.onnx"))

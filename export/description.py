@@ -1,4 +1,4 @@
-"""What an ONNX file holds: its layers with the width of their weights, its inputs, and what it says of itself."""
+"""Description of an ONNX file: layers with the width of their weights, inputs, outputs and metadata."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from robustq.export.lowering.constants import folded_constants
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
 QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
-"""Of QONNX: the second input is the scale."""
+"""QONNX operators; their second input is the scale."""
 
 _WEIGHT = {"QLinearConv": 3, "QGemm": 3}
-"""Place of the weight among a node's inputs, where it is not the second."""
+"""Index of the weight among a node's inputs, where it is not 1."""
 
 
 def describe_onnx(path: Path) -> dict[str, Any]:
     """Layers, inputs, outputs, operators, opset and metadata of the file at ``path``.
 
-    A layer's ``weight_bits`` is the width that its weights need: each output channel's codes are divided by their
-    greatest common divisor (folding multiplies a channel's codes, and divides its scale, to give the bias finer steps),
-    and the width is the smallest b with all of them in [-2^(b-1), 2^(b-1) - 1]; 1 where all are -1 or 1, 32 for float
-    weights, None where they cannot be read.
+    ``weight_bits`` of a layer is the smallest b with all codes in [-2^(b-1), 2^(b-1) - 1], after each output channel's
+    codes were divided by their greatest common divisor (folding multiplies them to give the bias finer steps); 1 where
+    all are -1 or 1, 32 for float weights, None where they cannot be read.
 
     Raises:
         ModelFileError: not an ONNX file.
     """
     try:
         model = onnx.load(path)
-        onnx.checker.check_model(model) if _is_standard(model) else None
+        if all(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
+            onnx.checker.check_model(model)
     except Exception as error:  # protobuf and the checker share no base class
         reason = " ".join(str(error).split())[:120]
         raise ModelFileError(f"{path}: is not a whole ONNX file ({reason}); export it again") from error
     counts = Counter(node.op_type for node in model.graph.node)
-    folded_constants(model)  # packed weights are unpacked by operations on constants
+    folded_constants(model)  # unpacks packed weights
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
@@ -61,10 +61,6 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     }
 
 
-def _is_standard(model: onnx.ModelProto) -> bool:
-    return all(entry.domain in ("", "ai.onnx") for entry in model.opset_import)
-
-
 def _spec(text: str | None) -> dict[str, Any] | None:
     try:
         spec = json.loads(text) if text is not None else None
@@ -74,7 +70,7 @@ def _spec(text: str | None) -> dict[str, Any] | None:
 
 
 def _texts(text: str | None) -> list[str]:
-    """A JSON list of texts; what is no such list stands as one text, since somebody wrote it."""
+    """A JSON list of texts; other content counts as one text."""
     if text is None:
         return []
     try:
@@ -98,8 +94,7 @@ def _layer(
 ) -> dict[str, Any]:
     name = node.input[_WEIGHT.get(node.op_type, 1)]
     scale: np.ndarray[Any, Any] | None = None
-    # From the layer back to the initializer, through DequantizeLinear, Clip, Transpose, ...; QONNX keeps float weights
-    # and says in its Quant node what they are multiples of.
+    # Back to the initializer, through DequantizeLinear, Clip, Transpose, ...; QONNX keeps float weights.
     while name in makers and makers[name].input:
         maker = makers[name]
         if maker.op_type in QUANTIZERS and maker.input[1] in values:
@@ -115,7 +110,7 @@ def _layer(
 
 
 def _channel_axis(node: onnx.NodeProto) -> int:
-    """Axis of a weight that counts output channels."""
+    """The axis of output channels."""
     if "MatMul" in node.op_type:
         return 1
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)

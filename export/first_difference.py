@@ -1,8 +1,7 @@
-"""Where a file and the network it was made from part: the first layer whose values differ, and by how much.
+"""The first layer in which a file differs from its network, and by how much.
 
-The file is run with the codes between its layers as further outputs, which onnxruntime's optimisations pass by. They
-are lined up with the network's by order: the exporter writes layers down in the order in which the network runs them,
-and no lowering pass changes it.
+The file is run with the codes between its layers as further outputs, and these are paired with the network's values by
+their order: the exporter writes layers in the order in which the network runs them, and no pass changes it.
 """
 
 from __future__ import annotations
@@ -18,26 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from robustq.export.lowering.graph import GraphIndex
-from robustq.export.lowering.quantized_moves import MOVES
+from robustq.export.lowering.requantize import MOVES
 from robustq.export.session import OnnxModel
 
 TIE = 1e-3
-"""How far from a rounding boundary, in steps, a value may be and still sit on it: float32 sums of thousands of values
-up to 255 steps are right to some 1e-4 of one."""
+"""Largest distance, in steps, of a value on a rounding tie: float32 sums of thousands of values up to 255 steps are
+right to about 1e-4 of a step."""
 
 SAME = 1e-4
-"""Largest difference of a float layer's values, as a share of their range, that is float rounding."""
+"""Largest difference by float rounding, as a share of the range of a float layer's values."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first layer whose values are not the network's.
+    """The first layer whose values differ from the network's.
 
     Args:
         layer: module name in the network, or ``logits``.
-        values: how many of its values differ.
-        of: how many there are.
-        on_ties: each differs by one step of its quantizer, and the network's value sat on the boundary of the two.
+        values, of: number of values that differ, and of all.
+        on_ties: each differs by one step of its quantizer, and the network's value is on the boundary of the two.
     """
 
     layer: str
@@ -51,11 +49,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of the network in one forward: what it made, and for a quantizer of what and in which steps."""
+    """Input and output of one layer of the network; ``step`` is that of a quantizer of 2 bits or more."""
 
     name: str
+    entering: Tensor
     output: Tensor
-    entering: Tensor | None
     step: float | None
 
 
@@ -67,8 +65,8 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
 
     Args:
         path: an .onnx file that onnxruntime loads.
-        network: what it was made from, on the CPU, in eval mode.
-        x: images; everything is kept in memory, so a few.
+        network: its network, on the CPU, in eval mode.
+        x: a few images: all values are kept in memory.
         optimise: run the file with onnxruntime's optimisations.
     """
     layers, logits = _network_values(network, x)
@@ -80,18 +78,16 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
     for layer, found in zip(layers, values, strict=True):
         different = _differing(layer, found)
         if different.any():
-            return Difference(
-                layer.name, int(different.sum()), different.numel(), _all_on_ties(layer, found, different)
-            )
+            on_ties = _all_on_ties(layer, found, different)
+            return Difference(layer.name, int(different.sum()), different.numel(), on_ties)
     apart = (answers - logits).abs() > SAME * (logits.max() - logits.min())
     return Difference("logits", int(apart.sum()), apart.numel(), on_ties=False) if apart.any() else None
 
 
 def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
-    quantizers = {name: module for name, module in network.named_modules() if _quantizes(module)}
-    chosen = quantizers or {
-        name: module for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
-    }
+    modules = dict(network.named_modules())
+    chosen = {name: module for name, module in modules.items() if _quantizes(module)}
+    chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
     layers: list[_Layer] = []
     handles = [module.register_forward_hook(_recorder(name, layers)) for name, module in chosen.items()]
     try:
@@ -104,23 +100,22 @@ def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor
 
 def _quantizes(module: nn.Module) -> bool:
     proxy: Any = getattr(module, "act_quant", None)
-    # A user's own module may hold a quantizer under this name: the one behind its part "act".
+    # A custom module may have a part of this name, in front of its quantizer.
     return bool(getattr(proxy, "is_quant_enabled", False))
 
 
 def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         entering = getattr(inputs[0], "value", inputs[0])
-        # Two codes of one bit have a sign between them, no boundary that a step away from them would be.
         proxy: Any = getattr(module, "act_quant", None)
         step = float(proxy.scale()) if _quantizes(module) and int(proxy.bit_width()) > 1 else None
-        layers.append(_Layer(name, getattr(output, "value", output).clone(), entering.clone(), step))
+        layers.append(_Layer(name, entering.clone(), getattr(output, "value", output).clone(), step))
 
     return hook
 
 
 def _differing(layer: _Layer, found: Tensor) -> Tensor:
-    """Which values differ: (of the layer's shape) bool."""
+    """Mask of the values that differ, of the layer's shape."""
     if found.shape != layer.output.shape:
         return torch.ones(layer.output.shape, dtype=torch.bool)
     span = float(layer.output.max() - layer.output.min())
@@ -129,7 +124,7 @@ def _differing(layer: _Layer, found: Tensor) -> Tensor:
 
 
 def _all_on_ties(layer: _Layer, found: Tensor, different: Tensor) -> bool:
-    if layer.step is None or layer.entering is None or found.shape != layer.output.shape:
+    if layer.step is None or found.shape != layer.output.shape:
         return False
     one_step = ((found - layer.output).abs() / layer.step)[different] < 1.5
     position = (layer.entering / layer.step)[different]
@@ -138,10 +133,11 @@ def _all_on_ties(layer: _Layer, found: Tensor, different: Tensor) -> bool:
 
 
 def _file_values(path: Path, x: Tensor, *, quantized: bool, optimise: bool) -> list[Tensor]:
-    """The values between the file's layers, in order, and its logits at the end."""
+    """The values between the file's layers, in order, and the logits."""
     model = onnx.load(path)
     grids = quantized_values(model) if quantized else {}
-    names = list(grids) if quantized else _float_values(model)
+    layers = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    names = list(grids) if quantized else layers
     del model.graph.value_info[:]
     known = {value.name for value in [*model.graph.output, *model.graph.input]}
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
@@ -152,26 +148,15 @@ def _file_values(path: Path, x: Tensor, *, quantized: bool, optimise: bool) -> l
         onnx.save(model, wide)
         found = dict(zip(wanted, OnnxModel(wide, optimise=optimise).values(x, wanted), strict=True))
     found |= {name: (x * 255).round() for name in names if name in sources}  # pixels that enter as uint8
-    values = [grids[name].values(found[name]) if name in grids else found[name] for name in names]
-    return [*values, found[wanted[-1]]]
+    for name, (scale, zero_point) in grids.items():
+        found[name] = (found[name].float() - zero_point) * scale
+    return [*(found[name] for name in names), found[wanted[-1]]]
 
 
-@dataclass(frozen=True)
-class CodeGrid:
-    """What the codes of one tensor mean: scale * (code - zero_point)."""
-
-    scale: float
-    zero_point: int
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Codes of any integer type and shape -> float32 values."""
-        return (codes.float() - self.zero_point) * self.scale
-
-
-def quantized_values(model: onnx.ModelProto) -> dict[str, CodeGrid]:
-    """The tensors of codes that activation quantizers make, each once, in order of execution."""
+def quantized_values(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:
+    """Tensors of codes of activation quantizers, each once, in order of execution -> scale and zero point."""
     index = GraphIndex(model.graph)
-    found: dict[str, CodeGrid] = {}
+    found: dict[str, tuple[float, int]] = {}
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in found:
             continue
@@ -182,14 +167,12 @@ def quantized_values(model: onnx.ModelProto) -> dict[str, CodeGrid]:
         scale: Any = index.constant(node.input[1])
         zero_point: Any = index.constant(node.input[2]) if len(node.input) > 2 else 0
         if scale is not None and zero_point is not None and scale.size == 1:
-            found[node.input[0]] = CodeGrid(float(scale), int(zero_point))
+            found[node.input[0]] = float(scale), int(zero_point)
     return found
 
 
 def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:
-    """Whether the quantizer only puts codes, moved or not, onto their own grid again, as the passes quantized_moves and
-    rounded_sums add it.
-    """
+    """Whether the quantizer is one that the passes of :mod:`robustq.export.lowering.requantize` added."""
     if origin is None:
         return False
     source = index.made_by.get(origin.input[0]) if origin.op_type in MOVES else origin
@@ -205,7 +188,3 @@ def _is_constant(index: GraphIndex, name: str) -> bool:
         return True
     maker = index.made_by.get(name)
     return maker is not None and all(_is_constant(index, each) for each in maker.input if each)
-
-
-def _float_values(model: onnx.ModelProto) -> list[str]:
-    return [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]

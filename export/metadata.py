@@ -1,4 +1,4 @@
-"""What a file says of itself, in ONNX' metadata_props, so that whoever holds nothing but the file can use it."""
+"""Metadata of a file, in ONNX' metadata_props: enough to use the file alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ INPUT_RANGE = {
 }
 
 PACKAGES = ("torch", "brevitas", "onnx")
-"""Whose versions decide what the file holds."""
+"""Packages whose versions decide the content of the file."""
 
 
 def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixels: str) -> None:
-    """Replace the metadata of ``model`` by what ``spec`` says: format, input, classes, data, widths, versions."""
-    # A shipped file tells the data's name, not where it lay on somebody's disk.
+    """Replace the metadata of ``model``: format, input, classes, data, widths, versions."""
+    # The name of the data, not its folder on somebody's disk.
     public = {**spec.to_dict(), "data": Path(spec.data).name}
     del model.metadata_props[:]
     _set(model, "version", version("robustq"))
@@ -40,14 +40,14 @@ def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixel
 def add_results(
     path: Path, *, accuracy: dict[str, Any], equal_in: list[str], not_for: list[str], failed: list[str]
 ) -> None:
-    """Write into the file at ``path`` what was found about it; what it computes stays as it was.
+    """Add the results of the checks to the metadata of the file at ``path``.
 
     Args:
-        path: an .onnx file that :func:`describe` described.
+        path: a file with metadata of :func:`describe`.
         accuracy: plain values: images, clean accuracy and, if attacked, robust accuracy, epsilon, suite, verdict.
         equal_in: runtimes with their versions in which the answers were proved equal to the network's.
         not_for: runtimes and settings in which the file may not be used, in sentences.
-        failed: checks that the file did not pass, in words.
+        failed: checks that the file did not pass, in sentences.
     """
     model = onnx.load(path)
     _set(model, "accuracy", json.dumps(accuracy))

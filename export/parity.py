@@ -1,6 +1,4 @@
-"""Does the file give the answers of the folded PyTorch network? Counted on real images, in each way onnxruntime may run
-it.
-"""
+"""Parity of a file with the folded PyTorch network, on real images, in each way onnxruntime may run the file."""
 
 from __future__ import annotations
 
@@ -20,22 +18,22 @@ from robustq.progress import bar
 BATCH = 200
 
 LARGEST_MEAN_DIFFERENCE = 1e-3
-"""Of the logit range, at 8 bits. Where a value sits on a rounding tie a faithful file may take the other code; files of
-a slightly wrong network pass 5e-3."""
+"""Bound at 8 bits, as a share of the logit range. On a rounding tie a correct file may take the other code; files of
+slightly wrong networks exceed 5e-3."""
 
 NARROW_BITS, LARGEST_NARROW_MEAN_DIFFERENCE = 4, 1e-4
-"""Networks up to this width sum up whole numbers far apart and hardly meet ties: there, a tenth of it."""
+"""Bound up to this width, where values hardly meet ties."""
 
 APART = 1e-4
-"""Of the logit range: by more than this an image's logits differ only where a value within sat on a rounding tie."""
+"""Share of the logit range: a larger difference of one image's logits needs an inner value on a rounding tie."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one way of running the file compares with the reference.
+    """Agreement of one run with the reference.
 
     Args:
-        images: how many were compared.
+        images: number of compared images.
         different_top1: images put into another class.
         max_difference, mean_difference: absolute, of the logits, as a share of the reference's logit range over all
             images.
@@ -52,13 +50,20 @@ class Agreement:
 
     @property
     def same_answers(self) -> bool:
-        """At most one image in a thousand gets another class (one, of a hundred or more: values may sit on ties)."""
+        """At most one image in a thousand gets another class; one is allowed from a hundred images on, for ties."""
         return self.different_top1 <= max(self.images // 1000, 1 if self.images >= 100 else 0)
 
     @property
     def holds(self) -> bool:
-        """The same answers, and logits that agree in the mean: another network may answer many images alike."""
+        """The same answers, and logits that agree in the mean, since other networks may give the same answers."""
         return self.same_answers and self.mean_difference <= self.bound
+
+    @property
+    def failure(self) -> str:
+        """The bound that is exceeded, in words."""
+        if not self.same_answers:
+            return f"{self.different_top1} of {self.images} images get another class"
+        return f"logits differ by {self.mean_difference:.1e} of their range in the mean, more than {self.bound:.0e}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -79,13 +84,13 @@ def logits_of(model: Callable[[Tensor], Tensor], x: Tensor, *, label: str) -> Te
 
 def compare(reference: Tensor, answers: Tensor, *, bound: float = LARGEST_MEAN_DIFFERENCE) -> Agreement:
     """Agreement of two (N, K) logit tensors, the first being the reference."""
-    # A NaN is no answer, but argmax would report its place as a class, and two NaN would even agree.
-    no_answer = (answers.isnan() | reference.isnan()).any(dim=1)
+    # argmax would take a NaN for a class.
+    is_nan = (answers.isnan() | reference.isnan()).any(dim=1)
     span = (reference.max() - reference.min()).clamp_min(1e-12)
     difference = (answers - reference).abs() / span
     return Agreement(
         images=len(reference),
-        different_top1=int((no_answer | (answers.argmax(dim=1) != reference.argmax(dim=1))).sum()),
+        different_top1=int((is_nan | (answers.argmax(dim=1) != reference.argmax(dim=1))).sum()),
         max_difference=difference.max().item(),
         mean_difference=difference.mean().item(),
         images_apart=int((~(difference.amax(dim=1) <= APART)).sum()),
@@ -98,11 +103,11 @@ RUNS: dict[str, dict[str, bool]] = {
     "unoptimised": {"optimise": False},
     "exact": {"optimise": True, "exact": True},
 }
-"""Ways to run a file: as a device does; graph as written; optimised with exact 8-bit products on every x86 CPU."""
+"""Runs: as on a device; graph as written; optimised with exact 8-bit products on every x86 CPU."""
 
 
 def bound_of(spec: ModelSpec) -> float:
-    """The largest mean difference that a faithful file of such a network shows."""
+    """The largest mean difference of a correct file of such a network."""
     widest = max(spec.weight_bits, spec.act_bits, *dict(spec.layer_bits).values())
     return LARGEST_NARROW_MEAN_DIFFERENCE if widest <= NARROW_BITS else LARGEST_MEAN_DIFFERENCE
 
@@ -113,7 +118,7 @@ def parity(
     """Compare the file with the folded network on ``x`` (N, C, H, W) float32 in [0, 1], in each of ``runs``.
 
     Args:
-        bound: what :func:`bound_of` says of the network.
+        bound: of :func:`bound_of`.
     """
     reference = logits_of(folded, x, label="parity: PyTorch")
     return {
@@ -123,5 +128,5 @@ def parity(
 
 
 def drift(model: nn.Module, folded: nn.Module, x: Tensor) -> Agreement:
-    """What folding changed: the folded network against the unfolded one."""
+    """Agreement of the folded network with the unfolded one."""
     return compare(logits_of(model, x, label="drift: unfolded"), logits_of(folded, x, label="drift: folded"))

@@ -1,4 +1,4 @@
-"""QONNX as the qonnx package and FINN expect it: cleaned up, and run by qonnx's own executor."""
+"""QONNX files: cleaned up for FINN and hls4ml, and run by qonnx's own executor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,7 @@ EXECUTOR_BATCH = 20
 
 
 def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Constants folded, nodes and tensors named, shapes inferred, every tensor's datatype annotated: what every QONNX
-    consumer starts with.
-
-    The batch axis stays symbolic.
-    """
+    """Fold constants, name nodes and tensors, infer shapes, annotate datatypes; the batch axis stays symbolic."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.transformation.infer_datatypes import InferDataTypes
     from qonnx.util.cleanup import cleanup_model
@@ -32,10 +28,7 @@ def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
-    """Logits (N, K) of ``images`` (N, C, H, W) float32 by qonnx's executor; slow, so for a hundred images or so.
-
-    The executor needs a concrete batch size: with a symbolic one it reports a shape mismatch with 0.
-    """
+    """Logits (N, K) of ``images`` (N, C, H, W) float32 by qonnx's executor, slow: seconds for a hundred images."""
     import qonnx.core.onnx_exec
 
     size = min(EXECUTOR_BATCH, len(images))
@@ -44,7 +37,7 @@ def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
     logits = []
     with bar("qonnx executor", len(images)) as progress, _without_opset_warnings():
         for part in torch.split(images.detach().cpu().float(), size):
-            # A short last batch is filled up with black images, whose logits are dropped.
+            # The executor needs a fixed batch size: a short last batch is filled up with black images.
             full = np.zeros((size, *part.shape[1:]), np.float32)
             full[: len(part)] = part.numpy()
             outputs = qonnx.core.onnx_exec.execute_onnx(concrete, {source: full})
@@ -60,7 +53,7 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
     wrapped = ModelWrapper(model, make_deepcopy=True)
     if all(node.domain != CHANNELS_LAST for node in model.graph.node):
         return cleanup_model(wrapped, override_inpsize=size)
-    # qonnx (1.0.0) cannot infer their shapes anew; they are all annotated, for a batch of one.
+    # qonnx (1.0.0) cannot infer the shapes of channels-last layers; all are annotated, for a batch of one.
     graph = wrapped.graph
     computed = {graph.input[0].name}
     for node in graph.node:
@@ -74,11 +67,11 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
 
 @contextmanager
 def _without_opset_warnings() -> Iterator[None]:
-    """Qonnx hands onnxruntime the channels-last layers as opset 1, of which onnxruntime warns each time."""
+    """Silence onnxruntime, which warns of channels-last layers: qonnx declares them as opset 1."""
     import onnxruntime as ort
 
     ort.set_default_logger_severity(3)
     try:
         yield
     finally:
-        ort.set_default_logger_severity(2)  # what it starts with
+        ort.set_default_logger_severity(2)  # the default

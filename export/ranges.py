@@ -1,4 +1,4 @@
-"""Refuses networks whose scales exceed the range of onnxruntime's kernels, and names the layer.
+"""Check that scales lie in the range of onnxruntime's kernels.
 
 A limit is on the ratio r: the step of the values that enter a quantizer, divided by the quantizer's own step. The
 limits are those of onnxruntime's kernels (MLAS, 1.32), which compute in float32:
@@ -24,18 +24,18 @@ import onnx
 from numpy.typing import NDArray
 
 from robustq.errors import ExportError
-from robustq.export.lowering.graph import GraphIndex
-from robustq.export.lowering.quantized_moves import MOVES
+from robustq.export.lowering.graph import GraphIndex, attributes
+from robustq.export.lowering.requantize import MOVES
 from robustq.export.lowering.short_names import module_name
 
 LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22}
-"""A step of what the operation makes, in steps of the quantizer behind it."""
+"""Largest step of the operator's output, in steps of the quantizer behind it."""
 
 GLOBAL_AVERAGE = (2.0**-32, 2.0**8)
-"""From the first on and below the second: the same for a global average, divided by the number of pixels."""
+"""Range of the same for a global average, divided by the number of pixels."""
 
 LARGEST_SUM = 2.0**32
-"""The largest sum that a layer can make, in steps of the quantizer behind it."""
+"""Largest sum of a layer, in steps of the quantizer behind it."""
 
 LAYERS = ("Conv", "Gemm")
 
@@ -95,7 +95,7 @@ def _pixels(index: GraphIndex, name: str) -> int:
 
 
 def _origin(index: GraphIndex, quantizer: onnx.NodeProto) -> onnx.NodeProto | None:
-    """What makes the values that ``quantizer`` takes, but for rectifiers and moves."""
+    """The operator in front of ``quantizer``, through ReLU, Clip and moves."""
     node = index.made_by.get(quantizer.input[0])
     while node is not None and node.op_type in MOVES | {"Relu", "Clip"}:
         node = index.made_by.get(node.input[0])
@@ -103,7 +103,7 @@ def _origin(index: GraphIndex, quantizer: onnx.NodeProto) -> onnx.NodeProto | No
 
 
 def _step(index: GraphIndex, name: str) -> NDArray[np.float64] | None:
-    """The scales (C,) or (1,) of dequantized values, also where they were moved since."""
+    """The scales (C,) or (1,) of dequantized values, through moves."""
     dequantizer = index.made_by.get(name)
     while dequantizer is not None and dequantizer.op_type in MOVES:
         dequantizer = index.made_by.get(dequantizer.input[0])
@@ -123,11 +123,11 @@ def _codes(index: GraphIndex, name: str) -> Any:
 
 
 def _largest_sums(index: GraphIndex, layer: onnx.NodeProto) -> NDArray[np.float64]:
-    """The most that a layer's accumulators can hold: one a channel, none where it runs in float."""
+    """Bounds of a layer's accumulators (C,); (0,) where it runs in float."""
     weight = _codes(index, layer.input[1])
     if weight is None:
         return np.zeros(0)
-    by_output = layer.op_type == "Conv" or any(one.name == "transB" and one.i for one in layer.attribute)
+    by_output = layer.op_type == "Conv" or attributes(layer).get("transB")
     rows = (weight if by_output else weight.T).reshape(weight.shape[0 if by_output else 1], -1)
     bias = _codes(index, layer.input[2]) if len(layer.input) > 2 else None
     sums: NDArray[np.float64] = np.abs(rows).sum(axis=1) * LARGEST_CODE + (0.0 if bias is None else np.abs(bias))

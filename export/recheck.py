@@ -1,8 +1,7 @@
-"""Proof of one file: parity with the folded network, which layers run as integers, and accuracy under attack counted on
-its answers.
+"""Checks of one file: parity with the folded network, integer layers, and accuracy under attack of its answers.
 
-onnxruntime cannot load QONNX. There qonnx's own executor must agree on a hundred images, and everything else is counted
-on the QCDQ file of the same network, which the record says.
+onnxruntime cannot load QONNX. There qonnx's executor must agree on a hundred images, and the QCDQ file of the same
+network (``judged_file``) is checked in its place.
 """
 
 from __future__ import annotations
@@ -26,34 +25,36 @@ from robustq.export.first_difference import first_difference
 from robustq.export.formats import FORMATS, build
 from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
+from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers, OnnxModel, optimised_layers
 from robustq.models.spec import ModelSpec
 
 QONNX_EXECUTOR = "qonnx_executor"
-"""The run of a QONNX file by the qonnx package, beside the names of :data:`robustq.export.parity.RUNS`."""
+"""Name of the run by the qonnx package, beside those of :data:`robustq.export.parity.RUNS`."""
 
 EXECUTOR_IMAGES = 100
-"""How many images qonnx's executor is asked about; it takes seconds for them."""
+"""Number of images for qonnx's executor, which takes seconds for them."""
 
 STAND_IN = "qcdq"
-"""What onnxruntime runs in a QONNX file's stead."""
+"""The format that onnxruntime runs in place of QONNX."""
 
 SEARCHED_IMAGES = 8
-"""How many images the search for the first differing layer looks at: it keeps every value within the network."""
+"""Number of images in the search for the first differing layer."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found about a file.
+    """Results of the checks of a file.
 
     Args:
-        judged_file: the format that onnxruntime ran: the file's own, or ``qcdq`` in a QONNX file's stead.
-        agreements: way of running -> agreement with the folded network.
+        judged_file: the format that onnxruntime ran: the file's own, or ``qcdq`` for QONNX.
+        agreements: run -> agreement with the folded network.
         layers: of the optimised graph.
         must_be_integer: whether the format promises integer convolutions.
-        first_difference: where file and network part, in words; None where parity holds.
-        on_ties: ways of running whose logits differ by more than the bound, where most images agree and each of those
-            furthest apart was followed through the network to a value on a rounding tie: either code of it is right.
+        first_difference: the first layer that differs, in words; None where parity holds.
+        on_ties: runs whose logits differ by more than the bound, but only after rounding ties: most images agree, and
+            those furthest apart have an inner value on a tie, either code of which is right.
+        not_for: runtimes and settings in which the file may not be used, in sentences.
     """
 
     judged_file: str
@@ -62,25 +63,19 @@ class Proof:
     must_be_integer: bool
     first_difference: str | None = None
     on_ties: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()
 
     @property
     def parity_failures(self) -> list[str]:
-        """In which runs the answers are not the network's, and where they part; empty when all agree."""
-        found = [
-            f"{run}: {agreement.different_top1} of {agreement.images} images get another class"
-            if not agreement.same_answers
-            else f"{run}: logits differ by {agreement.mean_difference:.1e} of their range in the mean, "
-            f"more than {agreement.bound:.0e}"
-            for run, agreement in self.agreements.items()
-            if not self._agrees(run)
-        ]
+        """The runs whose answers differ from the network's, and the first difference, in words; empty if all agree."""
+        found = [f"{run}: {each.failure}" for run, each in self.agreements.items() if not self._agrees(run)]
         if found and self.first_difference is not None:
             found.append(self.first_difference)
         return found
 
     @property
     def shortfalls(self) -> list[str]:
-        """What does not hold, in words; empty when everything does."""
+        """Checks that failed, in words."""
         found = self.parity_failures
         if self.must_be_integer and self.layers.float_convolutions:
             count, first = len(self.layers.float_convolutions), self.layers.float_convolutions[0]
@@ -89,9 +84,9 @@ class Proof:
 
     @property
     def equal_in(self) -> list[str]:
-        """Runtimes with their versions that were asked here and gave this file the network's answers."""
+        """Runtimes, with versions, in which this file gave the network's answers."""
         executor = self.agreements.get(QONNX_EXECUTOR)
-        if executor is not None:  # the other runs are of the file that stands in
+        if executor is not None:  # the other runs are of the QCDQ file
             name = f"qonnx executor {version('qonnx')} ({executor.images} images)"
             return [name] if self._agrees(QONNX_EXECUTOR) else []
         agreeing = [run for run in self.agreements if self._agrees(run)]
@@ -104,7 +99,7 @@ class Proof:
         return agreement.holds or (agreement.same_answers and run in self.on_ties)
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys ``parity equal_in first_difference on_ties integer_layers float_layers judged_file``."""
+        """Plain values for JSON."""
         return {
             "equal_in": self.equal_in,
             "parity": {run: agreement.to_dict() for run, agreement in self.agreements.items()},
@@ -113,6 +108,7 @@ class Proof:
             "integer_layers": list(self.layers.integer),
             "float_layers": list(self.layers.in_float),
             "judged_file": self.judged_file,
+            "not_for": list(self.not_for),
         }
 
 
@@ -129,51 +125,51 @@ def prove(
 
     Args:
         path: the .onnx file.
-        format_name: what it was written as.
+        format_name: its format.
         folded: the reference, on the CPU.
-        spec: what it is.
+        spec: its specification.
         images: uint8 (N, C, H, W), real test images.
         unfolded: the reference of a QONNX file that kept BatchNorm.
     """
-    x, bound, chosen = to_float(images), bound_of(spec), FORMATS[format_name]
-    if chosen.runs:
-        agreements = parity(path, folded, x, runs=chosen.runs, bound=bound)
-        found, on_ties = _where(path, folded, x, agreements)
-        return Proof(format_name, agreements, optimised_layers(path), chosen.promises_integers, found, on_ties)
-    few = x[:EXECUTOR_IMAGES]
-    expected = logits_of(folded if unfolded is None else unfolded, few, label="parity: PyTorch")
-    # Of so few images one with a value on a rounding tie weighs much: the wider bound, at every width.
-    executed = compare(expected, execute(onnx.load(path), few))
+    model, x, agreements = onnx.load(path), to_float(images), {}
+    limits = tuple(not_for(model, spec))
+    runs_itself = bool(FORMATS[format_name].runs)
+    if not runs_itself:
+        few = x[:EXECUTOR_IMAGES]
+        expected = logits_of(folded if unfolded is None else unfolded, few, label="parity: PyTorch")
+        # Among so few images one rounding tie weighs much: the wider bound, at every width.
+        agreements[QONNX_EXECUTOR] = compare(expected, execute(model, few))
     with tempfile.TemporaryDirectory() as folder:
-        stand_in = _write_stand_in(Path(folder), folded, spec)
-        agreements = parity(stand_in, folded, x, runs=FORMATS[STAND_IN].runs, bound=bound)
-        found, on_ties = _where(stand_in, folded, x, agreements)
-        agreements = {QONNX_EXECUTOR: executed, **agreements}
-        return Proof(STAND_IN, agreements, optimised_layers(stand_in), False, found, on_ties)
+        judged = path if runs_itself else _write_stand_in(Path(folder), folded, spec)
+        chosen = FORMATS[judged_format := format_name if runs_itself else STAND_IN]
+        measured = parity(judged, folded, x, runs=chosen.runs, bound=bound_of(spec))
+        found, on_ties = _find_differences(judged, folded, x, measured)
+        layers = optimised_layers(judged)
+    agreements |= measured
+    return Proof(judged_format, agreements, layers, chosen.promises_integers, found, on_ties, limits)
 
 
-def _where(
+def _find_differences(
     path: Path, folded: nn.Module, x: Tensor, agreements: dict[str, Agreement]
 ) -> tuple[str | None, tuple[str, ...]]:
-    """In words, the first layer in which a file that fails parity differs; and the runs that ties explain."""
-    failing = [run for run, agreement in agreements.items() if not agreement.holds]
+    """The first layer that differs, in words, where parity fails; and the runs that rounding ties explain."""
     words: str | None = None
     on_ties = []
-    for run in failing:
-        ways = RUNS[run]
-        apart = logits_of(OnnxModel(path, **ways), x, label="search") - logits_of(folded, x, label="search")
+    for run in [run for run, agreement in agreements.items() if not agreement.holds]:
+        apart = logits_of(OnnxModel(path, **RUNS[run]), x, label="search") - logits_of(folded, x, label="search")
         worst = apart.abs().amax(dim=1).nan_to_num(torch.inf).argsort(descending=True)[:SEARCHED_IMAGES]
-        # One by one: a tie in one image would hide a fault in another that lies in a later layer.
-        found = [first_difference(path, folded, x[place : place + 1], optimise=ways["optimise"]) for place in worst]
+        # Image by image: a tie in one would hide a fault of a later layer in another.
+        optimise = RUNS[run]["optimise"]
+        found = [first_difference(path, folded, x[place : place + 1], optimise=optimise) for place in worst]
         fault = next((each for each in found if each is not None and not each.on_ties), None)
-        # A tie hides a fault behind it in the same image. But ties come to some images and a fault to nearly all: only
-        # where most images agree do ties explain the rest.
+        # A tie may hide a later fault in the same image, but a fault shows in nearly all images: ties explain the
+        # differences only where most images agree.
         few = 2 * agreements[run].images_apart <= agreements[run].images
         if few and fault is None and any(each is not None for each in found):
             on_ties.append(run)
         words = words or (f"first in {fault}" if fault is not None else None)
         if all(each is None for each in found):
-            words = words or f"{run}: every value within is the network's, the logits are not"
+            words = words or f"{run}: all inner values are equal, the logits are not"
     return words, tuple(on_ties)
 
 
@@ -190,30 +186,21 @@ def attack_file(
     device: torch.device,
     seed: int,
 ) -> Evaluation:
-    """Accuracy under the re-check suite: images found on the folded network's gradients, counted on onnxruntime's
-    answers.
+    """Accuracy under attack of the file's answers; ``folded`` gives the gradients.
 
     Args:
         path, format_name, spec: the file.
         folded: its differentiable twin; moved to ``device``.
         images, labels: uint8 (N, C, H, W) and int64 (N,).
-        attacks: the re-check suite, or none to count clean accuracy alone.
+        attacks: none for clean accuracy alone.
         epsilon: radius in [0, 1].
         device: where the attacks run; onnxruntime runs on the CPU.
         seed: of the random starts.
     """
     with tempfile.TemporaryDirectory() as folder:
         judged = path if FORMATS[format_name].runs else _write_stand_in(Path(folder), folded, spec)
-        return evaluate(
-            OnnxModel(judged),
-            folded.to(device),
-            images,
-            labels,
-            attacks=attacks,
-            epsilon=epsilon,
-            device=device,
-            seed=seed,
-        )
+        network, file = folded.to(device), OnnxModel(judged)
+        return evaluate(file, network, images, labels, attacks=attacks, epsilon=epsilon, device=device, seed=seed)
 
 
 def _write_stand_in(folder: Path, folded: nn.Module, spec: ModelSpec) -> Path:

@@ -1,7 +1,7 @@
-"""Runtimes and settings in which a file may not be used: a table, and the rows of it that hold for a file.
+"""Runtimes and settings in which a file may not be used.
 
-Every row was measured (docs/results/runtimes.md; QONNX: docs/results/finn.md and hls4ml.md). Runtimes and versions that
-were not tried have no row: no row is no proof.
+Every row was measured (docs/results/runtimes.md; QONNX: docs/results/finn.md and hls4ml.md). Runtimes and versions
+without a row were not tried.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST
 from robustq.models.spec import ModelSpec
 
 BYTES = frozenset({TensorProto.INT8, TensorProto.UINT8})
 
 QONNX_DOMAIN = "qonnx.custom_op"
-"""What the domains of QONNX' operators begin with."""
+"""Prefix of the domains of QONNX' operators."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,17 @@ class Contents:
 
     Args:
         operators: of all nodes.
-        of_bytes: those of them that have an input of 8-bit integers.
+        of_bytes: operators with an input of 8-bit integers.
         is_qonnx: whether it has operators of QONNX.
-        has_signs: whether activations have 1 bit.
-        consumer: the tool that a QONNX file was written for; None: the default one.
+        is_binary: whether activations have 1 bit.
+        is_for_hls4ml: whether it is a QONNX file that was written for hls4ml.
     """
 
     operators: frozenset[str]
     of_bytes: frozenset[str]
     is_qonnx: bool
-    has_signs: bool
-    consumer: str | None
+    is_binary: bool
+    is_for_hls4ml: bool
 
     @property
     def is_quantized(self) -> bool:
@@ -46,7 +47,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class Limit:
-    """A runtime with versions and settings, its behaviour there and what to do, and the files that it concerns."""
+    """A runtime with versions and settings, its behaviour and what to do, and the files that it concerns."""
 
     runtime: str
     behaviour: str
@@ -67,12 +68,12 @@ LIMITS = (
     Limit(
         "OpenVINO at its default setting, on processors that compute bfloat16",
         "other answers; set INFERENCE_PRECISION_HINT=f32",
-        lambda file: file.is_quantized and not file.has_signs,
+        lambda file: file.is_quantized and not file.is_binary,
     ),
     Limit(
         "OpenVINO at any setting",
         "other answers from networks with activations of 1 bit",
-        lambda file: file.is_quantized and file.has_signs,
+        lambda file: file.is_quantized and file.is_binary,
     ),
     Limit(
         "onnxruntime",
@@ -82,30 +83,24 @@ LIMITS = (
     Limit(
         "hls4ml",
         "reads no other QONNX files than those written for it; export with --for hls4ml, at 2 bits or more",
-        lambda file: file.is_qonnx and file.consumer != "hls4ml",
+        lambda file: file.is_qonnx and not file.is_for_hls4ml,
     ),
     Limit(
         "FINN",
         "not tried with files for hls4ml; export without --for hls4ml",
-        lambda file: file.is_qonnx and file.consumer == "hls4ml",
+        lambda file: file.is_for_hls4ml,
     ),
 )
 
 
-def not_for(model: onnx.ModelProto, spec: ModelSpec, *, consumer: str | None = None) -> list[str]:
-    """Where ``model`` may not be used: a sentence for each row of :data:`LIMITS` that concerns it.
-
-    Args:
-        model: a file of :func:`robustq.export.formats.build`.
-        spec: the network in it.
-        consumer: the tool that a QONNX file was written for.
-    """
-    found = contents(model, spec, consumer=consumer)
+def not_for(model: onnx.ModelProto, spec: ModelSpec) -> list[str]:
+    """A sentence for each row of :data:`LIMITS` that holds for ``model``, a file of the network ``spec``."""
+    found = contents(model, spec)
     return [f"{limit.runtime}: {limit.behaviour}" for limit in LIMITS if limit.concerns(found)]
 
 
-def contents(model: onnx.ModelProto, spec: ModelSpec, *, consumer: str | None = None) -> Contents:
-    """What decides, read from the graph (operators, element types) and from ``spec`` (widths)."""
+def contents(model: onnx.ModelProto, spec: ModelSpec) -> Contents:
+    """Read them from the graph (operators, element types) and from ``spec`` (widths)."""
     nodes = model.graph.node
     is_qonnx = any(node.domain.startswith(QONNX_DOMAIN) for node in nodes)
     types = {} if is_qonnx else _element_types(model)  # QONNX computes in float throughout
@@ -113,8 +108,8 @@ def contents(model: onnx.ModelProto, spec: ModelSpec, *, consumer: str | None = 
         operators=frozenset(node.op_type for node in nodes),
         of_bytes=frozenset(node.op_type for node in nodes if any(types.get(name) in BYTES for name in node.input)),
         is_qonnx=is_qonnx,
-        has_signs=spec.act_bits == 1,
-        consumer=consumer,
+        is_binary=spec.act_bits == 1,
+        is_for_hls4ml=any(node.domain == CHANNELS_LAST for node in nodes),
     )
 
 

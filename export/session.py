@@ -1,4 +1,4 @@
-"""A file in onnxruntime: its answers, the values within it, and which of its layers run as integers."""
+"""A file in onnxruntime: its logits and inner values, and which of its layers run as integers."""
 
 from __future__ import annotations
 
@@ -15,55 +15,32 @@ from torch import Tensor
 from robustq.errors import ModelFileError
 
 INTEGER_LAYERS = frozenset(
-    {
-        "QLinearConv",
-        "QLinearAdd",
-        "QLinearMul",
-        "QLinearMatMul",
-        "QLinearAveragePool",
-        "QLinearGlobalAveragePool",
-        "QLinearConcat",
-        "QGemm",
-        "ConvInteger",
-        "MatMulInteger",
-    }
+    {"QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+    | {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
 )
 
 NOT_LAYERS = frozenset(
     {
         "QuantizeLinear",
         "DequantizeLinear",
+        "Cast",
+        "Identity",
         "Clip",
         "Relu",
-        "Transpose",
-        "Flatten",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Identity",
-        "Cast",
         "Less",
         "Where",
         "MaxPool",
         "NhwcMaxPool",
-        "Concat",
-        "DepthToSpace",
-        "Pad",
-        "Slice",
-        "SpaceToDepth",
-        "Split",
-        "ReorderInput",
-        "ReorderOutput",
     }
+    | {"Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"}
+    | {"Unsqueeze", "ReorderInput", "ReorderOutput"}
 )
-"""Operations that move, convert or compare values. Whatever is in neither list counts as a float layer."""
+"""Operators that move, convert or compare values. Operators in neither set count as float layers."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of the layers of an optimised graph, in execution order; ``float_convolutions`` is the worst part of
-    ``in_float``.
-    """
+    """Names of the layers of an optimised graph, in their order; ``float_convolutions`` are part of ``in_float``."""
 
     integer: tuple[str, ...]
     in_float: tuple[str, ...]
@@ -102,7 +79,7 @@ class OnnxModel:
         return logits
 
     def values(self, x: Tensor, names: list[str] | None) -> list[Tensor]:
-        """The graph outputs called ``names`` (all of them: None) for images ``x``, as :meth:`__call__` takes them."""
+        """The graph outputs called ``names`` (None: all) for images ``x``, as in :meth:`__call__`."""
         images = x.detach().cpu()
         if self.takes_uint8:
             images = (images * 255).round().to(torch.uint8)
@@ -115,7 +92,7 @@ def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:
 
     Args:
         path: the .onnx file.
-        arm_defaults: decide as onnxruntime does on ARM, where int8 activations are not fused.
+        arm_defaults: decide as onnxruntime does on ARM, where layers with int8 activations stay in float.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"

@@ -1,10 +1,9 @@
-"""From the folded PyTorch network to ONNX: the one place that calls Brevitas' exporters and torch's TorchScript
-exporter.
-"""
+"""From a folded PyTorch network to ONNX, by the exporters of Brevitas and torch."""
 
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,24 +22,18 @@ INPUT, OUTPUT = "images", "logits"
 
 
 def export_qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """Standard ONNX: every quantizer is QuantizeLinear - Clip - DequantizeLinear, weights and biases are integers.
-
-    Args:
-        folded: what :func:`robustq.models.quant.folding.fold` returned.
-        spec: what it is.
-    """
+    """Standard ONNX of a folded network: quantizers are QuantizeLinear - Clip - DequantizeLinear, weights integers."""
     from brevitas.export import export_onnx_qcdq
 
     return _export(export_onnx_qcdq, folded, spec)
 
 
 def export_qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """QONNX: every quantizer is one Quant (or, at 1 bit, BipolarQuant) node of the qonnx.custom_op.general domain
-    (arXiv:2206.07527).
+    """QONNX (arXiv:2206.07527): every quantizer is a Quant or BipolarQuant node of qonnx.custom_op.general.
 
     Args:
-        network: folded, or as it was trained, in eval mode: then BatchNormalization stays a node.
-        spec: what it is.
+        network: folded, or unfolded in eval mode: then BatchNormalization stays a node.
+        spec: its specification.
     """
     from brevitas.export import export_qonnx as brevitas_export_qonnx
 
@@ -57,8 +50,6 @@ def export_float(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 
 def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    import tempfile
-
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
     with tempfile.TemporaryDirectory() as folder, _without_library_noise():
         path = Path(folder) / "exported.onnx"
@@ -82,7 +73,7 @@ def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProt
 
 @contextmanager
 def _without_library_noise() -> Iterator[None]:
-    """Silence what a user can do nothing about: deprecation notes of the exporter that ``dynamo=False`` selects."""
+    """Silence the deprecation notes of the exporter that ``dynamo=False`` selects."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

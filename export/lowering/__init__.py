@@ -1,3 +1,1 @@
-"""Graph passes on standard ONNX, one a file: each takes a ModelProto, changes it in place, keeps every answer, and says
-how often it fired.
-"""
+"""Passes on ONNX graphs: each changes a ModelProto in place, keeps its answers, and returns how often it fired."""

@@ -1,24 +1,12 @@
-"""Constants of the graph.
-
-Every QuantizeLinear, DequantizeLinear and Clip gets values, scale and zero point constants of its own.
-
-Contract: no initializer is the same input of two such nodes; values are unchanged. A Clip's bounds stay shared. Why:
-with ``session.x64quantprecision`` onnxruntime rewrites 8-bit weights and their zero points in place, and refuses a file
-in which two nodes share one (1.32: "Attempt to replace the existing tensor"), weights behind a Clip as well. The
-exporter shares zero points at 8 bits, and weights that happen to be equal, as those of one element are.
-
-Sizes and amounts that depend on nothing become constants.
-
-Contract: a node of :data:`FOLDABLE` whose inputs are all constants becomes an initializer with the value it would
-compute; DequantizeLinear is none of these, so quantized weights and biases stay integers. Why: the exporter spells out
-a padding's amounts in seven nodes, behind which no pass can see that they are fixed, derives zero points from one
-another by Identity and Expand, and clips weights in range.
-"""
+"""Passes on constants: one for each node, and operators on constants computed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -29,57 +17,49 @@ _OWNED = {
     "DequantizeLinear": {0: "values", 1: "scale", 2: "zero_point"},
     "Clip": {0: "values"},
 }
-"""Operator -> its inputs that are constants, by place."""
+"""Operator -> place -> name of the inputs that get constants of their own."""
 
 
 def own_constants(model: onnx.ModelProto) -> int:
-    """Give shared constants copies; returns how many copies were made."""
+    """Copy constants so that no two QuantizeLinear, DequantizeLinear or Clip nodes share values, scale or zero point;
+    returns how many copies were made.
+
+    With ``session.x64quantprecision`` onnxruntime rewrites 8-bit weights and their zero points in place, and refuses a
+    file in which two nodes share one (1.32: "Attempt to replace the existing tensor"). The exporter shares zero points
+    at 8 bits, and equal weights. Bounds of a Clip may stay shared.
+    """
     graph = model.graph
     index = GraphIndex(graph)
     taken: set[str] = set()
     copies = 0
     for node in graph.node:
         for place, what in _OWNED.get(node.op_type, {}).items():
-            name = node.input[place] if len(node.input) > place else ""
-            values = index.constant(name)
+            values = index.input(node, place)
             if values is None:
                 continue
-            if name in taken:
+            if node.input[place] in taken:
                 node.input[place] = add_initializer(graph, f"{node.name}_{what}", values)
                 copies += 1
-            taken.add(name)
+            taken.add(node.input[place])
     drop_unused_initializers(graph)
     return copies
 
 
 FOLDABLE = frozenset(
-    {
-        "Add",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Constant",
-        "ConstantOfShape",
-        "Expand",
-        "Gather",
-        "Identity",
-        "Reshape",
-        "Slice",
-        "Transpose",
-        "Unsqueeze",
-    }
+    {"Add", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Expand", "Gather", "Identity", "Reshape"}
+    | {"Slice", "Transpose", "Unsqueeze"}
 )
 
 
 def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset()) -> int:
-    """Fold in order of execution, so that chains fold whole.
+    """Replace nodes of :data:`FOLDABLE` whose inputs are constants by initializers; returns how many.
+
+    The exporter writes a padding's amounts as seven nodes and derives zero points from one another. Quantized weights
+    and biases stay integers, since DequantizeLinear is not foldable.
 
     Args:
-        model: changed in place.
-        but: operators of :data:`FOLDABLE` that stay.
-
-    Returns:
-        How many nodes went.
+        model: changed in place, in order of execution, so that a chain folds completely.
+        but: operators that stay.
     """
     foldable = FOLDABLE - but
     graph = model.graph
@@ -101,9 +81,7 @@ def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset(
     return folded
 
 
-def _run(
-    model: onnx.ModelProto, node: onnx.NodeProto, feeds: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]]:
+def _run(model: onnx.ModelProto, node: onnx.NodeProto, feeds: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     inputs = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
         for name, value in feeds.items()

@@ -1,16 +1,14 @@
-"""Quantizers count whole numbers; their scales become one fixed-point multiplication per tensor and channel.
+"""QONNX for hls4ml: integer activations, and one fixed-point multiplication per tensor and channel for the scales.
 
-Contract: takes the QONNX graph of a folded network. Afterwards every Quant on activations and weights has scale 1, and
-biases and multipliers are constants behind a Quant with a power of two as scale. No constant's rounding moves a value
-that enters a quantizer by more than 2^-FRACTION of its step, or a logit by more of the logits' bound; otherwise the
-logits are the same. A Relu in front of an unsigned quantizer goes; linear layers and global average pooling become
-convolutions. The graph takes one image (1, C, H, W) at a time and goes on channels last; all shapes are annotated. Any
-other operator is refused by name.
+Takes the QONNX graph of a folded network. Afterwards every Quant on activations and weights has scale 1; biases and
+multipliers are constants behind a Quant with a power of two as scale, whose rounding moves a value that enters a
+quantizer by at most 2^-FRACTION of its step, and a logit by as much of the logits' bound. A ReLU in front of an
+unsigned quantizer goes; linear layers and global average pooling become convolutions. The graph takes one image
+(1, C, H, W) at a time and is channels-last; all shapes are annotated. Other operators are refused by name.
 
-Why: hls4ml (1.3.0) computes scales that are no powers of two, averages and the biases of linear layers in the type that
-its configuration gives by default. A constant behind a Quant with a power of two as scale carries its type along, and
-from these hls4ml infers every other type wide enough. It reads channels-last layers and annotated shapes only;
-qonnx' own conversion to that layout takes minutes, and leaves multipliers as (1, 1, 1, C), which hls4ml cannot
+hls4ml (1.3.0) computes other scales, averages and the biases of linear layers in its configured default type. It takes
+the type of a constant from its Quant, and infers every other type wide enough. It reads channels-last layers and
+annotated shapes only; qonnx' conversion to that layout takes minutes, and leaves multipliers that hls4ml cannot
 broadcast.
 """
 
@@ -26,16 +24,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from robustq.errors import ExportError
-from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers
+from robustq.export.lowering.graph import GraphIndex, add_initializer, attributes, drop_unused_initializers
 
 FRACTION = 16
-"""Measured on the digits at 4 bits, on 100 images: with 12 five get other logits than the folded network's (by up to
-1.2% of their range, one code that fell the other way), with 16 none does."""
+"""Measured on 100 digits at 4 bits: with 12, five images get other logits (one code differs); with 16, none."""
 
 CHANNELS_LAST = "qonnx.custom_op.channels_last"
-"""Domain of convolutions and pooling in that layout; their weights are (O, H, W, I)."""
+"""Domain of channels-last convolutions and pooling; weights are (O, H, W, I)."""
 
 Floats = NDArray[np.float64]
+
+Shape = tuple[int, int, int]
+"""(C, H, W)"""
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,22 @@ class _Tensor:
 
     Args:
         name: in the new graph.
-        step: of the values that it counts, () or (C,) float64; 1 where it holds them themselves.
-        largest: bound of its magnitudes, in steps, () or (C,) float64.
-        shape: (C, H, W).
+        step: value of one integer step, () or (C,) float64; 1 where it holds the values themselves.
+        largest: bound of the magnitudes, in steps, () or (C,) float64.
+        shape: without the batch axis.
     """
 
     name: str
     step: Floats
     largest: Floats
-    shape: tuple[int, int, int]
+    shape: Shape
 
 
 def fixed_point_multipliers(model: onnx.ModelProto) -> None:
     """Rewrite ``model``.
 
     Raises:
-        ExportError: an operator that the new graph cannot hold; it is named.
+        ExportError: an operator that hls4ml cannot hold.
     """
     _Rewriting(model.graph).run()
     del model.graph.quantization_annotation[:]
@@ -78,11 +78,11 @@ class _Rewriting:
             "Quant": self._quantize,
             "Conv": self._convolve,
             "Gemm": self._convolve,
-            "Relu": self._rectify,
+            "Relu": self._relu,
             "MaxPool": self._pool_maximum,
             "GlobalAveragePool": self._pool_average,
             "Add": self._add,
-            "Flatten": lambda node: self.tensors[node.input[0]],  # every tensor keeps its pixels to the end
+            "Flatten": lambda node: self.tensors[node.input[0]],  # tensors keep their pixels
         }
         self._begin()
         for node in self.graph.node:
@@ -107,12 +107,12 @@ class _Rewriting:
         for value in (source, self.graph.output[0]):
             value.type.tensor_type.shape.dim[0].dim_value = 1
 
-    def _end(self, counted: _Tensor) -> None:
-        # The Flatten does not come last: there it is a KeyError of hls4ml's io_stream.
-        flat = replace(counted, name="flat_logits")
-        self._emit("Flatten", [counted.name], flat.name, (1, counted.shape[0]), axis=1)
-        tolerance = float(np.max(counted.step * counted.largest)) * 2.0**-FRACTION
-        self._multiply(flat, counted.step, counted.largest, tolerance, name="logits")
+    def _end(self, logits: _Tensor) -> None:
+        # A Flatten at the end is a KeyError of hls4ml's io_stream.
+        flat = replace(logits, name="flat_logits")
+        self._emit("Flatten", [logits.name], flat.name, (1, logits.shape[0]), axis=1)
+        tolerance = float(np.max(logits.step * logits.largest)) * 2.0**-FRACTION
+        self._multiply(flat, logits.step, logits.largest, tolerance, name="logits")
         self.nodes[-1].output[0] = self.graph.output[0].name
 
     def _annotate(self) -> None:
@@ -129,14 +129,14 @@ class _Rewriting:
         scale, zero_point, bits = (self._constant(node, place) for place in (1, 2, 3))
         if zero_point.any() or scale.size != 1:
             raise _refused(node, "has a zero point or several scales")
-        x, signed, step = self.tensors[node.input[0]], bool(_attribute(node, "signed")), scale.reshape(())
+        x, signed, step = self.tensors[node.input[0]], bool(attributes(node)["signed"]), scale.reshape(())
         width = int(bits.flat[0])
         largest = 2.0 ** (width - 1) if signed else 2.0**width - 1
         factor = x.step / step
-        # Beyond twice the largest code no rounding of the multiplier brings a value back.
+        # Values beyond twice the largest code are clipped whatever the rounding of the multiplier.
         span = np.minimum(x.largest, 2 * largest / factor)
         entering = self._multiply(x, factor, span, 2.0**-FRACTION, name=node.name)
-        narrow, name = bool(_attribute(node, "narrow")), f"{node.name}_codes"
+        narrow, name = bool(attributes(node)["narrow"]), f"{node.name}_codes"
         self._emit_quantizer(entering.name, name, 1.0, width, _pixels_first(x.shape), signed=signed, narrow=narrow)
         return _Tensor(name, step, np.array(largest), x.shape)
 
@@ -147,19 +147,19 @@ class _Rewriting:
         values, scale, bits = (self._constant(weight, place) for place in (0, 1, 3))
         codes = np.rint(values / scale)
         if node.op_type == "Gemm":
-            codes = codes.reshape(-1, *x.shape)  # a linear layer is a convolution of all pixels
-        group = _attribute(node, "group", 1)
+            codes = codes.reshape(-1, *x.shape)  # a convolution of all pixels
+        group = attributes(node).get("group", 1)
         if group > 1 and not group == x.shape[0] == len(codes):
             raise _refused(node, f"has {group} groups; hls4ml takes convolutions of one, and depthwise ones")
         step = np.broadcast_to(x.step * scale.reshape(-1), len(codes))
         sums = x.largest * np.abs(codes).reshape(len(codes), -1).sum(axis=1)
         bias = self._bias(node)
         counts = (sums > 0) | (bias != 0)
-        step = np.where(counts, step, step[counts].min(initial=1.0))  # a dead channel's scale says nothing
-        width, narrow = int(bits.flat[0]), bool(_attribute(weight, "narrow"))
+        step = np.where(counts, step, step[counts].min(initial=1.0))  # the scale of a dead channel has no meaning
+        width, narrow = int(bits.flat[0]), bool(attributes(weight)["narrow"])
         inputs = [x.name, self._quantized_codes(f"{node.name}_weight", codes, width, signed=True, narrow=narrow)]
         if bias.any():
-            # Counted in steps of the accumulator, and fine enough for the quantizer that follows.
+            # In steps of the accumulator, and fine enough for the next quantizer.
             coarsest = float(step.max())
             places = FRACTION + max(_exponent(coarsest / self._next_step(node.output[0], coarsest)), 0)
             inputs.append(self._fixed_point(f"{node.name}_bias", bias / step, places, signed=True))
@@ -167,7 +167,7 @@ class _Rewriting:
         return _Tensor(f"{node.name}_sums", step, sums + np.abs(bias) / step, shape)
 
     def _pool_average(self, node: onnx.NodeProto) -> _Tensor:
-        """A depthwise convolution of ones: the sum, without the rounding of a division."""
+        """A depthwise convolution of ones: the exact sum."""
         x = self.tensors[node.input[0]]
         channels, height, width = x.shape
         ones = np.ones((channels, 1, height, width))
@@ -176,18 +176,18 @@ class _Rewriting:
         pixels = height * width
         return _Tensor(f"{node.name}_sums", x.step / pixels, x.largest * pixels, shape)
 
-    def _rectify(self, node: onnx.NodeProto) -> _Tensor:
+    def _relu(self, node: onnx.NodeProto) -> _Tensor:
         x = self.tensors[node.input[0]]
-        if all(one.op_type == "Quant" and not _attribute(one, "signed") for one in self.index.used_by[node.output[0]]):
+        if all(one.op_type == "Quant" and not attributes(one)["signed"] for one in self.index.used_by[node.output[0]]):
             return x
         self._emit("Relu", [x.name], f"{node.name}_positive", _pixels_first(x.shape))
         return replace(x, name=f"{node.name}_positive")
 
     def _pool_maximum(self, node: onnx.NodeProto) -> _Tensor:
-        x, given = self.tensors[node.input[0]], _attributes(node)
+        x, given = self.tensors[node.input[0]], attributes(node)
         if any(given.get("pads", ())) or given.get("ceil_mode") or any(one != 1 for one in given.get("dilations", ())):
             raise _refused(node, "is padded, dilated or rounds its size up")
-        kernel, strides = list(given["kernel_shape"]), list(given.get("strides", [1, 1]))
+        kernel, strides = given["kernel_shape"], given.get("strides", [1, 1])
         shape = _window_positions(x.shape, kernel, [0, 0, 0, 0], strides)
         name = f"{node.name}_largest"
         options = {"kernel_shape": kernel, "pads": [0, 0, 0, 0], "strides": strides, "dilations": [1, 1]}
@@ -209,7 +209,7 @@ class _Rewriting:
         return _Tensor(f"{node.name}_sum", a.step, a.largest + b.largest, a.shape)
 
     def _bias(self, node: onnx.NodeProto) -> Floats:
-        """Biases (C,) in the unit of the network's values, as they were rounded; 0 where there are none."""
+        """The quantized biases (C,), or a 0."""
         if len(node.input) < 3:
             return np.zeros(1)
         maker = self.index.made_by.get(node.input[2])
@@ -219,7 +219,7 @@ class _Rewriting:
         return np.asarray(np.rint(values / scale) * scale, dtype=np.float64)
 
     def _next_step(self, name: str, otherwise: float) -> float:
-        """Step of the quantizer that takes tensor ``name``, if need be behind other operators."""
+        """Step of the next quantizer behind tensor ``name``."""
         while readers := self.index.used_by[name]:
             if readers[0].op_type == "Quant":
                 return float(self._constant(readers[0], 1).flat[0])
@@ -233,10 +233,10 @@ class _Rewriting:
         return np.asarray(found, dtype=np.float64)
 
     def _multiply(self, x: _Tensor, factor: Floats, span: Floats, tolerance: float, *, name: str) -> _Tensor:
-        """``x`` times ``factor``, wrong by at most ``tolerance`` for codes up to ``span``."""
-        places = _exponent(float(np.max(span)) / tolerance) - 1  # rounding is wrong by half a place
+        """``x`` times ``factor``, with an error of at most ``tolerance`` for codes up to ``span``."""
+        places = _exponent(float(np.max(span)) / tolerance) - 1  # the rounding error is half a place
         if (np.rint(factor * 2.0**places) == 2.0**places).all():
-            # hls4ml (1.3.0) drops a product by 1, and the quantizer behind it as well.
+            # hls4ml (1.3.0) drops a product by 1 together with the quantizer behind it.
             return replace(x, step=x.step / factor)
         multiplier = self._fixed_point(f"{name}_multiplier", factor, places, signed=False)
         self._emit("Mul", [x.name, multiplier], f"{name}_product", self.shapes[x.name])
@@ -259,15 +259,7 @@ class _Rewriting:
         self.shapes[output] = shape
 
     def _emit_quantizer(
-        self,
-        x: str,
-        output: str,
-        scale: float,
-        width: int,
-        shape: Sequence[int],
-        *,
-        signed: bool,
-        narrow: bool = False,
+        self, x: str, output: str, scale: float, width: int, shape: Sequence[int], *, signed: bool, narrow: bool = False
     ) -> str:
         parameters = (("scale", scale), ("zero_point", 0.0), ("width", width))
         inputs = [add_initializer(self.graph, f"{output}_{what}", np.array(it, np.float32)) for what, it in parameters]
@@ -276,17 +268,12 @@ class _Rewriting:
         return output
 
     def _emit_convolution(
-        self,
-        node: onnx.NodeProto,
-        inputs: Sequence[str],
-        weight: Sequence[int],
-        entering: tuple[int, int, int],
-        group: int,
-    ) -> tuple[int, int, int]:
-        given = _attributes(node)
+        self, node: onnx.NodeProto, inputs: Sequence[str], weight: Sequence[int], entering: Shape, group: int
+    ) -> Shape:
+        given = attributes(node)
         if given.get("auto_pad", b"NOTSET") != b"NOTSET" or any(one != 1 for one in given.get("dilations", ())):
             raise _refused(node, "is padded by auto_pad or dilated")
-        pads, strides = list(given.get("pads", [0, 0, 0, 0])), list(given.get("strides", [1, 1]))
+        pads, strides = given.get("pads", [0, 0, 0, 0]), given.get("strides", [1, 1])
         kernel = list(weight[2:])
         _, height, width = _window_positions(entering, kernel, pads, strides)
         shape = (weight[0], height, width)
@@ -295,15 +282,13 @@ class _Rewriting:
         return shape
 
 
-def _pixels_first(shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+def _pixels_first(shape: Shape) -> tuple[int, int, int, int]:
     channels, height, width = shape
     return (1, height, width, channels)
 
 
-def _window_positions(
-    entering: tuple[int, int, int], kernel: Sequence[int], pads: Sequence[int], strides: Sequence[int]
-) -> tuple[int, int, int]:
-    """(C, H, W) of what a window sees that moves over ``entering``."""
+def _window_positions(entering: Shape, kernel: list[int], pads: list[int], strides: list[int]) -> Shape:
+    """(C, H, W) of the positions of a window that moves over ``entering``."""
     height, width = (
         (side + pads[axis] + pads[axis + 2] - kernel[axis]) // strides[axis] + 1
         for axis, side in enumerate(entering[1:])
@@ -314,14 +299,6 @@ def _window_positions(
 def _exponent(value: float) -> int:
     """The smallest e with 2^e of at least ``value``."""
     return int(np.ceil(np.log2(max(value, 1e-30))))
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def _attribute(node: onnx.NodeProto, name: str, otherwise: int = 0) -> int:
-    return int(_attributes(node).get(name, otherwise))
 
 
 def _refused(node: onnx.NodeProto, why: str) -> ExportError:

@@ -1,17 +1,19 @@
-"""Reading and rewiring an ONNX graph: who makes a tensor, who uses it, what constant it is."""
+"""Reading and rewiring an ONNX graph."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 
 class GraphIndex:
-    """Lookups over one graph as it was when the index was made.
+    """Makers, readers and constants of one graph as it was when the index was made.
 
     Args:
         graph: the graph; a pass that adds or removes nodes makes a new index afterwards.
@@ -26,24 +28,48 @@ class GraphIndex:
                 self.used_by[name].append(node)
         self._initializers = {tensor.name: tensor for tensor in graph.initializer}
 
-    def constant(self, name: str) -> NDArray[np.generic] | None:
+    def constant(self, name: str) -> NDArray[Any] | None:
         """The array of an initializer, or None for a tensor that is computed."""
         tensor = self._initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
-    def uses(self, name: str) -> int:
-        """How many node inputs take ``name``."""
-        return len(self.used_by[name])
+    def input(self, node: onnx.NodeProto, place: int) -> NDArray[Any] | None:
+        """The constant input of ``node`` at ``place``; None where it is computed or missing."""
+        return self.constant(node.input[place]) if len(node.input) > place else None
 
 
-def add_initializer(graph: onnx.GraphProto, name: str, values: NDArray[np.generic]) -> str:
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Name -> value."""
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def replace_input(readers: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Let ``readers`` take the tensor ``new`` wherever they take ``old``."""
+    for reader in readers:
+        for place, name in enumerate(reader.input):
+            if name == old:
+                reader.input[place] = new
+
+
+def insert_nodes(graph: onnx.GraphProto, place: int, nodes: Iterable[onnx.NodeProto]) -> None:
+    """Insert ``nodes`` in their order, the first of them at ``place``."""
+    for step, node in enumerate(nodes):
+        graph.node.insert(place + step, node)
+
+
+def add_initializer(graph: onnx.GraphProto, name: str, values: NDArray[Any]) -> str:
     """Add a constant under ``name``, with a number behind it when the name is taken; returns the name it got."""
     taken = {tensor.name for tensor in graph.initializer} | {out for node in graph.node for out in node.output}
-    unique, number = name, 2
-    while unique in taken:
-        unique, number = f"{name}_{number}", number + 1
+    unique = unique_name(name, taken)
     graph.initializer.append(numpy_helper.from_array(values, unique))
     return unique
+
+
+def unique_name(name: str, taken: set[str]) -> str:
+    """``name``, or with the first number from 2 on behind it that is not taken."""
+    if name not in taken:
+        return name
+    return next(unique for number in itertools.count(2) if (unique := f"{name}_{number}") not in taken)
 
 
 def drop_unused_initializers(graph: onnx.GraphProto) -> None:

@@ -1,30 +1,29 @@
-"""Weights narrower than a byte are packed in the file and unpacked by standard operations.
+"""Weights narrower than a byte are packed in the file and unpacked by standard operators.
 
-Contract: an int8 weight behind a DequantizeLinear whose codes are multiples, by one number, of values that fit into b <
-8 bits becomes bytes that hold as many b-bit fields as fit, most significant first, and Gather(table, bytes) - Reshape,
-whose table holds what each byte unpacks to. A width that does not divide a byte is the sum of parts that do, added as
-int32: 3 bits are 2 bits and 1. The codes that reach DequantizeLinear are the same. Why: onnxruntime folds operations on
-constants when it loads a file, so the graph that runs is the one with whole bytes; its own int4 and int2 types would
-leave convolutions in float (1.32), and there is no 3- or 1-bit type.
+An int8 weight whose codes are multiples, by one number, of values that fit into b < 8 bits becomes bytes that hold as
+many b-bit fields as fit, most significant first, and Gather(table, bytes) - Reshape, whose table holds the fields of
+each byte. A width that does not divide a byte is the sum of parts that do: 3 bits are 2 bits and 1. The codes that
+reach DequantizeLinear are the same. onnxruntime folds operators on constants when it loads a file, so the graph that
+runs has whole bytes; its own int4 and int2 types would leave convolutions in float (1.32), and it has no 3- or 1-bit
+type.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers
+from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers, insert_nodes
 
 BYTE = 8
 
 SMALLEST = 1024
-"""Weights fewer than this stay as they are: unpacking nodes would take more bytes than they save."""
+"""Smaller weights stay as they are: unpacking nodes would take more bytes than they save."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def packed_weights(model: onnx.ModelProto) -> int:
     for node in list(graph.node):
         if node.op_type != "DequantizeLinear":
             continue
-        codes: NDArray[Any] | None = index.constant(node.input[0])
+        codes = index.constant(node.input[0])
         if codes is None or codes.dtype != np.int8 or codes.ndim < 2 or codes.size < SMALLEST:
             continue
         fields = fields_of(codes)
@@ -64,7 +63,7 @@ def fields_of(codes: NDArray[np.int8]) -> Fields:
     factor = max(int(np.gcd.reduce(wide, axis=None)), 1)
     numbers = wide // factor
     lowest, highest = int(numbers.min()), int(numbers.max())
-    # Signs are two values two apart; everything else counts in ones.
+    # Binary codes are two apart, others one.
     stride = max(int(np.gcd.reduce(numbers - lowest, axis=None)), 1)
     bits = max((highest - lowest) // stride, 1).bit_length()
     return Fields(((numbers - lowest) // stride).astype(np.uint8), bits, factor, stride, lowest)
@@ -88,7 +87,7 @@ def pack(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
 def _unpacked(
     graph: onnx.GraphProto, dequantize: onnx.NodeProto, shape: tuple[int, ...], fields: Fields, tables: dict[bytes, str]
 ) -> str:
-    """Put the unpacking in front of ``dequantize``; the name of the tensor of whole codes."""
+    """Insert the unpacking in front of ``dequantize``; returns the tensor of int8 codes."""
     name = dequantize.name
     size = math.prod(shape)
     nodes: list[onnx.NodeProto] = []
@@ -114,9 +113,7 @@ def _unpacked(
         nodes.append(helper.make_node("Reshape", [part, wanted], [f"{name}_shaped_{width}"]))
         summands.append(f"{name}_shaped_{width}")
     codes = summands[0] if len(summands) == 1 else _sum(nodes, name, summands)
-    position = list(graph.node).index(dequantize)
-    for step, node in enumerate(nodes):
-        graph.node.insert(position + step, node)
+    insert_nodes(graph, list(graph.node).index(dequantize), nodes)
     return codes
 
 
@@ -133,7 +130,7 @@ def _sum(nodes: list[onnx.NodeProto], name: str, summands: list[str]) -> str:
 
 
 def _cut(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], part: str, size: int) -> str:
-    """Flat, and without what filled up the last byte."""
+    """Flatten, and cut the fill of the last byte off."""
     flat = _constant(graph, "flat", np.array([-1], np.int64))
     start, end = _constant(graph, "start", np.array([0], np.int64)), _constant(graph, f"end_{size}", np.array([size]))
     nodes.append(helper.make_node("Reshape", [part, flat], [f"{part}_flat"]))
@@ -142,17 +139,17 @@ def _cut(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], part: str, size: i
 
 
 def _table(width: int, *, factor: int, offset: int) -> NDArray[np.int8]:
-    """(256, fields in a byte): what each byte unpacks to."""
+    """(256, fields in a byte): the codes of each byte."""
     each = BYTE // width
     shifts = np.arange(each - 1, -1, -1) * width
     fields = (np.arange(256).reshape(-1, 1) >> shifts) & (2**width - 1)
-    # A byte whose fields no weight has may unpack to what int8 cannot hold; nobody reads it.
+    # Bytes that no weight uses may exceed int8; nobody reads them.
     table: NDArray[np.int8] = np.clip(fields * factor + offset, -128, 127).astype(np.int8)
     return table
 
 
 def _constant(graph: onnx.GraphProto, name: str, values: NDArray[np.int64]) -> str:
-    """One constant for all weights that want it."""
+    """Add a constant that all weights share."""
     if any(tensor.name == name for tensor in graph.initializer):
         return name
     return add_initializer(graph, name, values)

@@ -1,36 +1,34 @@
-"""Names that take little room.
-
-Contract: tensors but the graph's inputs and outputs are called by a number in base 36; layers are called by the module
-that they come from (``layer1.0.conv1`` instead of ``/layer1/layer1.0/conv1/Conv``), other nodes by nothing; texts and
-shapes that only a reader of the exporter would want go. Nothing is computed otherwise. Why: exporter's names are longer
-than a binary layer's biases, and each is written several times.
-"""
+"""Short names: an exporter's names take more bytes than a binary layer's biases, and each is written several times."""
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
-from robustq.export.lowering.graph import GraphIndex
+from robustq.export.lowering.graph import unique_name
 
 LAYERS = frozenset({"Add", "Conv", "Gemm", "GlobalAveragePool", "MatMul"})
 """Operations whose node keeps a name."""
 
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-
 
 def short_names(model: onnx.ModelProto) -> int:
-    """Rename in place; returns how many tensors got another name."""
+    """Call tensors but inputs and outputs by a number in base 36, layers by their module, and other nodes by nothing;
+    drop doc strings and shapes; returns how many tensors got another name.
+    """
     graph = model.graph
     kept = {value.name for value in [*graph.input, *graph.output]}
     names: dict[str, str] = {}
-    for tensor in graph.initializer:
-        _rename(tensor.name, names, kept)
-    for node in graph.node:
-        for name in node.output:
-            _rename(name, names, kept)
+    for name in [tensor.name for tensor in graph.initializer] + [name for node in graph.node for name in node.output]:
+        if name and name not in kept and name not in names:
+            short = np.base_repr(len(names), 36).lower()
+            names[name] = f"_{short}" if short in kept else short
     taken: set[str] = set()
     for node in graph.node:
-        node.name = _layer_name(node.name, taken) if node.op_type in LAYERS else ""
+        if node.op_type in LAYERS:
+            node.name = unique_name(module_name(node.name), taken)
+            taken.add(node.name)
+        else:
+            node.name = ""
         node.doc_string = ""
         for names_of in (node.input, node.output):
             for place, name in enumerate(names_of):
@@ -40,7 +38,6 @@ def short_names(model: onnx.ModelProto) -> int:
         tensor.doc_string = ""
     del graph.value_info[:]
     graph.doc_string = model.doc_string = ""
-    assert len(GraphIndex(graph).made_by) == sum(len(node.output) for node in graph.node)  # no two of one name
     return len(names)
 
 
@@ -56,25 +53,3 @@ def module_name(node_name: str) -> str:
     if kind.split("_")[0] in ("Conv", "Gemm"):
         return path or kind
     return f"{path}.{kind}".lstrip(".").lower()
-
-
-def _rename(name: str, names: dict[str, str], kept: set[str]) -> None:
-    if name and name not in kept and name not in names:
-        short = _number(len(names))
-        names[name] = f"_{short}" if short in kept else short
-
-
-def _layer_name(name: str, taken: set[str]) -> str:
-    base = module_name(name)
-    unique, number = base, 2
-    while unique in taken:
-        unique, number = f"{base}_{number}", number + 1
-    taken.add(unique)
-    return unique
-
-
-def _number(value: int) -> str:
-    digits = DIGITS[value % 36]
-    while value := value // 36:
-        digits = DIGITS[value % 36] + digits
-    return digits

@@ -16,7 +16,6 @@ from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
-from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
 from robustq.files import atomic_folder, check_output, free_path
 from robustq.hardening.run_folder import last_hardened
@@ -112,7 +111,6 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
-            "not_for": not_for(written, spec, consumer=consumer),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),
@@ -128,7 +126,7 @@ def export_model(
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {})
         add_results(
-            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=proof.shortfalls
+            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=list(proof.not_for), failed=proof.shortfalls
         )
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)

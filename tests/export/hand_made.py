@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def same_answers(before: onnx.ModelProto, after: onnx.ModelProto, x: Array) -> b
     """Bit for bit, on every output."""
     pairs = zip(answers(before, x), answers(after, x), strict=True)
     return all(one.dtype == two.dtype and one.tobytes() == two.tobytes() for one, two in pairs)
+
+
+def lowered(
+    lower: Callable[[onnx.ModelProto], int], before: onnx.ModelProto, x: Array | None = None, *, count: int
+) -> onnx.ModelProto:
+    """The model after a pass that must fire ``count`` times, keep every answer to ``x``, and then find no more."""
+    after = copy.deepcopy(before)
+    assert lower(after) == count
+    onnx.checker.check_model(after, full_check=True)
+    assert x is None or same_answers(before, after, x)
+    assert unchanged(lower, after)
+    return after
+
+
+def unchanged(lower: Callable[[onnx.ModelProto], int], model: onnx.ModelProto) -> bool:
+    """Whether the pass leaves the model as it is."""
+    before = model.SerializeToString()
+    return lower(model) == 0 and model.SerializeToString() == before
 
 
 def optimised_operations(path: Path, *, arm_defaults: bool) -> Counter[str]:

@@ -1,4 +1,4 @@
-"""User networks drawn from a seed: groups, gates, concatenations, odd sides, and BatchNorm out of all bounds."""
+"""Random custom networks: groups, gates, concatenations, odd sides, and extreme BatchNorm."""
 
 from __future__ import annotations
 
@@ -23,14 +23,8 @@ from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import Widths, learned_thresholds
 from robustq.models.spec import ModelSpec
 
-ACTIVATIONS: tuple[Callable[[], nn.Module], ...] = (
-    nn.ReLU,
-    nn.ReLU,
-    nn.ReLU6,
-    lambda: nn.Hardtanh(0.0, 3.0),
-    nn.Identity,
-    nn.Hardswish,
-)
+Make = Callable[[], nn.Module]
+ACTIVATIONS: tuple[Make, ...] = (nn.ReLU, nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(0.0, 3.0), nn.Identity, nn.Hardswish)
 GAMMAS = (-0.8, 0.0, 1e-20, -1e-9, 1e-3, 100.0, -1e4, 1e4, 1e6, -1e6)
 
 
@@ -104,12 +98,8 @@ class Gate(nn.Module):
         self.squeeze = draw.rng.random() < 0.5
         if self.squeeze:
             hidden = draw.rng.choice((2, 4))
-            self.inner: nn.Module = nn.Sequential(
-                nn.AdaptiveAvgPool2d(1),
-                nn.Conv2d(channels, hidden, 1),
-                nn.ReLU(),
-                nn.Conv2d(hidden, channels, 1),
-            )
+            convs = nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)
+            self.inner: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), convs[0], nn.ReLU(), convs[1])
         else:
             self.inner = draw.layer(out=channels, same_size=True, act=False)
         draw.channels, draw.side = channels, side
@@ -174,17 +164,17 @@ def random_network(seed: int) -> tuple[GraphModule, ModelSpec, Tensor]:
     graph = quantized_graph(net, name="net", widths=Widths(*bits), **shape)
     set_layer_bits(graph, own)
     graph.eval()
-    x = _pictures(100, channels, side)
-    calibrate(graph, _pictures(40, channels, side))
+    x = random_images(100, channels, side)
+    calibrate(graph, random_images(40, channels, side))
     with torch.no_grad():
         for threshold in learned_thresholds(graph).values():
-            # Off the simple fractions of one another that calibration finds: their ties are no fault of a file's.
+            # Calibrated thresholds are simple fractions of one another, which makes ties.
             threshold.log_threshold.add_(0.02 * torch.randn(()))
     return graph, spec, x
 
 
 def outcome(seed: int, format_name: str, folder: Path) -> str:
-    """What becomes of one network: ``equal``, ``ties``, ``refused: ...``, or ``WRONG: ...``."""
+    """Result of one network: ``equal``, ``ties``, ``refused: ...``, or ``WRONG: ...``."""
     graph, spec, x = random_network(seed)
     path = folder / f"{seed}-{format_name}.onnx"
     try:
@@ -214,5 +204,5 @@ def _break(norm: nn.BatchNorm2d, rng: random.Random) -> None:
             norm.bias[channel] = rng.choice((-50.0, 1e3, -1e5))
 
 
-def _pictures(count: int, channels: int, side: int) -> Tensor:
+def random_images(count: int, channels: int, side: int) -> Tensor:
     return torch.randint(0, 256, (count, channels, side, side)).float() / 255

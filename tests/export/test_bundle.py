@@ -1,8 +1,9 @@
-"""An export folder, and every way in which it is not one."""
+"""An export bundle, and folders that are none."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from robustq.errors import ModelFileError
 from robustq.export.bundle import MODEL, RECORD, open_bundle, write_record
 
 
-def bundle(folder: Path) -> Path:
-    """What open_bundle asks for; it reads none of the two files."""
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A folder with all that open_bundle asks for; it reads neither .onnx nor model.pt."""
+    folder = tmp_path / "out"
     folder.mkdir()
     (folder / "net.onnx").write_bytes(b"onnx")
     (folder / MODEL).write_bytes(b"weights")
@@ -20,86 +23,57 @@ def bundle(folder: Path) -> Path:
     return folder
 
 
-def refusal(path: Path) -> str:
-    with pytest.raises(ModelFileError) as caught:
-        open_bundle(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}") and "\n" not in message
-    return message
-
-
-def test_there_and_back(tmp_path: Path) -> None:
-    path = bundle(tmp_path / "out")
-    opened = open_bundle(path)
-    assert (opened.path, opened.onnx, opened.model) == (path, path / "net.onnx", path / MODEL)
+def test_there_and_back(bundle: Path) -> None:
+    (bundle / "notes.txt").write_text("mine", encoding="utf-8")  # other files do no harm
+    opened = open_bundle(bundle)
+    assert (opened.path, opened.onnx, opened.model) == (bundle, bundle / "net.onnx", bundle / MODEL)
     assert opened.format == "integer" and opened.record["parity"] == {"optimised": 1}
     assert opened.record["sha256"].keys() == {"net.onnx", MODEL}
-    assert (path / RECORD).read_text(encoding="utf-8").endswith("}\n")
-
-
-def test_other_files_do_no_harm(tmp_path: Path) -> None:
-    path = bundle(tmp_path / "out")
-    (path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert open_bundle(path).format == "integer"
-
-
-def test_a_missing_folder(tmp_path: Path) -> None:
-    assert "no such folder; give the folder that 'robustq export' wrote" in refusal(tmp_path / "none")
-
-
-def test_a_lone_onnx(tmp_path: Path) -> None:
-    path = bundle(tmp_path / "out") / "net.onnx"
-    assert "is a lone .onnx, without the model.pt" in refusal(path)
-
-
-def test_another_file(tmp_path: Path) -> None:
-    path = bundle(tmp_path / "out") / MODEL
-    assert "is not an export folder" in refusal(path)
-
-
-@pytest.mark.parametrize("count", [0, 2])
-def test_not_exactly_one_onnx(tmp_path: Path, count: int) -> None:
-    path = bundle(tmp_path / "out")
-    if count:
-        (path / "other.onnx").write_bytes(b"onnx")
-    else:
-        (path / "net.onnx").unlink()
-    assert f"holds {count} .onnx files, an export folder holds one" in refusal(path)
-
-
-@pytest.mark.parametrize("name", [MODEL, RECORD])
-def test_a_missing_part(tmp_path: Path, name: str) -> None:
-    path = bundle(tmp_path / "out")
-    (path / name).unlink()
-    assert f"has no {name} beside net.onnx; export the model again" in refusal(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b'{"format": "integer"'])
-def test_a_broken_record(tmp_path: Path, content: bytes) -> None:
-    path = bundle(tmp_path / "out")
-    (path / RECORD).write_bytes(content)
-    assert f"{RECORD}: is not valid JSON" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    "record",
-    [[], "integer", None, {}, {"format": "integer"}, {"sha256": {}}, {"format": "integer", "sha256": "abc"}],
+    ("name", "line"),
+    [
+        ("none", "no such folder; give the folder that 'robustq export' wrote"),
+        ("net.onnx", "is a lone .onnx, without the model.pt"),
+        (MODEL, "is not an export folder"),
+    ],
 )
-def test_a_record_of_something_else(tmp_path: Path, record: object) -> None:
-    path = bundle(tmp_path / "out")
-    (path / RECORD).write_text(json.dumps(record), encoding="utf-8")
-    assert f"{RECORD}: does not say format and sha256" in refusal(path)
+def test_another_path(bundle: Path, name: str, line: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        open_bundle(bundle / name)
+    assert str(caught.value).startswith(f"{bundle / name}") and line in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["net.onnx", MODEL])
-def test_a_file_that_was_changed(tmp_path: Path, name: str) -> None:
-    path = bundle(tmp_path / "out")
-    (path / name).write_bytes((path / name).read_bytes() + b"!")
-    message = refusal(path)
-    assert message.startswith(f"{path / name}: is not the file that {RECORD} speaks of (its sha256 differs)")
+def record(content: object) -> Callable[[Path], object]:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda folder: (folder / RECORD).write_bytes(text)
 
 
-def test_a_file_that_was_renamed(tmp_path: Path) -> None:
-    path = bundle(tmp_path / "out")
-    (path / "net.onnx").rename(path / "renamed.onnx")
-    assert "its sha256 differs" in refusal(path)
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (
+            lambda folder: (folder / "other.onnx").write_bytes(b"onnx"),
+            "holds 2 .onnx files, an export folder holds one",
+        ),
+        (lambda folder: (folder / "net.onnx").unlink(), "holds 0 .onnx files"),
+        (lambda folder: (folder / MODEL).unlink(), f"has no {MODEL} beside net.onnx; export the model again"),
+        (lambda folder: (folder / RECORD).unlink(), f"has no {RECORD} beside net.onnx"),
+        (record(b'{"format": "integer"'), f"{RECORD}: is not valid JSON"),
+        (record(b"\xff\xfe\x00"), f"{RECORD}: is not valid JSON"),
+        (record([]), f"{RECORD}: does not say format and sha256"),
+        (record({"format": "integer", "sha256": "abc"}), f"{RECORD}: does not say format and sha256"),
+        (
+            lambda folder: (folder / "net.onnx").write_bytes(b"onnx!"),
+            f"net.onnx: is not the file that {RECORD} speaks of",
+        ),
+        (lambda folder: (folder / MODEL).write_bytes(b"weight"), f"{MODEL}: is not the file that {RECORD} speaks of"),
+        (lambda folder: (folder / "net.onnx").rename(folder / "renamed.onnx"), "its sha256 differs"),
+    ],
+)
+def test_a_damaged_bundle(bundle: Path, damage: Callable[[Path], object], line: str) -> None:
+    damage(bundle)
+    with pytest.raises(ModelFileError) as caught:
+        open_bundle(bundle)
+    assert str(caught.value).startswith(f"{bundle}") and line in str(caught.value) and "\n" not in str(caught.value)

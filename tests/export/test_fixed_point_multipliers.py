@@ -15,8 +15,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from robustq.errors import ExportError, UsageError
-from robustq.export.formats import build, check_format
+from robustq.errors import ExportError
+from robustq.export.formats import build
 from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST, FRACTION, fixed_point_multipliers
 from robustq.export.qonnx_file import execute
 from tests.export import hand_made as hm
@@ -118,7 +118,7 @@ def test_no_product_is_by_one(step: float, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_every_type_is_written_in_the_graph() -> None:
-    """What hls4ml reads: whole codes, powers of two, constants on their grids, one layout, all shapes."""
+    """Integer codes, powers of two, constants on their grids, one layout, all shapes."""
     model = copy.deepcopy(parsed(4, "qonnx"))
     fixed_point_multipliers(model)
     graph = model.graph
@@ -148,7 +148,7 @@ def test_every_type_is_written_in_the_graph() -> None:
 @pytest.mark.parametrize("name", ["resnet8", "inverted"])
 def test_answers_are_the_folded_networks(name: str) -> None:
     folded, x, kind = (
-        (net(4).folded, net(4).x[:40], small_spec(4)) if name == "resnet8" else (folded_of(name, 4), X[:40], spec(4))
+        (net(4).folded, net(4).x[:20], small_spec(4)) if name == "resnet8" else (folded_of(name, 4), X[:20], spec(4))
     )
     model = build("qonnx", folded, kind, consumer="hls4ml")
     with torch.no_grad():
@@ -173,44 +173,14 @@ def refused(kind: str, **options: Any) -> onnx.ModelProto:
     [
         ("Concat", {"axis": 1}, "is none of Quant, Conv, Gemm, Relu, MaxPool, GlobalAveragePool, Add, Flatten"),
         ("Conv", {"group": 2, "inner": 2}, "has 2 groups; hls4ml takes convolutions of one, and depthwise ones"),
-        ("Conv", {"dilations": [2, 2]}, "is padded by auto_pad or dilated"),
         ("Conv", {"auto_pad": "SAME_UPPER"}, "is padded by auto_pad or dilated"),
-        (
-            "MaxPool",
-            {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]},
-            "is padded, dilated or rounds its size up",
-        ),
+        ("MaxPool", {"kernel_shape": [3, 3], "pads": [1] * 4}, "is padded, dilated or rounds its size up"),
     ],
 )
 def test_what_hls4ml_cannot_hold_is_named(kind: str, options: dict[str, Any], why: str) -> None:
     with pytest.raises(ExportError) as caught:
         fixed_point_multipliers(refused(kind, **options))
     line = f"hls4ml cannot hold operator ({kind}), which {why}; write the network with --format integer"
-    assert str(caught.value) == line
-
-
-@pytest.mark.parametrize(
-    ("name", "bits", "options", "line"),
-    [
-        ("qonnx", 4, {"consumer": "vitis"}, "--for vitis is not known; choose finn or hls4ml"),
-        ("integer", 4, {"consumer": "finn"}, "--for finn goes with --format qonnx, not with integer"),
-        (
-            "qonnx",
-            4,
-            {"consumer": "hls4ml", "batch_norm": "keep"},
-            "--for hls4ml folds BatchNorm into fixed-point multipliers; leave out --batch-norm keep",
-        ),
-        (
-            "qonnx",
-            1,
-            {"consumer": "hls4ml"},
-            "resnet8-w1a1: --for hls4ml holds no layers of 1 bit; harden with --bits 2 or more",
-        ),
-    ],
-)
-def test_the_options_that_do_not_go_together(name: str, bits: int, options: dict[str, str], line: str) -> None:
-    with pytest.raises((ExportError, UsageError)) as caught:
-        check_format(name, small_spec(bits), **options)
     assert str(caught.value) == line
 
 
@@ -223,7 +193,7 @@ PINS = """
 @pytest.mark.slow
 def test_hls4mls_c_simulation_gives_the_executors_logits(tmp_path: Path) -> None:
     """Depthwise layers, a signed sum and three channels; the quickstart's network is in docs/results/hls4ml.md."""
-    model, x = build("qonnx", folded_of("inverted", 4), spec(4), consumer="hls4ml"), X[:40]
+    model, x = build("qonnx", folded_of("inverted", 4), spec(4), consumer="hls4ml"), X[:20]
     onnx.save(model, tmp_path / "model.onnx")
     np.save(tmp_path / "images.npy", x.numpy())
     python = tmp_path / "hls4ml" / "bin" / "python"

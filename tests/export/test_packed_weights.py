@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import onnx
 import pytest
@@ -40,21 +38,15 @@ def layer(codes: hm.Array) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("bits", CODES)
-@pytest.mark.parametrize("shape", [(64, 16), (33, 37)])  # whole bytes, and a last one to be filled up
-@pytest.mark.parametrize("whole", [False, True])
-def test_the_same_weights_in_so_many_bits(bits: int, shape: tuple[int, int], whole: bool) -> None:
-    codes = weights(bits, shape, factor=1 if whole else FACTORS[bits])
-    before = layer(codes)
-    after = copy.deepcopy(before)
-    assert packed_weights(after) == 1
-    onnx.checker.check_model(after, full_check=True)
+@pytest.mark.parametrize("shape", [(64, 16), (33, 37)])  # complete bytes, and a last one to be filled up
+def test_the_same_weights_in_so_many_bits(bits: int, shape: tuple[int, int]) -> None:
+    codes = weights(bits, shape, factor=1 if shape[0] == 64 else FACTORS[bits])
+    # The identity matrix reads the weights out.
+    after = hm.lowered(packed_weights, layer(codes), np.eye(shape[1], dtype=np.float32), count=1)
     stored = [tensor for tensor in after.graph.initializer if "packed" in tensor.name]
     held = sum(onnx.numpy_helper.to_array(tensor).size for tensor in stored)
     assert codes.size * bits / 8 <= held < codes.size * bits / 8 + len(stored)
     assert not [tensor for tensor in after.graph.initializer if tensor.name == "codes"]
-    # The identity matrix reads the weights out.
-    assert hm.same_answers(before, after, np.eye(shape[1], dtype=np.float32))
-    assert packed_weights(after) == 0
 
 
 @pytest.mark.parametrize("bits", [3, 7])
@@ -72,11 +64,8 @@ def test_layers_share_what_bytes_unpack_to() -> None:
     codes = weights(4, (64, 64), factor=18)
     constants = {"one": codes, "two": codes[::-1].copy(), "three": (codes // 18).astype(np.int8), "s": np.float32(1)}
     nodes = [hm.dequantize(name, f"w_{name}", "s") for name in ("one", "two", "three")]
-    inputs = ["x", "a", "b"]
-    nodes += [
-        hm.node("MatMul", [inputs[place], f"w_{name}"], [*inputs, "y"][place + 1])
-        for place, name in enumerate(("one", "two", "three"))
-    ]
+    chain = [("x", "one", "a"), ("a", "two", "b"), ("b", "three", "y")]
+    nodes += [hm.node("MatMul", [source, f"w_{name}"], result) for source, name, result in chain]
     model = hm.model(nodes, constants, x=["n", 64], outputs={"y": 2})
     assert packed_weights(model) == 3
     tables = [tensor for tensor in model.graph.initializer if tensor.name.startswith("bytes_of_4")]
@@ -92,13 +81,10 @@ def test_layers_share_what_bytes_unpack_to() -> None:
 )
 def test_what_would_not_shrink_stays(codes: hm.Array) -> None:
     assert codes.size < SMALLEST or np.unique(codes).size == 256
-    model = layer(codes)
-    before = model.SerializeToString()
-    assert packed_weights(model) == 0
-    assert model.SerializeToString() == before
+    assert hm.unchanged(packed_weights, layer(codes))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(-128, 127), min_size=1, max_size=40))
 def test_fields_say_what_the_codes_were(numbers: list[int]) -> None:
     codes = np.array(numbers, np.int8)
@@ -106,11 +92,6 @@ def test_fields_say_what_the_codes_were(numbers: list[int]) -> None:
     assert fields.values.max() < 2**fields.bits
     back = fields.factor * (fields.values.astype(int) * fields.stride + fields.offset)
     assert back.tolist() == numbers
-
-
-@pytest.mark.parametrize(("bits", "parts"), [(1, [1]), (2, [2]), (3, [2, 1]), (4, [4]), (6, [4, 2]), (7, [4, 2, 1])])
-def test_parts_divide_a_byte(bits: int, parts: list[int]) -> None:
-    assert parts_of(bits) == parts
 
 
 def test_the_most_significant_field_comes_first() -> None:

@@ -7,13 +7,11 @@ import math
 from pathlib import Path
 
 import onnx
-import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor
 
 from robustq.export.parity import BATCH, RUNS, Agreement, compare, drift, logits_of, parity
-from robustq.export.session import OnnxModel
 from tests.export.exported import WIDTHS, net, parsed, written
 
 
@@ -29,14 +27,10 @@ def test_differences_are_shares_of_the_references_range() -> None:
     )
 
 
-def test_equal_logits_do_not_differ() -> None:
+def test_equal_and_constant_logits_do_not_differ() -> None:
     logits = torch.randn(50, 10, generator=torch.Generator().manual_seed(0))
     assert compare(logits, logits.clone()) == Agreement(50, 0, 0.0, 0.0)
-
-
-def test_constant_logits_have_no_range_to_divide_by() -> None:
-    found = compare(torch.ones(3, 2), torch.ones(3, 2))
-    assert (found.different_top1, found.max_difference) == (0, 0.0)
+    assert compare(torch.ones(3, 2), torch.ones(3, 2)) == Agreement(3, 0, 0.0, 0.0)  # no range to divide by
 
 
 @pytest.mark.parametrize("side", ["answers", "reference", "both"])
@@ -52,27 +46,9 @@ def test_nan_is_no_answer(side: str) -> None:
     assert found.different_top1 == 3 and not found.holds
 
 
-@pytest.mark.parametrize(
-    ("images", "different", "holds"),
-    [
-        (99, 0, True),
-        (99, 1, False),
-        (100, 1, True),
-        (1000, 0, True),
-        (1000, 1, True),
-        (1000, 2, False),
-        (360, 1, True),
-        (360, 2, False),
-        (1999, 1, True),
-        (1999, 2, False),
-        (2000, 2, True),
-        (2000, 3, False),
-        (10_000, 10, True),
-        (10_000, 11, False),
-    ],
-)
-def test_one_image_in_a_thousand_may_differ_and_one_of_a_hundred(images: int, different: int, holds: bool) -> None:
-    assert agreement(images, different).holds is holds
+@pytest.mark.parametrize(("images", "different"), [(99, 0), (100, 1), (1000, 1), (1999, 1), (2000, 2), (10_000, 10)])
+def test_one_image_in_a_thousand_may_differ_and_one_of_a_hundred(images: int, different: int) -> None:
+    assert agreement(images, different).holds and not agreement(images, different + 1).holds
 
 
 def test_what_json_gets() -> None:
@@ -96,11 +72,7 @@ def test_logits_of_another_network_do_not_hold_however_alike_the_answers() -> No
     assert near.holds
     assert far.same_answers and not far.holds
     assert not unknown.holds
-
-
-def test_nan_is_null_in_json() -> None:
-    stored = Agreement(images=3, different_top1=3, max_difference=math.nan, mean_difference=math.nan).to_dict()
-    assert json.loads(json.dumps(stored, allow_nan=False))["max_difference"] is None
+    assert json.loads(json.dumps(unknown.to_dict(), allow_nan=False))["max_difference"] is None
 
 
 def test_logits_come_in_order_whatever_the_batch() -> None:
@@ -118,22 +90,9 @@ def test_logits_come_in_order_whatever_the_batch() -> None:
 
 def test_each_run_is_compared(tmp_path: Path) -> None:
     made = net(4)
-    found = parity(written(tmp_path, 4, "integer"), made.folded, made.x, runs=tuple(RUNS))
+    found = parity(written(tmp_path, 4, "integer"), made.folded, made.x[:50], runs=tuple(RUNS))
     assert list(found) == ["optimised", "unoptimised", "exact"]
-    assert all(each.holds and each.images == len(made.x) for each in found.values())
-    assert list(parity(written(tmp_path, 4, "integer"), made.folded, made.x[:5], runs=("exact",))) == ["exact"]
-
-
-@pytest.mark.parametrize(("run", "optimised", "exact"), [("optimised", 1, 0), ("unoptimised", 0, 0), ("exact", 1, 1)])
-def test_the_runs_are_what_they_are_called(tmp_path: Path, run: str, optimised: bool, exact: bool) -> None:
-    options = OnnxModel(written(tmp_path, 4, "integer"), **RUNS[run])._session.get_session_options()
-    level = ort.GraphOptimizationLevel
-    assert options.graph_optimization_level == (level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL)
-    if exact:
-        assert options.get_session_config_entry("session.x64quantprecision") == "1"
-    else:
-        with pytest.raises(RuntimeError, match="does not have configuration"):
-            options.get_session_config_entry("session.x64quantprecision")
+    assert all(each.holds and each.images == 50 for each in found.values())
 
 
 def test_the_images_would_show_a_difference() -> None:
@@ -143,15 +102,6 @@ def test_the_images_would_show_a_difference() -> None:
         classes = logits_of(made.folded, made.x, label="test").argmax(dim=1).bincount(minlength=10)
         assert (classes > 0).sum() >= 5, bits
         assert classes.max() < 0.5 * len(made.x), bits
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS)
-def test_another_networks_file_does_not_agree(tmp_path: Path, run: str) -> None:
-    other = net(4, seed=1)
-    found = parity(written(tmp_path, 4, "integer"), other.folded, other.x, runs=(run,))
-    # Both have learned the digits, so that they agree on most classes; not on logits.
-    assert not found[run].holds and found[run].mean_difference > 0.02
 
 
 @pytest.mark.parametrize("damage", ["bias", "scale", "weight"])

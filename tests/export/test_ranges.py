@@ -41,17 +41,17 @@ def optimised(made: onnx.ModelProto, x: hm.Array) -> hm.Array:
     return np.asarray(session.run(None, {"x": x.astype(np.float32)})[0])
 
 
-def whole(value: int) -> hm.Array:
+def filled(value: int) -> hm.Array:
     return np.full((1, 2, 8, 8), value, np.float32)
 
 
 CASES: dict[str, tuple[onnx.NodeProto, float, float, hm.Array]] = {
     # 128 steps of both are taken off as one rounded number: 0 + 0 is not 0 any more.
-    "add": (hm.node("Add", ["v", "v2"], "y"), 255.9, 1.7e7, whole(0)),
-    "mul": (hm.node("Mul", ["v", "v"], "y"), 2**15 - 1, 2**18, whole(127)),
-    "average": (hm.node("AveragePool", ["v"], "y", kernel_shape=[3, 3]), 2**22 - 1, 2**25, whole(127)),
-    "global": (hm.node("GlobalAveragePool", ["v"], "y"), 255.9, 2**15, whole(127)),
-    "small global": (hm.node("GlobalAveragePool", ["v"], "y"), 2**-15, 2**-30, whole(127)),
+    "add": (hm.node("Add", ["v", "v2"], "y"), 255.9, 1.7e7, filled(0)),
+    "mul": (hm.node("Mul", ["v", "v"], "y"), 2**15 - 1, 2**18, filled(127)),
+    "average": (hm.node("AveragePool", ["v"], "y", kernel_shape=[3, 3]), 2**22 - 1, 2**25, filled(127)),
+    "global": (hm.node("GlobalAveragePool", ["v"], "y"), 255.9, 2**15, filled(127)),
+    "small global": (hm.node("GlobalAveragePool", ["v"], "y"), 2**-15, 2**-30, filled(127)),
 }
 
 
@@ -84,7 +84,7 @@ def layer(*, bias: int, ratio: float) -> onnx.ModelProto:
 
 
 def test_an_accumulator_that_passes_int32_is_refused() -> None:
-    x = whole(1)
+    x = filled(1)
     good, bad = (layer(bias=bias, ratio=2**-24) for bias in (2**31 - 1 - 4 * 255, 2**31 - 1))
     check_ranges(good)
     assert optimised(good, x).min() == 127  # clipped to the last code
@@ -94,7 +94,7 @@ def test_an_accumulator_that_passes_int32_is_refused() -> None:
 
 
 def test_a_sum_that_floats_cannot_tell_from_0_is_refused() -> None:
-    x = whole(1) * 0.1
+    x = filled(1) * 0.1
     x[:, 1] *= 3  # 3 * 1 - 3 = 0: of codes 0, of floats what rounding leaves of 0.1 * 2.1 - 0.3 * 0.7
     good, bad = (layer(bias=0, ratio=ratio) for ratio in (2**21, 2**26))
     check_ranges(good)

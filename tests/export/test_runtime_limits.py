@@ -1,16 +1,19 @@
-"""The table of runtimes that a file is not for, on files of every format."""
+"""The runtimes that a file is not for, and its metadata."""
 
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from robustq.export.formats import HLS4ML, build
+from robustq.export.metadata import add_results
 from robustq.export.runtime_limits import contents, not_for
-from tests.export.exported import SLOW_WIDTH, net, parsed
+from tests.export.exported import net, parsed, written
 
 OLD = "onnxruntime up to 1.20.1, also -web and -node"
 WEB = "onnxruntime-web 1.30.0 with graph optimisation"
@@ -19,13 +22,10 @@ OPENVINO = "OpenVINO at any setting"
 
 EXPECTED = {
     ("qcdq", 4): [BFLOAT16],
-    ("qcdq", 3): [BFLOAT16],
     ("qcdq", 1): [OPENVINO],
     ("integer", 4): [BFLOAT16],
-    ("integer", 3): [BFLOAT16],
     ("integer", 1): [OLD, WEB, OPENVINO],
     ("packed", 4): [BFLOAT16],
-    ("packed", 3): [BFLOAT16],
     ("packed", 1): [OLD, WEB, OPENVINO],
     ("qonnx", 4): ["onnxruntime", "hls4ml"],
     ("qonnx", 1): ["onnxruntime", "hls4ml"],
@@ -37,10 +37,7 @@ def runtimes(sentences: list[str]) -> list[str]:
     return [one.split(": ", 1)[0] for one in sentences]
 
 
-CASES = [pytest.param(*case, marks=pytest.mark.slow if case[1] == SLOW_WIDTH else ()) for case in EXPECTED]
-
-
-@pytest.mark.parametrize(("name", "bits"), CASES)
+@pytest.mark.parametrize(("name", "bits"), EXPECTED)
 def test_runtimes_that_a_file_is_not_for(name: str, bits: int) -> None:
     assert runtimes(not_for(parsed(bits, name), net(bits).spec)) == EXPECTED[name, bits]
 
@@ -48,13 +45,12 @@ def test_runtimes_that_a_file_is_not_for(name: str, bits: int) -> None:
 def test_a_file_for_hls4ml() -> None:
     made = net(4)
     model = build("qonnx", made.folded, made.spec, consumer=HLS4ML)
-    assert runtimes(not_for(model, made.spec, consumer=HLS4ML)) == ["onnxruntime", "FINN"]
+    assert runtimes(not_for(model, made.spec)) == ["onnxruntime", "FINN"]
 
 
-@pytest.mark.parametrize("name", ["integer", "packed"])
-def test_element_types_decide_and_not_the_format(name: str) -> None:
+def test_element_types_decide_and_not_the_format() -> None:
     """The same comparisons of int32 load everywhere."""
-    model = copy.deepcopy(parsed(1, name))
+    model = copy.deepcopy(parsed(1, "integer"))
     nodes = model.graph.node
     for less in [node for node in nodes if node.op_type == "Less"]:
         wide = [f"{one}_wide_{less.output[0]}" for one in less.input]
@@ -68,10 +64,25 @@ def test_element_types_decide_and_not_the_format(name: str) -> None:
     assert runtimes(not_for(model, net(1).spec)) == [OPENVINO]
 
 
-@pytest.mark.parametrize("bits", [4, pytest.param(SLOW_WIDTH, marks=pytest.mark.slow), 1])
-@pytest.mark.parametrize("name", ["integer", "packed"])
+@pytest.mark.parametrize(("name", "bits"), [("integer", 4), ("integer", 1), ("packed", 4)])
 def test_no_sum_of_bytes_is_written(name: str, bits: int) -> None:
     """The table has no row for it, though onnxruntime before 1.23 would refuse such a file."""
     found = contents(parsed(bits, name), net(bits).spec)
     assert "Add" in found.operators and "Add" not in found.of_bytes
     assert {"DequantizeLinear"} <= found.of_bytes
+
+
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def test_results_are_added_to_the_metadata_and_nothing_else_changes(tmp_path: Path) -> None:
+    path = written(tmp_path, 4, "packed")
+    add_results(path, accuracy={"images": 200}, equal_in=[], not_for=[], failed=["optimised"])
+    results = {"accuracy": {"images": 9}, "equal_in": ["onnxruntime 1"], "not_for": ["OpenVINO: no"], "failed": []}
+    add_results(path, **results)  # type: ignore[arg-type]
+    model = onnx.load(path)
+    found = metadata(model)
+    assert {key: json.loads(found.pop(f"robustq.{key}")) for key in results} == results
+    assert found == metadata(parsed(4, "packed"))
+    assert model.graph.SerializeToString() == parsed(4, "packed").graph.SerializeToString()

@@ -1,12 +1,4 @@
-"""Every layer's accumulator counts in the steps of its bias.
-
-Contract: where a Conv or Gemm adds an int32 bias whose scale is 1/m of input scale * weight scale, m a whole number,
-the weight codes are multiplied by m and their scale is divided by m; the Clip that marked their width goes. The
-represented weights are the same up to one float32 rounding. Why: QLinearConv and QGemm add the bias to the accumulator
-as it is. Where the bias counts in another unit, onnxruntime from 1.27 on leaves the layer in float, and older versions
-add the wrong bias without a word; folding makes biases of narrow weights finer than their accumulator
-(:func:`robustq.models.quant.folding.bias_steps`).
-"""
+"""Passes on the biases of layers: their scale, zero point and parameter shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +12,17 @@ from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unus
 
 
 def accumulator_biases(model: onnx.ModelProto) -> int:
-    """Rescale the weights of every such layer; returns how many."""
+    """Give every bias the step of its layer's accumulator; returns how many layers changed.
+
+    Where a Conv or Gemm has an int32 bias whose scale is 1/m of input scale * weight scale, m an integer, the weight
+    codes are multiplied by m and their scale is divided by m, and the Clip that marked their width goes. The weights
+    stay the same up to one float32 rounding. QLinearConv and QGemm add the bias to the accumulator without a look at
+    its scale: where they differ, onnxruntime from 1.27 on leaves the layer in float, and older versions add a wrong
+    bias. Folding makes biases of narrow weights finer (:func:`robustq.models.quant.folding.bias_steps`).
+
+    Raises:
+        ExportError: m is no integer, or the weights would need more than 8 bits.
+    """
     graph = model.graph
     index = GraphIndex(graph)
     changed = 0
@@ -40,26 +42,26 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
 
 
 def _entering(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
-    """The DequantizeLinear whose values reach the layer, through operations that move or choose them."""
+    """The DequantizeLinear in front of the layer, through operators that move or choose values."""
     source: onnx.NodeProto | None = index.made_by.get(node.input[0])
     while source is not None and source.op_type != "DequantizeLinear":
         source = index.made_by.get(source.input[0]) if source.input else None
     if source is None:
-        raise ExportError(f"{node.name}: its input is not quantized; cannot tell what its bias counts in")
+        raise ExportError(f"{node.name}: its input is not quantized; the unit of its bias is not known")
     return source
 
 
 def _steps(index: GraphIndex, node: onnx.NodeProto, entering: Any, weight: Any, bias: Any) -> int:
     scales = [index.constant(one.input[1]) for one in (entering, weight, bias)]
     if any(scale is None for scale in scales):
-        raise ExportError(f"{node.name}: a scale is computed, not constant; cannot tell what its bias counts in")
+        raise ExportError(f"{node.name}: a scale is computed, not constant; the unit of its bias is not known")
     x_scale, w_scale, b_scale = (np.asarray(scale, dtype=np.float64) for scale in scales)
     ratio = x_scale * w_scale / b_scale
     steps = int(np.rint(ratio.flat[0]))
     # Scales are float32: a product of two and a quotient are right to some 2e-7.
     if steps < 1 or not np.allclose(ratio, steps, rtol=1e-5, atol=0.0):
         raise ExportError(
-            f"{node.name}: its accumulator's step is {ratio.flat[0]:g} of its bias' steps, no whole number"
+            f"{node.name}: its accumulator's step is {ratio.flat[0]:g} of its bias' steps, not an integer"
         )
     return steps
 
@@ -85,3 +87,45 @@ def _drop_unused_clips(graph: onnx.GraphProto) -> None:
         del graph.node[:]
         graph.node.extend(kept)
         drop_unused_initializers(graph)
+
+
+def implied_zero_points(model: onnx.ModelProto) -> int:
+    """Drop the zero points of constant int32 codes that are all 0, the default of DequantizeLinear; returns how many.
+
+    Per channel they take as many bytes as the biases. Weights keep theirs: with ``session.x64quantprecision``
+    onnxruntime (1.32) makes a wrong one for 8-bit weights without, and the session fails at its first run.
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    dropped = 0
+    for node in graph.node:
+        codes, zero_point = index.input(node, 0), index.input(node, 2)
+        if node.op_type != "DequantizeLinear" or codes is None or codes.dtype != np.int32:
+            continue
+        if zero_point is not None and not zero_point.any():
+            del node.input[2]
+            dropped += 1
+    drop_unused_initializers(graph)
+    return dropped
+
+
+def bias_zero_points(model: onnx.ModelProto) -> int:
+    """Give scalar parameters of the Quant nodes of Conv biases the shape (1,); returns how many.
+
+    FINN moves a bias behind its convolution and cannot reshape scalars (qonnx 1.0, ExtractBiasFromConv: "cannot reshape
+    array of size 1").
+    """
+    graph = model.graph
+    index = GraphIndex(graph)
+    biases = {node.input[2] for node in graph.node if node.op_type == "Conv" and len(node.input) > 2}
+    changed = 0
+    for node in graph.node:
+        if node.op_type != "Quant" or node.output[0] not in biases:
+            continue
+        for place, name in ((1, "scale"), (2, "zero_point")):
+            value = index.constant(node.input[place])
+            if value is not None and value.ndim == 0:  # a constant of its own: others may read the scalar
+                node.input[place] = add_initializer(graph, f"{node.output[0]}_{name}", value.reshape(1))
+                changed += 1
+    drop_unused_initializers(graph)
+    return changed

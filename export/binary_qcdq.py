@@ -1,8 +1,8 @@
-"""One bit in the terms of QCDQ, which knows whole numbers and clipping but no signs.
+"""Binary networks for QCDQ, which has integers and clipping but no binary quantizer.
 
-Weights of one bit are 2-bit codes that never use the 0. A sign is a whole number clipped to [-1, 1], if the number is
-never 0: the thresholds in front of it lie half-way between two codes of the tensor they cut, so in half steps of that
-tensor every distance to them is an odd number. Both say exactly what the binary quantizers say.
+Binary weights become 2-bit codes that never use 0. A binary activation becomes an integer clipped to [-1, 1] that is
+never 0: the thresholds in front of it lie half-way between two codes of their input, so that every distance to them is
+odd in half steps of that input. The logits are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from robustq.models.layers import weight_quantizer
 from robustq.models.quant.binary import ChannelThresholds
 from robustq.models.quant.folded_layers import BiasQuant
 
-SIGN_BITS = 2
+TERNARY_BITS = 2
 """Width of the codes -1, 0 and 1."""
 
 
 class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
-    """round(x) clipped to [-1, 1]: the sign of every x that is an odd number."""
+    """round(x) clipped to [-1, 1]: the sign of odd numbers."""
 
-    bit_width = SIGN_BITS
+    bit_width = TERNARY_BITS
     scaling_impl_type = ScalingImplType.CONST
     scaling_per_output_type = ScalingPerOutputType.TENSOR
     restrict_scaling_type = RestrictValueType.FP
@@ -37,7 +37,7 @@ class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class _OddThresholds(nn.Module):
-    """The same signs as ``thresholds``, as distances that are odd numbers.
+    """``thresholds`` with distances that are odd numbers.
 
     Args:
         thresholds: of a folded binary block.
@@ -62,45 +62,43 @@ class _OddThresholds(nn.Module):
         return distances
 
 
-def signs_in_qcdq(folded: nn.Module) -> nn.Module:
+def without_binary_quantizers(folded: nn.Module) -> nn.Module:
     """The same network without binary quantizers; ``folded`` itself where it has none.
 
     Raises:
-        ExportError: a sign is not that of thresholds, so that it could meet a 0.
+        ExportError: no thresholds in front of a binary activation, so that its input could be 0.
     """
     if not any(_is_binary(module, "weight_quant") or _is_binary(module, "act_quant") for module in folded.modules()):
         return folded
-    said = copy.deepcopy(folded)
-    for name, module in list(said.named_modules()):
+    twin = copy.deepcopy(folded)
+    for name, module in list(twin.named_modules()):
         for child_name, child in list(module.named_children()):
             if isinstance(child, ChannelThresholds):
                 module.add_module(child_name, _OddThresholds(child))
             elif _is_binary(child, "act_quant"):
                 if not _follows_thresholds(module, child_name):
-                    raise ExportError(f"{name}.{child_name}: is the sign of no thresholds; QCDQ cannot say it")
+                    raise ExportError(f"{name}.{child_name}: has no thresholds in front of it; QCDQ cannot hold it")
                 module.add_module(child_name, qnn.QuantIdentity(act_quant=_ClippedSign, return_quant_tensor=True))
             elif _is_binary(child, "weight_quant"):
-                module.add_module(child_name, _two_bit_twin(child))
-    return said.eval()
+                module.add_module(child_name, _two_bit_layer(child))
+    return twin.eval()
 
 
 def _is_binary(module: nn.Module, quantizer: str) -> bool:
     proxy: Any = getattr(module, quantizer, None)
-    # A user's own module may hold a layer under this name: the quantizer behind its part "act".
-    if not getattr(proxy, "is_quant_enabled", False):
-        return False
-    return int(proxy.bit_width()) == 1
+    # A custom module may have a part of this name that is no quantizer.
+    return bool(getattr(proxy, "is_quant_enabled", False)) and int(proxy.bit_width()) == 1
 
 
 def _follows_thresholds(block: nn.Module, name: str) -> bool:
-    """Whether the module before ``name`` in ``block``, which runs them in this order, makes odd numbers."""
+    """Whether thresholds stand before ``name`` in ``block``, which runs its modules in their order."""
     names = [each for each, _ in block.named_children()]
     return isinstance(block.get_submodule(names[names.index(name) - 1]), _OddThresholds | ChannelThresholds)
 
 
 @torch.no_grad()
-def _two_bit_twin(layer: Any) -> nn.Module:
-    options = {**weight_quantizer(SIGN_BITS, folded=True), "bias_quant": BiasQuant}
+def _two_bit_layer(layer: Any) -> nn.Module:
+    options = {**weight_quantizer(TERNARY_BITS, folded=True), "bias_quant": BiasQuant}
     if isinstance(layer, nn.Linear):
         twin: Any = qnn.QuantLinear(layer.in_features, layer.out_features, bias=True, **options)
     else:

@@ -1,8 +1,7 @@
-"""The pass that makes an accumulator count in the steps of its bias."""
+"""Biases: the step of the accumulator, zero points, and parameter shapes."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +9,16 @@ import onnx
 import pytest
 
 from robustq.errors import ExportError
-from robustq.export.lowering.accumulator_biases import accumulator_biases
+from robustq.export.lowering.biases import accumulator_biases, bias_zero_points, implied_zero_points
 from tests.export import hand_made as hm
+from tests.export.exported import parsed
 
 X_SCALE = np.float32(0.125)
 W_SCALE = np.array([0.5, 0.25, 2.0], np.float32)  # powers of two: every product and quotient here is exact
 
 
 def layer(
-    *, steps: float = 18, clip: bool = True, largest: int = 7, operation: str = "Conv", bias_scale: str = "b_s"
+    *, steps: float = 18, clip: bool = True, largest: int = 7, operation: str = "Conv", entering: str = "xv"
 ) -> onnx.ModelProto:
     """uint8 input, 3 channels of int8 codes up to ``largest``, an int32 bias that counts ``steps`` times finer."""
     draw = np.random.default_rng(0)
@@ -44,8 +44,8 @@ def layer(
         nodes.append(hm.node("Clip", ["codes", "low", "high"], "clipped"))
     nodes += [
         hm.dequantize("clipped" if clip else "codes", "w", "w_s", "w_z", axis=0),
-        hm.dequantize("bias", "b", bias_scale, "b_z", axis=0),
-        hm.node(operation, ["xv", "w", "b"], "v", **({} if operation == "Conv" else {"transB": 1})),
+        hm.dequantize("bias", "b", "b_s", "b_z", axis=0),
+        hm.node(operation, [entering, "w", "b"], "v", **({} if operation == "Conv" else {"transB": 1})),
         hm.quantize("v", "vq", "y_s", "y_z"),
         hm.dequantize("vq", "y", "y_s", "y_z"),
     ]
@@ -66,14 +66,15 @@ def weight_of(model: onnx.ModelProto) -> tuple[hm.Array, hm.Array]:
     return hm.constant(model, dequantize.input[0]), hm.constant(model, dequantize.input[1])
 
 
-@pytest.mark.parametrize("operation", ["Conv", "Gemm"])
-@pytest.mark.parametrize("clip", [True, False])
-@pytest.mark.parametrize(("steps", "largest"), [(16, 7), (18, 7), (42, 3), (127, 1)])
+@pytest.mark.parametrize(
+    ("steps", "largest", "clip", "operation"),
+    [(16, 7, True, "Conv"), (18, 7, False, "Conv"), (42, 3, True, "Gemm"), (127, 1, True, "Conv")],
+)
 def test_codes_are_multiplied_and_their_scale_divided(steps: int, largest: int, clip: bool, operation: str) -> None:
     before = layer(steps=steps, largest=largest, clip=clip, operation=operation)
-    after = copy.deepcopy(before)
-    assert accumulator_biases(after) == 1
-    onnx.checker.check_model(after, full_check=True)
+    x = images(before)
+    # With a power of two nothing is rounded at all; else sums next to a tie of the output may go the other way.
+    after = hm.lowered(accumulator_biases, before, x if steps == 16 else None, count=1)
     assert "Clip" not in hm.counts(after)
     codes, scale = weight_of(after)
     assert codes.dtype == np.int8
@@ -81,30 +82,8 @@ def test_codes_are_multiplied_and_their_scale_divided(steps: int, largest: int, 
     np.testing.assert_allclose(scale * steps, W_SCALE, rtol=2e-7)  # one float32 rounding
     # Now the bias counts in products of the two scales, as QLinearConv takes it.
     np.testing.assert_allclose(X_SCALE * scale, hm.constant(after, "b_s"), rtol=2e-7)
-    x = images(before)
-    if steps == 16:  # a power of two: nothing is rounded at all
-        assert hm.same_answers(before, after, x)
-    else:  # sums next to a tie of the output may go the other way
-        (one,), (two,) = hm.answers(before, x), hm.answers(after, x)
-        assert (one != two).mean() < 1e-3 and np.abs(one - two).max() <= 0.5
-
-
-def test_the_input_may_pass_through_operations_that_choose_values() -> None:
-    model = layer()
-    conv = next(node for node in model.graph.node if node.op_type == "Conv")
-    conv.input[0] = "pooled"
-    pool = hm.node("MaxPool", ["xv"], "pooled", kernel_shape=[2, 2])
-    model.graph.node.insert(list(model.graph.node).index(conv), pool)
-    codes, _ = weight_of(layer(clip=False))
-    assert accumulator_biases(model) == 1
-    assert np.array_equal(weight_of(model)[0].astype(int), codes.astype(int) * 18)
-
-
-def test_an_input_that_is_not_quantized_is_refused() -> None:
-    model = layer()
-    next(node for node in model.graph.node if node.op_type == "Conv").input[0] = "x"
-    with pytest.raises(ExportError, match=r"^v_conv: its input is not quantized"):
-        accumulator_biases(model)
+    (one,), (two,) = hm.answers(before, x), hm.answers(after, x)
+    assert (one != two).mean() < 1e-3 and np.abs(one - two).max() <= 0.5
 
 
 def test_then_onnxruntime_runs_it_as_integers(tmp_path: Path) -> None:
@@ -117,27 +96,52 @@ def test_then_onnxruntime_runs_it_as_integers(tmp_path: Path) -> None:
     assert hm.optimised_operations(path, arm_defaults=False)["QLinearConv"] == 1
 
 
-def test_a_bias_in_the_accumulators_own_steps_is_left_alone() -> None:
-    model = layer(steps=1)
-    before = model.SerializeToString()
-    assert accumulator_biases(model) == 0
-    assert model.SerializeToString() == before
+def test_a_bias_in_the_accumulators_own_steps_stays() -> None:
+    assert hm.unchanged(accumulator_biases, layer(steps=1))
 
 
-def test_a_second_run_does_nothing() -> None:
-    model = layer()
-    accumulator_biases(model)
-    once = model.SerializeToString()
-    assert accumulator_biases(model) == 0
-    assert model.SerializeToString() == once
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (layer(steps=2.5), r"its accumulator's step is 2\.5 of its bias' steps, not an integer"),
+        (layer(steps=42, largest=7), "weight codes times 42 pass 127"),
+        (layer(entering="x"), "its input is not quantized"),
+    ],
+)
+def test_other_biases_are_refused(model: onnx.ModelProto, message: str) -> None:
+    with pytest.raises(ExportError, match=f"^v_conv: {message}"):
+        accumulator_biases(model)
 
 
-@pytest.mark.parametrize("steps", [2.5, 0.25])
-def test_other_units_are_refused(steps: float) -> None:
-    with pytest.raises(ExportError, match=r"v_conv: its accumulator's step is [\d.]+ of its bias' steps, no"):
-        accumulator_biases(layer(steps=steps))
+def test_zero_points_of_biases_go_and_those_of_weights_and_activations_stay() -> None:
+    before = layer(steps=1)
+    after = hm.lowered(implied_zero_points, before, images(before), count=1)
+    names = [{tensor.name for tensor in model.graph.initializer} for model in (before, after)]
+    assert names[0] - names[1] == {"b_z"}
 
 
-def test_codes_that_would_leave_8_bits_are_refused() -> None:
-    with pytest.raises(ExportError, match=r"v_conv: weight codes times 42 pass 127"):
-        accumulator_biases(layer(steps=42, largest=7))
+def bias_quantizers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    return [made_by[node.input[2]] for node in model.graph.node if node.op_type == "Conv"]
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+def test_parameters_of_qonnx_biases_have_one_axis(bits: int) -> None:
+    model = parsed(bits, "qonnx")
+    found = bias_quantizers(model)
+    assert len(found) == 9
+    for node in found:
+        assert hm.constant(model, node.input[1]).ndim == 1
+        assert hm.constant(model, node.input[2]).shape == (1,) and hm.constant(model, node.input[2])[0] == 0
+
+
+def test_a_scalar_that_others_read_stays_theirs() -> None:
+    model = parsed(4, "qonnx")
+    (first, *_) = bias_quantizers(model)
+    others = [node for node in model.graph.node if node.op_type == "Quant" and node.output[0] != first.output[0]]
+    scalar = next(node.input[2] for node in others if hm.constant(model, node.input[2]).ndim == 0)
+    first.input[2] = scalar
+    assert bias_zero_points(model) == 1
+    assert hm.constant(model, first.input[2]).shape == (1,)
+    assert hm.constant(model, scalar).ndim == 0
+    assert bias_zero_points(model) == 0

@@ -1,14 +1,13 @@
-"""Signs of thresholds become comparisons of uint8 codes.
+"""Binary activations become comparisons of uint8 codes.
 
-Contract: DequantizeLinear - Mul - Sub - QuantizeLinear - Clip - DequantizeLinear, which makes -1 or +1 of every uint8
-code, channel by channel, and of no channel's codes more than one step, becomes Less(codes, first code of the upper
-side) - Where(0, 2) - DequantizeLinear with zero point 1. The first codes are written once a channel and expanded along
-a row of pixels. A channel that falls where others rise has its sign turned,
-and with it the weights that meet it; so all readers must be convolutions of one group with constant weights. The
-convolutions' sums are the same, exactly. Why: onnxruntime has no integer rule for what stands between the two
-quantizers, and of the ways to write -1 and +1 it makes only uint8 codes around a zero point of 1 a QLinearConv on x86
-and ARM; a padding of 0 stays a 0 there, which signs themselves do not have. It compares channels-last, where a row
-against a row takes a fifth of the time of a pixel against a pixel.
+DequantizeLinear - Mul - Sub - QuantizeLinear - Clip - DequantizeLinear, which makes -1 or +1 of every uint8 code and
+switches once at most in each channel, becomes Less(codes, first code of the upper side) - Where(0, 2) -
+DequantizeLinear with zero point 1. A channel that falls where others rise is negated, and so are the weights that read
+it; therefore all readers must be convolutions of one group with constant weights. Their sums stay exactly the same.
+
+onnxruntime has no integer kernel for the first chain. Of the ways to write -1 and +1 it makes only uint8 codes around a
+zero point of 1 a QLinearConv on both x86 and ARM, and there a padding of 0 stays 0. The thresholds are expanded along a
+row of pixels: onnxruntime compares channels-last, where a row against a row takes a fifth of the time.
 """
 
 from __future__ import annotations
@@ -21,27 +20,33 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from robustq.errors import ExportError
-from robustq.export.lowering.graph import GraphIndex, add_initializer, drop_unused_initializers
+from robustq.export.lowering.graph import (
+    GraphIndex,
+    add_initializer,
+    attributes,
+    drop_unused_initializers,
+    insert_nodes,
+)
 
 CODES = 256
 
 
 class _Chain(NamedTuple):
-    """The nodes from a tensor's DequantizeLinear to its signs' DequantizeLinear."""
+    """The nodes from the DequantizeLinear of the input to that of the binary activations."""
 
     values: onnx.NodeProto
     product: onnx.NodeProto
     difference: onnx.NodeProto
     quantize: onnx.NodeProto
     clip: onnx.NodeProto
-    signs: onnx.NodeProto
+    binary: onnx.NodeProto
 
 
-def integer_signs(model: onnx.ModelProto) -> int:
+def binary_activations(model: onnx.ModelProto) -> int:
     """Lower every such chain; returns how many.
 
     Raises:
-        ExportError: a chain's channel has no single step, or its signs meet something other than such a convolution.
+        ExportError: a channel switches twice, or another operator than such a convolution reads the activations.
     """
     graph = model.graph
     rows = _row_lengths(model)
@@ -52,8 +57,8 @@ def integer_signs(model: onnx.ModelProto) -> int:
         if chain is None:
             continue
         first, rises = _steps(index, chain)
-        for reader in index.used_by[chain.signs.output[0]]:
-            _turn_weights(index, reader, chain.signs.output[0], ~rises)
+        for reader in index.used_by[chain.binary.output[0]]:
+            _negate_weights(index, reader, chain.binary.output[0], ~rises)
         _compare(index, chain, first, row=rows.get(chain.values.output[0], 1))
         lowered += 1
     if lowered:
@@ -79,45 +84,47 @@ def _chain_from(index: GraphIndex, clip: onnx.NodeProto) -> _Chain | None:
 
 
 def _steps(index: GraphIndex, chain: _Chain) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """First code of the upper side (C,), 0 for a channel without a lower one, and whether its sign there is +1 (C,)."""
+    """The first code of each channel's upper side (C,), 0 without a lower side; and whether that side is +1 (C,)."""
 
     def constant(node: onnx.NodeProto, place: int) -> NDArray[Any]:
         found = index.constant(node.input[place])
         if found is None:
-            raise ExportError(f"{node.name}: input {place} is computed, not constant; cannot make its signs integers")
+            raise ExportError(
+                f"{node.name}: input {place} is computed, not constant; cannot make its binary activations integers"
+            )
         return found
 
     scale, zero_point = constant(chain.values, 1), constant(chain.values, 2)
     gain = constant(chain.product, [name in index.made_by for name in chain.product.input].index(False))
     if zero_point.dtype != np.uint8:
-        raise ExportError(f"{chain.values.name}: its codes are not uint8; cannot make its signs integers")
+        raise ExportError(f"{chain.values.name}: its codes are not uint8; cannot make its binary activations integers")
     codes = np.arange(CODES, dtype=np.int32)
     values = ((codes - zero_point.astype(np.int32)).astype(np.float32) * scale).reshape(1, -1)
     distances = gain.reshape(-1, 1) * values - constant(chain.difference, 1).reshape(-1, 1)  # float32, as the graph
-    sign_scale, sign_zero = constant(chain.quantize, 1), constant(chain.quantize, 2).astype(np.int32)
+    out_scale, out_zero = constant(chain.quantize, 1), constant(chain.quantize, 2).astype(np.int32)
     low, high = (constant(chain.clip, place).astype(np.int32) for place in (1, 2))
-    found = np.clip(np.rint(distances / sign_scale) + sign_zero, low, high) - constant(chain.signs, 2).astype(np.int32)
-    signs = found * constant(chain.signs, 1)
+    found = np.clip(np.rint(distances / out_scale) + out_zero, low, high) - constant(chain.binary, 2).astype(np.int32)
+    signs = found * constant(chain.binary, 1)
     changes = (signs[:, 1:] != signs[:, :-1]).sum(axis=1)
     if not (np.abs(signs) == 1).all() or (changes > 1).any():
         raise ExportError(f"{chain.clip.name}: is not -1 and +1 on either side of one code; cannot make it an integer")
     return np.where(changes == 1, (signs == signs[:, :1]).sum(axis=1), 0).astype(np.uint8), signs[:, -1] > 0
 
 
-def _turn_weights(index: GraphIndex, conv: onnx.NodeProto, signs: str, turned: NDArray[np.bool_]) -> None:
-    """Negate the weights of ``conv`` that meet a ``turned`` channel."""
-    group = next((attribute.i for attribute in conv.attribute if attribute.name == "group"), 1)
+def _negate_weights(index: GraphIndex, conv: onnx.NodeProto, activations: str, negated: NDArray[np.bool_]) -> None:
+    """Negate the weights of ``conv`` that read a ``negated`` channel."""
+    group = attributes(conv).get("group", 1)
     weight = index.made_by.get(conv.input[1]) if len(conv.input) > 1 else None
-    if conv.op_type != "Conv" or group != 1 or signs in conv.input[1:] or weight is None:
-        raise ExportError(f"{conv.name} ({conv.op_type}) reads signs; only convolutions of one group can")
+    if conv.op_type != "Conv" or group != 1 or activations in conv.input[1:] or weight is None:
+        raise ExportError(f"{conv.name} ({conv.op_type}) reads binary activations; only convolutions of one group can")
     holder = weight
     while holder.input[0] in index.made_by:
         holder = index.made_by[holder.input[0]]
-    codes: NDArray[Any] | None = index.constant(holder.input[0])
+    codes = index.constant(holder.input[0])
     if codes is None or codes.dtype != np.int8 or codes.min(initial=0) == -128:
-        raise ExportError(f"{conv.name}: its weights are not constant int8 codes from -127 on; cannot turn their signs")
-    sides = np.where(turned, -1, 1).astype(np.int8).reshape(1, -1, 1, 1)
-    holder.input[0] = add_initializer(index.graph, f"{conv.name}_codes", codes * sides)
+        raise ExportError(f"{conv.name}: its weights are not constant int8 codes from -127 on; cannot negate them")
+    signs = np.where(negated, -1, 1).astype(np.int8).reshape(1, -1, 1, 1)
+    holder.input[0] = add_initializer(index.graph, f"{conv.name}_codes", codes * signs)
 
 
 def _row_lengths(model: onnx.ModelProto) -> dict[str, int]:
@@ -128,7 +135,7 @@ def _row_lengths(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _compare(index: GraphIndex, chain: _Chain, first: NDArray[np.uint8], *, row: int) -> None:
-    """Put the comparison where the chain ended, and take out what nobody reads any more."""
+    """Replace the chain by the comparison."""
     graph, name = index.graph, chain.clip.name
     below, codes = f"{name}_below", f"{name}_codes"
     inputs: dict[str, NDArray[Any]] = {
@@ -146,10 +153,9 @@ def _compare(index: GraphIndex, chain: _Chain, first: NDArray[np.uint8], *, row:
         helper.make_node("Less", [chain.values.input[0], f"{name}_rows"], [below], name=f"{name}_less"),
         helper.make_node("Where", [below, made["minus"], made["plus"]], [codes], name=f"{name}_where"),
     ]
-    for step, node in enumerate(inserted):
-        graph.node.insert(place + step, node)
-    del chain.signs.input[:]
-    chain.signs.input.extend([codes, made["unit"], made["one"]])
+    insert_nodes(graph, place, inserted)
+    del chain.binary.input[:]
+    chain.binary.input.extend([codes, made["unit"], made["one"]])
     for node in (chain.clip, chain.quantize, chain.difference, chain.product):
         graph.node.remove(node)
     if not GraphIndex(graph).used_by[chain.values.output[0]]:
