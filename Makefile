@@ -31,10 +31,11 @@ test: setup  ## the fast tests
 test-slow: setup  ## the slow tests only
 	$(RUN_TESTS) -m "slow and not gpu"
 
-lint: setup  ## ruff check, ruff format --check, mypy --strict
+lint: setup  ## ruff check, ruff format --check, mypy --strict, import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-cache --no-logo
 
 pins:  ## resolve pyproject.toml into the requirements files (needs uv; UPGRADE=1 for newer versions)
 	@[ -n "$(UV)" ] || { echo "make pins needs uv, which does not run on this machine: install uv first" >&2; exit 2; }
