@@ -194,6 +194,10 @@ def test_export_says_where_the_answers_were_proved(run: Run, digits_w4a4: Path) 
     about = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
     assert json.loads(about["robustq.equal_in"]) == [proved]
     assert json.loads(about["robustq.failed"]) == []
+    limits = json.loads(about["robustq.not_for"])
+    assert any("INFERENCE_PRECISION_HINT=f32" in one for one in limits)
+    assert exported.out.splitlines()[-1 - len(limits) : -1] == [f"not for {one}" for one in limits]
+    assert json.loads(Path("bundle/bundle.json").read_text())["not_for"] == limits
 
 
 def test_results_can_be_kept_in_a_file(run: Run, digits_w4a4: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
 from robustq.recipe.schema import PAPER_TABLES
 from robustq.report.attack import bounded, percent, size
+from robustq.report.text import not_for_lines
 
 
 def description_lines(found: dict[str, Any]) -> list[str]:
@@ -96,7 +97,7 @@ def _onnx(found: dict[str, Any]) -> list[str]:
         shown = ", ".join(f"{one['name']} {one['type'].lower()} {one['shape']}" for one in found[what])
         lines.append(f"{what.ljust(7)} {shown}")
     lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
-    return lines
+    return lines + not_for_lines(found)
 
 
 def _export(found: dict[str, Any]) -> list[str]:
@@ -110,7 +111,8 @@ def _export(found: dict[str, Any]) -> list[str]:
             f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
         )
         lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
-    return lines + [f"equal   answers proved in {one}" for one in found.get("equal_in", [])]
+    lines += [f"equal   answers proved in {one}" for one in found.get("equal_in", [])]
+    return lines + not_for_lines(found)
 
 
 def _run(found: dict[str, Any]) -> list[str]:

@@ -62,6 +62,7 @@ def export_lines(result: dict[str, Any]) -> list[str]:
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
     lines += equal_lines(result)
+    lines += not_for_lines(result)
     lines.append(f"next    robustq recheck {result['bundle']}")
     return lines
 
@@ -71,6 +72,11 @@ def equal_lines(result: dict[str, Any]) -> list[str]:
     return [f"equal   answers proved in {one}" for one in result["equal_in"]] or [
         "equal   answers proved in no runtime: do not use this file"
     ]
+
+
+def not_for_lines(found: dict[str, Any]) -> list[str]:
+    """Where an exported file may not be used; nothing for files written before they said so."""
+    return [f"not for {one}" for one in found.get("not_for", [])]
 
 
 def drift_warning(drift: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
+from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
 from robustq.files import check_place, folder_when_whole, free_path
 from robustq.hardening.run_folder import last_hardened
@@ -70,8 +71,8 @@ def export_model(
         out: export folder; must not exist. None: ``export-out/<run>-<format>``.
 
     Returns:
-        ``files parity integer_layers float_layers recheck`` and more; ``shortfalls`` says in words what did not hold.
-        A file whose answers are not the network's is called ``NAME.failed.onnx``.
+        ``files parity equal_in not_for integer_layers float_layers recheck`` and more; ``shortfalls`` says in words
+        what did not hold. A file whose answers are not the network's is called ``NAME.failed.onnx``.
 
     Raises:
         RobustqError: bad input; nothing is written.
@@ -92,7 +93,8 @@ def export_model(
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
-        onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
+        written = build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer)
+        onnx.save(written, path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
@@ -110,6 +112,7 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
+            "not_for": not_for(written, spec, consumer=consumer),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),
@@ -124,7 +127,9 @@ def export_model(
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {})
-        add_results(path, accuracy=accuracy, equal_in=proof.equal_in, failed=proof.shortfalls)
+        add_results(
+            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=proof.shortfalls
+        )
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
     files = [str((final / file).absolute()) for file in (path.name, MODEL, RECORD)]

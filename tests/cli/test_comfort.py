@@ -317,8 +317,10 @@ def test_info_reads_widths_from_the_onnx_file_itself(run: Run, digits_w4a4: Path
     assert found["spec"]["architecture"] == "resnet8"
     told = run("info", file).out
     assert f"format  {format_name}" in told and "layers  4-bit weights" in told and sha256(file) in told
+    limits = [f"not for {one}" for one in record["not_for"]]
+    assert found["not_for"] == record["not_for"] and limits and set(limits) <= set(told.splitlines())
     told = run("info", "bundle").out
-    assert f"format  {format_name}" in told and sha256(file) in told
+    assert f"format  {format_name}" in told and sha256(file) in told and set(limits) <= set(told.splitlines())
 
 
 @pytest.mark.slow
