@@ -23,7 +23,7 @@ HEAVY = (
 
 LAYERS = "Imports go down"
 SIBLINGS = "No circles between sibling modules or packages"
-API = "No module imports the public API"
+API = "Only the command line imports the public API"
 COMMAND_LINE = "The public API does not import the command line"
 
 
