@@ -1,4 +1,4 @@
-"""The docs: the tree of architecture.md is the tree, links lead somewhere, and prose fits into 120 characters."""
+"""The docs: the tree of architecture.md is complete, links, files and benchmarks exist, lines have 120 characters."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere_and_prose_fits(page: Path) -> None:
+def test_links_and_files_exist_and_prose_fits(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"https?:", link):
@@ -56,5 +56,8 @@ def test_links_lead_somewhere_and_prose_fits(page: Path) -> None:
         target = (page.parent / name) if name else page
         assert target.exists(), f"{link} leads nowhere"
         assert not anchor or anchor in anchors(target), f"{link}: no such heading"
-    # A table's row cannot be broken.
+    modules = [f"benchmarks/{name}.py" for name in re.findall(r"python -m benchmarks\.(\w+)", text)]
+    files = modules + re.findall(r"\b(?:tests|benchmarks|export|robustq)/[\w/]+\.\w+\b", text)
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    # The row of a table cannot be broken.
     assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []

@@ -52,19 +52,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("planted", "broken"),
     [
         ({"robustq/workflow/planted.py": "import robustq.cli"}, LAYERS),
-        ({"export/planted.py": "from robustq.workflow import quickstart"}, LAYERS),
         ({"export/lowering/planted.py": "from ...workflow import quickstart"}, LAYERS),
         ({"export/planted.py": "def late():\n    from robustq.workflow import quickstart"}, LAYERS),
         (
             {"export/planted.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import robustq.workflow"},
             LAYERS,
         ),
-        ({"recipes/planted.py": "import robustq.checkpoint"}, LAYERS),
         ({"robustq/utils.py": ""}, LAYERS),
         ({"export/a.py": "from robustq.export import b", "export/b.py": "def f():\n    from . import a"}, SIBLINGS),
         ({"robustq/errors.py": "import robustq.files"}, SIBLINGS),
         ({"robustq/workflow/planted.py": "from robustq import train_model"}, API),
-        ({"export/planted.py": "import robustq"}, API),
         ({"robustq/__init__.py": "import robustq.cli.program"}, COMMAND_LINE),
     ],
 )
