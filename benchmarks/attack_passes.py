@@ -61,7 +61,7 @@ def _passes(options: argparse.Namespace) -> None:
     # Within it the weights of the eager network are quantized once too, as without --compile.
     with crafted_fast(target, opened.source, pixels, compiled=True) as fast:
         ways: dict[str, tuple[Pass, Model, Model]] = {
-            f"gradient, {rule}": (_gradient, target.sources[rule], fast.sources[rule]) for rule in target.sources
+            f"gradient, {rule}": (_gradient, eager, fast.sources[rule]) for rule, eager in target.sources.items()
         } | {"forward": (_forward, target.source, fast.source)}
         head("pass", "images", "eager", "compiled", "ratio", "first", "other signs")
         for name, (run, eager, compiled) in ways.items():
