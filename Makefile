@@ -1,15 +1,15 @@
-# Everything runs from .venv, which `make setup` fills with the pinned packages. uv is used where it works, else pip.
+# All targets run from .venv with the pinned packages that `make setup` installs, by uv if it runs, else by pip.
 #   make setup PYTHON=python3.12    another interpreter
-#   make setup UV=                  pip even though uv is there
-#   make test WORKERS=8             tests in eight processes
+#   make setup UV=                  pip although uv runs
+#   make test WORKERS=8             eight test processes
 
 PYTHON ?= python3
 UV ?= $(shell uv --version >/dev/null 2>&1 && echo uv)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.robustq-installed
-# One thread a process: the networks are tiny, and threads of several processes would only wait for one another. A file's
-# tests stay together, since they share trained networks.
+# One thread per process: threads of several processes would wait for each other. The tests of a file share trained
+# networks and stay in one process.
 WORKERS ?= 2
 RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -17,38 +17,39 @@ RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadf
 .DELETE_ON_ERROR:
 .PHONY: help setup quickstart test test-slow lint pins clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP)  ## create .venv with the pinned packages (does nothing while the pins stand)
+setup: $(STAMP)  ## create .venv with the pinned packages (skipped if up to date)
 
-quickstart: setup  ## the whole job on the digits data: train, harden, export, re-check (about two minutes)
+quickstart: setup  ## train, harden, export and re-check on the digits (about two minutes)
 	$(BIN)/robustq quickstart
 
-test: setup  ## the fast tests
+test: setup  ## run the fast tests
 	$(RUN_TESTS) -m "not slow and not gpu"
 
-test-slow: setup  ## the slow tests only
+test-slow: setup  ## run the slow tests
 	$(RUN_TESTS) -m "slow and not gpu"
 
-lint: setup  ## ruff check, ruff format --check, mypy --strict
+lint: setup  ## run ruff check, ruff format --check, mypy --strict and import-linter
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-cache --no-logo
 
-pins:  ## resolve pyproject.toml into the requirements files (needs uv; UPGRADE=1 for newer versions)
+pins:  ## write requirements files from pyproject.toml (needs uv; UPGRADE=1 for newer versions)
 	@[ -n "$(UV)" ] || { echo "make pins needs uv, which does not run on this machine: install uv first" >&2; exit 2; }
 	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --custom-compile-command "make pins" --quiet $(if $(UPGRADE),--upgrade) -o requirements.txt
 	$(UV) pip compile --group reference --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate \
 		--no-emit-index-url --custom-compile-command "make pins" --quiet -o requirements-reference.txt
 
-clean:  ## remove caches, build output and .venv (runs/ and export-out/ stay)
+clean:  ## remove caches, build output and .venv (keeps runs/ and export-out/)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# pip refuses hashes together with -e, so the pinned packages come first and robustq itself after them, with nothing left
-# to download: its build uses the setuptools that was just installed (--no-build-isolation).
+# pip refuses hashes together with -e: the pinned packages are installed first, then robustq without dependencies. Its
+# build uses the installed setuptools (--no-build-isolation) and downloads nothing.
 $(STAMP): requirements.txt requirements-reference.txt pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "robustq needs Python 3.11 or newer; '$(PYTHON)' is older or does not run:" \

@@ -1,15 +1,12 @@
-"""What the passes of attacks cost, as `robustq attack` makes them without and with `--compile`, interleaved in one run.
+"""Time of attack passes, eager and with `robustq attack --compile`, in turns in one run.
 
     python -m benchmarks.attack_passes MODEL [--batch 256 64] [--rounds 9] [--steps 3]
+    python -m benchmarks.attack_passes MODEL --whole [--suite standard] [--images 500]
 
-MODEL is a model file or an export folder, whose folded network is then the source. Timed are a gradient under each
-backward rule, and answers without gradient, on test images; each round times the two ways one after the other, and a
-ratio is the median over rounds of the ratio within one. Printed beside it: how long the first pass of its kind took,
-which compiles it, and the share of the gradient's signs that are not those of the network as it is written, among
-pixels where that one is not zero.
-
-`--whole` runs the suite both ways instead, one after the other, on `--images` images without other networks: seconds,
-gradient steps and images left.
+MODEL is a model file or an export folder, whose folded network is then the gradient model. The first form times the
+gradient under each backward rule, and the forward pass, on test images. Ratios are medians over rounds of the ratio
+within one round. `first` is the time of the first pass, with compilation; `other signs` the share of the gradient's
+non-zero signs that differ from eager. The second form runs a suite both ways, without other networks.
 """
 
 from __future__ import annotations
@@ -28,11 +25,12 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from benchmarks.output import head, make_parser, ratio, row  # noqa: E402
 from robustq import progress  # noqa: E402
 from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
 from robustq.workflow.attack import attack_model, crafted_fast  # noqa: E402
-from robustq.workflow.open_model import Opened, open_attackable  # noqa: E402
+from robustq.workflow.open_model import open_attackable  # noqa: E402
 from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
 Pass = Callable[[Model, Tensor, Tensor], Tensor]
@@ -40,9 +38,9 @@ Pass = Callable[[Model, Tensor, Tensor], Tensor]
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", help="over what the model says")
+    parser.add_argument("--data", help="default: as the model says")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 64])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3)
@@ -51,43 +49,35 @@ def main() -> None:
     parser.add_argument("--suite", default="standard", help="with --whole")
     parser.add_argument("--images", type=int, default=500, help="with --whole")
     options = parser.parse_args()
-    if options.whole:
-        _whole(options)
-        return
+    (_whole if options.whole else _passes)(options)
+
+
+def _passes(options: argparse.Namespace) -> None:
     device = pick_device(options.device)
     opened = open_attackable(options.model, device=device)
     pixels, labels = data_for(opened.spec, options.data, opened.checkpoint).test.take(max(options.batch))
     print(f"{opened.spec.label}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    _passes(opened, pixels, labels.to(device), options)
-
-
-def _passes(opened: Opened, pixels: Tensor, y: Tensor, options: argparse.Namespace) -> None:
-    target = opened.target()
-    x = to_float(pixels.to(y.device))
-    # The network as it is written has its weights quantized once in there too, as without --compile.
+    x, y, target = to_float(pixels.to(device)), labels.to(device), opened.target()
+    # Within it the weights of the eager network are quantized once too, as without --compile.
     with crafted_fast(target, opened.source, pixels, compiled=True) as fast:
-        ways = {
-            f"gradient, {rule}": (_gradient, target.gradient_models[rule], fast.gradient_models[rule])
-            for rule in target.gradient_models
-        } | {"answers": (_answers, target.gradient_model, fast.gradient_model)}
-        print("| pass | images | as written | compiled | ratio | first | other signs |")
-        print("|---|---|---|---|---|---|---|")
-        for name, (run, written, compiled) in ways.items():
+        ways: dict[str, tuple[Pass, Model, Model]] = {
+            f"gradient, {rule}": (_gradient, eager, fast.sources[rule]) for rule, eager in target.sources.items()
+        } | {"forward": (_forward, target.source, fast.source)}
+        head("pass", "images", "eager", "compiled", "ratio", "first", "other signs")
+        for name, (run, eager, compiled) in ways.items():
             first, apart = "", ""
             for count in options.batch:
                 images = x[:count].clone()
-                expected = run(written, images, y[:count])
+                expected = run(eager, images, y[:count])
                 start = time.perf_counter()
                 found = run(compiled, images, y[:count])
                 if not first:
                     first = f"{time.perf_counter() - start:.0f} s"
                     other = (found.sign() != expected.sign())[expected != 0]
                     apart = f"{100 * float(other.float().mean()):.3f}%" if run is _gradient else ""
-                seconds = _seconds(run, (written, compiled), images, y[:count], options)
-                ratios = [b / a for a, b in zip(*seconds, strict=True)]
-                times = " | ".join(f"{1000 * statistics.median(one):.1f} ms" for one in seconds)
-                spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                print(f"| {name} | {count} | {times} | {spread} | {first} | {apart} |", flush=True)
+                seconds = _seconds(run, (eager, compiled), images, y[:count], options)
+                times = [f"{1000 * statistics.median(one):.1f} ms" for one in seconds]
+                row(name, count, *times, ratio(seconds[1], seconds[0]), first, apart)
 
 
 def _seconds(
@@ -111,31 +101,24 @@ def _gradient(model: Model, x: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _answers(model: Model, x: Tensor, _: Tensor) -> Tensor:
+def _forward(model: Model, x: Tensor, _: Tensor) -> Tensor:
     return model(x)
 
 
 def _whole(options: argparse.Namespace) -> None:
     progress.show(False)
+    settings = {"suite": options.suite, "images": options.images, "data": options.data, "device": options.device}
     seconds = []
     for compiled in (False, True):
-        found = attack_model(
-            options.model,
-            suite=options.suite,
-            images=options.images,
-            data=options.data,
-            train_surrogates=False,
-            compiled=compiled,
-            device=options.device,
-        )
+        found = attack_model(options.model, train_surrogates=False, compiled=compiled, **settings)
         seconds.append(found["seconds"])
         print(
-            f"{'compiled' if compiled else 'as written':12s}{found['seconds']:8.1f} s, "
+            f"{'compiled' if compiled else 'eager':12s}{found['seconds']:8.1f} s, "
             f"{found['gradient_steps']:,} gradient steps, {found['queries']:,} queries, "
             f"robust accuracy {found['robust_accuracy']:.3f}",
             flush=True,
         )
-    print(f"compiled / as written = {seconds[1] / seconds[0]:.2f}")
+    print(f"compiled / eager = {seconds[1] / seconds[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What the rounding of biases changes: in the accumulator's step, in a part of it, or left to the runtime as floats.
+"""Effect of rounding biases: to a part of the accumulator's step, to the step itself, or floats in the runtime.
 
     python -m benchmarks.bias_steps [--bits 8 4 3 2 1] [--epochs 10] [--seeds 0 1 2]
     python -m benchmarks.bias_steps --data cifar10 --architecture resnet20 --images 10000 --seeds 0
 
-A network is trained naturally from scratch at each width and folded. Each column compares the test images with the
-unfolded network: how many get another class, and the mean logit difference as a share of the logit range. "Finer" is
-what exported files hold. "Accumulator" is Brevitas' Int32Bias. "Float" is a qcdq file with float32 biases under the
-installed onnxruntime, without and with its optimisations, which round such biases to the accumulator's step (with
-multiplied weight codes).
+A network is trained naturally from scratch at each width and folded. Columns compare the test images with the unfolded
+network: number of other predictions, and mean logit difference as a share of the logit range. `finer`: as in exported
+files. `accumulator`: Brevitas' Int32Bias. `float`: a qcdq file with float32 biases under the installed onnxruntime,
+whose optimisations round them to the accumulator's step (with multiplied weight codes).
 """
 
 from __future__ import annotations
@@ -23,10 +22,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
+from benchmarks.output import head, make_parser, row
 from robustq.data import load_dataset, to_float
 from robustq.export.formats import build
 from robustq.export.lowering.graph import GraphIndex
-from robustq.export.parity import RUNS, Agreement, compare, logits_of
+from robustq.export.parity import RUNS, compare, logits_of
 from robustq.export.session import OnnxModel
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
@@ -38,7 +38,7 @@ COLUMNS = ("finer", "accumulator", "float, unoptimised", "float, optimised")
 
 def main() -> None:
     """Train, fold, print a row for each network."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--architecture", default="resnet8")
     parser.add_argument("--images", type=int, default=0, help="training images (0: all)")
@@ -46,14 +46,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    print("| bits | seed | clean | " + " | ".join(COLUMNS) + " |")
-    print("|---|---|---|" + "---|" * len(COLUMNS))
+    head("bits", "seed", "clean", *COLUMNS)
     for bits in options.bits:
         for seed in options.seeds:
-            print(_row(options, bits, seed), flush=True)
+            row(bits, seed, *_cells(options, bits, seed))
 
 
-def _row(options: argparse.Namespace, bits: int, seed: int) -> str:
+def _cells(options: argparse.Namespace, bits: int, seed: int) -> list[str]:
     data = load_dataset(options.data, train_images=options.images)
     shape = (data.classes, data.channels, data.image_size)
     spec = ModelSpec(options.architecture, bits, bits, *shape, options.data, None, ())
@@ -69,12 +68,13 @@ def _row(options: argparse.Namespace, bits: int, seed: int) -> str:
     clean = (expected.argmax(1) == labels).float().mean().item()
     with mock.patch("robustq.models.quant.folding.bias_steps", return_value=1):
         coarse = fold(model, spec)
-    answers = [logits_of(folded, x, label="folded") for folded in (fold(model, spec), coarse)]
-    found = [compare(expected, one) for one in [*answers, *_float_bias_answers(model, spec, x)]]
-    return f"| {bits} | {seed} | {clean:.1%} | " + " | ".join(map(_shown, found)) + " |"
+    logits = [logits_of(folded, x, label="folded") for folded in (fold(model, spec), coarse)]
+    found = [compare(expected, one) for one in [*logits, *_float_bias_logits(model, spec, x)]]
+    shown = [f"{one.different_top1} of {one.images}, {one.mean_difference:.1e}" for one in found]
+    return [f"{clean:.1%}", *shown]
 
 
-def _float_bias_answers(model: torch.nn.Module, spec: ModelSpec, x: Tensor) -> list[Tensor]:
+def _float_bias_logits(model: torch.nn.Module, spec: ModelSpec, x: Tensor) -> list[Tensor]:
     """Logits of a qcdq file whose biases are float32 initializers, unoptimised and optimised."""
     written = build("qcdq", fold(model, spec), spec)
     index = GraphIndex(written.graph)
@@ -91,10 +91,6 @@ def _float_bias_answers(model: torch.nn.Module, spec: ModelSpec, x: Tensor) -> l
         onnx.save(written, path)
         runs = [OnnxModel(path, **RUNS[run]) for run in ("unoptimised", "optimised")]
         return [logits_of(run, x, label="float biases") for run in runs]
-
-
-def _shown(found: Agreement) -> str:
-    return f"{found.different_top1} of {found.images}, {found.mean_difference:.1e}"
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""How long `robustq --help` takes beside a bare Typer program's `--help`; the goal is at most 1.3 times.
+"""Time of `robustq --help` against `--help` of a bare Typer program; the goal is at most 1.3 times.
 
-Run from the repository: `python -m benchmarks.cli_startup --runs 30`. Both programs run in fresh interpreters, one
-after the other in pairs whose order alternates, so that a busy moment of the machine meets both alike.
+    python -m benchmarks.cli_startup [--runs 30]
+
+Both run in fresh interpreters, in pairs whose order alternates.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.output import make_parser, ratio
 
 GOAL = 1.3
 WARM_UP = 3  # the first runs read files from disk and write bytecode
@@ -37,48 +39,31 @@ def main() -> None:
     app()
 '''
 
-# What an installed console script does.
-SCRIPT = "import sys\nfrom {module} import main\nsys.exit(main())\n"
-
-
-def seconds(script: Path) -> float:
-    """Return the wall time of one `--help` in a fresh interpreter, in seconds."""
-    started = time.perf_counter()
-    subprocess.run([sys.executable, str(script), "--help"], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started
-
-
-def measure(folder: Path, *, runs: int) -> tuple[list[float], list[float]]:
-    """Return the times of the bare program and of robustq, `runs` of each, in seconds."""
-    (folder / "bare_program.py").write_text(BARE, encoding="utf-8")
-    scripts = []
-    for module in ("bare_program", "robustq.cli"):
-        script = folder / f"run_{module.replace('.', '_')}.py"
-        script.write_text(SCRIPT.format(module=module), encoding="utf-8")
-        scripts.append(script)
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(-WARM_UP, runs):
-        for which in (0, 1) if run % 2 else (1, 0):
-            elapsed = seconds(scripts[which])
-            if run >= 0:
-                times[which].append(elapsed)
-    return times
-
 
 def main() -> None:
-    """Measure and print medians, quartiles and the ratio of the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=int, default=30, help="pairs of runs that count (default 30)")
+    """Measure and print."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--runs", type=int, default=30, help="pairs of runs after the warm-up")
     runs = parser.parse_args().runs
-    if runs < 2:
-        parser.error(f"--runs is {runs}; at least 2 are needed for quartiles")
+    times: dict[str, list[float]] = {"bare_program": [], "robustq.cli": []}
     with tempfile.TemporaryDirectory() as folder:
-        bare, ours = measure(Path(folder), runs=runs)
-    for name, times in (("bare Typer --help", bare), ("robustq --help", ours)):
-        low, median, high = statistics.quantiles(times, n=4)
-        print(f"{name:18}  median {median * 1000:6.1f} ms  quartiles {low * 1000:.1f} to {high * 1000:.1f}  n {runs}")
-    ratio = statistics.median(ours) / statistics.median(bare)
-    print(f"ratio of medians    {ratio:.2f}  (goal at most {GOAL}: {'met' if ratio <= GOAL else 'missed'})")
+        Path(folder, "bare_program.py").write_text(BARE, encoding="utf-8")
+        for run in range(-WARM_UP, runs):
+            for module in reversed(times) if run % 2 else times:
+                seconds = _help_seconds(module, folder)
+                if run >= 0:
+                    times[module].append(seconds)
+    for module, found in times.items():
+        print(f"{module:14}{statistics.median(found) * 1000:7.1f} ms, median of {runs}")
+    met = statistics.median(times["robustq.cli"]) <= GOAL * statistics.median(times["bare_program"])
+    print(f"ratio {ratio(times['robustq.cli'], times['bare_program'])}, goal {GOAL}: {'met' if met else 'missed'}")
+
+
+def _help_seconds(module: str, folder: str) -> float:
+    code = f"import sys; from {module} import main; sys.exit(main())"  # as an installed console script
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, "--help"], check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

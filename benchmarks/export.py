@@ -1,12 +1,11 @@
-"""What a deployed file costs: bytes and latency of every width and format beside the float file, in one run.
+"""Size and latency of deployed files of every width and format against the float file, in one run.
 
     python -m benchmarks.export [--architecture resnet20] [--image-size 32] [--classes 10] [--bits 8 4 3 2 1]
                                 [--formats integer packed] [--batches 1 64] [--rounds 15] [--seconds 0.2]
 
-The float file is onnxruntime's best: BatchNorm folded, all graph optimisations. Every session has one thread. A round
-runs each file once, for at least the given time, one after the other; printed are each file's median latency and the
-median over rounds of float / file within a round, so that a machine that slows down for a while spoils one round and
-not the result. The networks are untrained and calibrated on noise: times do not depend on what is in the weights.
+The float file is onnxruntime's best: BatchNorm folded, all graph optimisations. Sessions have one thread. A round runs
+each file for at least the given time. Printed: median latency, and the median over rounds of float / file within one
+round. The networks are untrained and calibrated on noise; times do not depend on the weights.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import onnxruntime as ort
 import torch
 from torch import nn
 
+from benchmarks.output import head, make_parser, row
 from robustq.export.formats import build
 from robustq.export.session import OnnxModel, optimised_layers
 from robustq.models.quant.calibration import calibrate
@@ -31,7 +31,7 @@ from robustq.models.spec import ModelSpec, build_model
 
 def main() -> None:
     """Write the files, time them, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=10)
@@ -53,16 +53,15 @@ def main() -> None:
                 files[f"w{bits}a{bits} {name}"] = _write(Path(folder), spec, name)
         print(f"{options.architecture}, {options.image_size} x {options.image_size} pixels, {options.classes} classes")
         print(f"onnxruntime {ort.__version__}, one thread, {_cpu()}; {options.rounds} rounds")
-        columns = " | ".join(f"batch {batch}: ms a batch, float / this" for batch in options.batches)
-        print(f"| file | bytes, float / this | layers in float | {columns} |")
-        print(f"|---|---|---|{'---|' * len(options.batches)}")
+        columns = (f"batch {batch}: ms a batch, float / this" for batch in options.batches)
+        head("file", "bytes, float / this", "layers in float", *columns)
         timed = [_time(files, batch, options) for batch in options.batches]
         whole = files["float"].stat().st_size
         for name, path in files.items():
             in_float = "" if name == "float" else f"{len(optimised_layers(path).in_float)}"
             cells = [f"{each[name][0]:.2f}, {each[name][1]:.2f}" for each in timed]
             size = path.stat().st_size
-            print(f"| {name} | {size:,}, {whole / size:.2f} | {in_float} | {' | '.join(cells)} |")
+            row(name, f"{size:,}, {whole / size:.2f}", in_float, *cells)
 
 
 def _write(folder: Path, spec: ModelSpec, format_name: str) -> Path:

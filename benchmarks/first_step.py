@@ -1,22 +1,21 @@
-"""From `robustq harden` to its first training step: the time of each part, beside a bare `import torch`.
+"""Time from `robustq harden` to its first training step, compared with `import torch`.
 
     python -m benchmarks.first_step [--architecture resnet20] [--bits 4] [--images 50000] [--rounds 5]
 
-A float network and images are drawn at random, in the sizes of CIFAR-10 (times do not depend on what is in them). Each
-round starts two fresh interpreters, one after the other: one imports torch and stops; the other is the program,
-hardening by ODG-Q, which tells when its modules are loaded, when the first step begins and when it has ended, and is
-stopped there. Rounds before the first counted one read files from disk and write bytecode.
+A round starts two fresh interpreters: one imports torch; the other hardens a random float network by ODG-Q on random
+images in the sizes of CIFAR-10, prints three moments, and stops after the first step. The first round is a warm-up.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.output import make_parser, ratio
 
 GOAL_SECONDS = 6.0
 WARM_UP = 1
@@ -47,7 +46,7 @@ main()
 
 def main() -> None:
     """Measure and print the medians."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--images", type=int, default=50_000)
@@ -72,11 +71,8 @@ def main() -> None:
                     seconds.append(float(moment) - ended)
     print(f"{'import torch':22}{statistics.median(torch_alone):6.2f} s")
     for name, seconds in zip(PARTS, parts, strict=True):
-        ratios = [a / b for a, b in zip(seconds, torch_alone, strict=True)]
-        print(
-            f"{name:22}{statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
-            f"{statistics.median(ratios):.1f} times import torch"
-        )
+        spread = f"{statistics.median(seconds):6.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+        print(f"{name:22}{spread}, {ratio(seconds, torch_alone)} times import torch")
     begins = statistics.median(parts[1])
     print(f"goal for the first step: {GOAL_SECONDS:.0f} s, {'met' if begins <= GOAL_SECONDS else 'missed'}")
 

@@ -1,17 +1,15 @@
-"""What makes lambda matter? Cells of ODG-Q's settings on a slice of CIFAR-10, each trained and attacked alike.
+"""Effect of lambda: settings of ODG-Q on a slice of CIFAR-10, each trained and attacked in the same way.
 
     python -m benchmarks.mmd_cells --data cifar10 --cells natural fgsm-rs lambda-3 lambda-0 --out cells.jsonl
+    python -m benchmarks.mmd_cells --measure MODEL.pt ...
 
-`prototype` settings are those of an earlier experiment whose figures this one is held against: float ResNet-20, from
-scratch, one-cycle learning rate (linear up over 30%, cosine down) to 0.1, square root of MMD^2 with the mean bandwidth,
-gradient through the clean branch, BatchNorm in train mode throughout, epsilon_l = epsilon, no clamp. Every other cell
-differs from `lambda-3` in what its name says. A row is appended to ``--out`` as soon as it is known, and cells that
-stand there are not trained again, so that hours can be spent in pieces. ``--measure MODEL.pt ...`` trains nothing and
-counts networks that were trained otherwise.
+`lambda-3` has the settings of an earlier experiment: float ResNet-20 from scratch, one-cycle learning rate (linear up
+over 30%, cosine down) to 0.1, square root of MMD^2 with the mean bandwidth, gradient through the clean branch,
+BatchNorm in train mode, epsilon_l = epsilon, no clamp. The names of the others say how they differ. Rows are appended
+to ``--out``; cells that it holds are not trained again. ``--measure`` evaluates networks that exist.
 
-Counted on test images, at 8/255: clean, FGSM, PGD-20 with steps of 2/255 (last iterate), margin-PGD-40 (last iterate;
-and the worst case over all attacks), and what masking shows in: norm of the pooled features, logit margin, norm of the
-loss gradient, images whose gradient is exactly zero.
+Measured on test images at 8/255: clean, FGSM, PGD-20 with steps of 2/255 and margin-PGD-40 (last iterates), their worst
+case, and signs of masking: norm of the pooled features, logit margin, gradient norm, share of zero gradients.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.output import head, make_parser, row
 from robustq import progress
 from robustq.attacks import ImageGenerators, fgsm, pgd
 from robustq.attacks.losses import margin
@@ -72,22 +71,22 @@ CELLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "defaults-train-norm": ("odgq", ("odgq.batch_norm=train",)),
     "defaults-lambda-0": ("odgq", ("odgq.mmd_weight=0",)),
 }
-"""Name -> recipe and what is laid over it."""
+"""Name -> recipe, and its changed keys."""
 
 
 def main() -> None:
-    """Train what is not known yet, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Train missing cells and print the table."""
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--bits", type=int, default=32)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=14, help="natural training: ten of fourteen")
+    parser.add_argument("--epochs", type=int, default=14, help="natural training: 10/14 of them")
     parser.add_argument("--test-images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("cells.jsonl"), help="JSON lines; rows that stand there stay")
-    parser.add_argument("--measure", type=Path, nargs="+", metavar="MODEL", help="networks that stand already")
+    parser.add_argument("--out", type=Path, default=Path("cells.jsonl"), help="JSON lines of finished cells")
+    parser.add_argument("--measure", type=Path, nargs="+", metavar="MODEL", help="evaluate networks, train none")
     options = parser.parse_args()
     progress.show(True)
     if options.measure:
@@ -100,7 +99,7 @@ def main() -> None:
             with options.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[cell]) + "\n")
         elif {key: rows[cell][key] for key in _settings(options)} != _settings(options):
-            raise SystemExit(f"{options.out} holds {cell} of other settings; give another --out")
+            raise SystemExit(f"{options.out} holds {cell} with other settings; give another --out")
     _print([rows[cell] for cell in options.cells])
 
 
@@ -130,7 +129,7 @@ def _row(cell: str, options: argparse.Namespace) -> dict[str, Any]:
             seed=options.seed,
             out=Path(folder) / "run",
         )
-        # The last epoch, not the best one: the figures that this is held against are those of the last.
+        # The earlier experiment measured the last epoch.
         found = _measured(Path(folder) / "run" / "last.pt", options)
     return {**found, "epochs_trained": epochs, "seconds_per_epoch": trained["seconds_per_epoch"]}
 
@@ -143,20 +142,13 @@ def _measured(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> dict[str, Any]:
-    """Accuracies in [0, 1] and signs of masking.
-
-    Args:
-        model: in eval mode.
-        x: (N, C, H, W) float32 in [0, 1].
-        y: (N,) int64.
-        seed: of the random starts.
-    """
-    streams = ImageGenerators.of(seed, range(len(x)))
+    """Accuracies in [0, 1] and signs of masking of a network in eval mode; `seed` is that of the random starts."""
+    generators = ImageGenerators.of(seed, range(len(x)))
     right = {"clean": correct(model, x, y, batch_size=BATCH)}
     for name, attack in {"fgsm": fgsm, **_RANDOM}.items():
         found = []
         for rows in torch.split(torch.arange(len(x)), BATCH):
-            more = {"generator": streams.child(name)[rows]} if name in _RANDOM else {}
+            more = {"generator": generators.child(name)[rows]} if name in _RANDOM else {}
             found.append(attack(model, x[rows], y[rows], epsilon=EPSILON, **more))
         right[name] = correct(model, torch.cat(found), y, batch_size=BATCH)
     worst = torch.stack(list(right.values())).all(dim=0)
@@ -173,10 +165,10 @@ _SHARES = {"clean", "fgsm", "pgd20", "margin_pgd40", "worst", "zero_gradients"}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"| cell | {' | '.join(_COLUMNS.values())} | s an epoch |\n|---|{'---|' * (len(_COLUMNS) + 1)}")
-    for row in rows:
-        values = [f"{100 * row[key]:.1f}" if key in _SHARES else f"{row[key]:.3g}" for key in _COLUMNS]
-        print(f"| {row['cell']} | {' | '.join(values)} | {row['seconds_per_epoch']:.0f} |")
+    head("cell", *_COLUMNS.values(), "s an epoch")
+    for found in rows:
+        values = [f"{100 * found[key]:.1f}" if key in _SHARES else f"{found[key]:.3g}" for key in _COLUMNS]
+        row(found["cell"], *values, f"{found['seconds_per_epoch']:.0f}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
     python -m benchmarks.quickstart [--seeds 0 1 2]
 
-Every run is `robustq quickstart --json` in a process of its own; its wall time and peak memory are the process'.
+Every run is `robustq quickstart --json` in a process of its own, which gives wall time and peak memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -17,38 +16,35 @@ import tempfile
 import time
 from typing import Any
 
-COLUMNS = ("clean", "fgsm", "pgd20", "margin_pgd40", "worst_case")
+from benchmarks.output import head, make_parser, percent, row
+
+COLUMNS = ("clean", "fgsm", "pgd20", "margin_pgd40")
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    print("| seed | model | clean | FGSM | PGD-20 | margin-PGD-40 | worst case [95%] | file |")
-    print("|---|---|---|---|---|---|---|---|")
+    head("seed", "model", "clean", "FGSM", "PGD-20", "margin-PGD-40", "worst case [95%]", "file")
     runs = []
     for seed in options.seeds:
         result, seconds = _run(seed)
-        for row in result["rows"]:
-            shares = " | ".join(f"{100 * row[name]:.1f}" for name in COLUMNS)
-            low, high = row["worst_case_interval"]
-            size = f"{row['size_bytes'] / 1000:.0f} kB"
-            print(f"| {seed} | {row['model']} | {shares} [{100 * low:.1f}, {100 * high:.1f}] | {size} |")
+        for model in result["rows"]:
+            shares = [f"{100 * model[name]:.1f}" for name in COLUMNS]
+            worst = percent(model["worst_case"], model["worst_case_interval"])
+            row(seed, model["model"], *shares, worst, f"{model['size_bytes'] / 1000:.0f} kB")
         runs.append((seed, result, seconds))
     print()
+    head("seed", "seconds", "other predictions of the file", "changed by folding", "integer, float layers")
     for seed, result, seconds in runs:
-        parity = result["steps"]["recheck"]["parity"]
-        told = ", ".join(f"{run} {found['different_top1']}" for run, found in parity.items())
+        recheck = result["steps"]["recheck"]
+        other = ", ".join(f"{run} {found['different_top1']}" for run, found in recheck["parity"].items())
         drift = result["steps"]["export"]["integer"]["drift"]["different_top1"]
-        layers = result["steps"]["recheck"]
-        print(
-            f"- seed {seed}: {seconds:.0f} s; of {result['test_images']} images the deployed file gives another class "
-            f"than the folded PyTorch model to: {told}; folding itself changed {drift}; "
-            f"{len(layers['integer_layers'])} integer layers, {len(layers['float_layers'])} float"
-        )
+        layers = f"{len(recheck['integer_layers'])}, {len(recheck['float_layers'])}"
+        row(seed, f"{seconds:.0f}", f"{other} of {result['test_images']}", drift, layers)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024**2
-    print(f"- peak memory of the largest run {peak:.2f} GiB; {os.cpu_count()} cores")
+    print(f"\npeak memory of the largest run {peak:.2f} GiB; {os.cpu_count()} cores")
 
 
 def _run(seed: int) -> tuple[dict[str, Any], float]:

@@ -1,15 +1,14 @@
-"""Do the files of networks that nobody drew give PyTorch's answers, or are they refused?
+"""Parity of random custom networks with their exported files.
 
     python -m benchmarks.random_networks [--first 0] [--seeds 1000] [--format integer]
 
-Each seed is a user network of :mod:`tests.export.random_nets`, with BatchNorm channels out of all bounds, exported and
-proved as ``robustq export`` does. One line for each network that is not equal, and a count of all at the end; exits
-with 1 where an answer was wrong.
+Each seed gives a network of :mod:`tests.export.random_nets` with extreme BatchNorm channels, exported and checked as
+``robustq export`` does. Prints a line for each network that is refused or differs, and the counts; exits with 1 after a
+wrong prediction.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import warnings
@@ -18,12 +17,13 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.output import make_parser
 from tests.export.random_nets import outcome
 
 
 def main() -> None:
     """Draw, export and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--format", default="integer", choices=("qcdq", "integer", "packed"))

@@ -1,20 +1,18 @@
-"""How far a training step is from what the machine could do: operations and bytes against its measured rates.
+"""Training steps against the machine's measured arithmetic and memory rates.
 
     python -m benchmarks.roofline [--architecture resnet20] [--bits 4] [--batch 128] [--device cpu] [--kinds KIND ...]
 
-Counted on one forward pass: a convolution's or linear layer's multiplications and additions (2 N C_out H W C_in k^2),
-and the bytes of every layer's input and output tensors, each layer reading the one and writing the other once. The
-backward pass does the operations twice (for inputs and for weights) and moves each tensor and its gradient: three times
-the bytes. An optimiser's step and the weights themselves are left out: in these networks they are a hundredth.
+Counted on a forward pass: multiplications and additions of convolutions and linear layers (2 N C_out H W C_in k^2), and
+the bytes of every layer's input and output. The backward pass has twice the operations (inputs and weights) and three
+times the bytes (tensors and gradients). The optimizer and the weights, about a hundredth, are left out.
 
-Measured in the same run: the rate of a large matrix product and of a copy, and the step. `arithmetic` and `memory` are
-the shortest times that either rate allows; a kernel that does not overlap them needs their sum. Layers that a compiler
-fuses count each for itself as well: of a compiled step, `memory` is an upper bound of that shortest time.
+Measured in the same run: the rates of a large matrix product and of a copy, and the step. `arithmetic` and `memory` are
+the shortest times at these rates; without overlap a step needs their sum. Fused layers count separately, so `memory` of
+a compiled step is an upper bound.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import Counter
@@ -28,18 +26,19 @@ prepare()  # before torch is loaded, as in the program
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks.output import make_parser  # noqa: E402
 from benchmarks.training import model_spec, step_of, wait  # noqa: E402
 from robustq.models.spec import build_model  # noqa: E402
 
 BACKWARD_OPERATIONS = 2
 BACKWARD_BYTES = 3
 _KINDS = {"natural": (1, 1), "odgq": (3, 2), "compiled": (1, 1), "compiled-odgq": (3, 2)}
-"""Forward and backward passes of a step; line 6's backward pass is for the input alone and does half the operations."""
+"""Forward and backward passes of a step. The backward of attack generation has half the operations."""
 
 
 def main() -> None:
     """Count, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--architecture", default="resnet20")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--batch", type=int, default=128)
@@ -73,7 +72,7 @@ def main() -> None:
 
 
 def count_forward(architecture: str, bits: int, size: int) -> tuple[float, Counter[str]]:
-    """Operations of one image, and bytes by kind of layer."""
+    """Operations of one image, and bytes by type of layer."""
     model = build_model(model_spec(architecture, bits, size)).eval()
     operations = [0.0]
     traffic: Counter[str] = Counter()
@@ -84,7 +83,7 @@ def count_forward(architecture: str, bits: int, size: int) -> tuple[float, Count
             operations[0] += 2.0 * y.numel() * module.weight[0].numel()
         traffic[type(module).__name__] += 4 * (x.numel() + y.numel())
 
-    # A Brevitas layer is one layer, whatever it is made of: a look at its ReLU would keep the two from running as one.
+    # Parts of a Brevitas layer do not count: a hook on its ReLU would keep ReLU and quantizer from running as one.
     layers = [module for module in model.modules() if hasattr(module, "act_quant")]
     parts = {part for layer in layers for part in layer.modules() if part is not layer}
     layers += [

@@ -1,32 +1,29 @@
-"""Does every runtime give the answers of the folded PyTorch network? Format x runtime x version, as a table.
+"""Parity of exported files with the folded PyTorch network in other runtimes: format x runtime x version, as a table.
 
     python -m benchmarks.runtimes --model best.pt [more.pt ...] [--formats qcdq integer packed qonnx]
                                   [--runtimes onnxruntime onnxruntime-1.18.1 openvino ...] [--images 0]
-                                  [--epsilon 32/255] [--environments runs/environments] [--json FILE]
+                                  [--epsilon 32/255] [--environments runs/environments]
 
-The models are quantized ones of robustq; none is trained here. `make quickstart` leaves one of 4 bits, and
+The models are quantized model files of robustq, such as those of `make quickstart` (4 bits) and
 
     robustq harden FLOAT.pt --bits 2 --recipe natural --set epochs=3
 
-makes one of another width from its float network in seconds. Each is written in every format and answers its test
-images and, with --epsilon, as many adversarial ones (PGD-20 on the folded network, rounded to uint8), among which the
-differing answers are most often found.
+Each is written in every format and runs on its test images and, with --epsilon, on as many adversarial ones (PGD-20 on
+the folded network, rounded to uint8), which show differences most often.
 
-Every runtime sits in an environment of its own, made from the pinned names in RUNTIMES and used again while its pins
-stand: with uv where it is installed, else with venv and pip; with npm for Node.js. A runtime that cannot be installed
-is a row that says so.
+Every runtime has an environment of its own in --environments, made from the pins in RUNTIMES and kept until they
+change: with uv or venv and pip, for Node.js with npm. A runtime that cannot be installed is a row that says so.
 
-To add a runtime: an entry in RUNTIMES, and a script in benchmarks/runners that runs inside the environment and knows
-nothing of robustq:
+To add a runtime: an entry in RUNTIMES, and a script in benchmarks/runners that runs in the environment without robustq:
 
     python RUNNER FILE.onnx IMAGES.npy LOGITS.npy --setting NAME
 
-It reads float32 images (N, C, H, W), writes float32 logits (N, K), prints one line of JSON with the keys ``version``,
-``integer_layers`` and ``float_layers`` (numbers, or null where the runtime does not tell). Where the runtime refuses
-the file, it exits with another status than 0, and the reason is the last line of stderr.
+It reads float32 images (N, C, H, W), writes float32 logits (N, K), and prints one line of JSON: ``version``,
+``integer_layers``, ``float_layers`` (null if the runtime does not report them). If the runtime refuses the file, the
+exit status is not 0 and the last line of stderr is the reason.
 
-A cell of the table: images with the network's class; largest difference of a logit, as a share of the logits' range;
-layers that run as integers, and in float.
+Cells: images with the network's class; largest logit difference as a share of the logit range; integer layers, float
+layers.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +44,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from benchmarks.output import make_parser
 from robustq import progress
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.pgd import pgd
@@ -70,14 +68,14 @@ class Runtime:
     """A runtime at one version.
 
     Args:
-        family, version: what it is called in the table.
+        family, version: names in the table.
         runner: file in benchmarks/runners.
-        packages: pinned names.
-        bare_packages: pinned names that are installed behind them without their dependencies. Where both are empty,
-            robustq's own environment is used.
-        settings: names that the runner knows.
-        formats: those that the runtime is asked to run.
-        kind: of environment.
+        packages: pinned packages.
+        bare_packages: pinned packages, installed without their dependencies. If both are empty, robustq's own
+            environment is used.
+        settings: settings of the runner.
+        formats: formats to run.
+        kind: type of environment.
     """
 
     family: str
@@ -96,7 +94,7 @@ class Runtime:
 
     @property
     def name(self) -> str:
-        """Key in --runtimes, and the name of its environment's folder."""
+        """Key in --runtimes, and folder of its environment."""
         return f"{self.family}-{self.version}"
 
 
@@ -182,18 +180,18 @@ RUNTIMES: tuple[Runtime, ...] = (
 
 
 class InstallError(Exception):
-    """An environment that cannot be made; the message is the reason, on one line."""
+    """An environment that cannot be made; the message is the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one runtime made of one file.
+    """Result of one file in one runtime.
 
     Args:
-        model, images: label of the network, and how many images it was asked about.
-        agreement: with the folded network; None where there are no answers.
-        integer_layers, float_layers: as the runtime tells; None where it does not.
-        refused: why there are no answers.
+        model, images: label of the network, and number of images.
+        agreement: with the folded network; None without logits.
+        integer_layers, float_layers: None if the runtime does not report them.
+        refused: reason for no logits.
     """
 
     model: str
@@ -206,10 +204,6 @@ class Row:
     integer_layers: int | None = None
     float_layers: int | None = None
     refused: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "agreement": None if self.agreement is None else self.agreement.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -226,7 +220,7 @@ class Case:
 
 
 def prepare(runtime: Runtime, environments: Path) -> Path:
-    """The folder of the runtime's environment, made where it is not there or its pins have changed.
+    """Folder of the runtime's environment, made if it is missing or its pins have changed.
 
     Raises:
         InstallError: the packages cannot be installed.
@@ -238,13 +232,13 @@ def prepare(runtime: Runtime, environments: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for command in _installing(runtime, folder):
+    for command in _install_commands(runtime, folder):
         _install(command, folder)
     stamp.write_text(pins, encoding="utf-8")
     return folder
 
 
-def _installing(runtime: Runtime, folder: Path) -> Iterator[list[str]]:
+def _install_commands(runtime: Runtime, folder: Path) -> Iterator[list[str]]:
     if runtime.kind == "node":
         (folder / "package.json").write_text('{"private": true}\n', encoding="utf-8")
         # Install scripts would fetch GPU libraries.
@@ -284,18 +278,15 @@ def _python(folder: Path) -> Path:
 def run(
     runtime: Runtime, environment: Path, setting: str, file: Path, images: Path
 ) -> tuple[Tensor | None, dict[str, Any]]:
-    """Logits (N, K) float32 of the file and what the runner printed; None and ``{"refused": reason}`` where there are
-    none.
-    """
+    """Logits (N, K) float32 of the file and the runner's JSON; or None and ``{"refused": reason}``."""
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits.npy"
-        program = (
-            ["node"] if runtime.kind == "node" else [sys.executable if runtime.is_here else str(_python(environment))]
-        )
-        command = [*program, str(RUNNERS / runtime.runner), str(file), str(images), str(logits), "--setting", setting]
-        place = Path(folder) if runtime.is_here else environment
+        python = sys.executable if runtime.is_here else str(_python(environment))
+        program = "node" if runtime.kind == "node" else python
+        command = [program, str(RUNNERS / runtime.runner), str(file), str(images), str(logits), "--setting", setting]
+        cwd = Path(folder) if runtime.is_here else environment
         try:
-            done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=RUN_SECONDS)
+            done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=RUN_SECONDS)
         except FileNotFoundError:
             return None, {"refused": f"{command[0]} is not installed"}
         except subprocess.TimeoutExpired:
@@ -317,32 +308,30 @@ def rows_of(
     """One row for every runtime and setting.
 
     Args:
-        file, reason: the .onnx; None where it could not be written, and why.
-        runtimes: pairs of a :class:`Runtime` and the folder of its environment, or why there is none.
+        file, reason: the .onnx; or None and the reason.
+        runtimes: pairs of a :class:`Runtime` and the folder of its environment, or the reason for none.
     """
     for runtime, environment in runtimes:
         if format_name not in runtime.formats:
             continue
         for setting in runtime.settings:
-            told: dict[str, Any] = {}
-            logits = None
-            if file is None:
-                told = {"refused": reason}
-            elif isinstance(environment, str):
-                told = {"refused": f"not installed: {environment}"}
-            else:
-                logits, told = run(runtime, environment, setting, file, images)
+            logits: Tensor | None = None
+            report: dict[str, Any] = {"refused": reason}
+            if isinstance(environment, str):
+                report = {"refused": f"not installed: {environment}"}
+            elif file is not None:
+                logits, report = run(runtime, environment, setting, file, images)
             yield Row(
                 case.spec.label,
                 format_name,
                 runtime.family,
-                told.get("version", runtime.version),
+                report.get("version", runtime.version),
                 setting,
                 len(case.images),
                 None if logits is None else compare(case.logits, logits),
-                told.get("integer_layers"),
-                told.get("float_layers"),
-                told.get("refused"),
+                report.get("integer_layers"),
+                report.get("float_layers"),
+                report.get("refused"),
             )
 
 
@@ -350,20 +339,20 @@ def rows_of(
 
 
 def open_case(path: Path, *, data: str | None, images: int, epsilon: float | None) -> Case:
-    """The network at ``path``, folded, with its test images and as many adversarial ones where ``epsilon`` is given."""
+    """The folded network of ``path``, its test images, and as many adversarial ones if ``epsilon`` is given."""
     network, spec, _ = load_model(path)
     pixels, labels = data_for(spec, data, path).test.take(images)
     folded = fold(network, spec)
     x = to_float(pixels)
     if epsilon is not None:
-        streams = ImageGenerators.of(0, range(len(x)), attack="pgd")
-        found = pgd(folded, x, labels, epsilon=epsilon, steps=20, generator=streams)
+        generators = ImageGenerators.of(0, range(len(x)), attack="pgd")
+        found = pgd(folded, x, labels, epsilon=epsilon, steps=20, generator=generators)
         x = torch.cat([x, (found * 255).round() / 255])
     return Case(folded, spec, x, logits_of(folded, x, label="PyTorch"))
 
 
 def written(case: Case, format_name: str, folder: Path) -> tuple[Path | None, str]:
-    """The network's file in a format; None and why where it cannot be written."""
+    """File of the network in a format; or None and the reason."""
     name, _, consumer = format_name.partition(" --for ")
     path = folder / f"{case.spec.label}-{name}{consumer}.onnx"
     try:
@@ -378,7 +367,7 @@ def written(case: Case, format_name: str, folder: Path) -> tuple[Path | None, st
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: networks side by side, rows with the same cells together, reasons of refusals below."""
+    """Markdown table: one column per network, rows with equal cells merged, reasons of refusals below."""
     models = list(dict.fromkeys(row.model for row in rows))
     reasons: dict[str, int] = {}
     cells: dict[tuple[str, str, str, str], dict[str, str]] = {}
@@ -401,10 +390,10 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _spanned(versions: list[str], family: str) -> str:
-    """More than two versions that follow one another in the table, by the first and the last of them."""
+    """Versions as text; more than two consecutive ones as a range."""
     known = [each.version for each in RUNTIMES if each.family == family]
-    places = [known.index(version) for version in versions if version in known]
-    if len(versions) > 2 and places == list(range(places[0], places[0] + len(versions))):
+    indices = [known.index(version) for version in versions if version in known]
+    if len(versions) > 2 and indices == list(range(indices[0], indices[0] + len(versions))):
         return f"{versions[0]} to {versions[-1]}"
     return ", ".join(versions)
 
@@ -420,15 +409,14 @@ def _cell(row: Row, reasons: dict[str, int]) -> str:
 
 def main() -> None:
     """Write, run, compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", type=Path, nargs="+", required=True)
-    parser.add_argument("--data", help="over what the models say")
+    parser.add_argument("--data", help="default: as the models say")
     parser.add_argument("--images", type=int, default=0, help="test images, evenly spaced; 0: all")
     parser.add_argument("--epsilon", type=_fraction, help="also adversarial images within this radius, such as 8/255")
     parser.add_argument("--formats", nargs="+", default=[*QCDQ_LIKE, "qonnx", FOR_HLS4ML])
     parser.add_argument("--runtimes", nargs="+", help="families or names; default: all")
     parser.add_argument("--environments", type=Path, default=Path("runs/environments"))
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     progress.show(True)
     chosen = _chosen(options.runtimes, parser)
@@ -445,8 +433,6 @@ def main() -> None:
                     print(f"{row.model} {form} {row.family} {row.version} {row.setting}", file=sys.stderr, flush=True)
                     rows.append(row)
     print("\n".join(table(rows)))
-    if options.json is not None:
-        options.json.write_text(json.dumps([row.to_dict() for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def _fraction(text: str) -> float:

@@ -1,16 +1,14 @@
-"""What an image is crafted to when the pass that crafts it computes in another precision.
+"""Attack generation in other precisions of the auxiliary pass.
 
     python -m benchmarks.side_precision MODEL ... --data cifar10 [--images 512] [--epsilon 8]
 
-One step of epsilon along the sign of the loss' input gradient, as ODG-Q's line 7 takes it, on a network as a training
-step has it (running statistics in BatchNorm). For each precision: the share of signs that are not those of float32, how
-large the gradient is there beside its mean, the cosine of the two gradients, and the loss of the crafted images, always
-in float32: what matters of a precision is whether they are as hard.
+One step of epsilon along the sign of the input gradient, as in line 7 of ODG-Q, with BatchNorm's running statistics.
+For each precision: the share of signs that differ from float32, the gradient there relative to its mean, the cosine of
+the gradients, and the float32 loss of the generated images.
 """
 
 from __future__ import annotations
 
-import argparse
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.output import head, make_parser, row
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.hardening.methods.method import attack_generation
@@ -28,8 +27,8 @@ from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER
 
 
 def main() -> None:
-    """Craft in every precision and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Generate attacks in every precision and print the tables."""
+    parser = make_parser(__doc__)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--images", type=int, default=512)
@@ -42,21 +41,17 @@ def main() -> None:
         model = model.to(memory_format=torch.channels_last).train()
         layers = IntegerConvolutions(model, x[:2])
         print(f"{spec.label}, {len(x)} images, epsilon {options.epsilon:g}/255: loss {_loss(model, x, y):.4f}")
-        print("| precision | other signs | gradient there / mean | cosine | loss of what is crafted |")
-        print("|---|---|---|---|---|")
+        head("precision", "other signs", "gradient there / mean", "cosine", "loss of the images")
         exact = _gradient(model, layers, x, y, FLOAT32)
         for precision in (FLOAT32, BFLOAT16, *([INTEGER] if is_available() and len(layers) else [])):
             found = _gradient(model, layers, x, y, precision)
             other = found.sign() != exact.sign()
             size = float(exact[other].abs().mean() / exact.abs().mean()) if bool(other.any()) else 0.0
-            # Whole sums in float64: half a million products.
+            # In float64: sums of half a million products.
             cosine = functional.cosine_similarity(found.double().flatten(), exact.double().flatten(), dim=0)
-            crafted = (x + epsilon * found.sign()).clamp(0.0, 1.0)
-            print(
-                f"| {precision} | {100 * float(other.float().mean()):.2f}% | {size:.3f} | {float(cosine):.5f} | "
-                f"{_loss(model, crafted, y):.4f} |",
-                flush=True,
-            )
+            x_adv = (x + epsilon * found.sign()).clamp(0.0, 1.0)
+            share = f"{100 * float(other.float().mean()):.2f}%"
+            row(precision, share, f"{size:.3f}", f"{float(cosine):.5f}", f"{_loss(model, x_adv, y):.4f}")
 
 
 def _gradient(model: nn.Module, layers: IntegerConvolutions, x: Tensor, y: Tensor, precision: str) -> Tensor:

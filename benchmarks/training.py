@@ -1,22 +1,22 @@
-"""What a training step costs: plain torch, and this package's trainer at several widths, interleaved in one run.
+"""Cost of a training step: plain torch and robustq's trainer at several widths, in turns in one run.
 
     python -m benchmarks.training [--architecture resnet20] [--bits 4] [--batch 128] [--rounds 5] [--steps 3] [--memory]
 
-After `--warm-up` steps of each, every round times the same number of steps of each kind, one kind after the other, on
-the same random images (times do not depend on what is in them). Printed: the median step of each kind, and the ratios,
-each the median over rounds of the ratio within one round, so that a machine that slows down for a while spoils one
-round and not the result.
+After `--warm-up` steps, every round times the same number of steps of each kind on the same random images. Printed: the
+median step of each kind, and medians over rounds of the ratio within one round.
 
-`plain` is the float network in a loop as torch's own examples write it. The others take their steps in the trainer:
-`float` shows what its layout in memory saves, the quantized ones what quantizers and ODG-Q add. What stands before the
-method is how it computes: `bf16` with `precision = "bfloat16"`, `side` with `side_precision = "bfloat16"`, `integer`
-with `side_precision = "integer"`, `compiled` with `compile` (which takes a minute or more for each at first) and, on a
-GPU, `tf32` with that precision and `graphs` with `cuda_graphs` beside `compile`. There `plain` rounds to TF32 in its
-convolutions, since that is torch's default, and `natural` does not. The process has asked for what the program asks for
-(`robustq.cli.process`); MALLOC_TRIM_THRESHOLD_=131072 in the environment shows a step without that.
+`plain` is the float network in a loop as in torch's examples; all others take steps of the trainer. Words of a kind:
 
-``--memory`` times nothing: each kind takes its steps in a process of its own, and printed is by how much they raised
-the most memory that the process (on a GPU: torch's tensors) ever took.
+    float, binary       32 bits, 1 bit; otherwise --bits
+    odgq                ODG-Q; otherwise natural training
+    bf16, tf32          precision = "bfloat16", "tf32"
+    side, integer       side_precision = "bfloat16", "integer"
+    compiled, graphs    compile = true, with cuda_graphs = true: a minute or more for the first step
+
+On a GPU `plain` uses TF32 in convolutions, torch's default; `natural` does not. MALLOC_TRIM_THRESHOLD_=131072 in the
+environment turns off that freed memory is kept.
+
+``--memory`` instead prints the increase of peak memory of each kind, in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ prepare()  # before torch is loaded, as in the program
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
+from benchmarks.output import make_parser, ratio  # noqa: E402
 from robustq.data import Batch  # noqa: E402
 from robustq.hardening.methods.registry import build_method  # noqa: E402
 from robustq.hardening.metrics import peak_memory, reset_peak_memory  # noqa: E402
@@ -77,20 +78,20 @@ RATIOS = (
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--architecture", default="resnet20")
-    parser.add_argument("--bits", type=int, default=4, help="of natural and odgq")
+    parser.add_argument("--bits", type=int, default=4, help="except float and binary kinds")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--kinds", nargs="+", choices=KINDS + ON_GPU)
-    parser.add_argument("--warm-up", type=int, default=10, help="steps of each kind before the first that is timed")
+    parser.add_argument("--warm-up", type=int, default=10, help="untimed steps of each kind")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
-    # No GPU convolves codes: `integer` would be float32 once more.
+    # On a GPU `integer` would be float32.
     options.kinds = options.kinds or [kind for kind in KINDS + ON_GPU * on_gpu if not (on_gpu and "integer" in kind)]
     print(
         f"{options.architecture}, {options.bits} bits, batch {options.batch}, {options.size} pixels, {options.device}, "
@@ -106,8 +107,7 @@ def main() -> None:
 def _print_times(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     kinds = {kind: step_of(kind, options, device) for kind in options.kinds}
-    # An epoch has hundreds of steps, so that allocations, kernel choices and the heap's growth in the first few are
-    # nobody's cost (benchmarks.first_step has them). In turns, since all kinds share that heap.
+    # Allocations and kernel choices of the first steps belong to no kind (see benchmarks.first_step).
     for _ in range(options.warm_up):
         for step in kinds.values():
             step()
@@ -122,12 +122,10 @@ def _print_times(options: argparse.Namespace) -> None:
             seconds[kind].append((time.perf_counter() - start) / options.steps)
     for kind, values in seconds.items():
         median = statistics.median(values)
-        rate = options.batch / median
-        print(f"{kind:22s}{median * 1000:8.1f} ms a step, {rate:8,.0f} images/s (median of {len(values)} rounds)")
+        print(f"{kind:22s}{median * 1000:8.1f} ms a step, {options.batch / median:8,.0f} images/s")
     for above, below in RATIOS:
         if above in seconds and below in seconds:
-            ratios = [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-            print(f"{above} / {below} = {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+            print(f"{above} / {below} = {ratio(seconds[above], seconds[below])}")
 
 
 def _print_memory(options: argparse.Namespace) -> None:
@@ -152,7 +150,7 @@ def _print_memory(options: argparse.Namespace) -> None:
 
 
 def step_of(kind: str, options: argparse.Namespace, device: torch.device) -> Step:
-    """One training step of a kind, on random images: a call takes it."""
+    """A function that takes one training step of a kind on random images."""
     torch.manual_seed(0)
     shape = (options.batch, 3, options.size, options.size)
     x = torch.randint(0, 256, shape, device=device).float() / 255.0
@@ -197,12 +195,12 @@ def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, 
 
 
 def model_spec(architecture: str, bits: int, size: int) -> ModelSpec:
-    """A network for ten classes of RGB images."""
+    """Spec of a network for ten classes of RGB images."""
     return ModelSpec(architecture, bits, bits, 10, 3, size, "cifar10", None, ())
 
 
 def wait(device: torch.device) -> None:
-    """Until a GPU has done what it was given."""
+    """Synchronize with a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

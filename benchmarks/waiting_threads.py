@@ -1,22 +1,20 @@
-"""How long OpenMP's threads should spin before they sleep: a training step at several settings, alone and beside a
-process that wants a core.
+"""Training step by how long idle OpenMP threads spin before they sleep, alone and beside a busy process.
 
     python -m benchmarks.waiting_threads [--kind natural] [--rounds 5]
 
-Every round starts one process per setting, each of which takes the same steps (`benchmarks.training`); then the same
-again beside a process that counts without end. Printed: the median step of each setting, and its ratio to a program
-whose threads sleep at once, the median over rounds of the ratio within one round. GOMP_SPINCOUNT is what
-`robustq.cli.process` sets; a policy alone overrules it, as a user's own does.
+Every round starts one process of `benchmarks.training` per setting. Printed: the median step, and the ratio to threads
+that sleep at once. `robustq.cli.process` sets GOMP_SPINCOUNT unless the user sets OMP_WAIT_POLICY.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
 import subprocess
 import sys
+
+from benchmarks.output import make_parser, ratio
 
 SETTINGS = {
     "sleep at once": {"GOMP_SPINCOUNT": "0"},
@@ -31,12 +29,12 @@ OTHER_PROCESS = "while True: pass"
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--kind", default="natural", help="a kind of benchmarks.training")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     for busy in (False, True):
-        print("beside a process that wants a core:" if busy else "alone:", flush=True)
+        print("beside a busy process:" if busy else "alone:", flush=True)
         other = subprocess.Popen([sys.executable, "-c", OTHER_PROCESS]) if busy else None
         try:
             _compare(options.kind, options.rounds)
@@ -52,8 +50,7 @@ def _compare(kind: str, rounds: int) -> None:
             found[name].append(_milliseconds(kind, environment))
     asleep = found["sleep at once"]
     for name, values in found.items():
-        ratio = statistics.median(a / b for a, b in zip(values, asleep, strict=True))
-        print(f"  {name:20}{statistics.median(values):8.1f} ms a step, {ratio:.2f} of sleeping at once", flush=True)
+        print(f"  {name:20}{statistics.median(values):8.1f} ms a step, ratio {ratio(values, asleep)}", flush=True)
 
 
 def _milliseconds(kind: str, environment: dict[str, str]) -> float:

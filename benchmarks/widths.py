@@ -1,16 +1,14 @@
-"""What a bit width costs in natural training: the rows of docs/results/widths.md.
+"""Accuracy by bit width in natural training: the rows of docs/results/widths.md.
 
     python -m benchmarks.widths --data cifar10 [--rows float w4a4 w4a4-fixed w1a1] [--images 10000] [--epochs 10]
 
 Each row is a network trained from scratch by the recipe ``natural`` with the same schedule, images and seed. Rows
-that end in ``-fixed`` keep the activation scales that calibration set; the others learn them. One JSON line a row is
-printed as soon as it is known, and the table at the end. A file's name says nothing of its pictures: add ``--set
-flip=true`` for CIFAR-10 in an .npz.
+``...-fixed`` keep the calibrated activation scales; the others learn them. Prints one JSON line per row, and the table.
+Add ``--set flip=true`` for CIFAR-10 in an .npz.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.output import head, make_parser, percent, row
 from robustq import progress
 from robustq.data import load_dataset
 from robustq.models.quant.quantizers import learned_thresholds
@@ -38,7 +37,7 @@ ROWS = {
 
 def main() -> None:
     """Train the rows and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=["float", "w4a4", "w4a4-fixed", "w1a1"])
     parser.add_argument("--architecture", default="resnet20")
@@ -51,25 +50,23 @@ def main() -> None:
     recipe = load_recipe("natural", (f"train_images={options.images}", f"epochs={options.epochs}", *options.set))
     data = load_dataset(options.data, train_images=options.images)
     found = {}
-    for row in options.rows:
-        found[row] = _train(row, data, recipe, architecture=options.architecture, seed=options.seed)
-        print(json.dumps({"row": row, **found[row]}), flush=True)
-    print("| row | test accuracy [95%] | epochs | s an epoch |")
-    print("|---|---|---|---|")
-    for row, result in found.items():
-        low, high = result["clean_interval"]
-        accuracy = f"{100 * result['clean_accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        print(f"| {row} | {accuracy} | {result['epochs']} | {result['seconds_per_epoch']:.0f} |")
+    for name in options.rows:
+        found[name] = _train(name, data, recipe, architecture=options.architecture, seed=options.seed)
+        print(json.dumps({"row": name, **found[name]}), flush=True)
+    head("network", "test accuracy [95%]", "epochs", "s an epoch")
+    for name, result in found.items():
+        accuracy = percent(result["clean_accuracy"], result["clean_interval"])
+        row(name, accuracy, result["epochs"], f"{result['seconds_per_epoch']:.0f}")
 
 
-def _train(row: str, data: Any, recipe: Any, *, architecture: str, seed: int) -> dict[str, Any]:
-    weight_bits, act_bits = ROWS[row]
+def _train(name: str, data: Any, recipe: Any, *, architecture: str, seed: int) -> dict[str, Any]:
+    weight_bits, act_bits = ROWS[name]
     shape = (data.classes, data.channels, data.image_size)
     spec = ModelSpec(architecture, weight_bits, act_bits, *shape, data.name, None, data.class_names)
     torch.manual_seed(seed)
     model = build_model(spec)
     for threshold in learned_thresholds(model).values():
-        threshold.log_threshold.requires_grad_(not row.endswith("fixed"))
+        threshold.log_threshold.requires_grad_(not name.endswith("fixed"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -1,271 +1,109 @@
-"""Imports go one way: every module under `robustq`, read as source, imports only from its own line of rooms or below.
+"""Imports go one way: the contracts of import-linter in pyproject.toml hold, and a planted violation breaks each.
 
-Three rules hold, and synthetic trees show that each is enforced: no import upward; no circle, neither of modules nor of
-rooms; nothing heavy is loaded while `robustq.cli` is imported. Imports inside functions and under TYPE_CHECKING count
-for the first two: they are dependencies all the same. Only the third asks when an import runs.
+Two rules are no contracts and are checked here: no circle between single modules, packages' `__init__` included, and
+nothing heavy is loaded while `robustq.cli` is imported.
 """
 
 from __future__ import annotations
 
-import ast
 import graphlib
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
-PACKAGE = Path(__file__).resolve().parent.parent / "robustq"
-
-# Lowest line first; rooms on one line may import each other. `recipes` holds data files; `api` is robustq/__init__.py.
-LINES: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "progress",
-        "files",
-        "data",
-        "recipe",
-        "recipes",
-    ),
-    ("models", "torch_file", "checkpoint"),
-    ("attacks",),
-    ("evaluation",),
-    ("hardening",),
-    ("export",),
-    ("report",),
-    ("workflow",),
-    ("api",),
-    ("cli",),
-)
-HEIGHT = {room: height for height, line in enumerate(LINES) for room in line}
-
-# What `robustq --help` must not wait for.
-HEAVY = frozenset(
-    {
-        "PIL",
-        "brevitas",
-        "matplotlib",
-        "numpy",
-        "onnx",
-        "onnxoptimizer",
-        "onnxruntime",
-        "pandas",
-        "qonnx",
-        "scipy",
-        "sklearn",
-        "torch",
-        "torchvision",
-    }
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = (
+    *("PIL", "brevitas", "matplotlib", "numpy", "onnx", "onnxoptimizer", "onnxruntime", "pandas", "qonnx", "scipy"),
+    *("sklearn", "sympy", "torch", "torchvision"),
 )
 
-IMPORTERS = frozenset(["importlib.import_module", "import_module", "__import__"])
+LAYERS = "Imports go down"
+SIBLINGS = "No circles between sibling modules or packages"
+API = "Only the command line imports the public API"
+COMMAND_LINE = "The public API does not import the command line"
 
 
-@dataclass(frozen=True)
-class Import:
-    """One imported name: `at_start` says that the import runs while the importing module is being loaded."""
-
-    importer: str
-    target: str
-    line: int
-    at_start: bool
+def lint(folder: Path) -> tuple[int, str]:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache", "--no-logo"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
-def find_modules(package: Path) -> dict[str, Path]:
-    """Map each dotted module name below `package` to its file; symlinked folders are entered, unlike by Path.rglob."""
-    modules = {}
-    for folder, subfolders, files in os.walk(package, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if name != "__pycache__")
-        prefix = (package.name, *Path(folder).relative_to(package).parts)
-        for name in sorted(files):
-            if name.endswith(".py"):
-                stem = name.removesuffix(".py")
-                modules[".".join(prefix if stem == "__init__" else (*prefix, stem))] = Path(folder, name)
-    return modules
+def test_contracts_hold() -> None:
+    status, output = lint(ROOT)
+    assert status == 0, output
 
 
-def room_of(module: str) -> str:
-    """Return the room of a dotted name: its second part, and `api` for the package's own __init__."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "api"
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package, in which `robustq/export` and `robustq/recipes` are symlinks as in the checkout."""
+    folder = tmp_path_factory.mktemp("tree")
+    for name in ("robustq", "export", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
-def is_ours(module: str) -> bool:
-    return module.split(".")[0] == "robustq"
+@pytest.mark.parametrize(
+    ("planted", "broken"),
+    [
+        ({"robustq/workflow/planted.py": "import robustq.cli"}, LAYERS),
+        ({"export/lowering/planted.py": "from ...workflow import quickstart"}, LAYERS),
+        ({"export/planted.py": "def late():\n    from robustq.workflow import quickstart"}, LAYERS),
+        (
+            {"export/planted.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import robustq.workflow"},
+            LAYERS,
+        ),
+        ({"robustq/utils.py": ""}, LAYERS),
+        ({"export/a.py": "from robustq.export import b", "export/b.py": "def f():\n    from . import a"}, SIBLINGS),
+        ({"robustq/errors.py": "import robustq.files"}, SIBLINGS),
+        ({"robustq/workflow/planted.py": "from robustq import train_model"}, API),
+        ({"robustq/__init__.py": "import robustq.cli.program"}, COMMAND_LINE),
+    ],
+)
+def test_a_planted_violation_breaks_its_contract(tree: Path, planted: dict[str, str], broken: str) -> None:
+    before = {name: (tree / name).read_bytes() if (tree / name).exists() else None for name in planted}
+    for name, source in planted.items():
+        (tree / name).write_bytes((before[name] or b"") + f"\n{source}\n".encode())
+    status, output = lint(tree)
+    for name, content in before.items():
+        (tree / name).unlink() if content is None else (tree / name).write_bytes(content)
+    assert status == 1
+    assert f"{broken} BROKEN" in output
 
 
-def read_imports(modules: dict[str, Path]) -> list[Import]:
-    found: list[Import] = []
-    for module, path in modules.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        found += _imports_below(tree, module, path.name == "__init__.py", modules, at_start=True)
-    return found
-
-
-def _imports_below(
-    node: ast.AST, module: str, is_package: bool, modules: Iterable[str], *, at_start: bool
-) -> Iterator[Import]:
-    for child in ast.iter_child_nodes(node):
-        runs = at_start and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            runs = False
-        for target in _targets(child, module, is_package, modules):
-            yield Import(module, target, getattr(child, "lineno", 0), runs)
-        yield from _imports_below(child, module, is_package, modules, at_start=runs)
-
-
-def _targets(node: ast.AST, module: str, is_package: bool, modules: Iterable[str]) -> list[str]:
-    """Return what one syntax node imports: the submodule where `from package import name` names one."""
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        base = node.module or ""
-        if node.level:
-            here = module.split(".")[: None if is_package else -1]
-            base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [node.module])])
-        submodules = [f"{base}.{alias.name}" for alias in node.names]
-        return sorted({name if name in modules else base for name in submodules})
-    if isinstance(node, ast.Call) and ast.unparse(node.func) in IMPORTERS:
-        return [str(name.value) for name in node.args[:1] if isinstance(name, ast.Constant)]
-    return []
-
-
-def find_faults(modules: dict[str, Path]) -> list[str]:
-    """Return one line per broken rule; an empty list is a tree in order."""
-    imports = read_imports(modules)
-    ours = [found for found in imports if is_ours(found.target)]
-    faults = [f"{name}: no room is called {room_of(name)!r}" for name in modules if room_of(name) not in HEIGHT]
-    for found in ours:
-        here, there = room_of(found.importer), room_of(found.target)
-        if found.target not in modules:
-            faults.append(f"{found.importer}:{found.line} imports {found.target}, which does not exist")
-        elif HEIGHT.get(there, -1) > HEIGHT.get(here, -1):
-            faults.append(f"{found.importer}:{found.line} imports {found.target}: {here} may not know {there}")
-    faults += _circles("modules", ((found.importer, found.target) for found in ours))
-    faults += _circles("rooms", ((room_of(found.importer), room_of(found.target)) for found in ours))
-    return faults + _heavy_start(modules, imports)
-
-
-def _circles(what: str, edges: Iterable[tuple[str, str]]) -> list[str]:
-    sorter: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
-    for importer, target in edges:
-        if importer != target:
-            sorter.add(importer, target)
+def circle(package: str) -> list[str]:
+    """Return the modules of one circle of imports; an empty list where there is none."""
+    graph = grimp.build_graph(package, cache_dir=None)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
     try:
-        sorter.prepare()
+        graphlib.TopologicalSorter(imports).prepare()
     except graphlib.CycleError as error:
-        return [f"circle of {what}: {' <- '.join(error.args[1])}"]
+        return list(error.args[1])
     return []
 
 
-def _heavy_start(modules: dict[str, Path], imports: list[Import]) -> list[str]:
-    """Follow what loading the command line loads; Python runs every package above a module before the module itself."""
-    faults = []
-    waiting = [(name, name) for name in modules if room_of(name) == "cli"]
-    seen = set()
-    while waiting:
-        module, chain = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        if "." in module:
-            waiting.append((module.rpartition(".")[0], chain))
-        for found in imports:
-            if found.importer != module or not found.at_start:
-                continue
-            if is_ours(found.target):
-                waiting.append((found.target, f"{chain} -> {found.target}"))
-            elif found.target.split(".")[0] in HEAVY:
-                faults.append(f"{module}:{found.line} loads {found.target} when the command line starts ({chain})")
-    return faults
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle("robustq") == []
 
 
-def test_imports_go_one_way() -> None:
-    assert find_faults(find_modules(PACKAGE)) == []
-
-
-def test_every_room_was_walked() -> None:
-    walked = {room_of(module) for module in find_modules(PACKAGE)}
-    assert walked == set(HEIGHT)
-
-
-def plant(root: Path, files: dict[str, str]) -> dict[str, Path]:
-    """Write a synthetic package; `export/` lies beside it and is reached through a symlink, as in the real tree."""
-    package = root / "robustq"
-    (root / "export").mkdir()
+def test_a_circle_through_an_init_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "planted_circle"
     package.mkdir()
-    (package / "export").symlink_to(Path("..", "export"))
-    defaults = {"__init__.py": "", "errors.py": "", "cli.py": "", "export/__init__.py": "", "workflow.py": ""}
-    for name, source in {**defaults, **files}.items():
-        path = package / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(source, encoding="utf-8")
-    return find_modules(package)
+    (package / "__init__.py").write_text("from .a import f", encoding="utf-8")
+    (package / "a.py").write_text("def f():\n    from . import g", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert set(circle("planted_circle")) == {"planted_circle", "planted_circle.a"}
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import robustq.workflow",
-        "import robustq.workflow as jobs",
-        "from robustq import workflow",
-        "from robustq.workflow import quickstart",
-        "from .. import workflow",
-        "from ..workflow import quickstart",
-        "def late():\n    from robustq.workflow import quickstart",
-        "class Late:\n    def method(self):\n        import robustq.workflow",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from robustq.workflow import quickstart",
-        "try:\n    import robustq.workflow\nexcept ImportError:\n    pass",
-        "import importlib\nimportlib.import_module('robustq.workflow')",
-    ],
-)
-def test_an_upward_import_is_caught_in_a_symlinked_folder(tmp_path: Path, statement: str) -> None:
-    modules = plant(tmp_path, {"export/session.py": statement})
-    (fault,) = find_faults(modules)
-    assert fault.startswith("robustq.export.session:")
-    assert fault.endswith("imports robustq.workflow: export may not know workflow")
-
-
-@pytest.mark.parametrize(
-    ("files", "fault"),
-    [
-        ({"workflow.py": "import robustq.cli"}, "workflow may not know cli"),
-        ({"workflow.py": "from robustq import train_model"}, "workflow may not know api"),
-        ({"workflow.py": "import robustq.gone"}, "robustq.gone, which does not exist"),
-        ({"utils.py": ""}, "no room is called 'utils'"),
-        ({"export/a.py": "from . import b", "export/b.py": "def f():\n    from . import a"}, "circle of modules"),
-        ({"export/__init__.py": "from .a import f", "export/a.py": "from . import f"}, "circle of modules"),
-        (
-            {
-                "models/__init__.py": "",
-                "models/a.py": "import robustq.checkpoint",
-                "models/b.py": "",
-                "checkpoint.py": "import robustq.models.b",
-            },
-            "circle of rooms",
-        ),
-        ({"cli.py": "import torch.nn"}, "robustq.cli:1 loads torch.nn"),
-        ({"cli.py": "from robustq import recipe", "recipe.py": "import numpy as np"}, "robustq.recipe:1 loads numpy"),
-        ({"__init__.py": "from sklearn import datasets"}, "robustq:1 loads sklearn"),
-        (
-            {"cli.py": "import robustq.export.kit", "export/__init__.py": "import onnx", "export/kit.py": ""},
-            "loads onnx",
-        ),
-    ],
-)
-def test_a_broken_rule_is_caught(tmp_path: Path, files: dict[str, str], fault: str) -> None:
-    faults = find_faults(plant(tmp_path, files))
-    assert len(faults) == 1
-    assert fault in faults[0]
-
-
-def test_a_tree_in_order_has_no_fault(tmp_path: Path) -> None:
-    files = {
-        "__init__.py": "def __getattr__(name):\n    from robustq import workflow",
-        "cli.py": "from robustq import recipe\ndef harden():\n    import torch\n    import robustq.workflow",
-        "recipe.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import numpy\nfrom .errors import E",
-        "workflow.py": "import torch\nfrom robustq.export import session",
-        "export/session.py": "import onnxruntime\nfrom ..errors import E",
-    }
-    assert find_faults(plant(tmp_path, files)) == []
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    names = sorted(name for name in grimp.build_graph("robustq", cache_dir=None).modules if ".cli" in name)
+    assert "robustq.cli.train" in names
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nprint(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(names) <= set(loaded)
+    assert set(loaded) & set(HEAVY) == set()

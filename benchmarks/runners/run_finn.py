@@ -1,10 +1,6 @@
-"""What FINN makes of a QONNX file: converts it, streamlines it, and runs the result on images with qonnx's executor.
+"""Logits of a QONNX file after FINN's conversion (and streamlining), by qonnx's executor.
 
-    python benchmarks/runners/run_finn.py FILE.onnx IMAGES.npy LOGITS.npy [--setting convert|streamline]
-
-It runs inside an environment of its own, which holds finn-plus and what the conversion imports, and knows nothing of
-robustq. IMAGES.npy holds float32 (N, C, H, W), LOGITS.npy gets float32 (N, K). One JSON line on stdout says what the
-graph holds; a refusal ends with exit status 1 and the reason as the last line on stderr.
+Protocol: benchmarks/runtimes.py. Settings: convert, streamline.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ LAYERS = ("Conv", "MatMul", "Gemm")
 
 
 def main() -> None:
-    """Convert, perhaps streamline, run, and say what came out."""
+    """Convert, streamline, run, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file")
     parser.add_argument("images")
@@ -41,15 +37,14 @@ def main() -> None:
     try:
         model = transformed(options.file, streamline=options.setting == "streamline")
         logits = executed(model, np.load(options.images).astype(np.float32))
-    except Exception as error:  # whatever FINN raises (AssertionError, ValueError, ...) is its refusal
-        lines = str(error).split("\n")
-        sys.exit(f"{type(error).__name__}: {lines[0]}")
+    except Exception as error:  # FINN raises AssertionError, ValueError, ...
+        sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     np.save(options.logits, logits)
     print(json.dumps(described(model)))
 
 
 def transformed(path: str, *, streamline: bool) -> Any:
-    """FINN's graph with a batch of one, as its build flow has it."""
+    """FINN's graph with a batch of one, as in its build flow."""
     model = cleanup_model(ModelWrapper(path), override_inpsize=1).transform(ConvertQONNXtoFINN())
     if streamline:
         model = model.transform(StreamlinePlus()).transform(InferDataTypes()).transform(RoundAndClipThresholds())
@@ -57,16 +52,14 @@ def transformed(path: str, *, streamline: bool) -> Any:
 
 
 def executed(model: Any, images: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Logits (N, K) float32 of images (N, C, H, W), which FINN's graph takes one by one."""
+    """Logits (N, K) float32 of images (N, C, H, W), one by one."""
     source, sink = model.graph.input[0].name, model.graph.output[0].name
     logits = [execute_onnx(model, {source: images[place : place + 1]})[sink] for place in range(len(images))]
     return np.concatenate(logits).astype(np.float32)
 
 
 def described(model: Any) -> dict[str, Any]:
-    """Layers with integer inputs and weights, multipliers that enter a sum, and whether all thresholds are integers but
-    those of pixels and of averages, which are floats.
-    """
+    """Integer layers, multipliers before sums, and whether thresholds (not of pixels and averages) are integers."""
     source = model.graph.input[0].name
     layers = [node for node in model.graph.node if node.op_type in LAYERS]
     integer = [all(model.get_tensor_datatype(name).is_integer() for name in node.input[:2]) for node in layers]
@@ -85,13 +78,13 @@ def described(model: Any) -> dict[str, Any]:
 
 
 def follows_average(model: Any, node: Any) -> bool:
-    """Whether the node takes what a GlobalAveragePool makes."""
+    """Whether the input of the node comes from a GlobalAveragePool."""
     producer = model.find_producer(node.input[0])
     return producer is not None and producer.op_type == "GlobalAveragePool"
 
 
 def multipliers_before_sums(model: Any) -> int:
-    """How many inputs of an Add of two computed tensors come straight from a Mul by one constant number."""
+    """Number of inputs of an Add of two computed tensors that are a Mul by one constant scalar."""
     count = 0
     for node in model.graph.node:
         if node.op_type != "Add" or any(model.get_initializer(name) is not None for name in node.input):

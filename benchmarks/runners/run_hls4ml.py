@@ -1,9 +1,6 @@
-"""Logits of a QONNX file by hls4ml: converted, compiled with g++, and run as C simulation. Needs hls4ml alone.
+"""Logits of a QONNX file by hls4ml's C simulation, compiled with g++. Needs hls4ml only.
 
-    python benchmarks/runners/run_hls4ml.py FILE.onnx IMAGES.npy LOGITS.npy [--setting io_parallel]
-
-IMAGES.npy holds float32 (N, C, H, W) in [0, 1]; LOGITS.npy gets float32 (N, K). Prints one JSON line. Where hls4ml does
-not take the file, exits with 1 and the reason in stderr's last line.
+Protocol: benchmarks/runtimes.py. Settings: io_stream, io_parallel.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ import onnx
 
 
 def convert(model: onnx.ModelProto, folder: str, io: str) -> Any:
-    """hls4ml's model of ``model``, with the configuration that hls4ml makes by itself."""
+    """hls4ml's model with its default configuration."""
     import hls4ml  # type: ignore[import-not-found]
 
     config = hls4ml.utils.config_from_onnx_model(model, granularity="name", backend="Vitis")
@@ -41,7 +38,7 @@ def main() -> None:
     parser.add_argument("--setting", default="io_stream", choices=("io_stream", "io_parallel"))
     chosen = parser.parse_args()
     images = np.load(chosen.images)
-    # hls4ml talks on stdout.
+    # hls4ml prints to stdout.
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         try:
             converted = convert(onnx.load(chosen.file), folder, chosen.setting)

@@ -1,6 +1,4 @@
-"""Logits of an ONNX file by IREE, compiled for this CPU: the protocol is told in benchmarks/runtimes.py. IREE says
-nothing of layers.
-"""
+"""Logits of an ONNX file by IREE, compiled for this CPU. Protocol: benchmarks/runtimes.py. Layers are not reported."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ TARGET = (
 
 
 def main() -> None:
-    """Compile and run the file; exit with the reason where IREE refuses it."""
+    """Compile and run the file; exit with the reason if IREE refuses it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("images")
@@ -36,9 +34,8 @@ def main() -> None:
         _tool("iree-import-onnx", arguments.file, "--opset-version", "17", "-o", imported)
         _tool("iree-compile", imported, *TARGET, "-o", compiled)
         module = iree.runtime.load_vm_flatbuffer_file(compiled, driver="local-task")
-        (function,) = [
-            each for each in module.vm_module.function_names if not each.startswith("__") and "$" not in each
-        ]
+        names = module.vm_module.function_names
+        (function,) = [name for name in names if not name.startswith("__") and "$" not in name]
         logits = module[function](np.load(arguments.images)).to_host()
         np.save(arguments.logits, logits)
     print(json.dumps({"version": version("iree-base-compiler"), "integer_layers": None, "float_layers": None}))

@@ -1,7 +1,7 @@
-"""Logits of an ONNX file by onnxruntime's Python package: the protocol is told in benchmarks/runtimes.py.
+"""Logits of an ONNX file by onnxruntime's Python package. Protocol: benchmarks/runtimes.py.
 
-Settings: default, disabled (no graph optimisation), exact (``session.x64quantprecision``). Layers are counted among the
-operations that onnxruntime's profile says ran.
+Settings: default, disabled (no graph optimisation), exact (``session.x64quantprecision``). Layers are counted in
+onnxruntime's profile.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 import numpy as np
 import onnxruntime
 
-INTEGER = {"QGemm", "ConvInteger", "MatMulInteger"}  # and whatever begins with QLinear
+INTEGER = {"QGemm", "ConvInteger", "MatMulInteger"}  # and QLinear...
 FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul"} | {
     "AveragePool",
     "GlobalAveragePool",
@@ -24,7 +24,7 @@ FLOAT = {"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "F
 
 
 def main() -> None:
-    """Run the file; exit with the reason where onnxruntime refuses it."""
+    """Run the file; exit with the reason if onnxruntime refuses it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("images")
@@ -43,7 +43,7 @@ def main() -> None:
         try:
             session = onnxruntime.InferenceSession(arguments.file, options, providers=["CPUExecutionProvider"])
             logits = session.run(None, {session.get_inputs()[0].name: np.load(arguments.images)})[0]
-        except Exception as error:  # onnxruntime's own exception types share no base below Exception
+        except Exception as error:  # onnxruntime's exceptions have no other common base
             sys.exit(str(error).splitlines()[0])
         with open(session.end_profiling(), encoding="utf-8") as profile:
             events = json.load(profile)

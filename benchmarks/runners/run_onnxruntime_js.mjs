@@ -1,6 +1,5 @@
-// Logits of an ONNX file by onnxruntime-web or onnxruntime-node under Node.js, whichever is installed in the working
-// folder: the protocol is told in benchmarks/runtimes.py. It says nothing of layers.
-//
+// Logits of an ONNX file by onnxruntime-web or onnxruntime-node, whichever is installed in the working folder.
+// Protocol: benchmarks/runtimes.py. Layers are not reported.
 // Settings: default, disabled (no graph optimisation).
 import { existsSync, readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";

@@ -1,7 +1,7 @@
-"""Logits of an ONNX file by OpenVINO's CPU plugin: the protocol is told in benchmarks/runtimes.py.
+"""Logits of an ONNX file by OpenVINO's CPU plugin. Protocol: benchmarks/runtimes.py.
 
-Settings: default, f32 (``INFERENCE_PRECISION_HINT``). Layers are counted in the graph that the plugin executes; a sum
-that is fused into a convolution is no layer of its own.
+Settings: default, f32 (``INFERENCE_PRECISION_HINT``). Layers are counted in the executed graph, without sums that are
+fused into convolutions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 200
 
 
 def main() -> None:
-    """Run the file; exit with the reason where OpenVINO refuses it."""
+    """Run the file; exit with the reason if OpenVINO refuses it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("images")
@@ -30,7 +30,7 @@ def main() -> None:
     try:
         compiled = openvino.Core().compile_model(arguments.file, "CPU", SETTINGS[arguments.setting])
         request = compiled.create_infer_request()
-        parts = [images[place : place + BATCH] for place in range(0, len(images), BATCH)]
+        parts = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
         logits = [request.infer({0: part})[compiled.output(0)].copy() for part in parts]
     except RuntimeError as error:
         sys.exit(" ".join(str(error).split()))

@@ -1,4 +1,4 @@
-"""Logits of a QONNX file by qonnx's executor: the protocol is told in benchmarks/runtimes.py. It computes in float."""
+"""Logits of a QONNX file by qonnx's executor, in float. Protocol: benchmarks/runtimes.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 20
 
 
 def main() -> None:
-    """Run the file; exit with the reason where qonnx refuses it."""
+    """Run the file; exit with the reason if qonnx refuses it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("images")
@@ -29,12 +29,12 @@ def main() -> None:
         model = cleanup_model(ModelWrapper(arguments.file), override_inpsize=BATCH)
         source, sink = model.graph.input[0].name, model.graph.output[0].name
         logits = []
-        for place in range(0, len(images), BATCH):
-            part = images[place : place + BATCH]
-            full = np.zeros((BATCH, *images.shape[1:]), np.float32)  # a short last batch is filled up
+        for start in range(0, len(images), BATCH):
+            part = images[start : start + BATCH]
+            full = np.zeros((BATCH, *images.shape[1:]), np.float32)  # a short last batch is padded
             full[: len(part)] = part
             logits.append(qonnx.core.onnx_exec.execute_onnx(model, {source: full})[sink][: len(part)])
-    except Exception as error:  # its operators raise whatever numpy, onnx and onnxruntime raise
+    except Exception as error:  # exceptions of numpy, onnx and onnxruntime
         sys.exit(f"{type(error).__name__}: {str(error).splitlines()[0]}")
     np.save(arguments.logits, np.concatenate(logits))
     print(json.dumps({"version": version("qonnx"), "integer_layers": None, "float_layers": None}))

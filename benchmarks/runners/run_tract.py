@@ -1,4 +1,4 @@
-"""Logits of an ONNX file by tract: the protocol is told in benchmarks/runtimes.py. It says nothing of layers."""
+"""Logits of an ONNX file by tract. Protocol: benchmarks/runtimes.py. Layers are not reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tract
 
 
 def main() -> None:
-    """Run the file; exit with the reason where tract refuses it."""
+    """Run the file; exit with the reason if tract refuses it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file")
     parser.add_argument("images")

@@ -93,7 +93,7 @@ def test_harden_and_export(
     assert run["clean_accuracy"] > 0.5, "the file must be judged on a network that says something"
     for format_name in ("integer", "packed", "qcdq"):
         found = export_model(run["checkpoint"], format_name=format_name, images=200, recheck=False)
-        print(name, run["clean_accuracy"], found["drift"], found["parity"])  # figures of docs/own-network.md
+        print(name, run["clean_accuracy"], found["drift"], found["parity"])  # figures of docs/custom-networks.md
         assert found["shortfalls"] == []
         if format_name != "qcdq":
             # Everything runs as integers: convolutions and the classifier, sums, the pooling.
