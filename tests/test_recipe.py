@@ -24,7 +24,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
 from robustq.recipe.schema import PAPER_TABLES, by_table, check_settings
-from robustq.workflow.run import prepare
+from robustq.workflow.training_run import prepare
 
 RECIPES = Path(robustq.__file__).parent / "recipes"
 

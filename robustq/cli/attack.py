@@ -94,7 +94,7 @@ def attack(
     """
     from robustq.errors import UsageError
     from robustq.files import check_attackable, check_model_file, check_new
-    from robustq.report.attack import attack_lines
+    from robustq.report.text import attack_lines
 
     check_attackable(model)
     wanted_epsilon = radius(epsilon)

@@ -14,7 +14,7 @@ from typing import Any
 
 from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
 from robustq.recipe.schema import PAPER_TABLES
-from robustq.report.attack import bounded, percent, size
+from robustq.report.text import bounded, percent, size
 
 
 def description_lines(found: dict[str, Any]) -> list[str]:

@@ -17,9 +17,9 @@ from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note
 from robustq.recipe import Recipe
-from robustq.workflow.log import announce, told_forecast
-from robustq.workflow.run import carry_out, prepare
+from robustq.workflow.run_log import announce, told_forecast
 from robustq.workflow.setup import data_for, pick_device, versions
+from robustq.workflow.training_run import carry_out, prepare
 
 
 def resume_run(

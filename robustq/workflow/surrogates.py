@@ -24,7 +24,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note, notes_of
-from robustq.report.attack import duration
+from robustq.report.text import duration
 from robustq.workflow.open_model import Opened, ready
 from robustq.workflow.resume import resume_run
 from robustq.workflow.setup import check_fit

@@ -18,8 +18,7 @@ from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import UNDEFENDED, Recipe
-from robustq.workflow.ptq import quantize_only
-from robustq.workflow.run import calibrate_on, run_recipe, with_teacher
+from robustq.workflow.quantize import quantize_only
 from robustq.workflow.setup import (
     DEFAULT_EPSILON,
     WidthOptions,
@@ -30,6 +29,7 @@ from robustq.workflow.setup import (
     read_recipe,
     with_normalisation,
 )
+from robustq.workflow.training_run import calibrate_on, run_recipe, with_teacher
 
 
 def train_model(

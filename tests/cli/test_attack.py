@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from robustq.models.compiled import CompiledNetwork, check_compiler
-from robustq.report.attack import attack_lines
+from robustq.report.text import attack_lines
 from robustq.workflow import attack as attacking
 from robustq.workflow import attack as crafting
 from tests.cli.conftest import Run

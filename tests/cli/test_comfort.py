@@ -188,7 +188,7 @@ def test_long_jobs_show_progress(
         "export.parity",
         "export.qonnx_file",
         "hardening.trainer",
-        "workflow.run",
+        "workflow.training_run",
         "data.download",
     ):
         monkeypatch.setattr(f"robustq.{module}.bar", recording)

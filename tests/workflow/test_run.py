@@ -17,8 +17,7 @@ from robustq.files import free_path
 from robustq.hardening.methods.method import Step
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.run_folder import RUNS, RunFolder
-from robustq.workflow import log as announcing
-from robustq.workflow import run
+from robustq.workflow import run_log, training_run
 
 KEYS = ("epochs=2", "train_images=150", "batch_size=64", "monitor_images=10")
 
@@ -46,7 +45,7 @@ def test_a_default_name_that_another_run_takes_in_this_moment_gets_the_next_numb
         found.append(path)
         return path
 
-    monkeypatch.setattr(run, "free_path", raced)
+    monkeypatch.setattr(training_run, "free_path", raced)
     result = train()
     assert [path.name for path in found] == ["resnet8-float-natural", "resnet8-float-natural-2"]
     assert Path(result["run"]).name == "resnet8-float-natural-2"
@@ -94,7 +93,7 @@ def test_calibration_that_does_not_fit_names_its_own_key(monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(run, "calibrate", full)
+    monkeypatch.setattr(training_run, "calibrate", full)
     with pytest.raises(OutOfMemoryError, match=r"512 images calibrate .* --set calibration_images=128"):
         train()
     assert list(Path.cwd().iterdir()) == []
@@ -104,7 +103,7 @@ def test_a_method_that_does_not_fit_is_told_before_the_first_batch(monkeypatch: 
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(run, "build_method", full)
+    monkeypatch.setattr(training_run, "build_method", full)
     with pytest.raises(OutOfMemoryError, match="before the first batch; lower --set batch_size=64"):
         train()
     assert list(Path.cwd().iterdir()) == []
@@ -143,7 +142,7 @@ def test_ctrl_c_while_the_test_images_are_counted_loses_nothing(monkeypatch: pyt
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "accuracy_on_test", interrupted)
+        patched.setattr(training_run, "accuracy_on_test", interrupted)
         with pytest.raises(RunStoppedError, match=r"stopped at once; saved: epoch 2; go on with: robustq train"):
             train(out=Path("run"))
     assert robustq.resume_run("run")["epochs"] == 2  # nothing is left but to count
@@ -152,9 +151,9 @@ def test_ctrl_c_while_the_test_images_are_counted_loses_nothing(monkeypatch: pyt
 def test_a_gpu_that_is_left_unused_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"source": None, "data": {"digest": ""}, "command": "", "augment": {}, "seed": 0, "spec": {}, "recipe": {}}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (line,) = announcing.cheaper(config, torch.device("cpu"))
+    (line,) = run_log.cheaper(config, torch.device("cpu"))
     assert "--device cuda" in line
-    assert announcing.cheaper(config, torch.device("cuda:0")) == []
+    assert run_log.cheaper(config, torch.device("cuda:0")) == []
 
 
 def test_a_precision_without_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,10 +168,10 @@ def test_a_precision_without_instructions_is_named(monkeypatch: pytest.MonkeyPat
     config["recipe"] = {"precision": "bfloat16"}
     found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    (line,) = announcing.cheaper(config, torch.device("cpu"))
+    (line,) = run_log.cheaper(config, torch.device("cpu"))
     assert "no instructions for bfloat16" in line and "--set precision=float32" in line
     found["avx512_bf16"] = True
-    assert announcing.cheaper(config, torch.device("cpu")) == []
+    assert run_log.cheaper(config, torch.device("cpu")) == []
 
 
 def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) -> None:
@@ -180,7 +179,7 @@ def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) ->
     for name, text in (("broken", "{"), ("list", "[]"), ("old", '{"recipe": {}, "spec": {}, "seed": 0}')):
         (RUNS / name).mkdir(parents=True)
         (RUNS / name / "config.json").write_text(text)
-    assert announcing.cheaper(config, torch.device("cpu")) == []
+    assert run_log.cheaper(config, torch.device("cpu")) == []
 
 
 def test_ctrl_c_after_the_last_file_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

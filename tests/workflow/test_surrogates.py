@@ -62,7 +62,7 @@ def test_training_that_was_stopped_goes_on(cheap: Path, digits_w4a4: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("robustq.workflow.run.restore", stopped)  # after the last epoch, before result.json
+        patch.setattr("robustq.workflow.training_run.restore", stopped)  # after the last epoch, before result.json
         with pytest.raises(RunStoppedError, match=r"--resume runs/surrogates"):
             surrogates.undefended(spec, data, own_model=None, device=CPU)
     (folder,) = (cheap / "runs" / "surrogates").iterdir()

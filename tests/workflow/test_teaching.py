@@ -22,7 +22,7 @@ from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.run import open_teacher, with_teacher
+from robustq.workflow.training_run import open_teacher, with_teacher
 
 KEYS = ("epochs=2", "train_images=100", "batch_size=64", "monitor_images=10", "warmup_epochs=0")
 

@@ -41,7 +41,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
 from robustq.recipe import Recipe, format_epsilon
-from robustq.workflow.log import announce, announce_safety, told_forecast
+from robustq.workflow.run_log import announce, announce_safety, told_forecast
 from robustq.workflow.setup import DEFAULT_EPSILON, augmentation, check_fit, check_last_batch, versions
 
 

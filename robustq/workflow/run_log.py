@@ -30,8 +30,8 @@ from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe.schema import FLOAT32, SAME
-from robustq.report.attack import duration, size
 from robustq.report.info import toml_lines
+from robustq.report.text import duration, size
 from robustq.workflow.setup import DEFAULT_EPSILON
 
 

@@ -24,8 +24,8 @@ from robustq.progress import detail, note
 from robustq.recipe import Recipe
 from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
-from robustq.workflow.run import EVALUATION_BATCH, accuracy_on_test
 from robustq.workflow.setup import versions
+from robustq.workflow.training_run import EVALUATION_BATCH, accuracy_on_test
 
 
 def quantize_only(
