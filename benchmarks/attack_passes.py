@@ -31,7 +31,7 @@ from torch.nn import functional  # noqa: E402
 from robustq import progress  # noqa: E402
 from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
-from robustq.workflow.attack import attack_model, crafted_fast  # noqa: E402
+from robustq.workflow.attack import attack_model, prepared_target  # noqa: E402
 from robustq.workflow.open_model import Opened, open_attackable  # noqa: E402
 from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
@@ -65,7 +65,7 @@ def _passes(opened: Opened, pixels: Tensor, y: Tensor, options: argparse.Namespa
     target = opened.target()
     x = to_float(pixels.to(y.device))
     # The network as it is written has its weights quantized once in there too, as without --compile.
-    with crafted_fast(target, opened.source, pixels, compiled=True) as fast:
+    with prepared_target(target, opened.source, pixels, compiled=True) as fast:
         ways = {
             f"gradient, {rule}": (_gradient, target.sources[rule], fast.sources[rule]) for rule in target.sources
         } | {"answers": (_answers, target.source, fast.source)}

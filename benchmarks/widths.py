@@ -73,7 +73,7 @@ def _train(row: str, data: Any, recipe: Any, *, architecture: str, seed: int) ->
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        return run_recipe(model, spec, data, recipe, seed=seed, device=device, out=out, source=None)
+        return run_recipe(model, spec, data, recipe, seed=seed, device=device, out=out, source=None).to_dict()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The thing under attack, as named on the command line: its judge and its differentiable source."""
+"""Model loading for attacks: the judge and the differentiable network of a model file or an export folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from robustq.models.spec import ModelSpec
 from robustq.progress import note
 
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
-"""Operations whose scale follows the whole batch: the answer to an image depends on the images beside it."""
+"""Operations with a scale of the whole batch: an image's answer depends on the other images of its batch."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Opened:
     """A model file or an export folder, ready to be attacked.
 
     Args:
-        path: as it was named.
+        path: as given.
         network: as trained, on the CPU, in eval mode.
-        source: the differentiable network whose gradients are used, on the device; the folded one of a deployed file.
-        judge: whose answers count.
-        deployed: the .onnx that onnxruntime runs, or None.
-        spec: what it is.
-        checkpoint: the model.pt that says so.
-        failures: checks that the deployed file did not pass when it was exported, a line each.
+        source: the network that gives the gradients, on the device; of a deployed file the folded one.
+        judge: gives the answers that count.
+        deployed: the .onnx for onnxruntime, or None.
+        spec: of the network.
+        checkpoint: the model.pt.
+        failures: failed checks of the deployed file's export, a line each.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class Opened:
     failures: list[str]
 
     def target(self) -> Target:
-        """What attacks may use, without other networks."""
+        """The target of attacks, without surrogates."""
         return Target(
             judge=self.judge,
             sources=_sources(self.source),
@@ -62,7 +62,7 @@ class Opened:
 
 
 def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> Opened:
-    """Open a .pt that robustq wrote, or an export folder.
+    """Open a .pt of robustq, or an export folder.
 
     Raises:
         RobustqError: it cannot be read, or not be attacked.
@@ -76,39 +76,37 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
         deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
-        tell_failures(failures)
+        log_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
-    source = ready(fold(network, spec) if deployed is not None else network, device)
+    source = frozen(fold(network, spec) if deployed is not None else network, device)
     judge = OnnxModel(deployed) if deployed else source
     return Opened(path, network, source, judge, deployed, spec, checkpoint, failures)
 
 
-def tell_failures(failures: list[str]) -> None:
-    """Say at once, before anything is counted on a file, which checks it did not pass."""
+def log_failures(failures: list[str]) -> None:
+    """Print the failed checks of a file's export."""
     for failure in failures:
         note(f"FAILED  {failure}")
 
 
-def ready(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network itself, to be attacked or transferred from: as in training on its device in convolutions' fastest
-    layout, in eval mode, and without gradients of weights, which no attack wants.
-    """
+def frozen(network: nn.Module, device: torch.device) -> nn.Module:
+    """The same network in eval mode on ``device``, channels last as in training, without gradients of weights."""
     return network.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 def _sources(source: nn.Module) -> dict[str, Model]:
-    """One differentiable model per backward rule; a network without quantizers has one rule."""
+    """One model per backward rule; a network without quantizers has one rule."""
     others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(source) else []
     return {AS_TRAINED: source, **{rule: under_rule(source, rule) for rule in others}}
 
 
 def is_dynamic(path: Path) -> bool:
-    """Whether an .onnx file quantizes activations by what its batch holds."""
+    """Whether an .onnx file quantizes activations with a scale of the batch."""
     return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
 
 
 def _features(source: nn.Module) -> Features | None:
-    """The features that training aligns, where the network has a layer for them."""
+    """The features that training aligns, if the network has a layer for them."""
     try:
         return FeatureTap(source, "pooled")
     except UsageError:

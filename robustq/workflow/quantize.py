@@ -1,4 +1,4 @@
-"""harden --recipe ptq: quantize without training, into a run folder like any other."""
+"""Quantizing a network: weights into a spec's bit widths, calibration, and post-training quantization as a run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,55 @@ from typing import Any
 import torch
 from torch import nn
 
-from robustq.checkpoint import save_model
+from robustq.checkpoint import load_weights, save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
-from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.evaluation.accuracy import correct
 from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
 from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
-from robustq.hardening.methods.registry import resolved_settings
+from robustq.hardening.methods.registry import SETTINGS, resolved_settings
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
-from robustq.models.spec import ModelSpec
+from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import detail, note
 from robustq.recipe import Recipe
 from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
 from robustq.workflow.setup import versions
-from robustq.workflow.training_run import EVALUATION_BATCH, accuracy_on_test
+from robustq.workflow.training_run import EVALUATION_BATCH, TrainResult, accuracy_on_test, calibrate_on
+
+
+def is_post_training(recipe: Recipe) -> bool:
+    """Whether the recipe quantizes without training (method ``ptq``)."""
+    return SETTINGS[recipe.method] is PtqSettings
+
+
+def quantize(
+    weights: dict[str, torch.Tensor],
+    source: ModelSpec,
+    target: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    path: Path,
+    own_model: str | None = None,
+) -> nn.Module:
+    """A network of ``target``'s bit widths with ``weights`` of ``source``, on ``device``.
+
+    Activation scales are calibrated where they are unknown, and always for post-training quantization.
+    """
+    model = build_model(target, own_model=own_model)
+    same_quantizers = all(
+        getattr(source, name) == getattr(target, name) for name in ("widths", "layer_bits", "shared_sum_scale")
+    )
+    if same_quantizers and not is_post_training(recipe):
+        model.load_state_dict(weights)
+        return model.to(device)
+    load_weights(model, weights, path)
+    model = model.to(device)
+    calibrate_on(model, data, recipe, device=device, from_scratch=False)
+    return model
 
 
 def quantize_only(
@@ -39,36 +72,33 @@ def quantize_only(
     out: Path | None,
     source: Path,
     skip_bad_images: bool = False,
-) -> dict[str, Any]:
-    """Correct the biases of a calibrated network, and write its run folder, whole or not at all.
+) -> TrainResult:
+    """Correct the biases of a calibrated network and write its run folder, whole or not at all.
 
     Args:
         model: built from ``spec`` with the float weights, activation scales calibrated, on ``device``.
-        spec, data, recipe: what is quantized, on which images, how.
-        seed: kept in the record; nothing here is random.
-        device: where.
+        spec, data, recipe: network, images and settings.
+        seed: recorded; nothing here is random.
+        device: of the computation.
         out: run folder, checked to be free; None: ``runs/<label>-ptq``.
-        source: the model file it came from.
+        source: the float model file.
         skip_bad_images: how ``data`` was loaded.
 
-    Returns:
-        What harden prints, and result.json holds.
-
     Raises:
-        OutOfMemoryError: so many images do not fit at once.
+        OutOfMemoryError: the calibration images do not fit at once.
     """
     start = time.perf_counter()
-    settings: PtqSettings = check_settings(recipe.settings, PtqSettings, table="ptq")
+    settings: PtqSettings = check_settings(recipe.settings, PtqSettings, table=recipe.method)
     resolved = {**recipe.to_dict(), "settings": resolved_settings(recipe)}
-    note(f"{spec.label} · post-training quantization: no training, and no defence")
+    note(f"{spec.label} · post-training quantization: no training, no defence")
     note(f"recipe  {recipe.name}: calibrated on {min(recipe.calibration_images, len(data.train)):,} images")
     for line in toml_lines(resolved):
         detail(f"setting {line}")
     if settings.bias_correction:
-        note(f"biases  {_corrected(model, data, recipe, device)} layers corrected")
+        note(f"biases  {_correct_biases(model, data, recipe, device)} layers corrected")
     model.eval()
     images, labels = data.holdout.take(recipe.monitor_images)
-    held = correct(model, to_float(images.to(device)), labels.to(device), batch_size=EVALUATION_BATCH)
+    held_out = correct(model, to_float(images.to(device)), labels.to(device), batch_size=EVALUATION_BATCH)
     right, count = accuracy_on_test(model, data, device=device)
     final = out or free_path(RUNS / f"{spec.label}-{recipe.method}")
     config = {
@@ -81,40 +111,38 @@ def quantize_only(
         "device": str(device),
         "versions": versions(),
     }
+    holdout_accuracy = int(held_out.sum()) / len(held_out)
     info = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
-    info["holdout_clean_accuracy"] = int(held.sum()) / len(held)
+    info["holdout_clean_accuracy"] = holdout_accuracy
     with folder_when_whole(final) as folder:
         _write_json(folder / CONFIG, config)
-        for name in ("best.pt", "last.pt"):  # there is one state only; whoever looks for either finds it
+        for name in ("best.pt", "last.pt"):  # one state under both names of a training run
             save_model(folder / name, model, spec, info=info)
-        result = {
-            "checkpoint": str((final / "best.pt").absolute()),
-            "run": str(final.absolute()),
-            "model": spec.label,
-            "recipe": recipe.name,
-            "clean_accuracy": right / count,
-            "clean_interval": list(wilson_interval(right, count)),
-            "test_images": count,
-            "epochs": 0,
-            "epochs_done": 0,
-            "best_epoch": 0,
-            "holdout_clean_accuracy": info["holdout_clean_accuracy"],
-            "holdout_pgd10_accuracy": None,
-            "seconds_per_epoch": 0.0,
-            "seconds": time.perf_counter() - start,
-            "size_bytes": (folder / "best.pt").stat().st_size,
-            "epsilon": spec.epsilon,
-            "seed": seed,
-            "collapsed": None,
-            "shortfalls": [],
-            "bits": spec.weight_bits,
-            "method": recipe.method,
-        }
-        _write_json(folder / RESULT, result)
+        result = TrainResult(
+            checkpoint=final.absolute() / "best.pt",
+            run=final.absolute(),
+            model=spec.label,
+            recipe=recipe.name,
+            correct=right,
+            test_images=count,
+            epochs=0,
+            epochs_done=0,
+            best_epoch=0,
+            holdout_clean_accuracy=holdout_accuracy,
+            holdout_pgd10_accuracy=None,
+            seconds_per_epoch=0.0,
+            seconds=time.perf_counter() - start,
+            size_bytes=(folder / "best.pt").stat().st_size,
+            epsilon=spec.epsilon,
+            seed=seed,
+            bits=spec.weight_bits,
+            method=recipe.method,
+        )
+        _write_json(folder / RESULT, result.to_dict())
     return result
 
 
-def _corrected(model: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> int:
+def _correct_biases(model: nn.Module, data: Dataset, recipe: Recipe, device: torch.device) -> int:
     counts: list[int] = []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""What a run says before it begins: what it is, what it will take, and what would be had for less."""
+"""Log lines of a training run before it begins: settings, forecast, and hints that would save time."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from robustq.hardening.trainer import Training
 from robustq.models.quant.relu import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
-from robustq.recipe import format_epsilon
+from robustq.recipe import UNDEFENDED, format_epsilon
 from robustq.recipe.schema import FLOAT32, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
 from robustq.workflow.setup import DEFAULT_EPSILON
 
 
-def announce(
+def log_run(
     spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
 ) -> None:
-    """The network, the recipe, the data; then what the same would cost less.
+    """Print network, recipe and data, then the hints.
 
     Args:
         spec, data, training, config: of the run.
-        resumed: its folder, where it has one already.
+        resumed: its folder, if it is resumed.
     """
     recipe, device = training.recipe, training.device
     inner = (
@@ -55,30 +55,30 @@ def announce(
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    radius = "" if recipe.method == "natural" else f" (epsilon {format_epsilon(epsilon)})"
+    radius = "" if recipe.method in UNDEFENDED else f" (epsilon {format_epsilon(epsilon)})"
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):
-        computing += f" · passes on the side in {recipe.side_precision}"
+        computing += f" · auxiliary passes in {recipe.side_precision}"
     computing += " · compiled" if recipe.compile else ""
     note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
-    for line in cheaper(config, device, resumed=resumed):
+    for line in hints(config, device, resumed=resumed):
         note(f"note    {line}")
     for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
         detail(f"setting {line}")
 
 
-def told_forecast(training: Training, *, parent: Path) -> Forecast:
-    """Rehearse the run, say in one line what it (or the rest of it) will take, and refuse what cannot end well.
+def check_forecast(training: Training, *, parent: Path) -> None:
+    """Rehearse the run, print its expected time, memory and disk use, and refuse it when they do not suffice.
 
     Args:
-        training: as it was, afterwards.
-        parent: the folder that the run folder lies in, or will.
+        training: left as it was.
+        parent: folder of the run folder.
 
     Raises:
         OutOfMemoryError: a batch does not fit; names one that does.
-        OutputError: the files would not fit on the disk.
+        OutputError: the files do not fit on the disk.
     """
     outcome: list[Forecast] = []
     if runs_out(lambda: outcome.append(forecast(training))):
@@ -86,50 +86,47 @@ def told_forecast(training: Training, *, parent: Path) -> Forecast:
             f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
             f"{what_fits(training)}"
         )
-    found, recipe = outcome[0], training.recipe
-    epochs = f"{recipe.epochs} epochs"
-    begun = bool(training.standing.epoch or training.standing.step)
-    if begun:
-        epochs = f"the last {recipe.epochs - training.standing.epoch} of {epochs}"
-    awp = " (AWP: one more of each)" if recipe.awp_gamma else ""
+    found, recipe, standing = outcome[0], training.recipe, training.standing
+    begun = bool(standing.epoch or standing.step)
+    epochs = (
+        f"the last {recipe.epochs - standing.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
+    )
+    passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
-        f"{size(found.disk_bytes)} disk: "
-        f"{_short(_parameters(training))} parameters, {len(training.split):,} images, {epochs}, "
-        f"{training.method.passes.removesuffix(' passes').removesuffix(' pass')} a batch{awp}"
+        f"{size(found.disk_bytes)} disk: {_short(_parameters(training))} parameters, {len(training.split):,} images, "
+        f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
     )
     if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
         integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
         note(f"note    {better_compiled(integers=integers)}")
-    free = shutil.disk_usage(
-        next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
-    )
-    if free.free < found.disk_bytes + found.spare_bytes:
+    needed = found.disk_bytes + found.spare_bytes
+    existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
         raise OutputError(
-            f"{parent}: has {size(free.free)} free, the run writes {size(found.disk_bytes + found.spare_bytes)}; free "
-            "the place or name another --out"
+            f"{parent}: has {size(free)} free, the run writes {size(needed)}; free space or name another --out"
         )
-    return found
 
 
-def announce_safety(folder: RunFolder) -> None:
-    """Say that the run can be stopped, and how to go on."""
-    note(f"safe    Ctrl-C saves and stops; {folder.resume_command} goes on, after a crash too")
+def log_resume_command(folder: RunFolder) -> None:
+    """Print how to resume the run."""
+    note(f"stop    Ctrl-C saves the run. Resume it with: {folder.resume_command}")
 
 
-def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
-    """What is true and would save the run, or most of its time: one line each.
+def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
+    """Hints that would save the run, or most of its time: one line each.
 
     Args:
         config: of the run that is about to begin.
-        device: where it will run.
-        resumed: its folder, where it has one already, which is passed over.
+        device: of the run.
+        resumed: its folder, if it is resumed; it is skipped in the search for the same run.
     """
     lines = []
     if device.type == "cpu" and torch.cuda.is_available():
         lines.append("this machine has a GPU that is far faster: --device cuda")
     for key in ("precision", "side_precision"):
-        # ptq computes no steps
+        # Recipes of post-training quantization have no precision.
         if (better := advice(config["recipe"].get(key, FLOAT32), device, key=key)) is not None:
             lines.append(better)
     if config["recipe"].get("compile", False):
@@ -142,24 +139,22 @@ def cheaper(config: dict[str, Any], device: torch.device, *, resumed: Path | Non
             other = read_config(folder)
             same = _identity(other) == _identity(config)
         except (UsageError, KeyError, TypeError):
-            continue  # the run of another version: not the same
-        if not same:
-            continue
-        if (folder / RESULT).exists() and (folder / "best.pt").exists():
+            continue  # a run of another version is not the same run
+        if same and (folder / RESULT).exists() and (folder / "best.pt").exists():
             lines.append(f"the same run has finished in {folder}: {folder / 'best.pt'}")
-        elif (folder / RESUME).exists():
+        elif same and (folder / RESUME).exists():
             try:
                 check_not_running(folder)
-                lines.append(f"the same run has begun in {folder}: {resume_command(folder, other)} continues it")
+                lines.append(f"the same run was started in {folder}; resume it with: {resume_command(folder, other)}")
             except RunLockedError:
-                lines.append(f"the same run is under way in {folder}")
+                lines.append(f"the same run is running in {folder}")
             except OSError:
-                continue  # another user's, whose lock this one may not look at
+                continue  # a lock of another user
     return lines
 
 
 def _has_codes(training: Training) -> bool:
-    """Whether there are codes or signs to convolve, which was seen to save time (docs/results/training-cost.md)."""
+    """Whether integer convolutions would save time (docs/results/training-cost.md)."""
     quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
     return quantized and counts_codes(training.device)
 
@@ -169,16 +164,16 @@ def _parameters(training: Training) -> int:
 
 
 def _short(count: int) -> str:
-    """``272 k``, ``11.7 M``: beside the exact number, which stands in the first line."""
+    """``272 k``, ``11.7 M``."""
     return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
 
 
-_BESIDE = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")
-"""Keys of a recipe that decide nothing of what is trained but its rounding; the data are known by their content."""
+_NOT_COMPARED = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")
+"""Keys of a recipe that change nothing but rounding; the data are compared by their digest."""
 
 
 def _identity(config: dict[str, Any]) -> str:
-    """What decides the outcome, but for rounding: not where files lie, nor the machine and its versions."""
+    """All that decides the outcome but for rounding: no paths, machine or versions."""
     source = config["source"]
     return json.dumps(
         {
@@ -186,7 +181,7 @@ def _identity(config: dict[str, Any]) -> str:
             "data": config["data"]["digest"],
             **{key: config[key] for key in ("command", "augment", "seed")},
             "spec": {key: value for key, value in config["spec"].items() if key != "data"},
-            "recipe": {key: value for key, value in config["recipe"].items() if key not in _BESIDE},
+            "recipe": {key: value for key, value in config["recipe"].items() if key not in _NOT_COMPARED},
         },
         sort_keys=True,
     )

@@ -1,13 +1,8 @@
-"""A run: its teacher, calibration, training and result.
-
-The teacher of a recipe of method ``rslad``: looked for before anything else, opened when the data are there.
-
-One training run in its folder: from a network and a recipe to best.pt and result.json.
-"""
+"""One training run in its folder: teacher, calibration, training and result."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,38 +25,45 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import check_model_file, free_path, sha256
 from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.forecast import what_fits
-from robustq.hardening.methods.registry import build_method, resolved_settings
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, Teacher
+from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
+from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, RsladSettings, Teacher
 from robustq.hardening.metrics import check_tensorboard
-from robustq.hardening.monitor import Monitor
+from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Trained, Training
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
-from robustq.recipe import Recipe, format_epsilon
-from robustq.workflow.run_log import announce, announce_safety, told_forecast
+from robustq.recipe import UNDEFENDED, Recipe, format_epsilon
+from robustq.workflow import Result
+from robustq.workflow.run_log import check_forecast, log_resume_command, log_run
 from robustq.workflow.setup import DEFAULT_EPSILON, augmentation, check_fit, check_last_batch, versions
 
+EVALUATION_BATCH = 500
 
-def with_teacher(recipe: Recipe) -> Recipe:
-    """``recipe`` with the teacher's path made absolute, so that its run can be resumed from anywhere; other methods'
-    recipes as they are.
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether the recipe's method learns from a robust teacher (RSLAD)."""
+    return SETTINGS[recipe.method] is RsladSettings
+
+
+def with_absolute_teacher(recipe: Recipe) -> Recipe:
+    """``recipe`` with an absolute path of its teacher, if it has one, so that a run can be resumed from any folder.
 
     Raises:
         UsageError: it names no teacher.
-        ModelFileError: no file with content lies there.
+        ModelFileError: the file is missing or empty.
     """
-    if recipe.method != "rslad":
+    if not needs_teacher(recipe):
         return recipe
     path = str(resolved_settings(recipe)["teacher"])
     if not path:
         raise UsageError(
-            f"recipe {recipe.name} learns from a robust teacher and names none; add --set rslad.teacher=FILE, a model "
-            "file of robustq's with the same classes"
+            f"recipe {recipe.name} needs a robust teacher; add --set rslad.teacher=FILE, a model file of robustq with "
+            "the same classes"
         )
-    _named(path)
+    _check_teacher(path)
     return replace(recipe, settings={**recipe.settings, "teacher": str(Path(path).absolute())})
 
 
@@ -69,13 +71,13 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     """The teacher that ``recipe`` names, on ``device``; None for methods without one.
 
     Raises:
-        ModelFileError: it is not there, or no model file of robustq's.
+        ModelFileError: the file is missing, or no model file of robustq.
         DataError: it was made for other classes or images.
     """
-    if recipe.method != "rslad":
+    if not needs_teacher(recipe):
         return None
     settings = resolved_settings(recipe)
-    path = _named(str(settings["teacher"]))
+    path = _check_teacher(str(settings["teacher"]))
     try:
         network, spec, _ = load_model(path)
         check_fit(spec, data, path)
@@ -83,7 +85,7 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
         raise type(error)(f"rslad.teacher: {error}") from error
     if spec.class_names and data.class_names and tuple(spec.class_names) != tuple(data.class_names):
         pairs = enumerate(zip(spec.class_names, data.class_names, strict=True))
-        first = next(place for place, (ours, theirs) in pairs if ours != theirs)
+        first = next(index for index, (ours, theirs) in pairs if ours != theirs)
         raise DataError(
             f"rslad.teacher: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
             f"'{data.class_names[first]}'; give a teacher of the same classes in the same order"
@@ -96,14 +98,85 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
 
 
-def _named(path: str) -> Path:
+def _check_teacher(path: str) -> Path:
     try:
         return check_model_file(Path(path))
     except ModelFileError as error:
         raise ModelFileError(f"rslad.teacher: {error}") from error
 
 
-EVALUATION_BATCH = 500
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainResult(Result):
+    """Result of train and harden, and the content of result.json.
+
+    Args:
+        checkpoint: the best epoch's model file.
+        run: run folder.
+        model: label of the network, such as ``resnet20-w4a4``.
+        recipe: its name.
+        correct, test_images: count on the test images, unattacked.
+        epochs, epochs_done, best_epoch: planned, trained, and the one of ``checkpoint``.
+        holdout_clean_accuracy, holdout_pgd10_accuracy: of the best epoch, on held-out images; None: not measured.
+        seconds_per_epoch: wall time.
+        seconds: wall time of post-training quantization, else None.
+        size_bytes: of ``checkpoint``.
+        epsilon: radius of the threat model in [0, 1]; None: undefended.
+        seed: of the run.
+        collapsed: the collapse of robust accuracy that ended the run, if any.
+        shortfalls: failed checks, in words.
+        bits, method: of weights; of the recipe. None for train.
+    """
+
+    checkpoint: Path
+    run: Path
+    model: str
+    recipe: str
+    correct: int
+    test_images: int
+    epochs: int
+    epochs_done: int
+    best_epoch: int
+    holdout_clean_accuracy: float
+    holdout_pgd10_accuracy: float | None
+    seconds_per_epoch: float
+    seconds: float | None = None
+    size_bytes: int
+    epsilon: float | None
+    seed: int
+    collapsed: Collapse | None = None
+    shortfalls: tuple[str, ...] = ()
+    bits: int | None = None
+    method: str | None = None
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of the test images."""
+        return self.correct / self.test_images
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``robustq train --json``, plus ``bits method`` for harden."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "run": str(self.run),
+            "model": self.model,
+            "recipe": self.recipe,
+            "clean_accuracy": self.clean_accuracy,
+            "clean_interval": list(wilson_interval(self.correct, self.test_images)),
+            "test_images": self.test_images,
+            "epochs": self.epochs,
+            "epochs_done": self.epochs_done,
+            "best_epoch": self.best_epoch,
+            "holdout_clean_accuracy": self.holdout_clean_accuracy,
+            "holdout_pgd10_accuracy": self.holdout_pgd10_accuracy,
+            "seconds_per_epoch": self.seconds_per_epoch,
+            **({} if self.seconds is None else {"seconds": self.seconds}),
+            "size_bytes": self.size_bytes,
+            "epsilon": self.epsilon,
+            "seed": self.seed,
+            "collapsed": None if self.collapsed is None else self.collapsed.to_dict(),
+            "shortfalls": list(self.shortfalls),
+            **({} if self.method is None else {"bits": self.bits, "method": self.method}),
+        }
 
 
 def run_recipe(
@@ -117,28 +190,25 @@ def run_recipe(
     out: Path | None,
     source: Path | None,
     skip_bad_images: bool = False,
-) -> dict[str, Any]:
-    """Train ``model`` on ``device`` by ``recipe``, keep what happens in a run folder, count clean accuracy at the end.
+) -> TrainResult:
+    """Train ``model`` by ``recipe`` in a run folder, then count clean accuracy.
 
     Args:
-        model: built from ``spec``; left with the best epoch's weights, in eval mode.
-        spec, data, recipe: what is trained, on what, how.
+        model: built from ``spec``, on ``device``; left with the best epoch's weights, in eval mode.
+        spec, data, recipe: network, images and settings.
         seed: of order, augmentation and the method's draws.
-        device: where.
+        device: of the training.
         out: run folder, checked to be free; None: ``runs/<label>-<method>``.
-        source: the model file that was fine-tuned; None from scratch: then the activation scales are calibrated first,
-            with batch statistics, since the running ones mean nothing.
-        skip_bad_images: how ``data`` was loaded, for a process that resumes the run.
-
-    Returns:
-        What train and harden print, and result.json holds.
+        source: the model file that is fine-tuned. None: from scratch; the activation scales are then calibrated first,
+            with batch statistics, since the running ones are meaningless.
+        skip_bad_images: how ``data`` was loaded, for a later resume.
 
     Raises:
-        UsageError: TensorBoard is asked for and not installed.
-        OutOfMemoryError: names the batch size that fits; nothing is written.
-        OutputError: the disk is too full; what was saved before stands.
-        NotFiniteError: NaN or Inf; what was saved before stands.
-        RunStoppedError: by Ctrl-C or SIGTERM; says how to go on.
+        UsageError: TensorBoard is requested and not installed.
+        OutOfMemoryError: names a batch size that fits; nothing is written.
+        OutputError: the disk is full; saved states are kept.
+        NotFiniteError: NaN or Inf; saved states are kept.
+        RunStoppedError: by Ctrl-C or SIGTERM; names the command that resumes the run.
     """
     check_last_batch(model, spec, len(data.train), recipe)
     if recipe.tensorboard:
@@ -158,10 +228,10 @@ def run_recipe(
         "versions": versions(),
     }
     training = prepare(model, spec, data, recipe, augment=augment, seed=seed, device=device)
-    announce(spec, data, training, config)
-    told_forecast(training, parent=(RUNS if out is None else out.parent))
+    log_run(spec, data, training, config)
+    check_forecast(training, parent=(RUNS if out is None else out.parent))
     folder = _new_folder(out, RUNS / f"{spec.label}-{recipe.method}", config, training)
-    return carry_out(folder, training, spec, data)
+    return complete_run(folder, training, spec, data)
 
 
 def prepare(
@@ -174,11 +244,11 @@ def prepare(
     seed: int,
     device: torch.device,
 ) -> Training:
-    """A training at its beginning.
+    """Set up a training.
 
     Raises:
-        OutOfMemoryError: the method's own memory (the perturbation set of ODG-Q) or the data do not fit.
-        RobustqError: the teacher that the recipe names cannot be used.
+        OutOfMemoryError: the method's own tensors (the perturbation set of ODG-Q) or the data do not fit.
+        RobustqError: the recipe's teacher cannot be used.
     """
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     prepared: list[Training] = []
@@ -213,10 +283,10 @@ def prepare(
     return prepared[0]
 
 
-def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Dataset) -> dict[str, Any]:
-    """Train from where ``training`` stands, which ``folder`` holds already, to result.json; gives the folder back.
+def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: Dataset) -> TrainResult:
+    """Train from the state of ``training``, which ``folder`` holds already, to result.json; unlocks the folder.
 
-    A run whose robust accuracy collapses ends there, with the best epoch's weights and a result that says so.
+    A run whose robust accuracy collapses ends early with the best epoch's weights and a failed check.
 
     Raises:
         OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
@@ -224,35 +294,35 @@ def carry_out(folder: RunFolder, training: Training, spec: ModelSpec, data: Data
     command = folder.resume_command
     outcome: list[Trained] = []
     with folder:
-        announce_safety(folder)
+        log_resume_command(folder)
         try:
             with StopRequest() as stop:
-                starved = runs_out(lambda: outcome.append(training.run(folder, stop)))
-            if starved:
+                out_of_memory = runs_out(lambda: outcome.append(training.run(folder, stop)))
+            if out_of_memory:
                 raise OutOfMemoryError(
                     f"out of memory in epoch {training.standing.epoch + 1} with batches of "
                     f"{training.recipe.batch_size:,} on {training.device}; {what_fits(training)}, as a new run; "
-                    f"or free memory and go on: {command}"
+                    f"or free memory and resume: {command}"
                 )
             restore(training.model, training.standing.best_weights)
-            right, count = accuracy_on_test(training.model, data, device=training.device)
-            result = _result(folder, spec, training, outcome[0], right, count)
-            folder.finish(result)
+            correct, images = accuracy_on_test(training.model, data, device=training.device)
+            result = _result(folder, spec, training, outcome[0], correct, images)
+            folder.finish(result.to_dict())
         except RunStoppedError as error:
-            raise RunStoppedError(f"{error}; go on with: {command}") from error
+            raise RunStoppedError(f"{error}; resume with: {command}") from error
         except KeyboardInterrupt as error:
-            if folder.finished:  # it came in the last moment
+            if folder.finished:
                 raise RunStoppedError(f"stopped, but the run has finished: {folder.path / 'best.pt'}") from error
-            raise RunStoppedError(f"stopped at once; saved: {folder.progress()}; go on with: {command}") from error
+            raise RunStoppedError(f"stopped at once; saved: {folder.progress()}; resume with: {command}") from error
         except NotFiniteError as error:
             raise NotFiniteError(f"{folder.path}: {error}") from error
         except OSError as error:
             raise OutputError(
-                f"{error.filename or folder.path}: {error.strerror or error}; what was saved before stands: free the "
-                f"place, then {command}"
+                f"{error.filename or folder.path}: {error.strerror or error}; saved states are kept: free space, "
+                f"then {command}"
             ) from error
-    if folder.config["command"] == "harden" and training.recipe.method != "natural":
-        remember_hardened(folder.path)  # an undefended twin must not become what a bare export ships
+    if folder.config["command"] == "harden" and training.recipe.method not in UNDEFENDED:
+        remember_hardened(folder.path)  # export without a model takes this one
     return result
 
 
@@ -263,42 +333,41 @@ def _new_folder(out: Path | None, default: Path, config: dict[str, Any], trainin
             return RunFolder.create(path, config, training.state_dict())
         except OutputExistsError:
             if out is not None:
-                raise  # a default name that another run took in this very moment: the next one is free
+                raise  # else another run has just taken the default name: try the next one
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror or error}; free the place or name another one") from error
+            raise OutputError(f"{path}: {error.strerror or error}; free space or name another place") from error
 
 
 def _result(
-    folder: RunFolder, spec: ModelSpec, training: Training, trained: Trained, right: int, count: int
-) -> dict[str, Any]:
-    checkpoint = folder.path / "best.pt"
-    result: dict[str, Any] = {
-        "checkpoint": str(checkpoint.absolute()),
-        "run": str(folder.path.absolute()),
-        "model": spec.label,
-        "recipe": training.recipe.name,
-        "clean_accuracy": right / count,
-        "clean_interval": list(wilson_interval(right, count)),
-        "test_images": count,
-        "epochs": training.recipe.epochs,
-        "epochs_done": training.standing.epoch,
-        "best_epoch": trained.best_epoch,
-        "holdout_clean_accuracy": trained.best.clean,
-        "holdout_pgd10_accuracy": trained.best.robust,
-        "seconds_per_epoch": trained.seconds_per_epoch,
-        "size_bytes": checkpoint.stat().st_size,
-        "epsilon": spec.epsilon,
-        "seed": training.seed,
-        "collapsed": None if trained.collapse is None else trained.collapse.to_dict(),
-        "shortfalls": [] if trained.collapse is None else [f"{folder.path}: {trained.collapse}"],
-    }
-    if folder.config["command"] == "harden":
-        result |= {"bits": spec.weight_bits, "method": training.recipe.method}
-    return result
+    folder: RunFolder, spec: ModelSpec, training: Training, trained: Trained, correct: int, images: int
+) -> TrainResult:
+    checkpoint = folder.path.absolute() / "best.pt"
+    hardened = folder.config["command"] == "harden"
+    return TrainResult(
+        checkpoint=checkpoint,
+        run=checkpoint.parent,
+        model=spec.label,
+        recipe=training.recipe.name,
+        correct=correct,
+        test_images=images,
+        epochs=training.recipe.epochs,
+        epochs_done=training.standing.epoch,
+        best_epoch=trained.best_epoch,
+        holdout_clean_accuracy=trained.best.clean,
+        holdout_pgd10_accuracy=trained.best.robust,
+        seconds_per_epoch=trained.seconds_per_epoch,
+        size_bytes=checkpoint.stat().st_size,
+        epsilon=spec.epsilon,
+        seed=training.seed,
+        collapsed=trained.collapse,
+        shortfalls=() if trained.collapse is None else (f"{folder.path}: {trained.collapse}",),
+        bits=spec.weight_bits if hardened else None,
+        method=training.recipe.method if hardened else None,
+    )
 
 
 def calibrate_on(model: nn.Module, data: Dataset, recipe: Recipe, *, device: torch.device, from_scratch: bool) -> None:
-    """Set the activation scales of ``model`` from the recipe's number of unaugmented training images.
+    """Calibrate the activation scales of ``model`` on the recipe's number of unaugmented training images.
 
     Raises:
         OutOfMemoryError: so many images do not fit at once.
@@ -316,7 +385,7 @@ def calibrate_on(model: nn.Module, data: Dataset, recipe: Recipe, *, device: tor
 
 
 def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:
-    """(right, images) on the whole test part, unattacked; in eval mode."""
+    """Correct answers and images of the whole test part, unattacked; sets eval mode."""
     model.eval()
     right = images = 0
     with bar("test", len(data.test)) as progress:

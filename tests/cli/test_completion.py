@@ -40,11 +40,11 @@ def test_the_names_are_those_of_the_rooms() -> None:
     assert CONSUMERS == completion.CONSUMERS
     assert tuple(SUITES) == completion.SUITES
     assert completion.DATA == DATASET_NAMES
-    assert completion.recipe("") == recipe_names()
-    assert completion.recipe("cifar10/") == [name for name in recipe_names() if name.startswith("cifar10/")]
-    assert completion.setting("epo") == ["epochs="]
-    assert completion.setting("") == [f"{key}=" for key in KEYS]
-    assert completion.setting("epochs=") == []
+    assert completion.complete_recipe("") == recipe_names()
+    assert completion.complete_recipe("cifar10/") == [name for name in recipe_names() if name.startswith("cifar10/")]
+    assert completion.complete_setting("epo") == ["epochs="]
+    assert completion.complete_setting("") == [f"{key}=" for key in KEYS]
+    assert completion.complete_setting("epochs=") == []
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

@@ -16,7 +16,7 @@ from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.integer_convolution import is_available
 from robustq.models.quant.straight_through import RULES, under_rule
 from robustq.workflow import attack as crafting
-from robustq.workflow.attack import WORTH_COMPILING, crafted_fast, tell_what_compiling_saves
+from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
 from robustq.workflow.open_model import Opened, open_attackable
 from tests.models.small_nets import digits
 from tests.models.test_backward_rules import input_slope
@@ -49,7 +49,7 @@ def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
     target, x = opened.target(), to_float(images())
     answers = opened.judge(x)
     expected = [input_slope(under_rule(opened.source, rule), x) for rule in RULES]
-    with crafted_fast(target, opened.source, images(), compiled=True) as fast:
+    with prepared_target(target, opened.source, images(), compiled=True) as fast:
         assert fast.judge is target.judge is opened.source
         assert changed(opened.source) == {"quant_weight"}  # weights quantized once: the same answers
         assert torch.equal(fast.judge(x), answers)
@@ -65,7 +65,7 @@ def test_sources_are_another_network_than_the_judge(opened: Opened) -> None:
 def test_without_it_weights_are_quantized_once_for_every_network(opened: Opened, digits_w4a4: Path) -> None:
     other = open_attackable(digits_w4a4, device=CPU).source
     target = Target(opened.source, opened.target().sources, surrogates={"other": other}, control=other)
-    with crafted_fast(target, opened.source, images(), compiled=False) as fast:
+    with prepared_target(target, opened.source, images(), compiled=False) as fast:
         assert fast is target
         assert changed(other) == changed(opened.source) == {"quant_weight"}
     assert changed(other) == changed(opened.source) == set()
@@ -82,7 +82,7 @@ def test_codes_are_convolved_in_whole_numbers_and_come_back_in_float32(
         return CompiledNetwork(network, backend="eager")
 
     monkeypatch.setattr(crafting, "CompiledNetwork", seen)
-    with crafted_fast(opened.target(), opened.source, images(), compiled=True):
+    with prepared_target(opened.target(), opened.source, images(), compiled=True):
         (copied,) = networks
         assert copied is not opened.source
         placed = [
@@ -96,7 +96,7 @@ def test_codes_are_convolved_in_whole_numbers_and_come_back_in_float32(
 def test_another_judge_is_asked_itself(opened: Opened) -> None:
     """As onnxruntime is of a deployed file."""
     target = Target(lambda x: opened.source(x), opened.target().sources)
-    with crafted_fast(target, opened.source, images(), compiled=True) as fast:
+    with prepared_target(target, opened.source, images(), compiled=True) as fast:
         assert fast.guide is None and fast.asked is target.judge
 
 
@@ -116,8 +116,8 @@ def test_what_compiling_saves_is_said_where_it_is_known() -> None:
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(crafting, "note", said.append)
-        tell_what_compiling_saves(WORTH_COMPILING - 1.0, CPU)
-        tell_what_compiling_saves(1e6, torch.device("cuda"))
+        suggest_compiling(WORTH_COMPILING - 1.0, CPU)
+        suggest_compiling(1e6, torch.device("cuda"))
         assert not said
-        tell_what_compiling_saves(WORTH_COMPILING, CPU)
+        suggest_compiling(WORTH_COMPILING, CPU)
     assert len(said) == 1

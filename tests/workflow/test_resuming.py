@@ -69,7 +69,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def test_a_hardening_run_stopped_twice_is_the_run_left_alone(digits_float: Path, signal_at: Any) -> None:
-    def harden(out: str) -> dict[str, Any]:
+    def harden(out: str) -> Any:
         return robustq.harden_model(digits_float, bits=4, overrides=KEYS, device="cpu", out=Path(out))
 
     alone = harden("alone")

@@ -28,7 +28,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(**keys: Any) -> dict[str, Any]:
+def train(**keys: Any) -> Any:
     return robustq.train_model("natural", overrides=KEYS, data="digits", architecture="resnet8", device="cpu", **keys)
 
 
@@ -151,9 +151,9 @@ def test_ctrl_c_while_the_test_images_are_counted_loses_nothing(monkeypatch: pyt
 def test_a_gpu_that_is_left_unused_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"source": None, "data": {"digest": ""}, "command": "", "augment": {}, "seed": 0, "spec": {}, "recipe": {}}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    (line,) = run_log.cheaper(config, torch.device("cpu"))
+    (line,) = run_log.hints(config, torch.device("cpu"))
     assert "--device cuda" in line
-    assert run_log.cheaper(config, torch.device("cuda:0")) == []
+    assert run_log.hints(config, torch.device("cuda:0")) == []
 
 
 def test_a_precision_without_instructions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,10 +168,10 @@ def test_a_precision_without_instructions_is_named(monkeypatch: pytest.MonkeyPat
     config["recipe"] = {"precision": "bfloat16"}
     found = {"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
-    (line,) = run_log.cheaper(config, torch.device("cpu"))
+    (line,) = run_log.hints(config, torch.device("cpu"))
     assert "no instructions for bfloat16" in line and "--set precision=float32" in line
     found["avx512_bf16"] = True
-    assert run_log.cheaper(config, torch.device("cpu")) == []
+    assert run_log.hints(config, torch.device("cpu")) == []
 
 
 def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_folders_of_other_kinds_are_passed_over_in_the_search(tmp_path: Path) ->
     for name, text in (("broken", "{"), ("list", "[]"), ("old", '{"recipe": {}, "spec": {}, "seed": 0}')):
         (RUNS / name).mkdir(parents=True)
         (RUNS / name / "config.json").write_text(text)
-    assert run_log.cheaper(config, torch.device("cpu")) == []
+    assert run_log.hints(config, torch.device("cpu")) == []
 
 
 def test_ctrl_c_after_the_last_file_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

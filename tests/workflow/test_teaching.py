@@ -22,7 +22,7 @@ from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.training_run import open_teacher, with_teacher
+from robustq.workflow.training_run import open_teacher, with_absolute_teacher
 
 KEYS = ("epochs=2", "train_images=100", "batch_size=64", "monitor_images=10", "warmup_epochs=0")
 
@@ -33,7 +33,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train(*settings: str, **keys: Any) -> dict[str, Any]:
+def train(*settings: str, **keys: Any) -> Any:
     """A float student of the digits, from scratch."""
     return robustq.train_model(
         "rslad", overrides=(*KEYS, *settings), data="digits", architecture="resnet8", device="cpu", **keys
@@ -109,7 +109,7 @@ def test_a_recipe_without_a_teacher_says_how_to_name_one(digits_float: Path) -> 
         robustq.harden_model(digits_float, recipe="rslad", overrides=KEYS, device="cpu")
     assert list(Path.cwd().iterdir()) == []
     odgq = load_recipe("odgq")
-    assert with_teacher(odgq) is odgq
+    assert with_absolute_teacher(odgq) is odgq
 
 
 @pytest.mark.parametrize(
