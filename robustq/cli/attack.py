@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.options import (
-    RARE,
     SUITES,
     FileOut,
     Judging,
     Printing,
     one_of,
     parse_radius,
+    rare,
     run_job,
     with_groups,
 )
@@ -40,40 +40,26 @@ def attack(
     ] = None,
     out: FileOut = None,
     printing: Printing,
-    epsilons: Annotated[
-        str | None,
-        typer.Option(metavar="2/255,4/255,...", help="More radii, for a curve.", rich_help_panel=RARE),
-    ] = None,
+    epsilons: Annotated[str | None, rare(metavar="2/255,4/255,...", help="More radii, for a curve.")] = None,
     surrogate: Annotated[
-        list[Path] | None,
-        typer.Option(help="Model file of a surrogate for transfer attacks. Repeatable.", rich_help_panel=RARE),
+        list[Path] | None, rare(help="Model file of a surrogate for transfer attacks. Repeatable.")
     ] = None,
     control: Annotated[
-        Path | None,
-        typer.Option(
-            help="Model file of a natural network on the same data. Default: trained once.", rich_help_panel=RARE
-        ),
+        Path | None, rare(help="Model file of a natural network on the same data. Default: trained once.")
     ] = None,
     no_surrogates: Annotated[
-        bool,
-        typer.Option(
-            "--no-surrogates", help="Train no other network; no verdict without --control.", rich_help_panel=RARE
-        ),
+        bool, rare("--no-surrogates", help="Train no other network; no verdict without --control.")
     ] = False,
-    replay: Annotated[
-        Path | None, typer.Option(help="Only count the answers to the images of this .npz.", rich_help_panel=RARE)
-    ] = None,
+    replay: Annotated[Path | None, rare(help="Only count the answers to the images of this .npz.")] = None,
     save_adversarial: Annotated[
-        Path | None,
-        typer.Option(help="New .npz for the adversarial images. Default: next to --out.", rich_help_panel=RARE),
+        Path | None, rare(help="New .npz for the adversarial images. Default: next to --out.")
     ] = None,
     compiled: Annotated[
         bool,
-        typer.Option(
+        rare(
             "--compile/--no-compile",
             help="Compile attack generation with torch.compile: about 2 minutes first, then 0.3 to 0.75 of the time. "
             "The final count never uses compiled code.",
-            rich_help_panel=RARE,
         ),
     ] = False,
 ) -> None:

@@ -13,12 +13,12 @@ from robustq.cli.options import (
     CONSUMERS,
     FORMATS,
     PIXELS,
-    RARE,
     FileOut,
     Judging,
     Printing,
     failed_checks,
     one_of,
+    rare,
     run_job,
     with_groups,
 )
@@ -52,20 +52,12 @@ def export(
     out: Annotated[Path | None, typer.Option(help="New export folder. Default: export-out/NAME.")] = None,
     printing: Printing,
     batch_norm: Annotated[
-        str,
-        typer.Option(
-            help="fold, or keep (BatchNormalization nodes; qonnx only).",
-            autocompletion=one_of(BATCH_NORM),
-            rich_help_panel=RARE,
-        ),
+        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of(BATCH_NORM))
     ] = "fold",
     consumer: Annotated[
         str | None,
-        typer.Option(
-            "--for",
-            help="Tool that reads the qonnx file: finn (default) or hls4ml.",
-            autocompletion=one_of(CONSUMERS),
-            rich_help_panel=RARE,
+        rare(
+            "--for", help="Tool that reads the qonnx file: finn (default) or hls4ml.", autocompletion=one_of(CONSUMERS)
         ),
     ] = None,
 ) -> None:

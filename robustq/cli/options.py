@@ -30,8 +30,10 @@ SUITES = ("paper", "recheck", "standard", "full")
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 DEVICES = ("cpu", "cuda", "cuda:0")
 
-RARE = "Rare options"
-"""Heading in the help."""
+
+def rare(*names: str, **settings: Any) -> Any:
+    """An option that the help lists under a heading of its own."""
+    return typer.Option(*names, rich_help_panel="Rare options", **settings)
 
 
 def one_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
@@ -70,19 +72,13 @@ Data = Annotated[
 ]
 OwnModel = Annotated[
     str | None,
-    typer.Option(
+    rare(
         "--model",
         metavar="MODULE:FUNCTION",
         help="Custom model: a function that returns a torch.nn.Module. Allows its code to run; its files need it too.",
-        rich_help_panel=RARE,
     ),
 ]
-SkipBadImages = Annotated[
-    bool,
-    typer.Option(
-        "--skip-bad-images", help="Skip image files that cannot be read, with a warning.", rich_help_panel=RARE
-    ),
-]
+SkipBadImages = Annotated[bool, rare("--skip-bad-images", help="Skip image files that cannot be read, with a warning.")]
 Epsilon = Annotated[
     str | None, typer.Option(help="Attack radius in [0, 1], such as 8/255. Default: as the model was trained.")
 ]
@@ -109,8 +105,8 @@ class Reading(Printing):
     """Options of a command that only reads: ``seed`` and ``device`` are accepted, and not used."""
 
     out: FileOut = None
-    seed: Annotated[int, typer.Option(help=_UNUSED, min=0, rich_help_panel=RARE)] = 0
-    device: Annotated[str | None, typer.Option(help=_UNUSED, rich_help_panel=RARE)] = None
+    seed: Annotated[int, rare(help=_UNUSED, min=0)] = 0
+    device: Annotated[str | None, rare(help=_UNUSED)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,25 +151,18 @@ class Network:
     device: Device = None
     own_model: OwnModel = None
     feature_layer: Annotated[
-        str | None,
-        typer.Option(help="Layer whose inputs are aligned. Default: the last global pooling.", rich_help_panel=RARE),
+        str | None, rare(help="Layer whose inputs are aligned. Default: the last global pooling.")
     ] = None
-    weight_bits: Annotated[
-        int | None, typer.Option(help="Bits of the weights; overrides --bits.", rich_help_panel=RARE)
-    ] = None
-    act_bits: Annotated[
-        int | None, typer.Option(help="Bits of the activations; overrides --bits.", rich_help_panel=RARE)
-    ] = None
-    bits_per_layer: Annotated[
-        Path | None,
-        typer.Option(help='TOML file of bits per layer, such as "layer1.0.conv1" = 8.', rich_help_panel=RARE),
-    ] = None
+    weight_bits: Annotated[int | None, rare(help="Bits of the weights; overrides --bits.")] = None
+    act_bits: Annotated[int | None, rare(help="Bits of the activations; overrides --bits.")] = None
+    bits_per_layer: Annotated[Path | None, rare(help='TOML file of bits per layer, such as "layer1.0.conv1" = 8.')] = (
+        None
+    )
     normalisation: Annotated[
         str | None,
-        typer.Option(
+        rare(
             help="Input normalisation inside the model: imagenet, none or MEAN/STD, such as "
-            "0.49,0.48,0.45/0.25,0.24,0.26.",
-            rich_help_panel=RARE,
+            "0.49,0.48,0.45/0.25,0.24,0.26."
         ),
     ] = None
     skip_bad_images: SkipBadImages = False
@@ -194,25 +183,18 @@ class Training(Network):
     ] = None
     resume: Annotated[
         Path | None,
-        typer.Option(
-            metavar="RUN_FOLDER",
-            help="Resume a run; takes only --device, --data, --model, --json.",
-        ),
+        typer.Option(metavar="RUN_FOLDER", help="Resume a run; takes only --device, --data, --model, --json."),
     ] = None
     compiled: Annotated[
         bool | None,
-        typer.Option(
+        rare(
             "--compile/--no-compile",
             help="Compile the training steps with torch.compile: slow first step; results differ by rounding. "
             "Default: as in the recipe (off).",
-            rich_help_panel=RARE,
         ),
     ] = None
     tensorboard: Annotated[
-        bool,
-        typer.Option(
-            "--tensorboard", help="Also write metrics for TensorBoard (needs its package).", rich_help_panel=RARE
-        ),
+        bool, rare("--tensorboard", help="Also write metrics for TensorBoard (needs its package).")
     ] = False
 
     def keywords(self) -> dict[str, Any]:

@@ -80,8 +80,7 @@ def _remember(option: str) -> Callable[[bool], None]:
 
 
 Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="Print warnings and the result only.", callback=_remember("--quiet")),
+    bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.", callback=_remember("--quiet"))
 ]
 Verbose = Annotated[
     bool,

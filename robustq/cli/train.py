@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 from robustq.cli.options import (
-    RARE,
     Epsilon,
     Printing,
     RecipeName,
     Training,
     failed_checks,
     parse_radius,
+    rare,
     run_job,
     with_groups,
 )
@@ -56,10 +56,9 @@ def harden(
     printing: Printing,
     trust_pickle: Annotated[
         bool,
-        typer.Option(
+        rare(
             "--trust-pickle",
             help="Also load a torch.save(model) file. It can run any code: use it only if you trust its author.",
-            rich_help_panel=RARE,
         ),
     ] = False,
 ) -> None:

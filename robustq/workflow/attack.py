@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,26 +40,13 @@ WORTH_COMPILING = 300.0
 saves a third or more in total (docs/results/training-cost.md)."""
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """Accuracy at another radius.
-
-    Args:
-        epsilon: radius in [0, 1].
-        robust, images: count under attack.
-    """
+@dataclass(frozen=True, eq=False)
+class CurvePoint(Result):
+    """Accuracy at a radius, with its 95% interval."""
 
     epsilon: float
-    robust: int
-    images: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "epsilon": self.epsilon,
-            "robust_accuracy": self.robust / self.images,
-            "interval": list(wilson_interval(self.robust, self.images)),
-        }
+    robust_accuracy: float
+    interval: tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,23 +55,21 @@ class RobustnessResult(Result):
 
     Args:
         model: the file or folder under attack.
-        deployed: whether onnxruntime is the judge, else PyTorch.
+        judge: ``onnxruntime`` or ``pytorch``.
         label: of the network, such as ``resnet20-w4a4``.
-        data: name of the data set.
-        suite: name of the suite.
-        seed: of everything random.
         file_failures: failed checks of the file's export.
         compiled: whether attack generation was compiled.
         evaluation: counts, flags and verdict at the main radius.
         curve: accuracies at all radii, smallest first; empty without ``epsilons``.
-        surrogates: names of the surrogates.
-        control: whether there was a natural control network.
+        surrogates: their names.
+        control: whether there was a natural control.
         adversarial: file of the adversarial images.
-        seconds: wall time.
     """
 
+    FLAT = ("evaluation",)
+
     model: Path
-    deployed: bool
+    judge: str
     label: str
     data: str
     suite: str
@@ -98,25 +82,6 @@ class RobustnessResult(Result):
     control: bool
     adversarial: Path | None
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq attack --json``."""
-        return {
-            "model": str(self.model),
-            "judge": "onnxruntime" if self.deployed else "pytorch",
-            "label": self.label,
-            "data": self.data,
-            "suite": self.suite,
-            "seed": self.seed,
-            "file_failures": list(self.file_failures),
-            "compiled": self.compiled,
-            **self.evaluation.to_dict(),
-            "curve": [point.to_dict() for point in self.curve],
-            "surrogates": list(self.surrogates),
-            "control": self.control,
-            "adversarial": None if self.adversarial is None else str(self.adversarial),
-            "seconds": self.seconds,
-        }
 
 
 def attack_model(
@@ -195,7 +160,7 @@ def attack_model(
         suggest_compiling(seconds, place)
     result = RobustnessResult(
         model=opened.path.absolute(),
-        deployed=opened.deployed is not None,
+        judge=opened.judge_name,
         label=opened.spec.label,
         data=loaded.name,
         suite=suite,
@@ -316,7 +281,8 @@ def _curve(
             here = run_suite(target, x, y, suite=plain, epsilon=epsilon, device=device, seed=seed, known=known)
         if strongest is None or here.robust_accuracy <= strongest.robust_accuracy:
             strongest = here
-        points.append(CurvePoint(epsilon, int(here.robust.sum()), here.images))
+        interval = wilson_interval(int(here.robust.sum()), here.images)
+        points.append(CurvePoint(epsilon, here.robust_accuracy, interval))
     return tuple(points)
 
 

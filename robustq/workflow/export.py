@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, SUITES
-from robustq.export.bundle import FAILED, MODEL, RECORD, Bundle, open_bundle, write_record
+from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
 from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
@@ -45,14 +45,11 @@ class ExportResult(Result):
         record: content of bundle.json: settings, ``parity integer_layers float_layers shortfalls recheck`` and more.
     """
 
+    FLAT = ("record",)
+
     bundle: Path
     files: tuple[Path, ...]
     record: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq export --json``."""
-        files = [str(file) for file in self.files]
-        return {"bundle": str(self.bundle), "files": files, **self.record}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,36 +58,26 @@ class RecheckResult(Result):
 
     Args:
         bundle: the export folder.
-        label, data, seed: network, data set, and seed of the random starts.
-        size_bytes: of the .onnx.
+        file_failures: checks that failed at the export.
         proof: parity and integer layers of the file.
-        evaluation: its accuracy under attack.
+        shortfalls: failed checks, in words.
+        evaluation: accuracy under attack of the file.
     """
 
-    bundle: Bundle
+    FLAT = ("proof", "evaluation")
+
+    bundle: Path
+    format: str
     label: str
     data: str
+    suite: str = RECHECK_SUITE
+    judge: str = "onnxruntime"
     seed: int
     size_bytes: int
+    file_failures: tuple[str, ...]
     proof: Proof
+    shortfalls: tuple[str, ...]
     evaluation: Evaluation
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq recheck --json``."""
-        return {
-            "bundle": str(self.bundle.path),
-            "format": self.bundle.format,
-            "label": self.label,
-            "data": self.data,
-            "suite": RECHECK_SUITE,
-            "judge": "onnxruntime",
-            "seed": self.seed,
-            "size_bytes": self.size_bytes,
-            "file_failures": self.bundle.failures,
-            **self.proof.to_dict(),
-            "shortfalls": self.proof.shortfalls,
-            **self.evaluation.to_dict(),
-        }
 
 
 def export_model(
@@ -221,12 +208,15 @@ def recheck_bundle(
     log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
     return RecheckResult(
-        bundle=replace(opened, path=opened.path.absolute()),
+        bundle=opened.path.absolute(),
+        format=opened.format,
         label=spec.label,
         data=loaded.name,
         seed=seed,
         size_bytes=opened.onnx.stat().st_size,
+        file_failures=tuple(opened.failures),
         proof=proof,
+        shortfalls=tuple(proof.shortfalls),
         evaluation=found,
     )
 

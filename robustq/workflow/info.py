@@ -32,13 +32,11 @@ class FileDescription(Result):
         content: as that kind has: ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
     """
 
+    FLAT = ("content",)
+
     path: Path
     kind: str
     content: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq info --json``."""
-        return {"path": str(self.path), "kind": self.kind, **self.content}
 
 
 def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDescription:

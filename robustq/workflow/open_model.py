@@ -51,6 +51,11 @@ class Opened:
     checkpoint: Path
     failures: list[str]
 
+    @property
+    def judge_name(self) -> str:
+        """As results name it."""
+        return "pytorch" if self.deployed is None else "onnxruntime"
+
     def target(self) -> Target:
         """The target of attacks, without surrogates."""
         return Target(

@@ -13,7 +13,7 @@ from torch import nn
 from robustq.checkpoint import load_weights, save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
-from robustq.evaluation.accuracy import correct
+from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
 from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
@@ -123,7 +123,8 @@ def quantize_only(
             run=final.absolute(),
             model=spec.label,
             recipe=recipe.name,
-            correct=right,
+            clean_accuracy=right / count,
+            clean_interval=wilson_interval(right, count),
             test_images=count,
             epochs=0,
             epochs_done=0,

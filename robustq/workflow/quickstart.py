@@ -19,10 +19,9 @@ from robustq.files import check_place, free_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS
 from robustq.progress import note
 from robustq.workflow import Result
-from robustq.workflow.export import ExportResult, RecheckResult, export_model, recheck_bundle
+from robustq.workflow.export import export_model, recheck_bundle
 from robustq.workflow.setup import pick_device
 from robustq.workflow.train import harden_model, train_model
-from robustq.workflow.training_run import TrainResult
 
 FLOAT, NATURAL, PTQ, HARDENED = (
     "digits/resnet8-float-natural",
@@ -32,71 +31,37 @@ FLOAT, NATURAL, PTQ, HARDENED = (
 )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class QuickstartRow(Result):
-    """One model in the table of quickstart.
+    """One model in the table of quickstart; ``attacks`` by name."""
 
-    Args:
-        model: name of the row.
-        evaluation: its accuracies.
-        size_bytes: of its file.
-    """
+    FLAT = ("attacks",)
 
     model: str
-    evaluation: Evaluation
+    clean: float
+    attacks: dict[str, float]
+    worst_case: float
+    worst_case_interval: tuple[float, float]
     size_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of a row in ``robustq quickstart --json``."""
-        found = self.evaluation.to_dict()
-        return {
-            "model": self.model,
-            "clean": found["clean_accuracy"],
-            **found["attacks"],
-            "worst_case": found["robust_accuracy"],
-            "worst_case_interval": found["interval"],
-            "size_bytes": self.size_bytes,
-        }
 
-
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class QuickstartResult(Result):
     """Result of quickstart.
 
     Args:
-        train, harden, exports, recheck: results of the steps; ``exports`` by format.
+        steps: results of ``train``, ``harden``, ``export`` (by format) and ``recheck``.
         rows: one per model.
-        epsilon: radius in [0, 1].
-        folder: of all results.
-        seconds: wall time.
+        shortfalls: failed checks, in words.
     """
 
-    train: TrainResult
-    harden: TrainResult
-    exports: dict[str, ExportResult]
-    recheck: RecheckResult
+    steps: dict[str, Any]
     rows: tuple[QuickstartRow, ...]
     epsilon: float
+    test_images: int
     folder: Path
+    shortfalls: tuple[str, ...]
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq quickstart --json``."""
-        checked = (self.harden, *self.exports.values(), self.recheck)
-        return {
-            "steps": {
-                "train": self.train.to_dict(),
-                "harden": self.harden.to_dict(),
-                "export": {name: export.to_dict() for name, export in self.exports.items()},
-                "recheck": self.recheck.to_dict(),
-            },
-            "rows": [row.to_dict() for row in self.rows],
-            "epsilon": self.epsilon,
-            "test_images": self.recheck.evaluation.images,
-            "folder": str(self.folder),
-            "shortfalls": [failure for step in checked for failure in step["shortfalls"]],
-            "seconds": self.seconds,
-        }
 
 
 def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = None) -> QuickstartResult:
@@ -135,24 +100,18 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     recheck = recheck_bundle(deployed.bundle, images=0, **shared)
     epsilon = float(hardened["epsilon"])
     rows = [
-        QuickstartRow(
-            model=step.run.name,
-            evaluation=_attack(step.checkpoint, epsilon, seed, place),
-            size_bytes=step.checkpoint.stat().st_size,
-        )
+        _row(step.run.name, _attack(step.checkpoint, epsilon, seed, place), step.checkpoint)
         for step in (trained, natural, ptq, hardened)
     ]
-    size = deployed.files[0].stat().st_size
-    rows.append(QuickstartRow(model="deployed-integer", evaluation=recheck.evaluation, size_bytes=size))
+    rows.append(_row("deployed-integer", recheck.evaluation, deployed.files[0]))
     result = QuickstartResult(
-        train=trained,
-        harden=hardened,
-        exports=exports,
-        recheck=recheck,
-        rows=tuple(rows),
-        epsilon=epsilon,
-        folder=folder.absolute(),
-        seconds=time.perf_counter() - start,
+        {"train": trained, "harden": hardened, "export": exports, "recheck": recheck},
+        tuple(rows),
+        epsilon,
+        recheck.evaluation.images,
+        folder.absolute(),
+        tuple(failure for step in (hardened, *exports.values(), recheck) for failure in step["shortfalls"]),
+        time.perf_counter() - start,
     )
     write_text_atomically(folder / "result.json", json.dumps(result.to_dict(), indent=2) + "\n")
     return result
@@ -163,3 +122,9 @@ def _attack(checkpoint: Path, epsilon: float, seed: int, device: torch.device) -
     images, labels = load_dataset(spec.data).test.take(0)
     model = network.to(device)
     return evaluate(model, model, images, labels, attacks=RECHECK, epsilon=epsilon, device=device, seed=seed)
+
+
+def _row(name: str, found: Evaluation, file: Path) -> QuickstartRow:
+    result = found.to_dict()
+    attacks, interval = result["attacks"], result["interval"]
+    return QuickstartRow(name, found.clean_accuracy, attacks, found.robust_accuracy, interval, file.stat().st_size)

@@ -14,7 +14,7 @@ from robustq.data import to_float
 from robustq.errors import DataError, UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
-from robustq.evaluation.flags import NOT_JUDGED
+from robustq.evaluation.flags import NOT_JUDGED, Check
 from robustq.evaluation.target import one_by_one
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
@@ -23,64 +23,44 @@ from robustq.workflow.open_model import Opened, open_attackable
 from robustq.workflow.setup import data_for, pick_device
 
 BATCH = 256
+REPLAY = "replay"
+"""Stands in the place of a suite."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReplayResult(Result):
-    """Result of a replay.
+    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply.
 
     Args:
-        model, deployed, label, file_failures: as :class:`robustq.workflow.attack.RobustnessResult`.
-        file: the replayed .npz.
-        images: its content.
-        correct: (N,) bool, right answers to the adversarial images.
-        clean: (N,) bool, right answers to the clean images; None: not available, so that the ball is not checked.
-        seconds: wall time.
+        replayed: the .npz.
+        found_on: model, suite, seed and accuracies of the attack that found the images.
+        ball_checked: whether the clean images were available; else the clean accuracy is None.
+        attacks: ``replay``: share of right answers to the adversarial images.
+        same_as_recorded: share of images that are robust here and there, or broken here and there.
     """
 
     model: Path
-    deployed: bool
+    judge: str
     label: str
+    data: str
+    suite: str = REPLAY
     file_failures: tuple[str, ...]
-    file: Path
-    images: AdversarialImages
-    correct: Tensor
-    clean: Tensor | None
+    replayed: Path
+    found_on: dict[str, Any]
+    images: int
+    epsilon: float
+    ball_checked: bool
+    clean_accuracy: float | None
+    clean_interval: tuple[float, float] | None
+    robust_accuracy: float
+    interval: tuple[float, float]
+    attacks: dict[str, float]
+    same_as_recorded: float
+    twin_agreement: float = 1.0
+    flags: tuple[Check, ...] = ()
+    verdict: str = NOT_JUDGED
+    not_judged_for: tuple[str, ...] = ("these images were found before, and nothing was attacked",)
     seconds: float
-
-    @property
-    def robust(self) -> Tensor:
-        """(N,) bool, right on both images."""
-        return self.correct if self.clean is None else self.correct & self.clean
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq attack --json``; ``attacks`` holds ``replay``, the share of ``correct``."""
-        count, robust = len(self.correct), int(self.robust.sum())
-        clean = None if self.clean is None else int(self.clean.sum())
-        return {
-            "model": str(self.model),
-            "judge": "onnxruntime" if self.deployed else "pytorch",
-            "label": self.label,
-            "data": self.images.data,
-            "suite": "replay",
-            "file_failures": list(self.file_failures),
-            "replayed": str(self.file),
-            "found_on": self.images.about,
-            "images": count,
-            "epsilon": self.images.epsilon,
-            "ball_checked": self.clean is not None,
-            "clean_accuracy": None if clean is None else clean / count,
-            "clean_interval": None if clean is None else list(wilson_interval(clean, count)),
-            "robust_accuracy": robust / count,
-            "interval": list(wilson_interval(robust, count)),
-            "attacks": {"replay": int(self.correct.sum()) / count},
-            "same_as_recorded": int((~self.robust == self.images.broken).sum()) / count,
-            "twin_agreement": 1.0,
-            "flags": [],
-            "verdict": NOT_JUDGED,
-            "not_judged_for": ["these images were found before, and nothing was attacked"],
-            "seconds": self.seconds,
-        }
 
 
 def replay_pictures(
@@ -117,15 +97,27 @@ def replay_pictures(
     def right(x: Tensor) -> Tensor:
         return correct(judge, to_float(x.to(place)), images.labels, batch_size=BATCH)
 
+    kept = right(images.x_adv)
+    unattacked = None if clean is None else right(clean)
+    robust = kept if unattacked is None else kept & unattacked
+    count = len(kept)
     return ReplayResult(
         model=opened.path.absolute(),
-        deployed=opened.deployed is not None,
+        judge=opened.judge_name,
         label=opened.spec.label,
+        data=images.data,
         file_failures=tuple(opened.failures),
-        file=file.absolute(),
-        images=images,
-        correct=right(images.x_adv),
-        clean=None if clean is None else right(clean),
+        replayed=file.absolute(),
+        found_on=images.about,
+        images=count,
+        epsilon=images.epsilon,
+        ball_checked=clean is not None,
+        clean_accuracy=None if unattacked is None else int(unattacked.sum()) / count,
+        clean_interval=None if unattacked is None else wilson_interval(int(unattacked.sum()), count),
+        robust_accuracy=int(robust.sum()) / count,
+        interval=wilson_interval(int(robust.sum()), count),
+        attacks={REPLAY: int(kept.sum()) / count},
+        same_as_recorded=int((~robust == images.broken).sum()) / count,
         seconds=time.perf_counter() - start,
     )
 

@@ -110,28 +110,25 @@ class TrainResult(Result):
     """Result of train and harden, and the content of result.json.
 
     Args:
-        checkpoint: the best epoch's model file.
-        run: run folder.
+        checkpoint: the best epoch's model file, in the run folder ``run``.
         model: label of the network, such as ``resnet20-w4a4``.
-        recipe: its name.
-        correct, test_images: count on the test images, unattacked.
-        epochs, epochs_done, best_epoch: planned, trained, and the one of ``checkpoint``.
+        clean_accuracy, clean_interval, test_images: on the test images, with the 95% interval.
+        epochs, epochs_done, best_epoch: planned, trained, and that of ``checkpoint``.
         holdout_clean_accuracy, holdout_pgd10_accuracy: of the best epoch, on held-out images; None: not measured.
-        seconds_per_epoch: wall time.
-        seconds: wall time of post-training quantization, else None.
-        size_bytes: of ``checkpoint``.
-        epsilon: radius of the threat model in [0, 1]; None: undefended.
-        seed: of the run.
-        collapsed: the collapse of robust accuracy that ended the run, if any.
+        seconds: of post-training quantization.
+        collapsed: the collapse of robust accuracy that ended the run.
         shortfalls: failed checks, in words.
-        bits, method: of weights; of the recipe. None for train.
+        bits, method: of harden.
     """
+
+    OPTIONAL = ("seconds", "bits", "method")
 
     checkpoint: Path
     run: Path
     model: str
     recipe: str
-    correct: int
+    clean_accuracy: float
+    clean_interval: tuple[float, float]
     test_images: int
     epochs: int
     epochs_done: int
@@ -147,36 +144,6 @@ class TrainResult(Result):
     shortfalls: tuple[str, ...] = ()
     bits: int | None = None
     method: str | None = None
-
-    @property
-    def clean_accuracy(self) -> float:
-        """Share of the test images."""
-        return self.correct / self.test_images
-
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``robustq train --json``, plus ``bits method`` for harden."""
-        return {
-            "checkpoint": str(self.checkpoint),
-            "run": str(self.run),
-            "model": self.model,
-            "recipe": self.recipe,
-            "clean_accuracy": self.clean_accuracy,
-            "clean_interval": list(wilson_interval(self.correct, self.test_images)),
-            "test_images": self.test_images,
-            "epochs": self.epochs,
-            "epochs_done": self.epochs_done,
-            "best_epoch": self.best_epoch,
-            "holdout_clean_accuracy": self.holdout_clean_accuracy,
-            "holdout_pgd10_accuracy": self.holdout_pgd10_accuracy,
-            "seconds_per_epoch": self.seconds_per_epoch,
-            **({} if self.seconds is None else {"seconds": self.seconds}),
-            "size_bytes": self.size_bytes,
-            "epsilon": self.epsilon,
-            "seed": self.seed,
-            "collapsed": None if self.collapsed is None else self.collapsed.to_dict(),
-            "shortfalls": list(self.shortfalls),
-            **({} if self.method is None else {"bits": self.bits, "method": self.method}),
-        }
 
 
 def run_recipe(
@@ -348,7 +315,8 @@ def _result(
         run=checkpoint.parent,
         model=spec.label,
         recipe=training.recipe.name,
-        correct=correct,
+        clean_accuracy=correct / images,
+        clean_interval=wilson_interval(correct, images),
         test_images=images,
         epochs=training.recipe.epochs,
         epochs_done=training.standing.epoch,
