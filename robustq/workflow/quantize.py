@@ -14,10 +14,10 @@ from robustq.checkpoint import load_weights, save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import folder_when_whole, free_path, sha256, write_text_atomically
+from robustq.files import folder_when_whole, free_path, write_text_atomically
 from robustq.hardening.diagnosis import runs_out
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
-from robustq.hardening.methods.registry import SETTINGS, resolved_settings
+from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import detail, note
@@ -25,7 +25,7 @@ from robustq.recipe import Recipe
 from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
 from robustq.workflow.setup import versions
-from robustq.workflow.training_run import EVALUATION_BATCH, TrainResult, accuracy_on_test, calibrate_on
+from robustq.workflow.training_run import EVALUATION_BATCH, TrainResult, accuracy_on_test, calibrate_on, run_config
 
 
 def is_post_training(recipe: Recipe) -> bool:
@@ -89,10 +89,10 @@ def quantize_only(
     """
     start = time.perf_counter()
     settings: PtqSettings = check_settings(recipe.settings, PtqSettings, table=recipe.method)
-    resolved = {**recipe.to_dict(), "settings": resolved_settings(recipe)}
+    config = run_config(spec, data, recipe, seed=seed, device=device, source=source, skip_bad_images=skip_bad_images)
     note(f"{spec.label} · post-training quantization: no training, no defence")
     note(f"recipe  {recipe.name}: calibrated on {min(recipe.calibration_images, len(data.train)):,} images")
-    for line in toml_lines(resolved):
+    for line in toml_lines(config["recipe"]):
         detail(f"setting {line}")
     if settings.bias_correction:
         note(f"biases  {_correct_biases(model, data, recipe, device)} layers corrected")
@@ -101,16 +101,6 @@ def quantize_only(
     held_out = correct(model, to_float(images.to(device)), labels.to(device), batch_size=EVALUATION_BATCH)
     right, count = accuracy_on_test(model, data, device=device)
     final = out or free_path(RUNS / f"{spec.label}-{recipe.method}")
-    config = {
-        "command": "harden",
-        "recipe": resolved,
-        "source": {"path": str(source.absolute()), "sha256": sha256(source)},
-        "spec": spec.to_dict(),
-        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
-        "seed": seed,
-        "device": str(device),
-        "versions": versions(),
-    }
     holdout_accuracy = int(held_out.sum()) / len(held_out)
     info = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
     info["holdout_clean_accuracy"] = holdout_accuracy

@@ -77,13 +77,6 @@ def load_surrogates(
     return made
 
 
-def natural_network(
-    spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
-) -> dict[str, nn.Module]:
-    """A naturally trained float network of the same architecture and another seed; trained at its first use."""
-    return {f"a natural {_short(spec.architecture)}": _trained(spec.architecture, spec, data, own_model, device)}
-
-
 def paper_surrogates(
     spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
 ) -> dict[str, nn.Module]:
@@ -95,54 +88,48 @@ def paper_surrogates(
         other = "resnet18" if "mobilenet_v2" in spec.architecture else "torchvision:mobilenet_v2"
     else:
         other = "resnet20" if spec.architecture == "resnet8" else "resnet8"
-    first = natural_network(spec, data, own_model=own_model, device=device)
-    return first | {f"a natural {_short(other)}": _trained(other, spec, data, own_model, device)}
+    made: dict[str, nn.Module] = {}
+    for architecture in (spec.architecture, other):
+        made |= natural_network(replace(spec, architecture=architecture), data, own_model=own_model, device=device)
+    return made
 
 
-def _trained(
-    architecture: str, spec: ModelSpec, data: Dataset, own_model: str | None, device: torch.device
-) -> nn.Module:
-    owned = own_model if runs_user_code(architecture) else None
-    folder = SURROGATES / _folder_name(architecture, data)
+def natural_network(
+    spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
+) -> dict[str, nn.Module]:
+    """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
+    architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
+    owned = own_model if runs_user_code(spec.architecture) else None
+    folder = SURROGATES / _folder_name(spec.architecture, data)
     if not (folder / RESULT).is_file():
-        count = min(IMAGES, len(data.train))
         note(
-            f"control a natural {_short(architecture)} is trained once and kept in {folder} "
+            f"control a natural {architecture} is trained once and kept in {folder} "
             "(or give --control FILE, or --no-surrogates)"
         )
         start = time.perf_counter()
         with notes_of("takes"):
-            _train(architecture, spec, data, folder, images=count, own_model=owned, device=device)
+            _train(spec, data, folder, own_model=owned, device=device)
         note(f"control trained in {duration(time.perf_counter() - start)}")
     try:
         network, kept, _ = load_model(folder / "best.pt", own_model=owned)
     except ModelFileError as error:
         raise ModelFileError(f"{error}; or remove {folder} to train it again") from error
     check_fit(kept, data, folder / "best.pt")
-    return frozen(network, device)
+    return {f"a natural {architecture}": frozen(network, device)}
 
 
-def _train(
-    architecture: str,
-    spec: ModelSpec,
-    data: Dataset,
-    folder: Path,
-    *,
-    images: int,
-    own_model: str | None,
-    device: torch.device,
-) -> None:
+def _train(spec: ModelSpec, data: Dataset, folder: Path, *, own_model: str | None, device: torch.device) -> None:
     if folder.exists():
         resume_run(folder, device=str(device), own_model=own_model)
         return
-    resized = data.name == "imagenet" or Path(data.name).is_dir()
-    settings = [f"epochs={EPOCHS}", f"train_images={images if images < len(data.train) else 0}"]
-    settings += [f"image_size={spec.image_size}"] if resized else []
+    settings = [f"epochs={EPOCHS}", f"train_images={IMAGES if len(data.train) > IMAGES else 0}"]
+    if data.name == "imagenet" or Path(data.name).is_dir():
+        settings.append(f"image_size={spec.image_size}")
     train_model(
         "natural",
         overrides=tuple(settings),
         data=data.name,
-        architecture=None if own_model else architecture,
+        architecture=None if own_model else spec.architecture,
         own_model=own_model,
         bits=FLOAT_BITS,
         seed=SEED,
@@ -156,7 +143,3 @@ def _folder_name(architecture: str, data: Dataset) -> str:
     name = data.name if data.name in DATASET_NAMES else Path(data.name).stem
     words = (name, data.digest()[:8], architecture.replace(":", "."), "natural", str(SEED))
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
-
-
-def _short(architecture: str) -> str:
-    return architecture.removeprefix("torchvision:").replace(":", ".")

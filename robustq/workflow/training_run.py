@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +183,39 @@ def run_recipe(
     if source is None:
         calibrate_on(model, data, recipe, device=device, from_scratch=True)
     augment = augmentation(recipe, data)
-    config = {
-        "command": "train" if source is None else "harden",
-        "recipe": {**recipe.to_dict(), "settings": resolved_settings(recipe)},
-        "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
-        "spec": spec.to_dict(),
-        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
-        "augment": {"crop_padding": augment.crop_padding, "flip": augment.flip},
-        "seed": seed,
-        "device": str(device),
-        "versions": versions(),
-    }
+    config = run_config(
+        spec, data, recipe, seed=seed, device=device, source=source, skip_bad_images=skip_bad_images, augment=augment
+    )
     training = prepare(model, spec, data, recipe, augment=augment, seed=seed, device=device)
     log_run(spec, data, training, config)
     check_forecast(training, parent=(RUNS if out is None else out.parent))
     folder = _new_folder(out, RUNS / f"{spec.label}-{recipe.method}", config, training)
     return complete_run(folder, training, spec, data)
+
+
+def run_config(
+    spec: ModelSpec,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+    source: Path | None,
+    skip_bad_images: bool,
+    augment: Augment | None = None,
+) -> dict[str, Any]:
+    """The content of config.json; arguments as :func:`run_recipe`."""
+    return {
+        "command": "train" if source is None else "harden",
+        "recipe": {**recipe.to_dict(), "settings": resolved_settings(recipe)},
+        "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
+        "spec": spec.to_dict(),
+        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
+        **({} if augment is None else {"augment": asdict(augment)}),
+        "seed": seed,
+        "device": str(device),
+        "versions": versions(),
+    }
 
 
 def prepare(
