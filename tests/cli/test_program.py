@@ -28,7 +28,7 @@ from robustq.export.formats import CONSUMERS, FORMATS
 from robustq.models.spec import ARCHITECTURES
 from robustq.recipe import recipe_names
 from robustq.recipe.schema import KEYS
-from tests.cli.conftest import FAST_TRAIN, Run, check_refused
+from tests.cli.conftest import FAST_TRAIN, Run
 
 COMMANDS = ("quickstart", "train", "harden", "attack", "export", "recheck", "info", "recipes")
 MAIN = [sys.executable, "-c", "from robustq.cli import main; main()"]

@@ -76,7 +76,7 @@ def test_a_damaged_control_names_its_folder(cheap: Path, digits_w4a4: Path) -> N
     surrogates.natural_network(spec, data, own_model=None, device=CPU)
     (best,) = (cheap / "runs" / "surrogates").glob("*/best.pt")
     best.write_bytes(best.read_bytes()[:1000])
-    with pytest.raises(ModelFileError, match=r"or remove runs/surrogates/.*trained again"):
+    with pytest.raises(ModelFileError, match=r"or remove runs/surrogates/.* to train it again"):
         surrogates.natural_network(spec, data, own_model=None, device=CPU)
 
 

@@ -1,7 +1,8 @@
-"""What attack opens: judges whose answers depend on the batch, backward rules, and features where there are any."""
+"""Attacking a file: how a target is opened, prepared and compiled, with the judge untouched."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 import robustq
 from robustq.data import load_dataset, to_float
@@ -19,11 +20,45 @@ from robustq.evaluation.accuracy import correct, predict
 from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
+from robustq.models.compiled import CompiledNetwork
+from robustq.models.quant.straight_through import RULES, under_rule
 from robustq.workflow import attack as attacking
+from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
 from robustq.workflow.open_model import Opened, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def opened(digits_w4a4: Path) -> Opened:
+    return open_attackable(digits_w4a4, device=CPU)
+
+
+@pytest.fixture
+def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    monkeypatch.setattr(attacking, "CompiledNetwork", functools.partial(CompiledNetwork, backend="eager"))
+
+
+def images(count: int = 40) -> Tensor:
+    return load_dataset("digits").test.take(count)[0]
+
+
+def loss_gradient(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_(True)
+    logits = model(x)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), x)
+    return logits.detach(), gradient
+
+
+def replaced(model: nn.Module) -> set[str]:
+    """Methods of layers that something else stands for."""
+    names = {"quant_weight", "inner_forward_impl", "forward"}
+    return {name for module in model.modules() for name in vars(module) if name in names}
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
 
 
 def dynamic_file(path: Path, weight: Tensor) -> Path:
@@ -47,14 +82,14 @@ def dynamic_file(path: Path, weight: Tensor) -> Path:
     return path
 
 
-def test_dynamic_files_are_told_by_their_operations_and_judged_alone(tmp_path: Path, digits_w4a4: Path) -> None:
-    images, labels = load_dataset("digits").test.take(80)
-    x = to_float(images)
+def test_dynamic_files_are_judged_image_by_image(tmp_path: Path) -> None:
+    pixels, labels = load_dataset("digits").test.take(80)
+    x = to_float(pixels)
     weight = torch.linalg.lstsq(x.flatten(1), torch.nn.functional.one_hot(labels, 10).float()).solution
     path = dynamic_file(tmp_path / "dynamic.onnx", weight)
     assert is_dynamic(path)
     judge = OnnxModel(path)
-    # One picture of full range stretches the scale of all the others of its batch.
+    # One image of full range stretches the scale of all the others of its batch.
     stretched = x.clone() * 0.1
     stretched[0] = 1.0
     assert not torch.equal(judge(stretched)[1:], torch.cat([judge(stretched[i : i + 1]) for i in range(1, 80)]))
@@ -71,14 +106,11 @@ def test_dynamic_files_are_told_by_their_operations_and_judged_alone(tmp_path: P
 
 
 def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> None:
-    for name in ("integer", "qcdq"):
-        out = tmp_path / name
-        robustq.export_model(digits_w4a4, format_name=name, images=5, recheck=False, out=out)
-        opened = open_attackable(out, device=CPU)
-        target = opened.target()
-        assert opened.deployed is not None and not is_dynamic(opened.deployed)
-        assert not target.image_by_image
-        assert list(target.sources) == [AS_TRAINED, "pass-through", "smooth"]
+    robustq.export_model(digits_w4a4, images=5, recheck=False, out=tmp_path / "out")
+    opened = open_attackable(tmp_path / "out", device=CPU)
+    target = opened.target()
+    assert opened.deployed is not None and not is_dynamic(opened.deployed) and not target.image_by_image
+    assert list(target.sources) == [AS_TRAINED, "pass-through", "smooth"]
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -117,3 +149,52 @@ def test_a_suite_quantizes_each_weight_once(
     found = robustq.attack_model(model, suite="recheck", images=20)
     assert found["robust_accuracy"] == whole["robust_accuracy"] and found["attacks"] == whole["attacks"]
     assert len(counted) == len(set(counted)) > 5
+
+
+# --- attack generation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("without_a_compiler")
+def test_compiled_sources_are_another_network_than_the_judge(opened: Opened) -> None:
+    target, x = opened.target(), to_float(images())
+    answers = opened.judge(x)
+    expected = [loss_gradient(under_rule(opened.source, rule), x) for rule in RULES]
+    with prepared_target(target, opened.source, images(), compiled=True) as fast:
+        assert fast.judge is target.judge is opened.source
+        assert replaced(opened.source) == {"quant_weight"}  # weights quantized once: the same answers
+        assert torch.equal(fast.judge(x), answers)
+        assert fast.guide is not None and torch.equal(fast.guide(x.clone()), answers)
+        assert fast.sources.keys() == target.sources.keys()
+        for source, (logits, gradient) in zip(fast.sources.values(), expected, strict=True):
+            ours = loss_gradient(source, x)
+            torch.testing.assert_close(ours[0], logits, rtol=0.0, atol=1e-4)
+            assert (ours[1].sign() == gradient.sign()).float().mean() > 0.99
+    assert replaced(opened.source) == set()
+
+
+@pytest.mark.usefixtures("without_a_compiler")
+def test_another_judge_is_asked_itself(opened: Opened) -> None:
+    """As onnxruntime is for a deployed file."""
+    target = Target(lambda x: opened.source(x), opened.target().sources)
+    with prepared_target(target, opened.source, images(), compiled=True) as fast:
+        assert fast.guide is None and fast.asked is target.judge
+
+
+def test_weights_are_quantized_once_for_every_network(opened: Opened, digits_w4a4: Path) -> None:
+    other = open_attackable(digits_w4a4, device=CPU).source
+    target = Target(opened.source, opened.target().sources, surrogates={"other": other}, control=other)
+    with prepared_target(target, opened.source, images(), compiled=False) as prepared:
+        assert prepared is target
+        assert replaced(other) == replaced(opened.source) == {"quant_weight"}
+    assert replaced(other) == replaced(opened.source) == set()
+
+
+def test_a_long_eager_attack_ends_with_the_hint_at_compile(digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(attacking, "note", said.append)
+    suggest_compiling(WORTH_COMPILING - 1.0, CPU)
+    suggest_compiling(1e6, torch.device("cuda"))
+    assert not said
+    monkeypatch.setattr(attacking, "WORTH_COMPILING", 0.0)
+    robustq.attack_model(digits_w4a4, suite="recheck", images=20, device="cpu")
+    assert ["--compile" in line for line in said] == [True]
