@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
     SUITES,
     FileOut,
@@ -92,13 +93,9 @@ def attack(
 
     def job() -> Mapping[str, Any]:
         if replay is not None:
-            from robustq.workflow.replay import replay_pictures
-
             shared = ("data", "own_model", "skip_bad_images", "device")
-            return replay_pictures(model, replay, **{name: keywords[name] for name in shared})
-        from robustq.workflow.attack import attack_model
-
-        return attack_model(
+            return robustq.replay_pictures(model, replay, **{name: keywords[name] for name in shared})
+        return robustq.attack_model(
             model,
             suite=suite,
             epsilons=radii,

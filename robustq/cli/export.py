@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
     BATCH_NORM,
     CONSUMERS,
@@ -77,9 +78,7 @@ def export(
     keywords = options.keywords()
 
     def job() -> Mapping[str, Any]:
-        from robustq.workflow.export import export_model
-
-        return export_model(
+        return robustq.export_model(
             model,
             format_name=format_name,
             pixels=pixels,
@@ -113,10 +112,10 @@ def recheck(
 
     check_export_folder(bundle)
     keywords = options.keywords()
-
-    def job() -> Mapping[str, Any]:
-        from robustq.workflow.export import recheck_bundle
-
-        return recheck_bundle(bundle, **keywords)
-
-    run_job(job, printing.as_json, recheck_lines, out=out, failure=failed_checks)
+    run_job(
+        lambda: robustq.recheck_bundle(bundle, **keywords),
+        printing.as_json,
+        recheck_lines,
+        out=out,
+        failure=failed_checks,
+    )

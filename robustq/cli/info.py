@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
     Device,
     OwnModel,
@@ -41,13 +42,9 @@ def info(
         raise ModelFileError(f"{path}: no such file or folder; give a .pt, an .onnx, an export folder or a run folder")
     if not path.is_dir():
         check_model_file(path)
-
-    def job() -> Mapping[str, Any]:
-        from robustq.workflow.info import describe_file
-
-        return describe_file(path, own_model=own_model)
-
-    run_job(job, options.as_json, description_lines, out=options.out)
+    run_job(
+        lambda: robustq.describe_file(path, own_model=own_model), options.as_json, description_lines, out=options.out
+    )
 
 
 @with_groups
@@ -105,8 +102,6 @@ def quickstart(
     from robustq.report.text import quickstart_lines
 
     def job() -> Mapping[str, Any]:
-        from robustq.workflow.quickstart import quickstart as run
-
-        return run(seed=seed, device=device, out=out)
+        return robustq.quickstart(seed=seed, device=device, out=out)
 
     run_job(job, printing.as_json, quickstart_lines, failure=failed_checks)

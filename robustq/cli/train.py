@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
     Epsilon,
     Printing,
@@ -36,9 +37,7 @@ def train(context: typer.Context, *, recipe: RecipeName = "natural", options: Tr
     """
 
     def job() -> Mapping[str, Any]:
-        from robustq.workflow.train import train_model
-
-        return train_model(recipe, **options.keywords())
+        return robustq.train_model(recipe, **options.keywords())
 
     _run(context, options, recipe, job, as_json=printing.as_json)
 
@@ -77,10 +76,10 @@ def harden(
     radius = parse_radius(epsilon)
 
     def job() -> Mapping[str, Any]:
-        from robustq.workflow.train import harden_model
-
         assert model is not None  # checked above
-        return harden_model(model, recipe=recipe, epsilon=radius, trust_pickle=trust_pickle, **options.keywords())
+        return robustq.harden_model(
+            model, recipe=recipe, epsilon=radius, trust_pickle=trust_pickle, **options.keywords()
+        )
 
     _run(context, options, recipe, job, as_json=printing.as_json)
 
@@ -98,10 +97,8 @@ def _run(
     check_name(recipe)
 
     def resume() -> Mapping[str, Any]:
-        from robustq.workflow.resume import resume_run
-
         assert run is not None  # else not called
-        return resume_run(run, data=options.data, device=options.device, own_model=options.own_model)
+        return robustq.resume_run(run, data=options.data, device=options.device, own_model=options.own_model)
 
     def lines(result: Mapping[str, Any]) -> list[str]:
         return training_lines(result, next_command=next_command(result, options.own_model))

@@ -38,9 +38,9 @@ def test_the_list_follows_the_papers_tables(run: Run) -> None:
 
 def test_a_printed_recipe_is_a_recipe_of_the_same_values(tmp_path: Path) -> None:
     for name in recipe_names():
-        original = load_recipe(name)
-        resolved = resolved_recipe(original)
-        printed = "\n".join(toml_lines({**resolved, **original.claims()}))
+        recipe = load_recipe(name)
+        resolved = resolved_recipe(recipe)
+        printed = "\n".join(toml_lines({**resolved, **recipe.claims()}))
         own = tmp_path / "own.toml"
         own.write_text(printed, encoding="utf-8")
         copy = load_recipe(str(own))
