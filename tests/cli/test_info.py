@@ -30,8 +30,8 @@ def test_the_list_follows_the_papers_tables(run: Run) -> None:
     heads = [line for line in lines if line and not line.startswith(" ")]
     expected = [f"Table {table} of arXiv:2210.08701: {PAPER_TABLES[table][0]}" for table in PAPER_TABLES]
     assert heads == [*expected, "Others"]
-    place = lines.index(heads[4])
-    assert [line.split()[0] for line in lines[place + 1 :]][: len(found["tables"]["V"])] == found["tables"]["V"]
+    table_v = lines[lines.index(heads[4]) + 1 :][: len(found["tables"]["V"])]
+    assert [line.split()[0] for line in table_v] == found["tables"]["V"]
     others = [line.split()[0] for line in lines[lines.index("Others") + 1 :]]
     assert others == [recipe["name"] for recipe in found["recipes"] if not recipe["paper_rows"]]
 

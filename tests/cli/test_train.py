@@ -23,7 +23,8 @@ from robustq.models.quant import integer_convolution
 from robustq.models.spec import ModelSpec, build_model
 from tests.cli.conftest import FAST_TRAIN, Run, check_refused
 
-TRAIN = ("train", "--data", "digits", "--arch", "resnet8", "--bits", "4", "--out", "run", *FAST_TRAIN)
+TRAIN = ("train", "--data", "digits", "--arch", "resnet8", *FAST_TRAIN, "--set", "batch_size=25")
+COMPILED = (*TRAIN, "--bits", "4", "--out", "run")
 
 
 def last_line(outcome: Any) -> str:
@@ -168,7 +169,7 @@ def recorded() -> tuple[bool, bool]:
 
 def test_a_compiled_run_says_so_and_records_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, "eager")
-    done = run(*TRAIN, "--compile")
+    done = run(*COMPILED, "--compile")
     assert done.code == 0, done.err
     assert "cpu · compiled\n" in done.err and "with --compile" not in done.err
     assert recorded() == (True, False)
@@ -177,24 +178,24 @@ def test_a_compiled_run_says_so_and_records_it(run: Run, monkeypatch: pytest.Mon
 def test_a_long_run_gets_the_hint_at_compile_and_a_short_one_does_not(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "with --compile" not in run(*TRAIN).err
+    assert "with --compile" not in run(*COMPILED).err
     monkeypatch.setattr(precision, "WORTH_COMPILING", 0.0)
-    for kernel, bits, gain in ((True, "4", "third"), (False, "4", "fifth"), (True, "32", "fifth")):
+    for kernel, bits, gain in ((True, "4", "third"), (True, "32", "fifth")):
         shutil.rmtree("run")
         monkeypatch.setattr(integer_convolution, "is_available", lambda kernel=kernel: kernel)
-        assert f"a run may be a {gain} shorter" in run(*TRAIN, "--recipe", "odgq", "--bits", bits).err
+        assert f"a run may be a {gain} shorter" in run(*COMPILED, "--recipe", "odgq", "--bits", bits).err
 
 
 def test_no_compile_outweighs_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, no_compiler)
-    done = run(*TRAIN, "--set", "compile=true", "--set", "cuda_graphs=true", "--no-compile")
+    done = run(*COMPILED, "--set", "compile=true", "--set", "cuda_graphs=true", "--no-compile")
     assert done.code == 0 and "compiled" not in done.err
     assert recorded() == (False, False)
 
 
 def test_a_compiler_that_fails_leaves_nothing_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, no_compiler)
-    done = run(*TRAIN, "--compile")
+    done = run(*COMPILED, "--compile")
     assert done.code == 2 and not Path("run").exists()
     assert last_line(done) == (
         "robustq: torch.compile does not work here (no compiler today); train without it: --no-compile"
@@ -207,7 +208,7 @@ def test_without_a_compiler_on_the_machine(run: Run, monkeypatch: pytest.MonkeyP
     torch.compiler.reset()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path("cache").absolute()))
-    done = run(*TRAIN, "--compile")
+    done = run(*COMPILED, "--compile")
     last = last_line(done)
     assert last.startswith("robustq: torch.compile does not work here (") and last.endswith("--no-compile")
     assert done.code == 2 and not Path("run").exists()
@@ -250,7 +251,7 @@ def test_ctrl_c_in_training_saves_and_says_how_to_resume(run: Run, interrupted: 
     )
     before = signal.getsignal(signal.SIGINT)
     interrupted(5)
-    stopped = run(*words, "--json")
+    stopped = run(*TRAIN, "--set", "epochs=2", "--json")
     assert stopped.code == 130 and stopped.out == ""
     (folder,) = Path("runs").iterdir()
     assert last_line(stopped).startswith("robustq: stopped after batch ")
@@ -265,7 +266,7 @@ def test_ctrl_c_in_training_saves_and_says_how_to_resume(run: Run, interrupted: 
 
 def test_ctrl_c_before_the_first_step_writes_nothing(run: Run, interrupted: Any) -> None:
     interrupted(2)  # during the forecast
-    stopped = run(*TRAIN, "--set", "batch_size=25")
+    stopped = run(*TRAIN)
     assert stopped.code == 130
     assert last_line(stopped) == "robustq: stopped; nothing half-written is left behind"
     assert list(Path.cwd().rglob("*")) == []
@@ -325,5 +326,5 @@ def test_a_collapse_ends_the_run_with_exit_1_and_the_best_weights(
 def test_a_missing_tensorboard_is_found_before_anything_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("robustq.hardening.metrics.importlib.util.find_spec", lambda name: None)
     refused = run(*TRAIN, "--tensorboard")
-    assert refused.code == 2 and not Path("run").exists()
+    assert refused.code == 2 and not Path("runs").exists()
     assert last_line(refused).startswith("robustq: tensorboard = true needs the package tensorboard")
