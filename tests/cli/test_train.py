@@ -237,18 +237,6 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_ctrl_c_in_training_saves_and_says_how_to_resume(run: Run, interrupted: Any) -> None:
-    words = (
-        "train",
-        "--data",
-        "digits",
-        "--arch",
-        "resnet8",
-        *FAST_TRAIN,
-        "--set",
-        "epochs=2",
-        "--set",
-        "batch_size=25",
-    )
     before = signal.getsignal(signal.SIGINT)
     interrupted(5)
     stopped = run(*TRAIN, "--set", "epochs=2", "--json")
