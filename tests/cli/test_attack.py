@@ -151,13 +151,13 @@ def test_compiled_attack_generation_finds_the_same(
     """The graphs that torch.compile finds, run eagerly; integer sums turn a sign now and then."""
     compile_with(monkeypatch, "eager")
     assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle").code == 0
-    how = ("attack", "bundle", "--images", "40", "--epsilon", "32/255", "--control", digits_float, "--json")
+    how = ("attack", "bundle", "--images", "20", "--epsilon", "32/255", "--control", digits_float, "--json")
     plain, fast = run(*how), run(*how, "--compile", "--out", "f.json")
     assert plain.code == fast.code == 0, fast.err
     assert "4 kinds of passes are compiled" in fast.err and "compiled" not in plain.err
     assert (plain.json["compiled"], fast.json["compiled"]) == (False, True)
     assert fast.json["clean_accuracy"] == plain.json["clean_accuracy"]
-    assert abs(fast.json["robust_accuracy"] - plain.json["robust_accuracy"]) <= 1 / 40
+    assert abs(fast.json["robust_accuracy"] - plain.json["robust_accuracy"]) <= 1 / 20
     assert fast.json["twin_agreement"] == plain.json["twin_agreement"] == 1.0
     again = run("attack", "bundle", "--replay", "f.npz", "--json").json
     assert again["judge"] == "onnxruntime" and again["robust_accuracy"] == fast.json["robust_accuracy"]

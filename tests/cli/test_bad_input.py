@@ -89,6 +89,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory, digits_float: Path, digi
     small = replace(spec, image_size=4)
     save_model(folder / "four-pixels.pt", build_model(small), small)
     (folder / "latin1.toml").write_bytes(b'summary = "\xe9"')
+    (folder / "deep.toml").write_text("a = " + "[" * 5000)
     (folder / "many.toml").write_text(
         'method = "odgq"\nepochs = 0\nbatch_size = 8\nlr = 0.1\nepoch = 3\nweight_bits = 5\narchitecture = "resnet2O"\n'
         'schedule = "cosin"\nepsilon = "8/0"\ndomain = 2\n[odgq]\nfeatures = "poled"\nmmdweight = 1\n'
