@@ -258,17 +258,10 @@ def run_job(
     out: Path | None = None,
     failure: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
 ) -> None:
-    """Run ``job`` with stdout kept clean and print its result.
-
-    Args:
-        job: returns the result.
-        as_json: print JSON instead of ``lines``.
-        lines: the result as text.
-        out: new file for the JSON as well.
-        failure: the checks that failed, in one line; the exit code is then 1.
+    """Run ``job`` with stdout kept clean; print its result as JSON or as ``lines``, and write the JSON to ``out``.
 
     Raises:
-        CheckFailedError: a check failed.
+        CheckFailedError: ``failure`` names a failed check of the result.
     """
     import contextlib
 

@@ -12,9 +12,9 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Annotated, Any, Self
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -22,34 +22,26 @@ from robustq import progress
 from robustq.errors import RobustqWarning, UsageError
 
 
-class Interrupts:
-    """``with Interrupts() as interrupts:`` raises KeyboardInterrupt as Python does, and records it in ``seen``.
+@contextmanager
+def recorded_interrupts(seen: list[int]) -> Iterator[None]:
+    """Append to ``seen`` when Ctrl-C raises KeyboardInterrupt within the block.
 
     A library may swallow it: torch, interrupted while it is imported, fails later with an AttributeError.
     """
 
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        # Replace Python's own handler only.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            try:
-                self._before = signal.signal(signal.SIGINT, self._handle)
-            except ValueError:  # only the main thread receives signals
-                self._before = None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
+    def handle(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
         raise KeyboardInterrupt
+
+    before: Any = None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a caller's own handler stays
+        with suppress(ValueError):  # only the main thread receives signals
+            before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 LIBRARY_LOGGERS = ("torch.utils.cpp_extension", "torch.onnx", "onnxscript")

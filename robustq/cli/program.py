@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes
-from robustq.cli.process import Interrupts, Quiet, Verbose, is_verbose, prepare, reset_printing
+from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 
@@ -125,9 +125,9 @@ def main() -> NoReturn:
     """
     prepare()
     reset_printing()
-    interrupts = Interrupts()
+    interrupts: list[int] = []
     try:
-        with interrupts:
+        with recorded_interrupts(interrupts):
             code = app(args=sys.argv[1:] or ["--help"], prog_name="robustq", standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
@@ -140,7 +140,7 @@ def main() -> NoReturn:
         _fail(f"{place}: {error.strerror or error}; {_ADVICE.get(error.errno or 0, 'check the path')}", 2)
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
-        if shown is None and interrupts.seen:
+        if shown is None and interrupts:
             _fail(_STOPPED, 130)
         if shown is None:
             if not is_verbose():

@@ -184,7 +184,6 @@ def prepared_target(target: Target, source: nn.Module, images: Tensor, *, compil
     """Make the target's networks faster within the block, where they must not change.
 
     Args:
-        target: of ``source``.
         source: the network under attack, in eval mode, on its device.
         images: uint8 (N, C, H, W), one or more of the images to attack.
         compiled: compile a copy of the network for the target's ``sources``, and for gradient-free attacks on a

@@ -77,12 +77,8 @@ def quantize_only(
 
     Args:
         model: built from ``spec`` with the float weights, activation scales calibrated, on ``device``.
-        spec, data, recipe: network, images and settings.
+        spec, data, recipe, device, out, source, skip_bad_images: as :func:`run_recipe`.
         seed: recorded; nothing here is random.
-        device: of the computation.
-        out: run folder, checked to be free; None: ``runs/<label>-ptq``.
-        source: the float model file.
-        skip_bad_images: how ``data`` was loaded.
 
     Raises:
         OutOfMemoryError: the calibration images do not fit at once.

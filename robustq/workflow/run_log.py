@@ -38,12 +38,7 @@ from robustq.workflow.setup import DEFAULT_EPSILON
 def log_run(
     spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
 ) -> None:
-    """Print network, recipe and data, then the hints.
-
-    Args:
-        spec, data, training, config: of the run.
-        resumed: its folder, if it is resumed.
-    """
+    """Print network, recipe and data, then the hints; ``resumed`` is the folder of a run that is resumed."""
     recipe, device = training.recipe, training.device
     inner = (
         "float"
@@ -72,9 +67,7 @@ def log_run(
 def check_forecast(training: Training, *, parent: Path) -> None:
     """Rehearse the run, print its expected time, memory and disk use, and refuse it when they do not suffice.
 
-    Args:
-        training: left as it was.
-        parent: folder of the run folder.
+    ``training`` is left as it was; ``parent`` is the folder of the run folder.
 
     Raises:
         OutOfMemoryError: a batch does not fit; names one that does.
@@ -115,12 +108,8 @@ def log_resume_command(folder: RunFolder) -> None:
 
 
 def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
-    """Hints that would save the run, or most of its time: one line each.
-
-    Args:
-        config: of the run that is about to begin.
-        device: of the run.
-        resumed: its folder, if it is resumed; it is skipped in the search for the same run.
+    """Hints that would save the run, or most of its time: one line each; ``resumed`` is skipped in the search for the
+    same run.
     """
     lines = []
     if device.type == "cpu" and torch.cuda.is_available():

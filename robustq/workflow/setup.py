@@ -99,12 +99,7 @@ def data_for(
 ) -> Dataset:
     """``data``, by default the data of the model; folders are read at the model's image size.
 
-    Args:
-        spec: of the model.
-        data: name, folder or file; None: as ``spec``.
-        path: of the model, for messages.
-        train_images: limit of the training part; 0: all.
-        skip_bad_images: skip image files that cannot be read, with a warning.
+    ``path`` of the model is for messages; ``train_images`` limits the training part (0: all).
 
     Raises:
         DataError: as :func:`robustq.data.load_dataset`; the data are missing; classes, channels or image size differ.
@@ -172,7 +167,6 @@ def open_source(
     A state dict may be part of a training checkpoint (``{"state_dict": ...}``) and have DataParallel's prefix.
 
     Args:
-        path: the file.
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
