@@ -32,7 +32,7 @@ from robustq import progress  # noqa: E402
 from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
 from robustq.workflow.attack import attack_model, prepared_target  # noqa: E402
-from robustq.workflow.open_model import Opened, open_attackable  # noqa: E402
+from robustq.workflow.open_model import OpenedModel, open_attackable  # noqa: E402
 from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
 Pass = Callable[[Model, Tensor, Tensor], Tensor]
@@ -61,11 +61,11 @@ def main() -> None:
     _passes(opened, pixels, labels.to(device), options)
 
 
-def _passes(opened: Opened, pixels: Tensor, y: Tensor, options: argparse.Namespace) -> None:
+def _passes(opened: OpenedModel, pixels: Tensor, y: Tensor, options: argparse.Namespace) -> None:
     target = opened.target()
     x = to_float(pixels.to(y.device))
     # The network as it is written has its weights quantized once in there too, as without --compile.
-    with prepared_target(target, opened.source, pixels, compiled=True) as fast:
+    with prepared_target(target, opened.gradient_model, pixels, compiled=True) as fast:
         ways = {
             f"gradient, {rule}": (_gradient, target.sources[rule], fast.sources[rule]) for rule in target.sources
         } | {"answers": (_answers, target.source, fast.source)}

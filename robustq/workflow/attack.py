@@ -31,7 +31,7 @@ from robustq.models.quant.weights_once import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
 from robustq.workflow import Result
-from robustq.workflow.open_model import Opened, open_attackable
+from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
 from robustq.workflow.surrogates import load_surrogates, natural_network, paper_surrogates, requantized_copies
 
@@ -152,7 +152,7 @@ def attack_model(
         device=place,
     )
     start = time.perf_counter()
-    with prepared_target(target, opened.source, x, compiled=compiled) as prepared:
+    with prepared_target(target, opened.gradient_model, x, compiled=compiled) as prepared:
         found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
         curve = _curve(prepared, x, y, chosen, found, epsilons, device=place, seed=seed)
     seconds = time.perf_counter() - start
@@ -180,11 +180,11 @@ def attack_model(
 
 
 @contextmanager
-def prepared_target(target: Target, source: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
+def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
     """Make the target's networks faster within the block, where they must not change.
 
     Args:
-        source: the network under attack, in eval mode, on its device.
+        network: the network under attack, in eval mode, on its device.
         images: uint8 (N, C, H, W), one or more of the images to attack.
         compiled: compile a copy of the network for the target's ``sources``, and for gradient-free attacks on a
             PyTorch judge.
@@ -192,17 +192,17 @@ def prepared_target(target: Target, source: nn.Module, images: Tensor, *, compil
     Yields:
         The target to attack.
     """
-    copied = deepcopy(source) if compiled else None
+    copied = deepcopy(network) if compiled else None
     others = [*target.surrogates.values(), *([] if target.control is None else [target.control])]
     with ExitStack() as stack:
-        for network in {id(one): one for one in (source, copied, *others) if isinstance(one, nn.Module)}.values():
-            stack.enter_context(SharedWeights(network).quantized_once())
+        for one in {id(one): one for one in (network, copied, *others) if isinstance(one, nn.Module)}.values():
+            stack.enter_context(SharedWeights(one).quantized_once())
         if copied is not None:
             if len(images) >= FEWEST:
                 kinds = len(target.sources) + 1
                 note(f"note    {kinds} kinds of passes are compiled at their first use, about half a minute each")
             _convolve_codes(copied, images, stack)
-            target = _compiled(target, copied, judged=target.judge is source)
+            target = _compiled(target, copied, judged=target.judge is network)
         yield target
 
 
@@ -229,7 +229,7 @@ def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> Non
 
 
 def _add_networks(
-    opened: Opened,
+    opened: OpenedModel,
     data: Dataset,
     suite: Suite,
     *,

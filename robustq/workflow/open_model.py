@@ -15,6 +15,7 @@ from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
+from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
@@ -28,13 +29,13 @@ DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQua
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model file or an export folder, ready to be attacked.
 
     Args:
         path: as given.
         network: as trained, on the CPU, in eval mode.
-        source: the network that gives the gradients, on the device; of a deployed file the folded one.
+        gradient_model: the network that gives the gradients, on the device; of a deployed file the folded one.
         judge: gives the answers that count.
         deployed: the .onnx for onnxruntime, or None.
         spec: of the network.
@@ -44,7 +45,7 @@ class Opened:
 
     path: Path
     network: nn.Module
-    source: nn.Module
+    gradient_model: nn.Module
     judge: Model
     deployed: Path | None
     spec: ModelSpec
@@ -60,13 +61,13 @@ class Opened:
         """The target of attacks, without surrogates."""
         return Target(
             judge=self.judge,
-            sources=_sources(self.source),
-            features=_features(self.source),
+            sources=_gradient_models(self.gradient_model),
+            features=_features(self.gradient_model),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )
 
 
-def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> Opened:
+def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> OpenedModel:
     """Open a .pt of robustq, or an export folder.
 
     Raises:
@@ -76,16 +77,16 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
     deployed, checkpoint, failures = None, path, []
     if path.is_dir() or path.suffix == ".onnx":
         bundle = open_bundle(path)
-        if bundle.format == "qonnx":
+        if bundle.format in FORMATS and not FORMATS[bundle.format].runs:
             raise ModelFileError(
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
         deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
         log_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
-    source = frozen(fold(network, spec) if deployed is not None else network, device)
-    judge = OnnxModel(deployed) if deployed else source
-    return Opened(path, network, source, judge, deployed, spec, checkpoint, failures)
+    gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
+    judge = OnnxModel(deployed) if deployed else gradient_model
+    return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
 
 
 def log_failures(failures: list[str]) -> None:
@@ -99,10 +100,10 @@ def frozen(network: nn.Module, device: torch.device) -> nn.Module:
     return network.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def _sources(source: nn.Module) -> dict[str, Model]:
+def _gradient_models(network: nn.Module) -> dict[str, Model]:
     """One model per backward rule; a network without quantizers has one rule."""
-    others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(source) else []
-    return {AS_TRAINED: source, **{rule: under_rule(source, rule) for rule in others}}
+    others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(network) else []
+    return {AS_TRAINED: network, **{rule: under_rule(network, rule) for rule in others}}
 
 
 def is_dynamic(path: Path) -> bool:
@@ -110,9 +111,9 @@ def is_dynamic(path: Path) -> bool:
     return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-def _features(source: nn.Module) -> Features | None:
+def _features(network: nn.Module) -> Features | None:
     """The features that training aligns, if the network has a layer for them."""
     try:
-        return FeatureTap(source, "pooled")
+        return FeatureTap(network, "pooled")
     except UsageError:
         return None

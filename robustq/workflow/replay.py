@@ -19,7 +19,7 @@ from robustq.evaluation.target import one_by_one
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
 from robustq.workflow import Result
-from robustq.workflow.open_model import Opened, open_attackable
+from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, pick_device
 
 BATCH = 256
@@ -131,7 +131,7 @@ def _check_size(found: AdversarialImages, spec: ModelSpec, file: Path) -> None:
 
 
 def _clean_images(
-    found: AdversarialImages, file: Path, opened: Opened, data: str | None, *, skip_bad_images: bool
+    found: AdversarialImages, file: Path, opened: OpenedModel, data: str | None, *, skip_bad_images: bool
 ) -> Tensor | None:
     """The clean images of ``found``, with the ball checked; None if their data are not available.
 

@@ -24,7 +24,7 @@ from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note, notes_of
 from robustq.report.text import duration
-from robustq.workflow.open_model import Opened, frozen
+from robustq.workflow.open_model import OpenedModel, frozen
 from robustq.workflow.resume import resume_run
 from robustq.workflow.setup import check_fit
 from robustq.workflow.train import train_model
@@ -38,7 +38,7 @@ LARGE = 64
 
 
 def requantized_copies(
-    opened: Opened, data: Dataset, *, own_model: str | None, device: torch.device
+    opened: OpenedModel, data: Dataset, *, own_model: str | None, device: torch.device
 ) -> dict[str, nn.Module]:
     """The network under attack without quantizers, and at 8 bits where it has fewer; with the same weights, untrained.
 

@@ -24,14 +24,14 @@ from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.straight_through import RULES, under_rule
 from robustq.workflow import attack as attacking
 from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
-from robustq.workflow.open_model import Opened, is_dynamic, open_attackable
+from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def opened(digits_w4a4: Path) -> Opened:
+def opened(digits_w4a4: Path) -> OpenedModel:
     return open_attackable(digits_w4a4, device=CPU)
 
 
@@ -137,9 +137,9 @@ def test_a_suite_quantizes_each_weight_once(
         model = tmp_path / "out"
     counted: list[str] = []
 
-    def opening(path: Path, **keys: Any) -> Opened:
+    def opening(path: Path, **keys: Any) -> OpenedModel:
         opened = open_attackable(path, **keys)
-        for name, module in opened.source.named_modules():
+        for name, module in opened.gradient_model.named_modules():
             if isinstance(module, QuantWeightBiasInputOutputLayer):
                 module.weight_quant.register_forward_hook(lambda *_, name=name: counted.append(name))
         return opened
@@ -155,13 +155,13 @@ def test_a_suite_quantizes_each_weight_once(
 
 
 @pytest.mark.usefixtures("without_a_compiler")
-def test_compiled_sources_are_another_network_than_the_judge(opened: Opened) -> None:
+def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel) -> None:
     target, x = opened.target(), to_float(images())
     answers = opened.judge(x)
-    expected = [loss_gradient(under_rule(opened.source, rule), x) for rule in RULES]
-    with prepared_target(target, opened.source, images(), compiled=True) as fast:
-        assert fast.judge is target.judge is opened.source
-        assert replaced(opened.source) == {"quant_weight"}  # weights quantized once: the same answers
+    expected = [loss_gradient(under_rule(opened.gradient_model, rule), x) for rule in RULES]
+    with prepared_target(target, opened.gradient_model, images(), compiled=True) as fast:
+        assert fast.judge is target.judge is opened.gradient_model
+        assert replaced(opened.gradient_model) == {"quant_weight"}  # weights quantized once: the same answers
         assert torch.equal(fast.judge(x), answers)
         assert fast.guide is not None and torch.equal(fast.guide(x.clone()), answers)
         assert fast.sources.keys() == target.sources.keys()
@@ -169,24 +169,24 @@ def test_compiled_sources_are_another_network_than_the_judge(opened: Opened) -> 
             ours = loss_gradient(source, x)
             torch.testing.assert_close(ours[0], logits, rtol=0.0, atol=1e-4)
             assert (ours[1].sign() == gradient.sign()).float().mean() > 0.99
-    assert replaced(opened.source) == set()
+    assert replaced(opened.gradient_model) == set()
 
 
 @pytest.mark.usefixtures("without_a_compiler")
-def test_another_judge_is_asked_itself(opened: Opened) -> None:
+def test_another_judge_is_asked_itself(opened: OpenedModel) -> None:
     """As onnxruntime is for a deployed file."""
-    target = Target(lambda x: opened.source(x), opened.target().sources)
-    with prepared_target(target, opened.source, images(), compiled=True) as fast:
+    target = Target(lambda x: opened.gradient_model(x), opened.target().sources)
+    with prepared_target(target, opened.gradient_model, images(), compiled=True) as fast:
         assert fast.guide is None and fast.asked is target.judge
 
 
-def test_weights_are_quantized_once_for_every_network(opened: Opened, digits_w4a4: Path) -> None:
-    other = open_attackable(digits_w4a4, device=CPU).source
-    target = Target(opened.source, opened.target().sources, surrogates={"other": other}, control=other)
-    with prepared_target(target, opened.source, images(), compiled=False) as prepared:
+def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digits_w4a4: Path) -> None:
+    other = open_attackable(digits_w4a4, device=CPU).gradient_model
+    target = Target(opened.gradient_model, opened.target().sources, surrogates={"other": other}, control=other)
+    with prepared_target(target, opened.gradient_model, images(), compiled=False) as prepared:
         assert prepared is target
-        assert replaced(other) == replaced(opened.source) == {"quant_weight"}
-    assert replaced(other) == replaced(opened.source) == set()
+        assert replaced(other) == replaced(opened.gradient_model) == {"quant_weight"}
+    assert replaced(other) == replaced(opened.gradient_model) == set()
 
 
 def test_a_long_eager_attack_ends_with_the_hint_at_compile(digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from robustq.errors import DataError, ModelFileError, RunStoppedError
 from robustq.evaluation.accuracy import predict
 from robustq.models.spec import build_model
 from robustq.workflow import surrogates
-from robustq.workflow.open_model import Opened, open_attackable
+from robustq.workflow.open_model import OpenedModel, open_attackable
 from tests.models.small_nets import small_spec
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(path: Path) -> Opened:
+def opened(path: Path) -> OpenedModel:
     return open_attackable(path, device=CPU)
 
 
