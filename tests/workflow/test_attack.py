@@ -127,14 +127,9 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     assert torch.equal(logits, target.judge(x)) and features.shape == (20, 64)
 
 
-@pytest.mark.parametrize("deployed", [False, True])
-def test_a_suite_quantizes_each_weight_once(
-    deployed: bool, tmp_path: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = digits_w4a4
-    if deployed:
-        robustq.export_model(digits_w4a4, format_name="integer", images=5, recheck=False, out=tmp_path / "out")
-        model = tmp_path / "out"
+def test_a_suite_quantizes_each_weight_once(tmp_path: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "out"
+    robustq.export_model(digits_w4a4, images=5, recheck=False, out=model)
     counted: list[str] = []
 
     def opening(path: Path, **keys: Any) -> OpenedModel:
