@@ -12,7 +12,7 @@ import onnx
 from onnx import numpy_helper
 
 from robustq.errors import ModelFileError
-from robustq.export.lowering.folded_constants import folded_constants
+from robustq.export.lowering.constants import folded_constants
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
@@ -55,6 +55,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "operators": dict(sorted(counts.items())),
         "layers": [_layer(node, makers, values) for node in graph.node if node.op_type in LAYERS],
         "spec": _spec(metadata.get("robustq.spec")),
+        "not_for": _texts(metadata.get("robustq.not_for")),
         "failed": _texts(metadata.get("robustq.failed")),
         "metadata": metadata,
     }

@@ -11,19 +11,17 @@ from torch import nn
 
 from robustq.errors import ExportError, UsageError
 from robustq.export.lowering.accumulator_biases import accumulator_biases
-from robustq.export.lowering.bias_zero_points import bias_zero_points
+from robustq.export.lowering.constants import folded_constants, own_constants
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
-from robustq.export.lowering.folded_constants import folded_constants
-from robustq.export.lowering.implied_zero_points import implied_zero_points
 from robustq.export.lowering.integer_signs import integer_signs
-from robustq.export.lowering.own_constants import own_constants
 from robustq.export.lowering.packed_weights import packed_weights
-from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
+from robustq.export.lowering.pads import padding_in_convolutions
 from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.rounded_sums import rounded_sums
 from robustq.export.lowering.short_names import short_names
 from robustq.export.lowering.uint8_pixels import uint8_pixels
 from robustq.export.lowering.unsigned_activations import unsigned_activations
+from robustq.export.lowering.zero_points import bias_zero_points, implied_zero_points
 from robustq.export.metadata import describe
 from robustq.export.qonnx_file import clean_up
 from robustq.export.ranges import check_ranges

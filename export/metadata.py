@@ -37,18 +37,22 @@ def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixel
     _set(model, "made_with", json.dumps({name: version(name) for name in PACKAGES}))
 
 
-def add_results(path: Path, *, accuracy: dict[str, Any], equal_in: list[str], failed: list[str]) -> None:
+def add_results(
+    path: Path, *, accuracy: dict[str, Any], equal_in: list[str], not_for: list[str], failed: list[str]
+) -> None:
     """Write into the file at ``path`` what was found about it; what it computes stays as it was.
 
     Args:
         path: an .onnx file that :func:`describe` described.
         accuracy: plain values: images, clean accuracy and, if attacked, robust accuracy, epsilon, suite, verdict.
         equal_in: runtimes with their versions in which the answers were proved equal to the network's.
+        not_for: runtimes and settings in which the file may not be used, in sentences.
         failed: checks that the file did not pass, in words.
     """
     model = onnx.load(path)
     _set(model, "accuracy", json.dumps(accuracy))
     _set(model, "equal_in", json.dumps(equal_in))
+    _set(model, "not_for", json.dumps(not_for))
     _set(model, "failed", json.dumps(failed))
     onnx.save(model, path)
 

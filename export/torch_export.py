@@ -15,7 +15,7 @@ import onnx
 import torch
 from torch import nn
 
-from robustq.export.lowering.explicit_pads import explicit_pads
+from robustq.export.lowering.pads import explicit_pads
 from robustq.models.spec import ModelSpec
 
 OPSET = 17

@@ -2,10 +2,10 @@
 
 Contract: an int8 weight behind a DequantizeLinear whose codes are multiples, by one number, of values that fit into b <
 8 bits becomes bytes that hold as many b-bit fields as fit, most significant first, and Gather(table, bytes) - Reshape,
-whose table holds what each byte unpacks to. A width that does not divide a byte is the sum of parts that do: 3 bits are
-2 bits and 1. The codes that reach DequantizeLinear are the same. Why: onnxruntime folds operations on constants when it
-loads a file, so the graph that runs is the one with whole bytes; its own int4 and int2 types would leave convolutions
-in float (1.32), and there is no 3- or 1-bit type.
+whose table holds what each byte unpacks to. A width that does not divide a byte is the sum of parts that do, added as
+int32: 3 bits are 2 bits and 1. The codes that reach DequantizeLinear are the same. Why: onnxruntime folds operations on
+constants when it loads a file, so the graph that runs is the one with whole bytes; its own int4 and int2 types would
+leave convolutions in float (1.32), and there is no 3- or 1-bit type.
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ def _unpacked(
     """Put the unpacking in front of ``dequantize``; the name of the tensor of whole codes."""
     name = dequantize.name
     size = math.prod(shape)
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
     summands = []
     below = fields.bits
     widths = parts_of(fields.bits)
+    wanted = _constant(graph, "shape_" + "x".join(map(str, shape)), np.array(shape, np.int64))
     for place, width in enumerate(widths):
         below -= width
         values = (fields.values >> np.uint8(below)) & np.uint8(2**width - 1)
@@ -108,18 +109,26 @@ def _unpacked(
         index_name, part = f"{name}_index_{width}", f"{name}_part_{width}"
         nodes.append(helper.make_node("Cast", [stored], [index_name], to=TensorProto.INT32))
         nodes.append(helper.make_node("Gather", [tables[key], index_name], [part]))
-        if content.size * (BYTE // width) != size or len(widths) > 1:
+        if content.size * (BYTE // width) != size:
             part = _cut(graph, nodes, part, size)
-        summands.append(part)
-    whole = summands[0]
-    for number, part in enumerate(summands[1:]):
-        nodes.append(helper.make_node("Add", [whole, part], [f"{name}_sum_{number}"]))
-        whole = f"{name}_sum_{number}"
-    wanted = _constant(graph, "shape_" + "x".join(map(str, shape)), np.array(shape, np.int64))
-    nodes.append(helper.make_node("Reshape", [whole, wanted], [f"{name}_codes"]))
+        nodes.append(helper.make_node("Reshape", [part, wanted], [f"{name}_shaped_{width}"]))
+        summands.append(f"{name}_shaped_{width}")
+    codes = summands[0] if len(summands) == 1 else _sum(nodes, name, summands)
     position = list(graph.node).index(dequantize)
     for step, node in enumerate(nodes):
         graph.node.insert(position + step, node)
+    return codes
+
+
+def _sum(nodes: list[onnx.NodeProto], name: str, summands: list[str]) -> str:
+    """In int32, since onnxruntime before 1.23 has no sum of bytes."""
+    for place, summand in enumerate(summands):
+        nodes.append(helper.make_node("Cast", [summand], [f"{name}_wide_{place}"], to=TensorProto.INT32))
+    whole = f"{name}_wide_0"
+    for place in range(1, len(summands)):
+        nodes.append(helper.make_node("Add", [whole, f"{name}_wide_{place}"], [f"{name}_sum_{place}"]))
+        whole = f"{name}_sum_{place}"
+    nodes.append(helper.make_node("Cast", [whole], [f"{name}_codes"], to=TensorProto.INT8))
     return f"{name}_codes"
 
 

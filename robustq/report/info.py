@@ -9,7 +9,7 @@ from typing import Any
 
 from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
 from robustq.recipe.schema import PAPER_TABLES
-from robustq.report.text import percent, size, with_interval
+from robustq.report.text import not_for_lines, percent, size, with_interval
 
 
 def description_lines(found: Mapping[str, Any]) -> list[str]:
@@ -83,7 +83,7 @@ def _onnx(found: Mapping[str, Any]) -> list[str]:
         shown = ", ".join(f"{one['name']} {one['type'].lower()} {one['shape']}" for one in found[what])
         lines.append(f"{what.ljust(7)} {shown}")
     lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
-    return lines
+    return lines + not_for_lines(found)
 
 
 def _export(found: Mapping[str, Any]) -> list[str]:
@@ -97,7 +97,8 @@ def _export(found: Mapping[str, Any]) -> list[str]:
             f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
         )
         lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
-    return lines + [f"equal   answers proved in {runtime}" for runtime in found.get("equal_in", [])]
+    lines += [f"equal   answers proved in {runtime}" for runtime in found.get("equal_in", [])]
+    return lines + not_for_lines(found)
 
 
 def _run(found: Mapping[str, Any]) -> list[str]:

@@ -205,6 +205,7 @@ def export_lines(result: Result) -> list[str]:
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
     lines += equal_lines(result)
+    lines += not_for_lines(result)
     lines.append(f"next    robustq recheck {result['bundle']}")
     return lines
 
@@ -247,6 +248,11 @@ def equal_lines(result: Result) -> list[str]:
     return [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]] or [
         "equal   answers proved in no runtime: do not use this file"
     ]
+
+
+def not_for_lines(result: Result) -> list[str]:
+    """Runtimes and settings that an exported file is not for; older files do not name them."""
+    return [f"not for {limit}" for limit in result.get("not_for", [])]
 
 
 def drift_warning(drift: Result) -> list[str]:

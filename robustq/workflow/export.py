@@ -18,6 +18,7 @@ from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import Proof, attack_file, prove
+from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
 from robustq.files import check_place, folder_when_whole, free_path
 from robustq.hardening.run_folder import last_hardened
@@ -42,7 +43,8 @@ class ExportResult(Result):
     Args:
         bundle: export folder.
         files: the .onnx, model.pt and bundle.json in it.
-        record: content of bundle.json: settings, ``parity integer_layers float_layers shortfalls recheck`` and more.
+        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers shortfalls recheck``
+            and more.
     """
 
     FLAT = ("record",)
@@ -138,7 +140,8 @@ def export_model(
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
-        onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
+        written = build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer)
+        onnx.save(written, path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
@@ -156,6 +159,7 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
+            "not_for": not_for(written, spec, consumer=consumer),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),
@@ -170,7 +174,9 @@ def export_model(
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
-        add_results(path, accuracy=accuracy, equal_in=proof.equal_in, failed=proof.shortfalls)
+        add_results(
+            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=proof.shortfalls
+        )
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
     final = final.absolute()

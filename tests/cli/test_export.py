@@ -91,6 +91,10 @@ def test_the_file_says_where_its_answers_were_proved_and_its_clean_accuracy(run:
     assert f"equal   answers proved in {proved}" in exported.out.splitlines()
     about = metadata({"files": [str(file) for file in Path("bundle").glob("*.onnx")]})
     assert json.loads(about["equal_in"]) == [proved] and json.loads(about["failed"]) == []
+    limits = json.loads(about["not_for"])
+    assert any("INFERENCE_PRECISION_HINT=f32" in limit for limit in limits)
+    assert exported.out.splitlines()[-1 - len(limits) : -1] == [f"not for {limit}" for limit in limits]
+    assert json.loads(Path("bundle/bundle.json").read_text())["not_for"] == limits
     assert json.loads(about["accuracy"]).keys() == {"images", "clean_accuracy", "clean_interval"}
 
 

@@ -115,7 +115,10 @@ def test_info_reads_widths_from_the_onnx_file_itself(run: Run, digits_w4a4: Path
     assert [layer["weight_bits"] for layer in found["layers"]] == [8, *[4] * 8, 8]
     told = run("info", file).out
     assert f"format  {format_name}" in told and "layers  4-bit weights" in told and sha256(file) in told
+    limits = [f"not for {limit}" for limit in record["not_for"]]
+    assert found["not_for"] == record["not_for"] and limits and set(limits) <= set(told.splitlines())
     told = run("info", "bundle").out
+    assert set(limits) <= set(told.splitlines())
     assert f"robust  at most {record['recheck']['robust_accuracy']:.1%}" in told and "(5 images, not judged)" in told
 
 

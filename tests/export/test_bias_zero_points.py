@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from robustq.export.lowering.bias_zero_points import bias_zero_points
+from robustq.export.lowering.zero_points import bias_zero_points
 from tests.export import hand_made as hm
 from tests.export.exported import parsed
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from robustq.errors import ExportError
-from robustq.export.lowering.explicit_pads import explicit_pads
+from robustq.export.lowering.pads import explicit_pads
 from tests.export import hand_made as hm
 
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import onnx
 
-from robustq.export.lowering.folded_constants import folded_constants
+from robustq.export.lowering.constants import folded_constants
 from tests.export import hand_made as hm
 
 

@@ -19,9 +19,8 @@ from onnx import numpy_helper
 import robustq
 from robustq.errors import ExportError, ModelFileError, UsageError
 from robustq.export.formats import build, check_format
-from robustq.export.lowering.folded_constants import folded_constants
+from robustq.export.lowering.constants import folded_constants, own_constants
 from robustq.export.lowering.integer_signs import integer_signs
-from robustq.export.lowering.own_constants import own_constants
 from robustq.export.lowering.quantized_moves import quantized_moves
 from robustq.export.lowering.unsigned_activations import unsigned_activations
 from robustq.export.qonnx_file import execute

@@ -1,4 +1,7 @@
-"""Files give the network's answers in old onnxruntime versions and under Node.js, each in an environment of its own."""
+"""Files give the network's answers in old onnxruntime versions, under Node.js and in OpenVINO, or say that they do not.
+
+Each runtime sits in an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ import numpy as np
 import pytest
 
 from benchmarks.runtimes import RUNTIMES, Runtime, prepare, run
-from robustq.export.parity import bound_of, compare, logits_of
-from tests.export.exported import RUNNABLE, net, written
+from robustq.export.parity import Agreement, bound_of, compare, logits_of
+from robustq.export.runtime_limits import not_for
+from tests.export.exported import RUNNABLE, net, parsed, written
 
-CHOSEN = [
-    each for each in RUNTIMES if each.name in ("onnxruntime-1.18.1", "onnxruntime-1.23.2", "onnxruntime-web-1.30.0")
-]
+NAMES = ("onnxruntime-1.18.1", "onnxruntime-1.23.2", "onnxruntime-web-1.30.0", "openvino-2026.4.1")
+CHOSEN = [each for each in RUNTIMES if each.name in NAMES]
+
+SETTINGS = {"openvino": "f32"}
+"""Family -> the setting that files are asked to agree in; of all others the default."""
+
+LIMITED = {"onnxruntime-1.18.1": "onnxruntime up to 1.20.1", "openvino-2026.4.1": "OpenVINO at any setting"}
+"""Runtime -> how the sentence begins that says a file is not for it."""
 
 
 @pytest.fixture(scope="module", params=CHOSEN, ids=lambda runtime: str(runtime.name))
@@ -30,23 +39,42 @@ def installed(
     shutil.rmtree(folder)  # 150 MB
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [4, 2])
-def test_answers_are_the_networks(installed: tuple[Runtime, Path], tmp_path: Path, bits: int) -> None:
+def asked(installed: tuple[Runtime, Path], folder: Path, bits: int, name: str) -> Agreement | str:
+    """What the runtime makes of a file: agreement with the folded network, or why it refuses the file."""
     runtime, environment = installed
     made = net(bits)
     reference = logits_of(made.folded, made.x, label="PyTorch")
     assert len(set(reference.argmax(dim=1).tolist())) > 5  # a network of one class would agree with any file
-    images = tmp_path / "images.npy"
+    images = folder / "images.npy"
     np.save(images, made.x.numpy())
+    setting = SETTINGS.get(runtime.family, "default")
+    logits, told = run(runtime, environment, setting, written(folder, bits, name), images)
+    if logits is None:
+        return str(told["refused"])
+    assert told["version"] == runtime.version
+    return compare(reference, logits, bound=bound_of(made.spec))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_answers_are_the_networks(installed: tuple[Runtime, Path], tmp_path: Path, bits: int) -> None:
     for name in RUNNABLE:
-        logits, told = run(runtime, environment, "default", written(tmp_path, bits, name), images)
-        assert logits is not None and told["version"] == runtime.version, told
-        found = compare(reference, logits, bound=bound_of(made.spec))
-        assert found.different_top1 == 0 and found.holds, f"{name}: {found}"
+        found = asked(installed, tmp_path, bits, name)
+        assert isinstance(found, Agreement) and found.different_top1 == 0 and found.holds, f"{name}: {found}"
+
+
+@pytest.mark.slow
+def test_at_one_bit_the_file_says_where_its_answers_are_not_the_networks(
+    installed: tuple[Runtime, Path], tmp_path: Path
+) -> None:
+    for name in RUNNABLE:
+        told = not_for(parsed(1, name), net(1).spec)
+        is_limited = any(one.startswith(LIMITED.get(installed[0].name, "no such runtime")) for one in told)
+        found = asked(installed, tmp_path, 1, name)
+        assert is_limited != (isinstance(found, Agreement) and found.same_answers), f"{name}: {found}"
 
 
 def test_the_table_names_every_version_once() -> None:
-    assert len(CHOSEN) == 3
+    assert len(CHOSEN) == len(NAMES)
     assert len({each.name for each in RUNTIMES}) == len(RUNTIMES)
     assert all(pin.count("==") == 1 or each.kind == "node" for each in RUNTIMES for pin in each.packages)

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import onnx
 
-from robustq.export.lowering.own_constants import own_constants
+from robustq.export.lowering.constants import own_constants
 from tests.export import hand_made as hm
 
 

@@ -57,6 +57,17 @@ def test_the_same_weights_in_so_many_bits(bits: int, shape: tuple[int, int], who
     assert packed_weights(after) == 0
 
 
+@pytest.mark.parametrize("bits", [3, 7])
+def test_parts_are_added_in_a_type_that_old_onnxruntimes_add(bits: int) -> None:
+    model = layer(weights(bits, (64, 16), factor=FACTORS[bits]))
+    packed_weights(model)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.value_info}
+    added = [types[name] for node in inferred.node if node.op_type == "Add" for name in node.input]
+    assert len(added) == 2 * (len(parts_of(bits)) - 1)
+    assert set(added) == {onnx.TensorProto.INT32}  # bytes from 1.23 on
+
+
 def test_layers_share_what_bytes_unpack_to() -> None:
     codes = weights(4, (64, 64), factor=18)
     constants = {"one": codes, "two": codes[::-1].copy(), "three": (codes // 18).astype(np.int8), "s": np.float32(1)}

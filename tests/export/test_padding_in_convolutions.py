@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from robustq.export.lowering.padding_in_convolutions import padding_in_convolutions
+from robustq.export.lowering.pads import padding_in_convolutions
 from tests.export import hand_made as hm
 
 TOP, LEFT, BOTTOM, RIGHT = 1, 2, 3, 0

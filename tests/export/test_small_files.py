@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from robustq.export.lowering.implied_zero_points import implied_zero_points
 from robustq.export.lowering.short_names import module_name, short_names
+from robustq.export.lowering.zero_points import implied_zero_points
 from tests.export import hand_made as hm
 from tests.export.exported import parsed
 
