@@ -52,7 +52,7 @@ def main() -> None:
 def _export(model: Path, name: str, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return export_model(
         model, format_name=name, images=options.images, recheck=False, data=options.data, out=out, device="cpu"
-    )
+    ).to_dict()
 
 
 def _print(found: dict[str, Any]) -> None:

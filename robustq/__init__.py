@@ -1,6 +1,6 @@
 """robustq: harden low-bit vision models, write the file the device runs, and judge robustness on that very file.
 
-The functions do what the commands of the same name do, and return what their ``--json`` prints.
+The functions are those of the commands. Their results have attributes, and the keys of ``--json`` as in a dict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The command line: parses, calls, prints. Everything heavy is imported inside the command that needs it.
-
-One file holds one command; :mod:`robustq.cli.program` puts them together.
-"""
+"""The command line: parses, calls, prints. Heavy imports are inside the commands."""
 
 from __future__ import annotations
 

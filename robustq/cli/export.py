@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
     BATCH_NORM,
     CONSUMERS,
     FORMATS,
     PIXELS,
-    BundleOut,
-    Data,
-    Device,
-    Epsilon,
     FileOut,
-    Images,
-    Json,
-    OwnModel,
-    Seed,
-    SkipBadImages,
-    finish,
+    Judging,
+    Printing,
+    failed_checks,
     one_of,
-    radius,
-    shortfalls,
+    rare,
+    run_job,
+    with_groups,
 )
-from robustq.cli.process import Quiet, Verbose
 
 
+@with_groups
 def export(
-    model: Annotated[
-        Path | None, typer.Argument(help="A .pt that robustq wrote. Default: the last hardened model.")
-    ] = None,
+    *,
+    model: Annotated[Path | None, typer.Argument(help="A .pt of robustq. Default: the last hardened model.")] = None,
     format_name: Annotated[
         str,
         typer.Option(
             "--format",
-            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers as integers), packed "
-            "(that in the smallest file), float (32-bit networks).",
+            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers integer), packed "
+            "(integer, smallest file) or float (32-bit networks).",
             autocompletion=one_of(FORMATS),
         ),
     ] = "integer",
@@ -47,112 +42,80 @@ def export(
         str,
         typer.Option(
             "--input",
-            help="float (pixel / 255) or uint8 (pixels as the camera gives them; not for qonnx).",
+            help="float (pixel / 255) or uint8 (raw pixels; not for qonnx).",
             autocompletion=one_of(PIXELS),
         ),
     ] = "float",
+    recheck: Annotated[
+        bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack on the written file.")
+    ] = True,
+    options: Judging,
+    out: Annotated[Path | None, typer.Option(help="New export folder. Default: export-out/NAME.")] = None,
+    printing: Printing,
     batch_norm: Annotated[
-        str,
-        typer.Option(
-            help="fold (into weights and biases) or keep (BatchNormalization nodes, in qonnx only).",
-            autocompletion=one_of(BATCH_NORM),
-        ),
+        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of(BATCH_NORM))
     ] = "fold",
     consumer: Annotated[
         str | None,
-        typer.Option(
-            "--for",
-            help="finn (default) or hls4ml: the tool that a qonnx file is written for.",
-            autocompletion=one_of(CONSUMERS),
+        rare(
+            "--for", help="Tool that reads the qonnx file: finn (default) or hls4ml.", autocompletion=one_of(CONSUMERS)
         ),
     ] = None,
-    epsilon: Epsilon = None,
-    images: Images = 1000,
-    recheck: Annotated[
-        bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack of the written file.")
-    ] = True,
-    data: Data = None,
-    own_model: OwnModel = None,
-    skip_bad_images: SkipBadImages = False,
-    seed: Seed = 0,
-    device: Device = None,
-    out: BundleOut = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
 ) -> None:
-    """Write the file the device runs, and check it.
+    """Write the deploy file of a model and check it.
 
-    Same answers as PyTorch, integer layers, accuracy under attack; exits with 1 when one falls short.
+    Checks: same answers as PyTorch, integer layers, accuracy under attack. Exits with 1 when a check fails.
 
-    Example: robustq export --format qonnx
+    Examples:
+      robustq export --format qonnx
+      robustq export runs/resnet20-w4a4-odgq/best.pt --input uint8
     """
     from robustq.files import check_model_file
     from robustq.report.text import export_lines
 
     if model is not None:
         check_model_file(model)
-    wanted_epsilon = radius(epsilon)
+    keywords = options.keywords()
 
-    def job() -> dict[str, Any]:
-        from robustq.workflow.export import export_model
-
-        return export_model(
+    def job() -> Mapping[str, Any]:
+        return robustq.export_model(
             model,
             format_name=format_name,
             pixels=pixels,
             batch_norm=batch_norm,
             consumer=consumer,
-            epsilon=wanted_epsilon,
-            images=images,
             recheck=recheck,
-            data=data,
-            own_model=own_model,
-            skip_bad_images=skip_bad_images,
-            seed=seed,
-            device=device,
             out=out,
+            **keywords,
         )
 
-    finish(job, as_json, export_lines, shortfall=shortfalls)
+    run_job(job, printing.as_json, export_lines, failure=failed_checks)
 
 
+@with_groups
 def recheck(
-    bundle: Annotated[Path, typer.Argument(help="Export folder that 'robustq export' wrote.")],
-    epsilon: Epsilon = None,
-    images: Images = 1000,
-    data: Data = None,
-    own_model: OwnModel = None,
-    skip_bad_images: SkipBadImages = False,
-    seed: Seed = 0,
-    device: Device = None,
+    *,
+    bundle: Annotated[Path, typer.Argument(help="Export folder of 'robustq export'.")],
+    options: Judging,
     out: FileOut = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    printing: Printing,
 ) -> None:
-    """Check an exported file again.
+    """Check an exported file again under onnxruntime.
 
-    Same answers as PyTorch, integer layers, accuracy under attack, counted under onnxruntime.
+    Checks: same answers as PyTorch, integer layers, accuracy under attack. Exits with 1 when a check fails.
+
+    Examples:
+      robustq recheck export-out/resnet20-w4a4-odgq-integer
     """
     from robustq.files import check_export_folder
     from robustq.report.text import recheck_lines
 
     check_export_folder(bundle)
-    wanted_epsilon = radius(epsilon)
-
-    def job() -> dict[str, Any]:
-        from robustq.workflow.export import recheck_bundle
-
-        return recheck_bundle(
-            bundle,
-            epsilon=wanted_epsilon,
-            images=images,
-            data=data,
-            own_model=own_model,
-            skip_bad_images=skip_bad_images,
-            seed=seed,
-            device=device,
-        )
-
-    finish(job, as_json, recheck_lines, out=out, shortfall=shortfalls)
+    keywords = options.keywords()
+    run_job(
+        lambda: robustq.recheck_bundle(bundle, **keywords),
+        printing.as_json,
+        recheck_lines,
+        out=out,
+        failure=failed_checks,
+    )

@@ -1,26 +1,24 @@
-"""Options that several commands take, and how a command ends.
+"""Options that several commands share, and the end of every command: run the job, print the result, set the exit code.
 
-What the shell may complete. Written down here where the rooms that know would load torch: a key press cannot wait.
-
-tests/cli/test_completion.py compares these names with the rooms' own.
-
-What every command ends with: run the job with stdout kept clean, print the result, fail when a check fell short.
-
-Options that several commands share: one wording and one meaning each.
+Names for the shell's completion are listed here, since the modules that define them load torch;
+tests/cli/test_completion.py compares them.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from robustq.cli.process import applied
+from robustq.cli.process import Quiet, Verbose, console_output
 from robustq.errors import CheckFailedError
 
 ARCHITECTURES = ("resnet8", "resnet20", "resnet20-a", "resnet18")
@@ -32,11 +30,14 @@ SUITES = ("paper", "recheck", "standard", "full")
 DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
 DEVICES = ("cpu", "cuda", "cuda:0")
 
-Complete = Callable[[str], list[str]]
+
+def rare(*names: str, **settings: Any) -> Any:
+    """An option that the help lists under a heading of its own."""
+    return typer.Option(*names, rich_help_panel="Rare options", **settings)
 
 
-def one_of(names: tuple[str, ...]) -> Complete:
-    """A completer of fixed names; where none fits, the shell goes on with files."""
+def one_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """A completer of fixed names; where none fits, the shell completes file names."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in names if name.startswith(incomplete)]
@@ -44,166 +45,248 @@ def one_of(names: tuple[str, ...]) -> Complete:
     return complete
 
 
-def recipe(incomplete: str) -> list[str]:
-    """Names of the recipes that come with robustq."""
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of the built-in recipes."""
     from robustq.recipe import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
-def setting(incomplete: str) -> list[str]:
+def complete_setting(incomplete: str) -> list[str]:
     """Keys of a recipe, as --set takes them."""
     from robustq.recipe.schema import KEYS
 
     return [f"{key}=" for key in KEYS if key.startswith(incomplete) and "=" not in incomplete]
 
 
-def radius(text: str | None) -> float | None:
-    """An ``--epsilon`` as typed, as a number in [0, 1]; None stays None."""
+RecipeName = Annotated[
+    str, typer.Option(help="Recipe (see 'robustq recipes') or .toml file.", autocompletion=complete_recipe)
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, an image folder or an .npz file. "
+        "Default: as in the model or recipe.",
+        autocompletion=one_of(DATA),
+    ),
+]
+OwnModel = Annotated[
+    str | None,
+    rare(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="Custom model: a function that returns a torch.nn.Module. Allows its code to run; its files need it too.",
+    ),
+]
+SkipBadImages = Annotated[bool, rare("--skip-bad-images", help="Skip image files that cannot be read, with a warning.")]
+Epsilon = Annotated[
+    str | None, typer.Option(help="Attack radius in [0, 1], such as 8/255. Default: as the model was trained.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0, max=2**32 - 1)]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:0. Default: a GPU if there is one.", autocompletion=one_of(DEVICES)),
+]
+FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
+_UNUSED = "Not used by this command."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Printing:
+    """How every command prints; Quiet and Verbose act when they are parsed."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False
+    quiet: Quiet = False
+    verbose: Verbose = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading(Printing):
+    """Options of a command that only reads: ``seed`` and ``device`` are accepted, and not used."""
+
+    out: FileOut = None
+    seed: Annotated[int, rare(help=_UNUSED, min=0)] = 0
+    device: Annotated[str | None, rare(help=_UNUSED)] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judging:
+    """Keywords that the jobs of attack, export and recheck share."""
+
+    epsilon: Epsilon = None
+    images: Annotated[int, typer.Option(help="Number of test images, evenly spaced; 0: all.", min=0)] = 1000
+    data: Data = None
+    own_model: OwnModel = None
+    skip_bad_images: SkipBadImages = False
+    seed: Seed = 0
+    device: Device = None
+
+    def keywords(self) -> dict[str, Any]:
+        """For the job, with ``epsilon`` as a number."""
+        return {**vars(self), "epsilon": parse_radius(self.epsilon)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """Keywords that the jobs of train and harden share."""
+
+    data: Data = None
+    architecture: Annotated[
+        str | None,
+        typer.Option(
+            "--architecture",
+            "--arch",
+            help=f"{', '.join(ARCHITECTURES)} or torchvision:NAME. Default: as in the recipe or file.",
+            autocompletion=one_of(ARCHITECTURES),
+        ),
+    ] = None
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of weights and activations: 8, 4, 3, 2, 1 or 32 (float). Default: as in the recipe or model."
+        ),
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="New run folder. Default: runs/NAME.")] = None
+    seed: Seed = 0
+    device: Device = None
+    own_model: OwnModel = None
+    feature_layer: Annotated[
+        str | None, rare(help="Layer whose inputs are aligned. Default: the last global pooling.")
+    ] = None
+    weight_bits: Annotated[int | None, rare(help="Bits of the weights; overrides --bits.")] = None
+    act_bits: Annotated[int | None, rare(help="Bits of the activations; overrides --bits.")] = None
+    bits_per_layer: Annotated[Path | None, rare(help='TOML file of bits per layer, such as "layer1.0.conv1" = 8.')] = (
+        None
+    )
+    normalisation: Annotated[
+        str | None,
+        rare(
+            help="Input normalisation inside the model: imagenet, none or MEAN/STD, such as "
+            "0.49,0.48,0.45/0.25,0.24,0.26."
+        ),
+    ] = None
+    skip_bad_images: SkipBadImages = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Network):
+    """Options that train and harden share."""
+
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Set a recipe key: epochs=10, odgq.domains=2. Repeatable.",
+            autocompletion=complete_setting,
+        ),
+    ] = None
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN_FOLDER", help="Resume a run; takes only --device, --data, --model, --json."),
+    ] = None
+    compiled: Annotated[
+        bool | None,
+        rare(
+            "--compile/--no-compile",
+            help="Compile the training steps with torch.compile: slow first step; results differ by rounding. "
+            "Default: as in the recipe (off).",
+        ),
+    ] = None
+    tensorboard: Annotated[
+        bool, rare("--tensorboard", help="Also write metrics for TensorBoard (needs its package).")
+    ] = False
+
+    def keywords(self) -> dict[str, Any]:
+        """For the job; recipe keys that have an option of their own come after those of ``--set``."""
+        added = ["tensorboard=true"] if self.tensorboard else []
+        if self.compiled is not None:
+            added.append(f"compile={str(self.compiled).lower()}")
+            added += [] if self.compiled else ["cuda_graphs=false"]  # CUDA graphs need compiled code
+        overrides = (*(self.settings or ()), *added)
+        return {"overrides": overrides, **{field.name: getattr(self, field.name) for field in fields(Network)}}
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace each parameter that is a dataclass of options by these options, which Typer then reads."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, type[Any]] = {
+        name: kind for name, kind in hints.items() if isinstance(kind, type) and is_dataclass(kind)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        kinds = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=kinds[field.name]
+            )
+            for field in fields(groups[name])
+        ]
+
+    @wraps(command)
+    def expanded(**typed: Any) -> None:
+        built = {
+            name: kind(**{field.name: typed.pop(field.name) for field in fields(kind)}) for name, kind in groups.items()
+        }
+        command(**typed, **built)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def parse_radius(text: str | None) -> float | None:
+    """An ``--epsilon`` as a number in [0, 1]; None stays None."""
     from robustq.recipe import parse_epsilon
 
     return None if text is None else parse_epsilon(text)
 
 
-def shortfalls(result: dict[str, Any]) -> str | None:
-    """What a result says did not hold, in one line; None when all held."""
+def failed_checks(result: Mapping[str, Any]) -> str | None:
+    """The checks that failed, in one line; None when all passed."""
     return "; ".join(result["shortfalls"]) or None
 
 
-def finish(
-    job: Callable[[], dict[str, Any]],
+def run_job(
+    job: Callable[[], Mapping[str, Any]],
     as_json: bool,
-    lines: Callable[[dict[str, Any]], list[str]],
+    lines: Callable[[Mapping[str, Any]], list[str]],
     *,
     out: Path | None = None,
-    shortfall: Callable[[dict[str, Any]], str | None] | None = None,
+    failure: Callable[[Mapping[str, Any]], str | None] = lambda _: None,
 ) -> None:
-    """Run ``job`` with stdout kept clean, print its result, and exit with 1 when a check fell short."""
+    """Run ``job`` with stdout kept clean; print its result as JSON or as ``lines``, and write the JSON to ``out``.
+
+    Raises:
+        CheckFailedError: ``failure`` names a failed check of the result.
+    """
     import contextlib
 
     from robustq.files import check_new, write_text_atomically
 
     if out is not None:
         check_new(out)
-    # Exporters print to stdout now and then; a JSON document must stand there alone.
-    with applied(), contextlib.redirect_stdout(sys.stderr):
+    # Some exporters print to stdout, which must hold the JSON document alone.
+    with console_output(), contextlib.redirect_stdout(sys.stderr):
         result = job()
+    document = json.dumps(dict(result), indent=2)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out, json.dumps(result, indent=2) + "\n")
-    _print(json.dumps(result, indent=2) if as_json else "\n".join(lines(result)))
-    fault = shortfall(result) if shortfall is not None else None
-    if fault is not None:
-        raise CheckFailedError(fault)
+        write_text_atomically(out, document + "\n")
+    _print(document if as_json else "\n".join(lines(result)))
+    failed = failure(result)
+    if failed is not None:
+        raise CheckFailedError(failed)
 
 
 def _print(text: str) -> None:
     try:
         typer.echo(text)
     except BrokenPipeError as error:
-        # Whoever read our output has seen enough (robustq recipes | head -1): exit as the shell's own tools do, and
-        # keep Python from complaining when it ends. Left to typer, this would be exit 1, a check that fell short.
+        # The reader has closed the pipe (robustq recipes | head -1): exit as the shell's own tools do, without Python's
+        # complaint at its end. Typer alone would exit with 1, which means a failed check.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(128 + 13) from error
-
-
-Seed = Annotated[int, typer.Option(help="Decides everything random; the data split never moves.", min=0, max=2**32 - 1)]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda or cuda:0. Default: a GPU where there is one.", autocompletion=one_of(DEVICES)),
-]
-_IDLE = "No effect here; taken so that every command takes it."
-NoSeed = Annotated[int, typer.Option("--seed", help=_IDLE, min=0)]
-NoDevice = Annotated[str | None, typer.Option("--device", help=_IDLE)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, a FOLDER of images, or FILE.npz "
-        "(x_train y_train x_test y_test). Default: what the model or recipe says.",
-        autocompletion=one_of(DATA),
-    ),
-]
-OwnModel = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        metavar="MODULE:FUNCTION",
-        help="Your own network: a function in a module of the current folder that returns a torch.nn.Module. Every "
-        "command on its files needs it again, since it lets that code run.",
-    ),
-]
-FeatureLayer = Annotated[
-    str | None,
-    typer.Option(
-        help="Layer that the features enter which hardening aligns. Default: the last global pooling, looked for."
-    ),
-]
-SkipBadImages = Annotated[
-    bool, typer.Option("--skip-bad-images", help="Leave out image files that cannot be read; a warning names them.")
-]
-Epsilon = Annotated[
-    str | None,
-    typer.Option(help="Radius of the attack in [0, 1], such as 8/255. Default: what the model was trained for."),
-]
-Images = Annotated[int, typer.Option(help="How many test images to use, evenly spaced; 0 for all.", min=0)]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change one recipe key, e.g. epochs=10 or odgq.domains=2. Repeatable.",
-        autocompletion=setting,
-    ),
-]
-TensorBoard = Annotated[
-    bool,
-    typer.Option(
-        "--tensorboard", help="Write the metrics for TensorBoard too: tensorboard --logdir runs. Needs its package."
-    ),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option(
-        "--compile/--no-compile",
-        help="Let torch.compile make the training steps: minutes before the first one, other last bits. Default: what "
-        "the recipe says, which is no unless it is a file that says yes.",
-    ),
-]
-RunOut = Annotated[Path | None, typer.Option(help="Run folder to make; must not exist. Default: runs/NAME.")]
-BundleOut = Annotated[
-    Path | None, typer.Option(help="Export folder to make; must not exist. Default: export-out/NAME.")
-]
-FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
-RecipeName = Annotated[
-    str, typer.Option(help="Recipe name (see 'robustq recipes') or a .toml file.", autocompletion=recipe)
-]
-Bits = Annotated[
-    int | None,
-    typer.Option(
-        help="Width of weights and activations: 8, 4, 3, 2 or 1 (32 is float). Default: what recipe or model says."
-    ),
-]
-WeightBits = Annotated[int | None, typer.Option(help="Width of the weights alone, over --bits.")]
-ActBits = Annotated[int | None, typer.Option(help="Width of the activations alone, over --bits.")]
-BitsPerLayer = Annotated[
-    Path | None,
-    typer.Option(help='TOML file of layers with a width of their own, lines such as "layer1.0.conv1" = 8.'),
-]
-Normalisation = Annotated[
-    str | None,
-    typer.Option(
-        help="Mean and deviation inside the model: imagenet (as torchvision's weights expect), none, or MEAN/STD such "
-        "as 0.49,0.48,0.45/0.25,0.24,0.26."
-    ),
-]
-
-
-def overridden(typed: list[str] | None, *, tensorboard: bool, compiling: bool | None) -> tuple[str, ...]:
-    """What was typed after ``--set``, and after it the recipe keys that have an option of their own."""
-    said = ["tensorboard=true"] if tensorboard else []
-    if compiling is not None:
-        said.append(f"compile={str(compiling).lower()}")
-        # Nothing is recorded of what is not compiled.
-        said += [] if compiling else ["cuda_graphs=false"]
-    return (*(typed or ()), *said)

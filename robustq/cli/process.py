@@ -1,14 +1,6 @@
-"""The process: signals, terminal output, memory.
+"""The process of the command line: Ctrl-C, how much is printed, threads and memory.
 
-Ctrl-C that a library swallows is remembered, so that what then breaks is not taken for a fault of robustq.
-
-How much is told beside the result: --quiet, --verbose, and which warnings reach the user.
-
-Both options stand on the program and on every command, so that they are taken wherever they are typed.
-
-What the command line asks of its own process, before the heavy libraries are loaded: threads and memory.
-
-A library may not decide this for the program that imports it, so that ``import robustq`` leaves both alone.
+A library may not decide threads and memory for the program that imports it: ``import robustq`` leaves both alone.
 """
 
 from __future__ import annotations
@@ -19,10 +11,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Annotated, Any, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
 
@@ -30,34 +22,26 @@ from robustq import progress
 from robustq.errors import RobustqWarning, UsageError
 
 
-class Interrupts:
-    """``with Interrupts() as interrupts:`` raises KeyboardInterrupt as Python does, and knows afterwards that it did.
+@contextmanager
+def recorded_interrupts(seen: list[int]) -> Iterator[None]:
+    """Append to ``seen`` when Ctrl-C raises KeyboardInterrupt within the block.
 
-    torch, cut off in the middle of its imports, goes on with half a module and fails later with an AttributeError.
+    A library may swallow it: torch, interrupted while it is imported, fails later with an AttributeError.
     """
 
-    def __init__(self) -> None:
-        self.seen = False
-        self._before: Any = None
-
-    def __enter__(self) -> Self:
-        # Anything else than Python's own handler (ignored, a caller's, another thread's) is left in place.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            try:
-                self._before = signal.signal(signal.SIGINT, self._handle)
-            except ValueError:  # not the main thread, which alone gets signals
-                self._before = None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.seen = True
+    def handle(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
         raise KeyboardInterrupt
+
+    before: Any = None
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a caller's own handler stays
+        with suppress(ValueError):  # only the main thread receives signals
+            before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 LIBRARY_LOGGERS = ("torch.utils.cpp_extension", "torch.onnx", "onnxscript")
@@ -65,56 +49,52 @@ LIBRARY_LOGGERS = ("torch.utils.cpp_extension", "torch.onnx", "onnxscript")
 _typed: set[str] = set()
 
 
-def start() -> None:
-    """Forget what an earlier call in this process was told."""
+def reset_printing() -> None:
+    """Forget the options of an earlier call in this process."""
     _typed.clear()
 
 
 def is_verbose() -> bool:
-    """Whether --verbose was typed."""
+    """Whether --verbose was given."""
     return "--verbose" in _typed
 
 
-def _be_quiet(wanted: bool) -> None:
-    _take("--quiet", wanted)
+def _remember(option: str) -> Callable[[bool], None]:
+    """A callback: both options are taken before and after the command."""
 
+    def callback(given: bool) -> None:
+        if given:
+            _typed.add(option)
+        if len(_typed) > 1:
+            raise UsageError("--quiet and --verbose exclude each other; give one of them")
 
-def _be_verbose(wanted: bool) -> None:
-    _take("--verbose", wanted)
-
-
-def _take(option: str, wanted: bool) -> None:
-    if wanted:
-        _typed.add(option)
-    if len(_typed) > 1:
-        raise UsageError("--quiet and --verbose exclude each other; give one of them")
+    return callback
 
 
 Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", help="No progress and no notes: warnings and the result only.", callback=_be_quiet),
+    bool, typer.Option("--quiet", "-q", help="Print warnings and the result only.", callback=_remember("--quiet"))
 ]
 Verbose = Annotated[
     bool,
     typer.Option(
         "--verbose",
         "-v",
-        help="Also tell the settings as resolved, the warnings of libraries, and tracebacks of errors.",
-        callback=_be_verbose,
+        help="Also print all settings, library warnings and tracebacks.",
+        callback=_remember("--verbose"),
     ),
 ]
 
 
 @contextmanager
-def applied() -> Iterator[None]:
-    """While the block runs: progress and warnings as asked for."""
+def console_output() -> Iterator[None]:
+    """Show progress and warnings within the block as --quiet and --verbose say."""
     loggers = [logging.getLogger(name) for name in LIBRARY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         if is_verbose():
             warnings.simplefilter("default")
         else:
-            # A user can do nothing about what Brevitas, exporters and onnxruntime warn of.
+            # Warnings of Brevitas, exporters and onnxruntime concern no user.
             warnings.simplefilter("ignore")
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
@@ -139,42 +119,42 @@ def applied() -> Iterator[None]:
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3), from glibc's malloc.h."""
 
-_LARGEST_THRESHOLD = 32 * 1024 * 1024
-"""glibc refuses more on machines of 64 bits."""
+_MMAP_THRESHOLD = 32 * 1024 * 1024
+"""The largest that glibc accepts on 64-bit machines."""
 
-_NEVER = 2**31 - 1
+_NEVER_TRIM = 2**31 - 1
 
-
-_SPINS = 2000
-"""Turns of its waiting loop that a thread of libgomp takes before it sleeps, about 20 microseconds (its source reckons
-with 100 turns a microsecond): `python -m benchmarks.waiting_threads`, docs/results/training-cost.md.
+_SPIN_COUNT = 2000
+"""Turns of libgomp's waiting loop before a thread sleeps, about 20 microseconds:
+`python -m benchmarks.waiting_threads`, docs/results/training-cost.md.
 """
 
 
 def prepare() -> None:
-    """Let threads spin a moment before they sleep, and let freed memory be used again, unless the environment says
-    otherwise.
+    """Set how long waiting threads spin and how freed memory is reused, unless the environment sets it.
+
+    Call it before torch is loaded.
     """
-    # Threads that sleep at once have to be woken for each of a step's thousand operations; threads that spin for long
-    # take the core from whatever else wants it, and a step then takes four times as long.
+    # Waking threads for each of a step's thousand operations is slow; threads that spin for long take the core from
+    # other processes, which makes a step four times as long.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # to other OpenMP libraries than libgomp
-        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
-    # Torch then asks for pages of 2 MB where a tensor has room for them.
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for OpenMP libraries other than libgomp
+        os.environ["GOMP_SPINCOUNT"] = str(_SPIN_COUNT)
+    # Torch then asks for pages of 2 MB for large tensors.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     keep_freed_memory()
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc not to give freed memory back to the system: a training step frees and takes the same gigabyte each
-    time, and taking it anew costs a page fault for every 4 KB of it (docs/results/training-cost.md).
+    """Tell glibc to keep freed memory: a training step frees and allocates the same gigabyte each time, and new memory
+    costs a page fault per 4 KB (docs/results/training-cost.md).
 
     Returns:
-        Whether it was done: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ say how.
+        Whether it was set: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
     """
     if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER_TRIM))

@@ -1,9 +1,4 @@
-"""The command line: commands, and how errors end.
-
-robustq --version: its own version and those that a result depends on, without loading any of them.
-
-The program: the commands by name, and the exit code and one line that each fault ends with.
-"""
+"""The program ``robustq``: its commands, its help, and the exit code and message of each error."""
 
 from __future__ import annotations
 
@@ -12,14 +7,15 @@ import platform
 import sys
 import traceback
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes
-from robustq.cli.process import Interrupts, Quiet, Verbose, is_verbose, prepare, start
+from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
 from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 
@@ -27,9 +23,9 @@ PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", 
 
 
 def version_lines() -> list[str]:
-    """Robustq's version, then Python's and those of the packages below it."""
-    below = [f"{name} {_version(name)}" for name in PACKAGES]
-    return [f"robustq {_version('robustq')}", " · ".join([f"python {platform.python_version()}", *below])]
+    """The versions of robustq, Python and the packages that results depend on; none of them is imported."""
+    packages = [f"{name} {_version(name)}" for name in PACKAGES]
+    return [f"robustq {_version('robustq')}", " · ".join([f"python {platform.python_version()}", *packages])]
 
 
 def _version(name: str) -> str:
@@ -46,21 +42,52 @@ def show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_FULL, _FORBIDDEN = "free the place or name another one", "name a place that may be read and written"
-_WAYS_OUT = {
+_FULL, _FORBIDDEN = "free space or name another place", "name a place that can be read and written"
+_ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _FORBIDDEN),
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.ENOENT: "it is gone; give a path that exists",
+    errno.ENOENT: "give a path that exists",
 }
 
 LONGEST_LINE = 2000
-"""Characters of an error's line; a value that was typed may be longer than any terminal."""
+"""Characters of an error message, which may contain a typed value."""
+
+
+class Command(TyperCommand):
+    """A command whose help has a section for each help panel, and its examples one a line."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:
+        """Write the text, then the lines below "Examples:" as they are."""
+        text, _, examples = (self.help or "").partition("Examples:\n")
+        for paragraph in text.strip().split("\n\n"):
+            formatter.write_paragraph()
+            with formatter.indentation():
+                formatter.write_text(" ".join(paragraph.split()))
+        if examples:
+            with formatter.section("Examples"):
+                for line in examples.strip().splitlines():
+                    formatter.write(f"  {line.strip()}\n")
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write arguments, options, and the options of each panel."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            usual = "Arguments" if param.param_type_name == "argument" else "Options"
+            if record is not None:
+                sections.setdefault(getattr(param, "rich_help_panel", None) or usual, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
 
 app = typer.Typer(
     name="robustq",
     help="Harden low-bit vision models, write the file the device runs, and judge robustness on that very file.",
     add_completion=True,
+    context_settings={"max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -72,7 +99,7 @@ def _root(
         bool,
         typer.Option(
             "--version",
-            help="Print the versions that a result depends on, and stop.",
+            help="Print the versions that results depend on.",
             callback=show_version,
             is_eager=True,
         ),
@@ -84,23 +111,23 @@ def _root(
 
 
 for _command in (quickstart, train, harden, attack, export, recheck, info, recipes):
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 _STOPPED = "stopped; nothing half-written is left behind"
 
 
 def main() -> NoReturn:
-    """Entry point: every fault is one line on stderr.
+    """Entry point: every error is one line on stderr.
 
-    Exit 1: a check fell short. 2: bad input or usage. 70 (EX_SOFTWARE of sysexits.h): an error that robustq did not
-    foresee, with its traceback. 130: stopped by Ctrl-C.
+    Exit 1: a check failed. 2: bad input or usage. 70 (EX_SOFTWARE of sysexits.h): an unexpected error, with its
+    traceback. 130: stopped by Ctrl-C.
     """
     prepare()
-    start()
-    interrupts = Interrupts()
+    reset_printing()
+    interrupts: list[int] = []
     try:
-        with interrupts:
+        with recorded_interrupts(interrupts):
             code = app(args=sys.argv[1:] or ["--help"], prog_name="robustq", standalone_mode=False)
     except CheckFailedError as error:
         _fail(str(error), 1)
@@ -110,23 +137,23 @@ def main() -> NoReturn:
         _fail(str(error), 2)
     except OSError as error:
         place = error.filename or "a file"
-        _fail(f"{place}: {error.strerror or error}; {_WAYS_OUT.get(error.errno or 0, 'check the path')}", 2)
+        _fail(f"{place}: {error.strerror or error}; {_ADVICE.get(error.errno or 0, 'check the path')}", 2)
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
-        if shown is None and interrupts.seen:
+        if shown is None and interrupts:
             _fail(_STOPPED, 130)
         if shown is None:
             if not is_verbose():
                 traceback.print_exc()
-            _fail(f"unforeseen {type(error).__name__}: {error}; please report it with the lines above", 70)
-        _fail(f"{shown()}{_given(error)} (robustq --help)", 2)
-    if code == 130:  # typer's answer to Ctrl-C
+            _fail(f"unexpected {type(error).__name__}: {error}; please report it with the lines above", 70)
+        _fail(f"{shown()}{_typed_value(error)} (robustq --help)", 2)
+    if code == 130:  # typer's code for Ctrl-C
         _fail(_STOPPED, 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _given(error: Exception) -> str:
-    """The value behind a refused option: typer's message names the option, and not always what was typed."""
+def _typed_value(error: Exception) -> str:
+    """The value of a refused option, which typer's message does not always contain."""
     names = getattr(getattr(error, "param", None), "opts", [])
     for place, word in enumerate(sys.argv):
         name, equals, value = word.partition("=")
@@ -144,7 +171,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _one_line(text: str) -> str:
-    """Printable characters only: a name or a value may hold line breaks, terminal codes or bytes of no encoding."""
+    """Printable characters only: a typed value may hold line breaks, terminal codes or undecodable bytes."""
     shown = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in " ".join(text.split())

@@ -1,255 +1,134 @@
-"""train, harden and --resume.
-
---resume of train and harden: the folder says everything, so nothing else may be said beside it.
-
-robustq train.
-
-robustq harden.
-"""
+"""robustq train and robustq harden."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import robustq
 from robustq.cli.options import (
-    ARCHITECTURES,
-    ActBits,
-    Bits,
-    BitsPerLayer,
-    Compile,
-    Data,
-    Device,
     Epsilon,
-    FeatureLayer,
-    Json,
-    Normalisation,
-    OwnModel,
+    Printing,
     RecipeName,
-    RunOut,
-    Seed,
-    Set,
-    SkipBadImages,
-    TensorBoard,
-    WeightBits,
-    finish,
-    one_of,
-    overridden,
-    radius,
-    shortfalls,
+    Training,
+    failed_checks,
+    parse_radius,
+    rare,
+    run_job,
+    with_groups,
 )
-from robustq.cli.process import Quiet, Verbose
 from robustq.errors import UsageError
 from robustq.recipe import UNDEFENDED
 
-Resume = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="RUN_FOLDER",
-        help="Go on with a run that was stopped or cut off. Its folder says everything; beside it only --device, "
-        "--data (where the same data lies now), --model and --json.",
-    ),
-]
-
-BESIDE = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
-"""Parameters that may stand beside --resume."""
+WITH_RESUME = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
+"""Parameters that may be given together with --resume."""
 
 
-def resumed(run: Path, *, data: str | None, device: str | None, own_model: str | None) -> dict[str, Any]:
-    """Go on with the run in ``run``; the result is the one of the command that began it."""
-    from robustq.workflow.resume import resume_run
+@with_groups
+def train(context: typer.Context, *, recipe: RecipeName = "natural", options: Training, printing: Printing) -> None:
+    """Train a network from scratch by a recipe.
 
-    return resume_run(run, data=data, device=device, own_model=own_model)
+    Examples:
+      robustq train --data cifar10 --architecture resnet20
+      robustq train --resume runs/resnet20-float-natural
+    """
+
+    def job() -> Mapping[str, Any]:
+        return robustq.train_model(recipe, **options.keywords())
+
+    _run(context, options, recipe, job, as_json=printing.as_json)
 
 
-def advice(result: dict[str, Any], own_model: str | None) -> str:
-    """The command that usually follows a finished run; a user's own network has to be named in it again."""
-    name = "" if own_model is None else f" --model {own_model}"
-    if "bits" in result:  # harden's; the model that export takes by itself is the last defended one
-        model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
-        return f"robustq export {model}--format integer{name}"
-    return f"robustq harden {result['checkpoint']} --bits 4{name}"
+@with_groups
+def harden(
+    context: typer.Context,
+    *,
+    model: Annotated[
+        Path | None, typer.Argument(help="model.pt of robustq, or a state dict (add --data, and --arch if not ours).")
+    ] = None,
+    recipe: RecipeName = "odgq",
+    epsilon: Epsilon = None,
+    options: Training,
+    printing: Printing,
+    trust_pickle: Annotated[
+        bool,
+        rare(
+            "--trust-pickle",
+            help="Also load a torch.save(model) file. It can run any code: use it only if you trust its author.",
+        ),
+    ] = False,
+) -> None:
+    """Quantize a trained network and harden it by a recipe (default: ODG-Q).
+
+    Examples:
+      robustq harden model.pt --bits 4
+      robustq harden --resume runs/resnet20-w4a4-odgq
+    """
+    from robustq.files import check_model_file
+
+    if options.resume is None and model is None:
+        raise UsageError("harden needs the MODEL to start from, a model.pt; or --resume RUN_FOLDER")
+    if options.resume is None and model is not None:
+        check_model_file(model)
+    radius = parse_radius(epsilon)
+
+    def job() -> Mapping[str, Any]:
+        assert model is not None  # checked above
+        return robustq.harden_model(
+            model, recipe=recipe, epsilon=radius, trust_pickle=trust_pickle, **options.keywords()
+        )
+
+    _run(context, options, recipe, job, as_json=printing.as_json)
 
 
-def check_alone(context: typer.Context) -> None:
-    """Refuse what was typed beside --resume and would have no effect.
+def _run(
+    context: typer.Context, options: Training, recipe: str, job: Callable[[], Mapping[str, Any]], *, as_json: bool
+) -> None:
+    """Run ``job``, or resume the run that ``options`` name."""
+    from robustq.recipe import check_name
+    from robustq.report.text import training_lines
+
+    run = options.resume
+    if run is not None:
+        check_resume_options(context)
+    check_name(recipe)
+
+    def resume() -> Mapping[str, Any]:
+        assert run is not None  # else not called
+        return robustq.resume_run(run, data=options.data, device=options.device, own_model=options.own_model)
+
+    def lines(result: Mapping[str, Any]) -> list[str]:
+        return training_lines(result, next_command=next_command(result, options.own_model))
+
+    run_job(job if run is None else resume, as_json, lines, failure=failed_checks)
+
+
+def next_command(result: Mapping[str, Any], own_model: str | None) -> str:
+    """The command that usually follows a finished run; it names a custom model again."""
+    custom = "" if own_model is None else f" --model {own_model}"
+    if "bits" not in result:
+        return f"robustq harden {result['checkpoint']} --bits 4{custom}"
+    # Without a file, export takes the last hardened model.
+    model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
+    return f"robustq export {model}--format integer{custom}"
+
+
+def check_resume_options(context: typer.Context) -> None:
+    """Refuse options that have no effect with --resume.
 
     Raises:
-        UsageError: names it.
+        UsageError: names them.
     """
     typed = [
         param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
         for param in context.command.params
-        if param.name not in BESIDE
+        if param.name not in WITH_RESUME
         and getattr(context.get_parameter_source(str(param.name)), "name", "") == "COMMANDLINE"
     ]
     if typed:
         raise UsageError(
-            f"{', '.join(typed)} beside --resume: the run folder says it already; leave it out, or start a new run"
+            f"{', '.join(typed)} cannot be changed with --resume; leave it out, or start a new run without --resume"
         )
-
-
-def train(
-    context: typer.Context,
-    recipe: RecipeName = "natural",
-    data: Data = None,
-    architecture: Annotated[
-        str | None,
-        typer.Option(
-            "--architecture",
-            "--arch",
-            help=f"{', '.join(ARCHITECTURES)}, or torchvision:NAME. Default: what the recipe says.",
-            autocompletion=one_of(ARCHITECTURES),
-        ),
-    ] = None,
-    own_model: OwnModel = None,
-    feature_layer: FeatureLayer = None,
-    bits: Bits = None,
-    weight_bits: WeightBits = None,
-    act_bits: ActBits = None,
-    bits_per_layer: BitsPerLayer = None,
-    normalisation: Normalisation = None,
-    overrides: Set = None,
-    compiling: Compile = None,
-    tensorboard: TensorBoard = False,
-    skip_bad_images: SkipBadImages = False,
-    seed: Seed = 0,
-    device: Device = None,
-    out: RunOut = None,
-    resume: Resume = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Train a network from scratch by a recipe.
-
-    Example: robustq train --data cifar10 --architecture resnet20
-    After Ctrl-C or a crash: robustq train --resume runs/resnet20-float-natural
-    """
-    from robustq.recipe import check_name
-    from robustq.report.text import training_lines
-
-    if resume is not None:
-        check_alone(context)
-    check_name(recipe)
-
-    def job() -> dict[str, Any]:
-        if resume is not None:
-            return resumed(resume, data=data, device=device, own_model=own_model)
-        from robustq.workflow.train import train_model
-
-        return train_model(
-            recipe,
-            overrides=overridden(overrides, tensorboard=tensorboard, compiling=compiling),
-            data=data,
-            architecture=architecture,
-            own_model=own_model,
-            feature_layer=feature_layer,
-            bits=bits,
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            bits_per_layer=bits_per_layer,
-            normalisation=normalisation,
-            skip_bad_images=skip_bad_images,
-            seed=seed,
-            device=device,
-            out=out,
-        )
-
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)), shortfall=shortfalls)
-
-
-def harden(
-    context: typer.Context,
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="model.pt that robustq wrote, or a state dict (add --data, and --arch where it is no ResNet of ours)."
-        ),
-    ] = None,
-    bits: Bits = None,
-    weight_bits: WeightBits = None,
-    act_bits: ActBits = None,
-    bits_per_layer: BitsPerLayer = None,
-    normalisation: Normalisation = None,
-    recipe: RecipeName = "odgq",
-    data: Data = None,
-    architecture: Annotated[
-        str | None,
-        typer.Option(
-            "--architecture", "--arch", help="torchvision:NAME, for a state dict of a network that is none of ours."
-        ),
-    ] = None,
-    own_model: OwnModel = None,
-    feature_layer: FeatureLayer = None,
-    epsilon: Epsilon = None,
-    overrides: Set = None,
-    compiling: Compile = None,
-    tensorboard: TensorBoard = False,
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Load a whole torch.save(model) file too. That runs whatever code it names: only where you trust its "
-            "maker.",
-        ),
-    ] = False,
-    skip_bad_images: SkipBadImages = False,
-    seed: Seed = 0,
-    device: Device = None,
-    out: RunOut = None,
-    resume: Resume = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Quantize a trained network and harden it.
-
-    Fine-tunes by a recipe, ODG-Q unless told otherwise.
-
-    Example: robustq harden model.pt --bits 4
-    After Ctrl-C or a crash: robustq harden --resume runs/resnet20-w4a4-odgq
-    """
-    from robustq.files import check_model_file
-    from robustq.recipe import check_name
-    from robustq.report.text import training_lines
-
-    if resume is not None:
-        check_alone(context)
-    elif model is None:
-        raise UsageError("harden needs the MODEL to start from, a model.pt; or --resume RUN_FOLDER to go on with a run")
-    else:
-        check_model_file(model)
-    check_name(recipe)
-    wanted_epsilon = radius(epsilon)
-
-    def job() -> dict[str, Any]:
-        if resume is not None:
-            return resumed(resume, data=data, device=device, own_model=own_model)
-        assert model is not None  # refused above
-        from robustq.workflow.train import harden_model
-
-        return harden_model(
-            model,
-            bits=bits,
-            weight_bits=weight_bits,
-            act_bits=act_bits,
-            bits_per_layer=bits_per_layer,
-            normalisation=normalisation,
-            recipe=recipe,
-            overrides=overridden(overrides, tensorboard=tensorboard, compiling=compiling),
-            data=data,
-            architecture=architecture,
-            own_model=own_model,
-            feature_layer=feature_layer,
-            epsilon=wanted_epsilon,
-            trust_pickle=trust_pickle,
-            skip_bad_images=skip_bad_images,
-            seed=seed,
-            device=device,
-            out=out,
-        )
-
-    finish(job, as_json, lambda r: training_lines(r, advice=advice(r, own_model)), shortfall=shortfalls)

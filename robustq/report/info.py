@@ -1,9 +1,4 @@
-"""The lines of `robustq info` and of a recipe.
-
-What ``robustq info`` says, as lines.
-
-Recipes as text: the list of them, and one as TOML.
-"""
+"""The lines of `robustq info` and `robustq recipes`."""
 
 from __future__ import annotations
 
@@ -12,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from robustq.recipe import METADATA, format_epsilon, parse_epsilon
-from robustq.recipe.paper import PAPER_TABLES
-from robustq.report.attack import bounded, percent, size
-from robustq.report.text import not_for_lines
+from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
+from robustq.recipe.schema import PAPER_TABLES
+from robustq.report.text import not_for_lines, percent, size, with_interval
 
 
-def description_lines(found: dict[str, Any]) -> list[str]:
+def description_lines(found: Mapping[str, Any]) -> list[str]:
     """A few lines for any kind of file; ``--json`` has the rest."""
-    lines = [f"FAILED  {fall}" for fall in _failures(found)]
-    lines.append(f"{found['kind']}  {found['path']}")
+    failures = found.get("file_failures" if found["kind"] == "export folder" else "failed", ())
+    lines = [*(f"FAILED  {failure}" for failure in failures), f"{found['kind']}  {found['path']}"]
     if "label" in found or "architecture" in found:
         lines += _network(found)
     if found["kind"] == "onnx":
@@ -41,14 +35,6 @@ def description_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _failures(found: dict[str, Any]) -> list[str]:
-    """Checks that an exported file did not pass."""
-    if found["kind"] == "export folder":
-        failures: list[str] = found["file_failures"]
-        return failures
-    return found["failed"] if found["kind"] == "onnx" else []
-
-
 def _entry(key: str, value: Any) -> str:
     """One entry of a model file's info, such as ``holdout clean accuracy 71.9%``."""
     if key.endswith("accuracy") and isinstance(value, float):
@@ -58,7 +44,7 @@ def _entry(key: str, value: Any) -> str:
     return " ".join(f"{key.replace('_', ' ')} {value}".split())
 
 
-def _network(found: dict[str, Any]) -> list[str]:
+def _network(found: Mapping[str, Any]) -> list[str]:
     is_float = found["weight_bits"] == 32
     width = "float" if is_float else f"{found['weight_bits']}-bit weights, {found['act_bits']}-bit activations"
     lines = [f"network {found['architecture']} · {found['parameters']:,} parameters · {width}"]
@@ -74,7 +60,7 @@ def _network(found: dict[str, Any]) -> list[str]:
 
 
 def _layers(layers: list[dict[str, Any]]) -> list[str]:
-    """Neighbours of one width share a line."""
+    """Adjacent layers of one width share a line."""
     lines = []
     for bits, same in groupby(layers, key=lambda layer: layer["weight_bits"]):
         names = [layer["name"] for layer in same]
@@ -84,7 +70,7 @@ def _layers(layers: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _onnx(found: dict[str, Any]) -> list[str]:
+def _onnx(found: Mapping[str, Any]) -> list[str]:
     spec = found["spec"] or {}
     lines = [f"format  {found['format'] or 'not written by robustq'} · {found['producer']}"]
     if spec:
@@ -100,22 +86,22 @@ def _onnx(found: dict[str, Any]) -> list[str]:
     return lines + not_for_lines(found)
 
 
-def _export(found: dict[str, Any]) -> list[str]:
+def _export(found: Mapping[str, Any]) -> list[str]:
     integer, in_float = found.get("integer_layers", []), found.get("float_layers", [])
     lines = [f"format  {found['format']} · {len(integer)} of {len(integer) + len(in_float)} layers run as integers"]
     recheck = found.get("recheck")
     if recheck:
-        lines.append(f"clean   {bounded(recheck['clean_accuracy'], recheck['clean_interval'])}")
+        lines.append(f"clean   {with_interval(recheck['clean_accuracy'], recheck['clean_interval'])}")
         lines.append(
-            f"robust  at most {bounded(recheck['robust_accuracy'], recheck['interval'])} at "
+            f"robust  at most {with_interval(recheck['robust_accuracy'], recheck['interval'])} at "
             f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
         )
         lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
-    lines += [f"equal   answers proved in {one}" for one in found.get("equal_in", [])]
+    lines += [f"equal   answers proved in {runtime}" for runtime in found.get("equal_in", [])]
     return lines + not_for_lines(found)
 
 
-def _run(found: dict[str, Any]) -> list[str]:
+def _run(found: Mapping[str, Any]) -> list[str]:
     result = found["result"]
     recipe = (found["config"] or {}).get("recipe", {})
     lines = [f"recipe  {recipe.get('name')} ({recipe.get('method')})"]
@@ -127,28 +113,28 @@ def _run(found: dict[str, Any]) -> list[str]:
         f"held    clean {percent(result.get('holdout_clean_accuracy'))}, PGD-10 "
         f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {epochs})"
     )
-    return lines + [f"FAILED  {fall}" for fall in result.get("shortfalls", [])]
+    return lines + [f"FAILED  {failure}" for failure in result.get("shortfalls", [])]
 
 
 _OPEN = {
-    "data": "what model.pt or --data says",
-    "architecture": "what model.pt or --architecture says",
-    "weight_bits": "what --bits says, else model.pt",
-    "act_bits": "what --bits says, else model.pt",
-    "shared_sum_scale": "what model.pt says, else false",
-    "epsilon": "what --epsilon or model.pt says, else 8/255",
-    "crop_padding": "an eighth of the images' side",
-    "flip": "true for photographs known by name, else false",
+    "data": "from model.pt or --data",
+    "architecture": "from model.pt or --architecture",
+    "weight_bits": "from --bits, else model.pt",
+    "act_bits": "from --bits, else model.pt",
+    "shared_sum_scale": "from model.pt, else false",
+    "epsilon": "from --epsilon or model.pt, else 8/255",
+    "crop_padding": "an eighth of the image side",
+    "flip": "true for known photograph data sets, else false",
 }
-"""What settles a key that a recipe leaves open."""
+"""Source of a value that a recipe leaves open."""
 
 
 def list_lines(recipes: Sequence[dict[str, Any]], tables: Mapping[str, Sequence[str]]) -> list[str]:
-    """A name and a sentence for each: the rows of the paper's tables first, in its order, then the others.
+    """A name and a sentence for each recipe: the rows of the paper's tables first, then the others.
 
     Args:
-        recipes: as JSON lists them.
-        tables: table -> names of its rows; a recipe that several tables share stands in each.
+        recipes: as in the JSON.
+        tables: table -> names of its rows; a recipe may be in several tables.
     """
     summaries = {recipe["name"]: recipe["summary"] for recipe in recipes}
     sections = {
@@ -164,10 +150,10 @@ def list_lines(recipes: Sequence[dict[str, Any]], tables: Mapping[str, Sequence[
 
 
 def toml_lines(recipe: dict[str, Any]) -> list[str]:
-    """One recipe as TOML: every value that it settles, and in comments what settles the others."""
-    lines = [f"# {' '.join(recipe['name'].split())}", *_claims(recipe)]
+    """One recipe as TOML; comments name the source of the values that it leaves open."""
+    lines = [f"# {' '.join(recipe['name'].split())}", *_metadata(recipe)]
     for key, value in recipe.items():
-        if key in ("name", "settings", *METADATA):
+        if key in ("name", "settings", *CLAIMS):
             continue
         lines.append(f"# {key}: {_OPEN[key]}" if value is None else f"{key} = {_toml(key, value)}")
     if recipe["settings"]:
@@ -176,8 +162,8 @@ def toml_lines(recipe: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _claims(recipe: dict[str, Any]) -> list[str]:
-    """Comments, since they are true of this recipe and not of what is made of it."""
+def _metadata(recipe: dict[str, Any]) -> list[str]:
+    """Comments, since a changed copy of the recipe must not claim them."""
     lines = [f"# row {row} of Table {table} of arXiv:2210.08701" for table, row in recipe.get("paper_rows", {}).items()]
     evidence = recipe.get("evidence", {})
     if evidence:
@@ -194,6 +180,6 @@ def _toml(key: str, value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        # JSON's escapes are TOML's; DEL alone may stand as it is there and not here.
+        # JSON's escapes are valid TOML, which must escape DEL as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)

@@ -1,37 +1,232 @@
-"""Results as a terminal shows them: a few lines under 120 columns, the number first, what is wrong in words."""
+"""Results as a terminal shows them: a few lines of at most 120 columns; figures first, then failures in words."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from robustq.recipe import format_epsilon
-from robustq.report.attack import attack_lines, bounded, percent, scientific, size
+
+if TYPE_CHECKING:
+    from robustq.evaluation.suites import Suite
+
+Result = Mapping[str, Any]
+"""By the keys of ``--json``."""
+
+NO_DEFENCE = 0.005
+"""Robust accuracy up to which a model counts as undefended."""
 
 
-def training_lines(result: dict[str, Any], *, advice: str) -> list[str]:
-    """What train and harden say at the end."""
+def percent(share: float | None) -> str:
+    """``37.1%``; a dash where nothing was measured."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def with_interval(share: float, interval: Sequence[float]) -> str:
+    """``37.1% [34.2, 40.1]``: a share and its 95% interval."""
+    return f"{share:.1%} [{interval[0] * 100:.1f}, {interval[1] * 100:.1f}]"
+
+
+def scientific(value: float | None) -> str:
+    """``4e-08``; ``NaN`` where nothing could be computed."""
+    return "NaN" if value is None else f"{value:.0e}"
+
+
+def size(count: int) -> str:
+    """``187 kB``, ``12.3 MB``, ``1.1 GB``."""
+    if count >= 1_000_000_000:
+        return f"{count / 1e9:.1f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 10_000_000 else f"{count / 1000:,.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """``40 s``, ``6 min``, ``3.5 hours``, ``2.1 days``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} hours" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def training_lines(result: Result, *, next_command: str) -> list[str]:
+    """Lines of train and harden."""
     held_out = f"clean {percent(result['holdout_clean_accuracy'])}"
     if result["holdout_pgd10_accuracy"] is not None:
         held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
-    clean = bounded(result["clean_accuracy"], result["clean_interval"])
-    trained = f"epoch {result['best_epoch']} of {result['epochs_done']}; " if result["epochs"] else ""
-    time = f"{result['seconds_per_epoch']:.2f} s an epoch" if result["epochs"] else f"{result['seconds']:.1f} s"
+    clean = with_interval(result["clean_accuracy"], result["clean_interval"])
+    epoch = f"epoch {result['best_epoch']} of {result['epochs_done']}; " if result["epochs"] else ""
+    time = f"{result['seconds_per_epoch']:.2f} s per epoch" if result["epochs"] else f"{result['seconds']:.1f} s"
     return [
         f"clean   {clean} on {result['test_images']:,} test images",
-        f"saved   {result['checkpoint']}  ({trained}held out: {held_out})",
+        f"saved   {result['checkpoint']}  ({epoch}held out: {held_out})",
         f"time    {time}",
-        f"next    {advice}",
+        f"next    {next_command}",
     ]
 
 
-def proof_lines(result: dict[str, Any]) -> list[str]:
-    """Parity and layers of an exported file."""
-    total = len(result["integer_layers"]) + len(result["float_layers"])
+def attack_lines(result: Result) -> list[str]:
+    """Accuracy after each attack, the worst case, and how far that number can be trusted.
+
+    Args:
+        result: of attack, of its replay, or the re-check of a file.
+    """
+    from robustq.evaluation.suites import SUITES
+
+    suite = SUITES.get(result.get("suite", ""))
+    return [
+        *(f"FAILED  {failure}" for failure in result.get("file_failures", ())),
+        *_columns(result, suite),
+        _worst_case(result),
+        *_flags(result),
+        *_undefended(result, suite),
+        *_not_judged(result, suite),
+        *(f"note    {note}" for note in result.get("notes", ())),
+        *_twin(result),
+        *_curve(result),
+        *_cost(result),
+        *_replay(result),
+    ]
+
+
+def _columns(result: Result, suite: Suite | None) -> list[str]:
+    if suite is not None and suite.drops_broken:
+        shown = _after_each(result["stages"])
+        if shown and shown[-1][1] != result["robust_accuracy"]:
+            shown.append(("masking checks", result["robust_accuracy"]))
+    else:
+        shown = list(result["attacks"].items())
+    lines = [f"clean {percent(result['clean_accuracy'])}"]
+    for name, share in shown:
+        column = f"{name} {percent(share)}"
+        if len(lines[-1]) + len(column) + 3 > 116:
+            lines.append(f"  {column}")
+        else:
+            lines[-1] += f" · {column}"
+    return lines
+
+
+def _after_each(stages: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Accuracy after each attack; its backward rules and surrogates share a column, unlike in the JSON."""
+    after: dict[str, float] = {}
+    for stage in stages:
+        if stage["stage"] != "diagnosis":
+            after[stage["attack"].split(" (")[0].split(": ")[0]] = stage["accuracy"]
+    return list(after.items())
+
+
+def _worst_case(result: Result) -> str:
+    from robustq.evaluation.flags import NOT_FOUND
+
+    verdict = result["verdict"]
+    at_most = "" if verdict == NOT_FOUND else "at most "
+    robust = f"{with_interval(result['robust_accuracy'], result['interval'])} at {format_epsilon(result['epsilon'])}"
+    return f"robust accuracy {at_most}{robust} · {verdict} (worst case of {result['images']:,} images)"
+
+
+def _flags(result: Result) -> list[str]:
+    from robustq.evaluation.suites import CROSS_ENTROPY
+
+    flags = result["flags"]
+    width = max((len(flag["name"]) for flag in flags), default=0)
+    lines = [f"  {flag['name'].ljust(width)}  {flag['text']}   ({flag['doc']})" for flag in flags]
+    easy = [stage["accuracy"] for stage in result.get("stages", ()) if stage["attack"] == CROSS_ENTROPY]
+    if flags and easy and round(easy[0], 3) > round(result["robust_accuracy"], 3):
+        lines.append(f"Do not quote {percent(easy[0])}.")
+    return lines
+
+
+def _undefended(result: Result, suite: Suite | None) -> list[str]:
+    """A line for a model without defence, so that its low accuracy is not taken for a fault of the attack."""
+    right = round(result["images"] * (result["clean_accuracy"] or 0.0))
+    if suite is None or not suite.hunts_masking or not right or result["robust_accuracy"] > NO_DEFENCE:
+        return []
+    broken = right - round(result["images"] * result["robust_accuracy"])
+    return [f"This model has no defence: the attack breaks {broken:,} of {right:,} correctly classified images."]
+
+
+def _not_judged(result: Result, suite: Suite | None) -> list[str]:
+    from robustq.evaluation.flags import NOT_JUDGED
+
+    if result["verdict"] != NOT_JUDGED:
+        return []
+    lines = [f"{NOT_JUDGED}: {reason}" for reason in result.get("not_judged_for", ())]
+    if suite is not None and not suite.hunts_masking:
+        lines[-1] += "; robustq attack --suite standard does, and may find a lower accuracy"
+    return lines
+
+
+def _twin(result: Result) -> list[str]:
+    if result["twin_agreement"] >= 0.999 or any(flag["name"] in ("twin", "randomness") for flag in result["flags"]):
+        return []
+    return [f"WARNING the model that gives the gradients agrees with the judge on {result['twin_agreement']:.1%} only"]
+
+
+def _curve(result: Result) -> list[str]:
+    points = [
+        f"{format_epsilon(point['epsilon'])} {percent(point['robust_accuracy'])}" for point in result.get("curve", ())
+    ]
+    return [f"curve   {' · '.join(points)}"] if points else []
+
+
+def _cost(result: Result) -> list[str]:
     lines = []
-    if result["judged_file"] == "qonnx" or "qonnx_executor" in result["parity"]:
-        lines.append("onnxruntime cannot load QONNX: the rest is counted on the QCDQ file of the same model")
-    lines.append(f"layers  onnxruntime runs {len(result['integer_layers'])} of {total} as integers")
-    in_float = result["float_layers"]
+    if result.get("gradient_steps"):
+        lines.append(
+            f"cost    {result['gradient_steps']:,} gradient steps, {result['queries']:,} queries, "
+            f"{duration(result['seconds'])}"
+        )
+    if result.get("adversarial"):
+        lines.append(f"saved   {result['adversarial']}")
+        lines.append(f"next    robustq attack MODEL --replay {result['adversarial']}")
+    return lines
+
+
+def _replay(result: Result) -> list[str]:
+    if "found_on" not in result:
+        return []
+    unchecked = "" if result["ball_checked"] else "; the ball was not checked: the clean images are not available"
+    origin = result["found_on"]
+    return [
+        f"replay  {result['same_as_recorded']:.1%} of the answers are those of {origin.get('label')} (robust accuracy "
+        f"{percent(origin.get('robust_accuracy'))}){unchecked}"
+    ]
+
+
+def export_lines(result: Result) -> list[str]:
+    """Lines of export."""
+    drift = result["drift"]
+    lines = [
+        f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
+        f"drift   folding BatchNorm changed the class of {drift['different_top1']} of {drift['images']:,} images "
+        f"(mean {scientific(drift['mean_difference'])} of the logit range)",
+        *drift_warning(drift),
+        *_proof_lines(result),
+    ]
+    if result["recheck"] is not None:
+        lines += attack_lines(result["recheck"])
+    lines += equal_lines(result)
+    lines += not_for_lines(result)
+    lines.append(f"next    robustq recheck {result['bundle']}")
+    return lines
+
+
+def recheck_lines(result: Result) -> list[str]:
+    """Lines of recheck."""
+    judged = attack_lines(result)
+    failed = [line for line in judged if line.startswith("FAILED")]
+    head = f"{result['label']} as {result['format']} on {result['data']}"
+    return [*failed, head, *_proof_lines(result), *judged[len(failed) :]]
+
+
+def _proof_lines(result: Result) -> list[str]:
+    """Parity and integer layers of an exported file."""
+    from robustq.export.recheck import QONNX_EXECUTOR
+
+    integer, in_float = result["integer_layers"], result["float_layers"]
+    lines = []
+    if QONNX_EXECUTOR in result["parity"]:
+        lines.append("onnxruntime cannot load QONNX: all other results are of the QCDQ file of the same model")
+    lines.append(f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers")
     if in_float:
         lines[-1] += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
     for run, agreement in result["parity"].items():
@@ -44,81 +239,47 @@ def proof_lines(result: dict[str, Any]) -> list[str]:
         )
     if result["on_ties"]:
         runs = ", ".join(result["on_ties"])
-        lines.append(f"parity  {runs}: the images furthest apart were followed to values on rounding ties")
-    lines += [f"FAILED  {fall}" for fall in result["shortfalls"]]
-    return lines
+        lines.append(f"parity  {runs}: the largest differences come from values on rounding ties")
+    return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
 
 
-def export_lines(result: dict[str, Any]) -> list[str]:
-    """What export says."""
-    drift = result["drift"]
-    lines = [
-        f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
-        f"drift   folding BatchNorm gave {drift['different_top1']} of {drift['images']:,} images another class "
-        f"(mean {scientific(drift['mean_difference'])} of the logit range)",
-        *drift_warning(drift),
-        *proof_lines(result),
-    ]
-    if result["recheck"] is not None:
-        lines += attack_lines(result["recheck"])
-    lines += equal_lines(result)
-    lines += not_for_lines(result)
-    lines.append(f"next    robustq recheck {result['bundle']}")
-    return lines
-
-
-def equal_lines(result: dict[str, Any]) -> list[str]:
-    """In which runtimes the file's answers were proved equal to the network's."""
-    return [f"equal   answers proved in {one}" for one in result["equal_in"]] or [
+def equal_lines(result: Result) -> list[str]:
+    """The runtimes in which the file gave the network's answers."""
+    return [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]] or [
         "equal   answers proved in no runtime: do not use this file"
     ]
 
 
-def not_for_lines(found: dict[str, Any]) -> list[str]:
-    """Where an exported file may not be used; nothing for files written before they said so."""
-    return [f"not for {one}" for one in found.get("not_for", [])]
+def not_for_lines(result: Result) -> list[str]:
+    """Runtimes and settings that an exported file is not for; older files do not name them."""
+    return [f"not for {limit}" for limit in result.get("not_for", [])]
 
 
-def drift_warning(drift: dict[str, Any]) -> list[str]:
-    """A line when rounding the biases changed more than one answer in a thousand."""
+def drift_warning(drift: Result) -> list[str]:
+    """A line when rounded biases changed more than one answer in a thousand."""
     if drift["same_answers"]:
         return []
     return ["WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"]
 
 
-def recheck_lines(result: dict[str, Any]) -> list[str]:
-    """What recheck says."""
-    judged = attack_lines(result)
-    failed = [line for line in judged if line.startswith("FAILED")]
-    head = f"{result['label']} as {result['format']} on {result['data']}"
-    return [*failed, head, *proof_lines(result), *judged[len(failed) :]]
-
-
-def quickstart_lines(result: dict[str, Any]) -> list[str]:
-    """The quickstart's table."""
+def quickstart_lines(result: Result) -> list[str]:
+    """The table of quickstart."""
     columns = ("clean", "fgsm", "pgd20", "margin_pgd40")
-    heads = ("model", "clean", "FGSM", "PGD-20", "margin-PGD-40", "file")
-    cells = [
-        (row["model"], *(percent(row[name]) for name in columns), size(row["size_bytes"])) for row in result["rows"]
-    ]
-    widths = [max(len(line[place]) for line in [heads, *cells]) for place in range(len(heads))]
     table = [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in [heads, *cells]
+        ("model", "clean", "FGSM", "PGD-20", "margin-PGD-40", "file"),
+        *((row["model"], *(percent(row[name]) for name in columns), size(row["size_bytes"])) for row in result["rows"]),
     ]
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     last = result["rows"][-1]
-    worst = bounded(last["worst_case"], last["worst_case_interval"])
+    worst = with_interval(last["worst_case"], last["worst_case_interval"])
     return [
         "",
-        *table,
+        *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table),
         "",
         f"{result['test_images']} test images, uint8 pixels within {format_epsilon(result['epsilon'])}; "
-        "the last row is counted on onnxruntime's answers",
+        "the last row counts the answers of onnxruntime",
         f"worst case of the deployed file: at most {worst} · not judged for masking",
-        f"{result['seconds']:.0f} s · everything lies in {result['folder']}",
-        *(f"FAILED  {fall}" for fall in result["shortfalls"]),
+        f"{result['seconds']:.0f} s · results are in {result['folder']}",
+        *(f"FAILED  {failure}" for failure in result["shortfalls"]),
         "next    robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",
     ]

@@ -1,7 +1,8 @@
-"""export and recheck: the deploy file of a trained network, and the proof of what it does."""
+"""export and recheck: write the deploy file of a trained network, and check it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,75 @@ import onnx
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
-from robustq.evaluation.suites import RECHECK
+from robustq.evaluation.result import Evaluation
+from robustq.evaluation.suites import RECHECK, SUITES
 from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
 from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
-from robustq.export.recheck import attack_file, prove
+from robustq.export.recheck import Proof, attack_file, prove
+from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
-from robustq.files import atomic_folder, check_output, free_path
+from robustq.files import check_place, folder_when_whole, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
-from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
-from robustq.workflow.open_model import tell_failures
-from robustq.workflow.setup import DEFAULT_EPSILON, data_for, pick_device, tell_evaluation, versions
+from robustq.workflow import Result
+from robustq.workflow.open_model import log_failures
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions
 
 EXPORTS = Path("export-out")
+RECHECK_SUITE = SUITES["recheck"].name
 
 COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
 COUNTED = (*COUNTED_CLEAN, "robust_accuracy", "interval", "epsilon", "verdict", "flags")
-"""What a file says of the accuracy that was counted on it, without and with attacks."""
+"""Keys of the accuracy in the file's metadata, without and with attacks."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExportResult(Result):
+    """Result of export.
+
+    Args:
+        bundle: export folder.
+        files: the .onnx, model.pt and bundle.json in it.
+        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers shortfalls recheck``
+            and more.
+    """
+
+    FLAT = ("record",)
+
+    bundle: Path
+    files: tuple[Path, ...]
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecheckResult(Result):
+    """Result of recheck.
+
+    Args:
+        bundle: the export folder.
+        file_failures: checks that failed at the export.
+        proof: parity and integer layers of the file.
+        shortfalls: failed checks, in words.
+        evaluation: accuracy under attack of the file.
+    """
+
+    FLAT = ("proof", "evaluation")
+
+    bundle: Path
+    format: str
+    label: str
+    data: str
+    suite: str = RECHECK_SUITE
+    judge: str = "onnxruntime"
+    seed: int
+    size_bytes: int
+    file_failures: tuple[str, ...]
+    proof: Proof
+    shortfalls: tuple[str, ...]
+    evaluation: Evaluation
 
 
 def export_model(
@@ -48,37 +98,35 @@ def export_model(
     seed: int = 0,
     device: str | None = None,
     out: Path | None = None,
-) -> dict[str, Any]:
-    """Write the deploy file of a quantized model, and judge that file.
+) -> ExportResult:
+    """Write the deploy file of a model, and check that file.
 
     Args:
-        model: a .pt that robustq wrote; None: the last hardened one.
+        model: a .pt of robustq; None: the last hardened model.
         format_name: a key of :data:`robustq.export.formats.FORMATS`.
-        pixels: ``uint8`` for a file that takes pixels as they are, ``float`` for one that takes them divided by 255.
+        pixels: input of the file: ``uint8`` for raw pixels, ``float`` for pixels / 255.
         batch_norm: ``keep`` leaves BatchNormalization nodes in a QONNX file.
-        consumer: the tool that a QONNX file is written for, one of :data:`robustq.export.formats.CONSUMERS`; None:
-            the first of them.
-        epsilon: radius of the re-check; None: what the model was trained for, else 8/255.
-        images: test images for parity and re-check (evenly spaced; 0: all).
+        consumer: the tool that reads a QONNX file, of :data:`robustq.export.formats.CONSUMERS`; None: the first.
+        epsilon: radius of the re-check; None: as the model was trained, else 8/255.
+        images: test images for parity and re-check, evenly spaced; 0: all.
         recheck: also count accuracy under attack.
-        data: over what the model says.
-        own_model: the ``module:function`` that built the network, where it is the user's own; without it the code is
-            not run.
-        skip_bad_images: leave out image files that cannot be read, with a warning.
+        data: overrides the model's.
+        own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
+        skip_bad_images: skip image files that cannot be read, with a warning.
         seed: of the random starts.
-        device: where attacks are found; None: a GPU where there is one.
+        device: of attack generation; None: a GPU if there is one.
         out: export folder; must not exist. None: ``export-out/<run>-<format>``.
 
     Returns:
-        ``files parity equal_in not_for integer_layers float_layers recheck`` and more; ``shortfalls`` says in words
-        what did not hold. A file whose answers are not the network's is called ``NAME.failed.onnx``.
+        ``shortfalls`` names the failed checks. A file with other answers than the
+            network is called ``NAME.failed.onnx``.
 
     Raises:
         RobustqError: bad input; nothing is written.
     """
     place = pick_device(device)
     chosen = last_hardened() if model is None else Path(model)
-    check_output(out, EXPORTS)
+    check_place(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, own_model=own_model)
@@ -88,7 +136,7 @@ def export_model(
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
     final = out or free_path(EXPORTS / name)
-    with atomic_folder(final) as folder:
+    with folder_when_whole(final) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
@@ -97,7 +145,7 @@ def export_model(
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
-        _tell_layers(proof.layers)
+        _log_layers(proof.layers)
         if proof.parity_failures:
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
         record: dict[str, Any] = {
@@ -107,31 +155,32 @@ def export_model(
             "batch_norm": batch_norm,
             "consumer": consumer,
             "data": loaded.name,
-            "suite": "recheck",
+            "suite": RECHECK_SUITE,
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
+            "not_for": not_for(written, spec, consumer=consumer),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),
         }
-        radius = _radius(epsilon, spec)
+        radius = radius_of(spec, epsilon)
         if recheck:
-            tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
+            log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()
         found = attack_file(
             path, format_name, folded, spec, x, y, attacks=attacks, epsilon=radius, device=place, seed=seed
         ).to_dict()
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
-        accuracy = {key: found[key] for key in keys} | ({"suite": "recheck"} if recheck else {})
+        accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
         add_results(
-            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=list(proof.not_for), failed=proof.shortfalls
+            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=proof.shortfalls
         )
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
-    files = [str((final / file).absolute()) for file in (path.name, MODEL, RECORD)]
-    return {"bundle": str(final.absolute()), "files": files, **record}
+    final = final.absolute()
+    return ExportResult(final, tuple(final / file for file in (path.name, MODEL, RECORD)), record)
 
 
 def recheck_bundle(
@@ -144,54 +193,42 @@ def recheck_bundle(
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
-) -> dict[str, Any]:
-    """Judge an export folder again: parity, layers, and accuracy under attack of the deployed file.
+) -> RecheckResult:
+    """Check an export folder again: parity, layers, and accuracy under attack of the deployed file.
 
     Args and errors are those of :func:`export_model`.
-
-    Returns:
-        ``parity clean_accuracy robust_accuracy flags verdict`` and more.
     """
     place = pick_device(device)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
-    bundle = Path(bundle)
-    opened = open_bundle(bundle)
+    opened = open_bundle(Path(bundle))
     network, spec, _ = load_model(opened.model, own_model=own_model)
     check_format(opened.format, spec)
-    tell_failures(opened.failures)
+    log_failures(opened.failures)
     loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
     kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
     proof = prove(opened.onnx, opened.format, folded, spec, x, unfolded=kept)
-    radius = _radius(epsilon, spec)
-    tell_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
+    radius = radius_of(spec, epsilon)
+    log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
-    return {
-        "bundle": str(bundle.absolute()),
-        "format": opened.format,
-        "label": spec.label,
-        "data": loaded.name,
-        "suite": "recheck",
-        "judge": "onnxruntime",
-        "seed": seed,
-        "size_bytes": opened.onnx.stat().st_size,
-        "file_failures": opened.failures,
-        **proof.to_dict(),
-        "shortfalls": proof.shortfalls,
-        **found.to_dict(),
-    }
+    return RecheckResult(
+        bundle=opened.path.absolute(),
+        format=opened.format,
+        label=spec.label,
+        data=loaded.name,
+        seed=seed,
+        size_bytes=opened.onnx.stat().st_size,
+        file_failures=tuple(opened.failures),
+        proof=proof,
+        shortfalls=tuple(proof.shortfalls),
+        evaluation=found,
+    )
 
 
-def _tell_layers(layers: Layers) -> None:
-    """With --verbose, a table of what runs as integers and what in float."""
+def _log_layers(layers: Layers) -> None:
+    """Print the integer and the float layers with --verbose."""
     for kind, names in (("integer", layers.integer), ("float", layers.in_float)):
         for name in names:
             detail(f"layer   {kind:8s} {name}")
-
-
-def _radius(epsilon: float | None, spec: ModelSpec) -> float:
-    if epsilon is not None:
-        return epsilon
-    return DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon

@@ -1,8 +1,9 @@
-"""info: what a model file, an ONNX file, an export folder or a run folder holds."""
+"""info: the content of a model file, an ONNX file, an export folder or a run folder."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,64 @@ from robustq.errors import ModelFileError
 from robustq.export.bundle import MODEL, open_bundle
 from robustq.export.description import describe_onnx
 from robustq.files import check_model_file, sha256
+from robustq.hardening.run_folder import CONFIG, RESULT
+from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dict
 from robustq.torch_file import read_checkpoint
+from robustq.workflow import Result
 
 
-def describe_file(path: Path | str, *, own_model: str | None = None) -> dict[str, Any]:
-    """Say what lies at ``path``; nothing is run but a look at the file, and the user's own code where it is named.
+@dataclass(frozen=True, eq=False)
+class FileDescription(Result):
+    """Description of a file or folder.
+
+    Args:
+        path: as given.
+        kind: ``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``.
+        content: as that kind has: ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
+    """
+
+    FLAT = ("content",)
+
+    path: Path
+    kind: str
+    content: dict[str, Any]
+
+
+def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDescription:
+    """Describe the file or folder at ``path``; runs no code but that of ``own_model``.
 
     Args:
         path: a .pt, an .onnx, an export folder or a run folder.
-        own_model: the ``module:function`` that built the network, where it is the user's own.
-
-    Returns:
-        ``path kind`` (``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``) and what that kind has:
-        ``architecture data epsilon weight_bits act_bits parameters layers info accuracies flags sha256`` and more.
+        own_model: the ``module:function`` that built the network, if it is a custom model.
 
     Raises:
         ModelFileError: nothing there, or nothing that robustq knows.
     """
     path = Path(path)
-    found: dict[str, Any] = {"path": str(path.absolute())}
+    kind, content = _describe(path, own_model)
+    return FileDescription(path.absolute(), kind, content)
+
+
+def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
+    """Kind and content."""
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return {**found, "kind": "run folder", **_run(path, own_model)}
-        return {**found, "kind": "export folder", **_bundle(path, own_model)}
+        if (path / CONFIG).is_file():
+            return "run folder", _run(path, own_model)
+        return "export folder", _bundle(path, own_model)
     check_model_file(path)
     size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".onnx":
-        return {**found, "kind": "onnx", **size, **describe_onnx(path)}
+        return "onnx", {**size, **describe_onnx(path)}
     content = read_checkpoint(path)
     state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
     if state is None:
-        return {**found, "kind": "model", **size, **_model(path, own_model)}
+        return "model", {**size, **_model(path, own_model)}
     architecture, classes, channels = describe_state_dict(state, path)
     parameters = sum(value.numel() for value in state.values())
-    spec = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}
-    return {**found, "kind": "state dict", **size, **spec, "weight_bits": 32, "act_bits": 32}
+    found = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}
+    return "state dict", {**size, **found, "weight_bits": FLOAT_BITS, "act_bits": FLOAT_BITS}
 
 
 def _model(path: Path, own_model: str | None) -> dict[str, Any]:
@@ -60,7 +82,7 @@ def _model(path: Path, own_model: str | None) -> dict[str, Any]:
 def _network(network: nn.Module, spec: ModelSpec) -> dict[str, Any]:
     return {
         "label": spec.label,
-        **json.loads(json.dumps(spec.to_dict())),  # tuples as lists, as --json prints them
+        **json.loads(json.dumps(spec.to_dict())),  # lists instead of tuples, as --json prints
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "layers": [layer.to_dict() for layer in describe_layers(network)],
     }
@@ -82,7 +104,7 @@ def _bundle(path: Path, own_model: str | None) -> dict[str, Any]:
 
 
 def _run(path: Path, own_model: str | None) -> dict[str, Any]:
-    config, result = (_read_json(path / name) for name in ("config.json", "result.json"))
+    config, result = (_read_json(path / name) for name in (CONFIG, RESULT))
     found: dict[str, Any] = {"finished": result is not None, "config": config, "result": result}
     checkpoint = path / "best.pt"
     if checkpoint.is_file():
@@ -96,9 +118,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelFileError(
-            f"{path}: is not valid JSON ({error}); the run that wrote it was probably cut off"
-        ) from error
+        raise ModelFileError(f"{path}: is not valid JSON ({error}); the run was probably interrupted") from error
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: holds no table; give a run folder that robustq wrote")
+        raise ModelFileError(f"{path}: holds no table; give a run folder of robustq")
     return content

@@ -1,4 +1,4 @@
-"""The thing under attack, as named on the command line: its judge and its differentiable source."""
+"""Model loading for attacks: the judge and the differentiable network of a model file or an export folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
+from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
@@ -24,45 +25,50 @@ from robustq.models.spec import ModelSpec
 from robustq.progress import note
 
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
-"""Operations whose scale follows the whole batch: the answer to an image depends on the images beside it."""
+"""Operations with a scale of the whole batch: an image's answer depends on the other images of its batch."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model file or an export folder, ready to be attacked.
 
     Args:
-        path: as it was named.
+        path: as given.
         network: as trained, on the CPU, in eval mode.
-        source: the differentiable network whose gradients are used, on the device; the folded one of a deployed file.
-        judge: whose answers count.
-        deployed: the .onnx that onnxruntime runs, or None.
-        spec: what it is.
-        checkpoint: the model.pt that says so.
-        failures: checks that the deployed file did not pass when it was exported, a line each.
+        gradient_model: the network that gives the gradients, on the device; of a deployed file the folded one.
+        judge: gives the answers that count.
+        deployed: the .onnx for onnxruntime, or None.
+        spec: of the network.
+        checkpoint: the model.pt.
+        failures: failed checks of the deployed file's export, a line each.
     """
 
     path: Path
     network: nn.Module
-    source: nn.Module
+    gradient_model: nn.Module
     judge: Model
     deployed: Path | None
     spec: ModelSpec
     checkpoint: Path
     failures: list[str]
 
+    @property
+    def judge_name(self) -> str:
+        """As results name it."""
+        return "pytorch" if self.deployed is None else "onnxruntime"
+
     def target(self) -> Target:
-        """What attacks may use, without other networks."""
+        """The target of attacks, without surrogates."""
         return Target(
             judge=self.judge,
-            gradient_models=_sources(self.source),
-            features=_features(self.source),
+            sources=_gradient_models(self.gradient_model),
+            features=_features(self.gradient_model),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )
 
 
-def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> Opened:
-    """Open a .pt that robustq wrote, or an export folder.
+def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> OpenedModel:
+    """Open a .pt of robustq, or an export folder.
 
     Raises:
         RobustqError: it cannot be read, or not be attacked.
@@ -71,45 +77,43 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
     deployed, checkpoint, failures = None, path, []
     if path.is_dir() or path.suffix == ".onnx":
         bundle = open_bundle(path)
-        if bundle.format == "qonnx":
+        if bundle.format in FORMATS and not FORMATS[bundle.format].runs:
             raise ModelFileError(
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
         deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
-        tell_failures(failures)
+        log_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
-    source = ready(fold(network, spec) if deployed is not None else network, device)
-    judge = OnnxModel(deployed) if deployed else source
-    return Opened(path, network, source, judge, deployed, spec, checkpoint, failures)
+    gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
+    judge = OnnxModel(deployed) if deployed else gradient_model
+    return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
 
 
-def tell_failures(failures: list[str]) -> None:
-    """Say at once, before anything is counted on a file, which checks it did not pass."""
+def log_failures(failures: list[str]) -> None:
+    """Print the failed checks of a file's export."""
     for failure in failures:
         note(f"FAILED  {failure}")
 
 
-def ready(network: nn.Module, device: torch.device) -> nn.Module:
-    """The network itself, to be attacked or transferred from: as in training on its device in convolutions' fastest
-    layout, in eval mode, and without gradients of weights, which no attack wants.
-    """
+def frozen(network: nn.Module, device: torch.device) -> nn.Module:
+    """The same network in eval mode on ``device``, channels last as in training, without gradients of weights."""
     return network.eval().to(device).to(memory_format=torch.channels_last).requires_grad_(False)
 
 
-def _sources(source: nn.Module) -> dict[str, Model]:
-    """One differentiable model per backward rule; a network without quantizers has one rule."""
-    others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(source) else []
-    return {AS_TRAINED: source, **{rule: under_rule(source, rule) for rule in others}}
+def _gradient_models(network: nn.Module) -> dict[str, Model]:
+    """One model per backward rule; a network without quantizers has one rule."""
+    others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if activation_quantizers(network) else []
+    return {AS_TRAINED: network, **{rule: under_rule(network, rule) for rule in others}}
 
 
 def is_dynamic(path: Path) -> bool:
-    """Whether an .onnx file quantizes activations by what its batch holds."""
+    """Whether an .onnx file quantizes activations with a scale of the batch."""
     return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-def _features(source: nn.Module) -> Features | None:
-    """The features that training aligns, where the network has a layer for them."""
+def _features(network: nn.Module) -> Features | None:
+    """The features that training aligns, if the network has a layer for them."""
     try:
-        return FeatureTap(source, "pooled")
+        return FeatureTap(network, "pooled")
     except UsageError:
         return None

@@ -1,8 +1,9 @@
-"""attack --replay: adversarial images that were found before, on this model or another."""
+"""attack --replay: judge saved adversarial images on this model or another."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,53 @@ from robustq.data import to_float
 from robustq.errors import DataError, UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
-from robustq.evaluation.flags import NOT_JUDGED
+from robustq.evaluation.flags import NOT_JUDGED, Check
 from robustq.evaluation.target import one_by_one
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
-from robustq.workflow.open_model import Opened, open_attackable
+from robustq.workflow import Result
+from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, pick_device
 
 BATCH = 256
+REPLAY = "replay"
+"""Stands in the place of a suite."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReplayResult(Result):
+    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply.
+
+    Args:
+        replayed: the .npz.
+        found_on: model, suite, seed and accuracies of the attack that found the images.
+        ball_checked: whether the clean images were available; else the clean accuracy is None.
+        attacks: ``replay``: share of right answers to the adversarial images.
+        same_as_recorded: share of images that are robust here and there, or broken here and there.
+    """
+
+    model: Path
+    judge: str
+    label: str
+    data: str
+    suite: str = REPLAY
+    file_failures: tuple[str, ...]
+    replayed: Path
+    found_on: dict[str, Any]
+    images: int
+    epsilon: float
+    ball_checked: bool
+    clean_accuracy: float | None
+    clean_interval: tuple[float, float] | None
+    robust_accuracy: float
+    interval: tuple[float, float]
+    attacks: dict[str, float]
+    same_as_recorded: float
+    twin_agreement: float = 1.0
+    flags: tuple[Check, ...] = ()
+    verdict: str = NOT_JUDGED
+    not_judged_for: tuple[str, ...] = ("these images were found before, and nothing was attacked",)
+    seconds: float
 
 
 def replay_pictures(
@@ -31,80 +71,73 @@ def replay_pictures(
     own_model: str | None = None,
     skip_bad_images: bool = False,
     device: str | None = None,
-) -> dict[str, Any]:
-    """Count a model's answers to the adversarial images of a file: proof of a number, or a regression test.
+) -> ReplayResult:
+    """Count a model's answers to saved adversarial images: to verify a number, or as a regression test.
 
-    Where the model's data (or ``data``) can be had, the images are checked to lie in the ball of their clean images,
-    and an image counts as robust only when it is right without attack too.
+    If the model's data (or ``data``) are available, the images are checked to lie in the ball of their clean images,
+    and an image counts as robust only when its clean image is right too.
 
     Args:
-        model: a .pt that robustq wrote, or an export folder; the one that they were found on, or another.
-        file: an .npz that ``robustq attack`` wrote.
+        model: a .pt of robustq, or an export folder; the attacked model, or another.
+        file: an .npz of ``robustq attack``.
         data, own_model, skip_bad_images, device: as for :func:`robustq.workflow.attack.attack_model`.
 
-    Returns:
-        The keys of ``robustq attack --json``; ``attacks`` holds ``replay``, the share of the pictures that are right.
-
     Raises:
-        RobustqError: bad input, other data than the file was made of, or a picture outside the ball.
+        RobustqError: bad input, other data than those of the file, or an image outside the ball.
     """
-    pictures = AdversarialImages.load(Path(file))
+    file = Path(file)
+    images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)
-    _check_size(pictures, opened.spec, Path(file))
-    clean = _clean_images(pictures, Path(file), opened, data, skip_bad_images=skip_bad_images)
+    _check_size(images, opened.spec, file)
+    clean = _clean_images(images, file, opened, data, skip_bad_images=skip_bad_images)
     start = time.perf_counter()
     judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
 
-    def right(images: Tensor) -> Tensor:
-        return correct(judge, to_float(images.to(place)), pictures.labels, batch_size=BATCH)
+    def right(x: Tensor) -> Tensor:
+        return correct(judge, to_float(x.to(place)), images.labels, batch_size=BATCH)
 
-    kept = right(pictures.x_adv)
+    kept = right(images.x_adv)
     unattacked = None if clean is None else right(clean)
     robust = kept if unattacked is None else kept & unattacked
     count = len(kept)
-    return {
-        "model": str(opened.path.absolute()),
-        "judge": "onnxruntime" if opened.deployed is not None else "pytorch",
-        "label": opened.spec.label,
-        "data": pictures.data,
-        "suite": "replay",
-        "file_failures": opened.failures,
-        "replayed": str(Path(file).absolute()),
-        "found_on": pictures.about,
-        "images": count,
-        "epsilon": pictures.epsilon,
-        "ball_checked": clean is not None,
-        "clean_accuracy": None if unattacked is None else int(unattacked.sum()) / count,
-        "clean_interval": None if unattacked is None else list(wilson_interval(int(unattacked.sum()), count)),
-        "robust_accuracy": int(robust.sum()) / count,
-        "interval": list(wilson_interval(int(robust.sum()), count)),
-        "attacks": {"replay": int(kept.sum()) / count},
-        "same_as_recorded": int((~robust == pictures.broken).sum()) / count,
-        "twin_agreement": 1.0,
-        "flags": [],
-        "verdict": NOT_JUDGED,
-        "not_judged_for": ["these images were found before, and nothing was attacked"],
-        "seconds": time.perf_counter() - start,
-    }
+    return ReplayResult(
+        model=opened.path.absolute(),
+        judge=opened.judge_name,
+        label=opened.spec.label,
+        data=images.data,
+        file_failures=tuple(opened.failures),
+        replayed=file.absolute(),
+        found_on=images.about,
+        images=count,
+        epsilon=images.epsilon,
+        ball_checked=clean is not None,
+        clean_accuracy=None if unattacked is None else int(unattacked.sum()) / count,
+        clean_interval=None if unattacked is None else wilson_interval(int(unattacked.sum()), count),
+        robust_accuracy=int(robust.sum()) / count,
+        interval=wilson_interval(int(robust.sum()), count),
+        attacks={REPLAY: int(kept.sum()) / count},
+        same_as_recorded=int((~robust == images.broken).sum()) / count,
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _check_size(pictures: AdversarialImages, spec: ModelSpec, file: Path) -> None:
-    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(pictures.x_adv.shape[1:])
+def _check_size(found: AdversarialImages, spec: ModelSpec, file: Path) -> None:
+    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(found.x_adv.shape[1:])
     if got != wanted:
         raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
-    if not 0 <= int(pictures.labels.min()) <= int(pictures.labels.max()) < spec.classes:
-        raise UsageError(f"{file}: has labels the model does not know, it has {spec.classes} classes")
+    if not 0 <= int(found.labels.min()) <= int(found.labels.max()) < spec.classes:
+        raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
 
 
 def _clean_images(
-    pictures: AdversarialImages, file: Path, opened: Opened, data: str | None, *, skip_bad_images: bool
+    found: AdversarialImages, file: Path, opened: OpenedModel, data: str | None, *, skip_bad_images: bool
 ) -> Tensor | None:
-    """The clean images behind the pictures, with the ball checked; None where their data cannot be had.
+    """The clean images of ``found``, with the ball checked; None if their data are not available.
 
     Raises:
-        DataError: ``data`` was named and cannot be read.
-        UsageError: the test part holds other images at their places, or a picture lies outside the ball.
+        DataError: ``data`` was given and cannot be read.
+        UsageError: the test part holds other images, or an adversarial image lies outside the ball.
     """
     try:
         loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
@@ -114,14 +147,14 @@ def _clean_images(
         note(f"ball    not checked: {error}")
         return None
     images, labels = loaded.test.take(0)
-    advice = f"give the --data they were made of ({pictures.data})"
-    last = int(pictures.indices.max())
-    if int(pictures.indices.min()) < 0 or last >= len(labels):
+    advice = f"give the --data they were made of ({found.data})"
+    last = int(found.places.max())
+    if int(found.places.min()) < 0 or last >= len(labels):
         raise UsageError(f"{file}: has test image {last}, {loaded.name} has {len(labels)}; {advice}")
-    images, labels = images[pictures.indices], labels[pictures.indices]
-    if digest(images, labels) != pictures.clean_sha256 or not torch.equal(labels, pictures.labels):
+    images, labels = images[found.places], labels[found.places]
+    if digest(images, labels) != found.clean_sha256 or not torch.equal(labels, found.labels):
         raise UsageError(
             f"{file}: was made of other images than the test part of {loaded.name} (sha256 differs); {advice}"
         )
-    check_ball(pictures, images)
+    check_ball(found, images)
     return images

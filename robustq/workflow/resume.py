@@ -1,4 +1,4 @@
-"""--resume: a run folder goes on where it was stopped, killed or cut off."""
+"""--resume: continue the run of a run folder."""
 
 from __future__ import annotations
 
@@ -17,39 +17,36 @@ from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note
 from robustq.recipe import Recipe
-from robustq.workflow.log import announce, told_forecast
-from robustq.workflow.run import carry_out, prepare
+from robustq.workflow.run_log import check_forecast, log_run
 from robustq.workflow.setup import data_for, pick_device, versions
+from robustq.workflow.training_run import TrainResult, complete_run, prepare
 
 
 def resume_run(
     run: Path | str, *, data: str | None = None, device: str | None = None, own_model: str | None = None
-) -> dict[str, Any]:
-    """Go on with a run of train or harden that has not finished.
+) -> TrainResult:
+    """Continue a run of train or harden that has not finished.
 
-    The folder says everything: recipe, network, data, seed. On the same CPU the result is bit for bit what the run
-    would have given without the stop.
+    The folder holds recipe, network, data and seed. On the same CPU the result is bit for bit that of a run without the
+    stop.
 
     Args:
         run: its folder.
-        data: where the same data lies now, if it was moved: a folder or file; its content is checked.
-        device: ``cpu``, ``cuda``; None: where the run began.
-        own_model: the ``module:function`` that built the network, where it is the user's own.
-
-    Returns:
-        As :func:`robustq.workflow.train.train_model` or ``harden_model``, whichever began it.
+        data: new place of the same data, if it was moved: a folder or file; its content is checked.
+        device: ``cpu``, ``cuda``; None: as before.
+        own_model: the ``module:function`` that built the network, if it is a custom model.
 
     Raises:
         UsageError: no such run, or it has finished; it writes for TensorBoard, which is not installed here.
-        RunLockedError: it is still going.
-        DataError: the data is gone, or is not the same any more.
+        RunLockedError: it is still running.
+        DataError: the data is missing or has changed.
         RobustqError: as the function that began it.
     """
     path = Path(run)
     folder = RunFolder.reopen(path)
     with folder:
         config = folder.config
-        recipe, spec, augment = _settings(path, config)
+        recipe, spec, augment = _read_config(path, config)
         if recipe.tensorboard:
             check_tensorboard()
         place = pick_device(device or config["device"])
@@ -66,40 +63,38 @@ def resume_run(
             training.load_state_dict(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             first = str(error).strip().splitlines()[0][:100]
-            raise ModelFileError(f"{path / RESUME}: does not fit the run that {path} describes ({first})") from error
-        announce(spec, loaded, training, config, resumed=path)
+            raise ModelFileError(f"{path / RESUME}: does not fit the config of {path} ({first})") from error
+        log_run(spec, loaded, training, config, resumed=path)
         if not training.finished:
-            told_forecast(training, parent=path)
-        return carry_out(folder, training, spec, loaded)
+            check_forecast(training, parent=path)
+        return complete_run(folder, training, spec, loaded)
 
 
 def differences(config: dict[str, Any], device: torch.device) -> list[str]:
-    """What is not as it was when the run began: versions, device, the model file that it began from."""
+    """Changes since the run began: versions, device, the model file that it started from."""
     now = versions()
     lines = [
-        f"{name} was {before} when the run began, and is {now[name]}: the result may differ in its last digits"
+        f"{name} was {before} when the run began, and is {now[name]}: the result may differ by rounding"
         for name, before in config["versions"].items()
         if name in now and now[name] != before
     ]
     if config["device"] != str(device):
-        lines.append(f"the run began on {config['device']} and goes on on {device}: last digits may differ")
+        lines.append(f"the run began on {config['device']} and continues on {device}: results may differ by rounding")
     source = config["source"]
     if source is not None:
         file = Path(source["path"])
         if not file.is_file():
-            lines.append(f"{file}, from which the run began, is gone; it is not needed any more")
+            lines.append(f"{file}, from which the run began, is missing; it is no longer needed")
         elif sha256(file) != source["sha256"]:
-            lines.append(
-                f"{file} is not the file any more from which the run began; the run goes on from its own state"
-            )
+            lines.append(f"{file} has changed since the run began; the run continues from its own state")
     return lines
 
 
-def _settings(path: Path, config: dict[str, Any]) -> tuple[Recipe, ModelSpec, Augment]:
-    """Recipe, network and augmentation as config.json has them.
+def _read_config(path: Path, config: dict[str, Any]) -> tuple[Recipe, ModelSpec, Augment]:
+    """Recipe, network and augmentation of config.json.
 
     Raises:
-        UsageError: it was changed, or another version wrote it.
+        UsageError: it was edited, or another version wrote it.
     """
     try:
         values = config["recipe"]
@@ -118,6 +113,6 @@ def _settings(path: Path, config: dict[str, Any]) -> tuple[Recipe, ModelSpec, Au
 def _check_same_data(config: dict[str, Any], data: Dataset) -> None:
     if data.digest() != config["data"]["digest"]:
         raise DataError(
-            f"{data.name} is not the data any more that the run began with ({config['data']['name']}); put it back, "
-            "name the place where it is now with --data, or start a new run"
+            f"{data.name} is not the data that the run began with ({config['data']['name']}); restore it, name its "
+            "new place with --data, or start a new run"
         )

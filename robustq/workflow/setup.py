@@ -1,9 +1,4 @@
-"""What a job is set up from: recipe, data, starting model, bit widths.
-
-What every job settles first: the device, the data behind a model, and what this run was made with.
-
-Which bit widths a job was asked for: options over the recipe over what the model has.
-"""
+"""Inputs of a job: device, recipe, data, starting model, normalisation and bit widths."""
 
 from __future__ import annotations
 
@@ -22,8 +17,8 @@ from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.precision import forbid_tf32
 from robustq.models.batch_norm import needs_two_images
-from robustq.models.layers import Normalisation, parse_normalisation
 from robustq.models.mixed_widths import read_layer_bits
+from robustq.models.normalise import parse_normalisation
 from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
@@ -33,15 +28,14 @@ from robustq.recipe.schema import Vocabulary
 from robustq.torch_file import read_checkpoint
 
 DEFAULT_EPSILON = 8 / 255
-"""Radius when neither option, recipe nor model says one: the usual one for CIFAR-10."""
+"""Radius without option, recipe or model that sets one: the usual one for CIFAR-10."""
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device called ``name``, by default a GPU where there is one, which then computes float32 in float32
-    (:func:`robustq.hardening.precision.forbid_tf32`).
+    """The device ``name``, by default a GPU if there is one; TF32 is switched off on it.
 
     Raises:
-        UsageError: an unknown name, or a GPU that is not there.
+        UsageError: an unknown name, or a missing GPU.
     """
     if name is None:
         name = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -59,30 +53,36 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def radius_of(spec: ModelSpec, epsilon: float | None) -> float:
+    """``epsilon``, by default the radius that the model was trained for, else 8/255."""
+    known = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    return known if epsilon is None else epsilon
+
+
 def read_recipe(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     """A recipe with every key and value checked: see :func:`robustq.recipe.load_recipe`."""
     return load_recipe(name, overrides, vocabulary=Vocabulary(SETTINGS, tuple(ARCHITECTURES), BITS))
 
 
-def tell_evaluation(
+def log_evaluation(
     spec: ModelSpec, *, data: Dataset, images: int, epsilon: float, seed: int, device: torch.device
 ) -> None:
-    """What --verbose says before an attack: every setting as it was resolved."""
+    """Print the settings of an attack with --verbose."""
     detail(f"setting {spec.label} on {data.name}: {images:,} of {len(data.test):,} test images")
     detail(f"setting epsilon {format_epsilon(epsilon)} ({epsilon:.6f}) · seed {seed} · {device}")
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Versions that results depend on."""
     names = ("robustq", "torch", "brevitas", "onnx", "onnxruntime", "qonnx")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, gaps filled by the data (see :func:`robustq.data.usual_augment`).
+    """The recipe's augmentation, completed by :func:`robustq.data.usual_augment`.
 
     Raises:
-        RecipeError: crops that may lie wholly in the padding.
+        RecipeError: a crop could contain padding only.
     """
     usual = usual_augment(data.name, data.image_size)
     padding = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
@@ -97,15 +97,16 @@ def augmentation(recipe: Recipe, data: Dataset) -> Augment:
 def data_for(
     spec: ModelSpec, data: str | None, path: Path, *, train_images: int = 0, skip_bad_images: bool = False
 ) -> Dataset:
-    """The data a model was made for, or ``data`` in its place; folders are read at the model's image size.
+    """``data``, by default the data of the model; folders are read at the model's image size.
+
+    ``path`` of the model is for messages; ``train_images`` limits the training part (0: all).
 
     Raises:
-        DataError: as :func:`robustq.data.load_dataset`; the model's data moved away; classes, channels or image size
-            differ from the model's.
+        DataError: as :func:`robustq.data.load_dataset`; the data are missing; classes, channels or image size differ.
     """
     name = data or spec.data
     if data is None and name not in DATASET_NAMES and not os.path.exists(name):
-        raise DataError(f"{path} was made on {name}, which is not there; say where it lies now: --data NEW")
+        raise DataError(f"{path} was made on {name}, which is missing; name its new place with --data NEW")
     resized = name == "imagenet" or Path(name).is_dir()
     loaded = load_dataset(
         name,
@@ -118,10 +119,10 @@ def data_for(
 
 
 def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
-    """Refuse data of another shape than the model's.
+    """Check that classes, channels and image size are the model's.
 
     Raises:
-        DataError: classes, channels or image size differ.
+        DataError: they differ.
     """
     for what, wanted, got in (
         ("classes", spec.classes, data.classes),
@@ -135,12 +136,12 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
 
 
 def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Recipe) -> None:
-    """Refuse a batch size that leaves one image over where the network cannot be trained on one image.
+    """Refuse a batch size whose last batch is one image, if the network cannot be trained on one image.
 
-    The other way out, to drop that image, would leave out a different one each epoch and change every other run.
+    Dropping that image instead would change every other run.
 
     Raises:
-        RecipeError: BatchNorm would have to normalise one value per channel.
+        RecipeError: BatchNorm would get one value per channel.
     """
     shape = (spec.channels, spec.image_size, spec.image_size)
     if images % recipe.batch_size == 1 and needs_two_images(model, shape):
@@ -161,20 +162,19 @@ def open_source(
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
 ) -> tuple[dict[str, torch.Tensor], ModelSpec]:
-    """Weights and spec of a robustq model file or of a bare float state dict (which needs ``data``).
+    """Weights and spec of a robustq model file or of a bare float state dict.
+
+    A state dict may be part of a training checkpoint (``{"state_dict": ...}``) and have DataParallel's prefix.
 
     Args:
-        path: the file.
-        data: name, folder or file; None: what a model file says.
-        image_size: side of the images of a folder, for a state dict, which does not say it.
-        architecture: of a state dict whose names do not say it; a model file must have the same.
-        own_model: the ``module:function`` whose code the user allows to run.
+        data: name, folder or file, needed for a state dict; None: as in the model file.
+        image_size: image side for a folder and a state dict.
+        architecture: of a state dict whose names do not tell it; a model file must have the same.
+        own_model: the ``module:function`` whose code may run.
         trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
 
-    A state dict may lie inside a training checkpoint (``{"state_dict": ...}``) and carry the prefix of DataParallel.
-
     Raises:
-        ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or of NaN.
+        ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.
         DataError: the data do not fit a bare state dict.
     """
     content = read_checkpoint(path, trust_pickle=trust_pickle)
@@ -194,7 +194,7 @@ def open_source(
     if data is None:
         shown = found if classes is None else f"{found}, {classes} classes"
         raise ModelFileError(
-            f"{path}: is a bare state dict ({shown}) and does not say which data it was trained on; "
+            f"{path}: is a bare state dict ({shown}) that does not name its training data; "
             "add --data NAME, FOLDER or FILE.npz"
         )
     loaded = load_dataset(data, image_size=image_size, skip_bad_images=skip_bad_images)
@@ -213,23 +213,14 @@ def open_source(
     return state, spec
 
 
-def chosen_normalisation(text: str | None, *, channels: int) -> Normalisation | None:
-    """What ``--normalisation`` says; None without it.
-
-    Raises:
-        UsageError: as :func:`robustq.models.layers.parse_normalisation`.
-    """
-    return None if text is None else parse_normalisation(text, channels=channels)
-
-
 def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:
-    """``source`` with the normalisation that its weights were trained with.
+    """``source`` with the normalisation ``text`` of ``--normalisation``, which its weights were trained with.
 
     Raises:
-        UsageError: ``text`` is no normalisation, or contradicts what a model file says of itself.
+        UsageError: ``text`` is no normalisation, or contradicts the model file.
     """
-    wanted = chosen_normalisation(text, channels=source.channels)
-    if text is None or wanted == source.normalisation:
+    wanted = source.normalisation if text is None else parse_normalisation(text, channels=source.channels)
+    if wanted == source.normalisation:
         return source
     if source.normalisation is not None or not source.widths.is_float:
         known = "none" if source.normalisation is None else f"{source.normalisation}"
@@ -242,12 +233,12 @@ LayerBits = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class WidthOptions:
-    """What the user asked for; None leaves it to the recipe and the model.
+    """Bit widths of the options; None: as in the recipe or model.
 
     Args:
         bits: of weights and activations.
-        weight_bits, act_bits: of one of them, over ``bits``.
-        bits_per_layer: TOML file of layer names and widths.
+        weight_bits, act_bits: override ``bits``.
+        bits_per_layer: TOML file, layer name -> bits.
     """
 
     bits: int | None = None
@@ -256,10 +247,10 @@ class WidthOptions:
     bits_per_layer: Path | None = None
 
     def check(self) -> None:
-        """Refuse widths outside the table before anything is read.
+        """Check the widths before any file is read.
 
         Raises:
-            UsageError: a width that no network can have, or float beside another width.
+            UsageError: an unknown width, or float weights with quantized activations or the reverse.
         """
         given = [one for one in (self.bits, self.weight_bits, self.act_bits) if one is not None]
         for one in given:
@@ -268,15 +259,15 @@ class WidthOptions:
             Widths(self.weight_bits or self.bits or 0, self.act_bits or self.bits or 0)
 
     def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, LayerBits]:
-        """The network's widths and those of single layers.
+        """The widths of the network and of single layers: option, else recipe, else source.
 
         Args:
-            recipe: its widths count where no option is given.
-            source: what is quantized; a float one has no say. A quantized one's single layers keep their widths when
-                nothing is asked for. None: the network is trained from scratch, in float unless told otherwise.
+            recipe: used where no option is given.
+            source: the network to quantize; a quantized one also gives the widths of its single layers. None: trained
+                from scratch, float by default.
 
         Raises:
-            UsageError: nothing says the widths, or the file of single layers is no good.
+            UsageError: no width is given, or the file of single layers cannot be used.
         """
         own = None if source is None or source.widths.is_float else source
         layer_bits = () if self.bits_per_layer is None else tuple(read_layer_bits(self.bits_per_layer).items())
@@ -286,16 +277,14 @@ class WidthOptions:
             return own.widths, layer_bits or own.layer_bits
         if own is not None:
             weight_bits, act_bits = weight_bits or own.weight_bits, act_bits or own.act_bits
-        if self.weight_bits is None and self.act_bits is None:  # a recipe may name one width for both
+        if self.weight_bits is None and self.act_bits is None:  # a recipe may set one width for both
             weight_bits, act_bits = weight_bits or act_bits, act_bits or weight_bits
         if weight_bits is None and act_bits is None:
             if source is None:
                 return Widths(FLOAT_BITS, FLOAT_BITS), layer_bits
-            raise UsageError(
-                "the model is float and nothing says how many bits it shall have; add --bits 4 (or 8, 3, 2, 1)"
-            )
+            raise UsageError("the model is float and no bit width is given; add --bits 4 (or 8, 3, 2, 1)")
         for wanted, other, option in ((weight_bits, act_bits, "--weight-bits"), (act_bits, weight_bits, "--act-bits")):
             if wanted is None:
-                raise UsageError(f"only one of weights and activations has a width ({other} bits); add {option}")
+                raise UsageError(f"only one bit width of weights and activations is given ({other}); add {option}")
         assert weight_bits is not None and act_bits is not None
         return Widths(weight_bits, act_bits), layer_bits

@@ -1,8 +1,7 @@
-"""Other networks for the same task: what attacks transfer from, and the undefended one that shows what they are worth.
+"""Other networks for the same task: surrogates for transfer attacks, and the natural control.
 
-The network under attack gives twins of other widths at no cost. What it cannot give is trained once, by the natural
-recipe with few epochs on few images, and kept below ``runs/surrogates``: how well it classifies hardly matters, that
-it has no defence does.
+Copies of the network at other bit widths cost nothing. Other networks are trained once, by the natural recipe with few
+epochs on few images, and kept in ``runs/surrogates``: their accuracy hardly matters, their lack of defence does.
 """
 
 from __future__ import annotations
@@ -23,33 +22,34 @@ from robustq.models.fx.factory import runs_user_code
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
-from robustq.progress import note, only_notes
-from robustq.report.attack import duration
-from robustq.workflow.open_model import Opened, ready
+from robustq.progress import note, notes_of
+from robustq.report.text import duration
+from robustq.workflow.open_model import OpenedModel, frozen
 from robustq.workflow.resume import resume_run
 from robustq.workflow.setup import check_fit
 from robustq.workflow.train import train_model
 
 SURROGATES = RUNS / "surrogates"
 SEED = 1000
-"""Of the trained ones; another than a user's model is likely to have."""
+"""Of the trained networks; unlikely to be that of the user's model."""
 EPOCHS, IMAGES = 10, 10_000
 LARGE = 64
-"""Side in pixels above which the second architecture is one for photographs."""
+"""Image side above which the second architecture is one for photographs."""
 
 
-def twins(opened: Opened, data: Dataset, *, own_model: str | None, device: torch.device) -> dict[str, nn.Module]:
-    """The network under attack with its quantizers dropped, and at 8 bits where it has fewer.
+def requantized_copies(
+    opened: OpenedModel, data: Dataset, *, own_model: str | None, device: torch.device
+) -> dict[str, nn.Module]:
+    """The network under attack without quantizers, and at 8 bits where it has fewer; with the same weights, untrained.
 
-    Without training, so that they share its weights; none of a float network, nor of a binary one, whose weights mean
-    nothing at another width.
+    None of a float network, nor of a binary one, whose weights mean nothing at another width.
     """
     spec = opened.spec
     if spec.widths.is_float or spec.widths.is_binary:
         return {}
     made: dict[str, nn.Module] = {}
     for name, bits in (("its float twin", FLOAT_BITS), ("its 8-bit twin", 8)):
-        if bits == 8 and not min(spec.weight_bits, spec.act_bits) < 8:
+        if bits == 8 and min(spec.weight_bits, spec.act_bits) >= 8:
             continue
         wanted = replace(spec, weight_bits=bits, act_bits=bits, layer_bits=())
         network = build_model(wanted, own_model=own_model)
@@ -57,12 +57,14 @@ def twins(opened: Opened, data: Dataset, *, own_model: str | None, device: torch
         if bits == 8:
             images, _ = data.train.take(512)
             calibrate(network, to_float(images))
-        made[name] = ready(network, device)
+        made[name] = frozen(network, device)
     return made
 
 
-def given(paths: list[Path], data: Dataset, *, own_model: str | None, device: torch.device) -> dict[str, nn.Module]:
-    """Networks that the user hands in, by file name.
+def load_surrogates(
+    paths: list[Path], data: Dataset, *, own_model: str | None, device: torch.device
+) -> dict[str, nn.Module]:
+    """Networks of the user, by file name.
 
     Raises:
         ModelFileError, DataError: one cannot be read, or is for another task.
@@ -71,19 +73,14 @@ def given(paths: list[Path], data: Dataset, *, own_model: str | None, device: to
     for path in paths:
         network, spec, _ = load_model(path, own_model=own_model)
         check_fit(spec, data, path)
-        made[str(path)] = ready(network, device)
+        made[str(path)] = frozen(network, device)
     return made
 
 
-def undefended(spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device) -> dict[str, nn.Module]:
-    """A naturally trained float network of the same architecture, from another seed; trained if it is not there yet."""
-    return {f"a natural {_short(spec.architecture)}": _trained(spec.architecture, spec, data, own_model, device)}
-
-
-def of_the_paper(
+def paper_surrogates(
     spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
 ) -> dict[str, nn.Module]:
-    """What the columns "(B)" transfer from: the natural network of another seed, and one of another architecture.
+    """Surrogates for the columns "(B)": natural networks of the same and of another architecture.
 
     The paper does not name its surrogate (arXiv:2210.08701).
     """
@@ -91,54 +88,48 @@ def of_the_paper(
         other = "resnet18" if "mobilenet_v2" in spec.architecture else "torchvision:mobilenet_v2"
     else:
         other = "resnet20" if spec.architecture == "resnet8" else "resnet8"
-    first = undefended(spec, data, own_model=own_model, device=device)
-    return first | {f"a natural {_short(other)}": _trained(other, spec, data, own_model, device)}
+    made: dict[str, nn.Module] = {}
+    for architecture in (spec.architecture, other):
+        made |= natural_network(replace(spec, architecture=architecture), data, own_model=own_model, device=device)
+    return made
 
 
-def _trained(
-    architecture: str, spec: ModelSpec, data: Dataset, own_model: str | None, device: torch.device
-) -> nn.Module:
-    owned = own_model if runs_user_code(architecture) else None
-    folder = SURROGATES / _folder_name(architecture, data)
+def natural_network(
+    spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
+) -> dict[str, nn.Module]:
+    """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
+    architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
+    owned = own_model if runs_user_code(spec.architecture) else None
+    folder = SURROGATES / _folder_name(spec.architecture, data)
     if not (folder / RESULT).is_file():
-        count = min(IMAGES, len(data.train))
         note(
-            f"control a natural {_short(architecture)} is trained once, kept in {folder} "
+            f"control a natural {architecture} is trained once and kept in {folder} "
             "(or give --control FILE, or --no-surrogates)"
         )
         start = time.perf_counter()
-        with only_notes("takes"):
-            _train(architecture, spec, data, folder, images=count, own_model=owned, device=device)
+        with notes_of("takes"):
+            _train(spec, data, folder, own_model=owned, device=device)
         note(f"control trained in {duration(time.perf_counter() - start)}")
     try:
         network, kept, _ = load_model(folder / "best.pt", own_model=owned)
     except ModelFileError as error:
-        raise ModelFileError(f"{error}; or remove {folder}, and it is trained again") from error
+        raise ModelFileError(f"{error}; or remove {folder} to train it again") from error
     check_fit(kept, data, folder / "best.pt")
-    return ready(network, device)
+    return {f"a natural {architecture}": frozen(network, device)}
 
 
-def _train(
-    architecture: str,
-    spec: ModelSpec,
-    data: Dataset,
-    folder: Path,
-    *,
-    images: int,
-    own_model: str | None,
-    device: torch.device,
-) -> None:
+def _train(spec: ModelSpec, data: Dataset, folder: Path, *, own_model: str | None, device: torch.device) -> None:
     if folder.exists():
         resume_run(folder, device=str(device), own_model=own_model)
         return
-    resized = data.name == "imagenet" or Path(data.name).is_dir()
-    settings = [f"epochs={EPOCHS}", f"train_images={images if images < len(data.train) else 0}"]
-    settings += [f"image_size={spec.image_size}"] if resized else []
+    settings = [f"epochs={EPOCHS}", f"train_images={IMAGES if len(data.train) > IMAGES else 0}"]
+    if data.name == "imagenet" or Path(data.name).is_dir():
+        settings.append(f"image_size={spec.image_size}")
     train_model(
         "natural",
         overrides=tuple(settings),
         data=data.name,
-        architecture=None if own_model else architecture,
+        architecture=None if own_model else spec.architecture,
         own_model=own_model,
         bits=FLOAT_BITS,
         seed=SEED,
@@ -148,11 +139,7 @@ def _train(
 
 
 def _folder_name(architecture: str, data: Dataset) -> str:
-    """``digits-0a1b2c3d-resnet8-natural-1000``; the digest keeps data apart that share a name, or changed."""
+    """``digits-0a1b2c3d-resnet8-natural-1000``; the digest distinguishes data of one name."""
     name = data.name if data.name in DATASET_NAMES else Path(data.name).stem
     words = (name, data.digest()[:8], architecture.replace(":", "."), "natural", str(SEED))
     return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(words))
-
-
-def _short(architecture: str) -> str:
-    return architecture.removeprefix("torchvision:").replace(":", ".")

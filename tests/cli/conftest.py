@@ -31,6 +31,17 @@ class Outcome:
 
 Run = Callable[..., Outcome]
 
+FAST_TRAIN = ("--set", "epochs=1", "--set", "train_images=100", "--set", "monitor_images=50", "--device", "cpu")
+"""An epoch in a second."""
+
+
+def check_refused(outcome: Outcome, expected: str) -> None:
+    """Exit 2 and one line on stderr, which has ``expected``."""
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
+    assert outcome.err.startswith("robustq: ") and expected in outcome.err
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:

@@ -1,4 +1,4 @@
-"""robustq attack: suites, curve, pictures and their replay, and what is said of a number."""
+"""robustq attack: its lines, suites, curve, adversarial images and their replay."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from robustq.models.compiled import CompiledNetwork, check_compiler
-from robustq.report.attack import attack_lines
+from robustq.report.text import attack_lines
 from robustq.workflow import attack as attacking
-from robustq.workflow import attack as crafting
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, check_refused
 from tests.evaluation.budgets import small
 
 FLAG = {
@@ -58,68 +57,63 @@ def found(**changed: Any) -> dict[str, Any]:
     }
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
+# --- lines -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_flag_travels_with_the_number() -> None:
+def test_a_flag_is_printed_with_the_number() -> None:
     lines = attack_lines(found())
     assert lines[0] == "clean 90.0% · apgd-ce 78.0% · pgd++ 22.6%"
     assert lines[1].startswith("robust accuracy at most 22.6% [20.0, 25.0] at 8/255 · upper bound: masking suspected")
-    assert lines[2].split() == [*["logit", "scale"], *FLAG["text"].split(), "(docs/flags.md#logit-scale)"]  # type: ignore[attr-defined]
+    assert lines[2] == f"  logit scale  {FLAG['text']}   (docs/flags.md#logit-scale)"
     assert lines[3] == "Do not quote 78.0%."
-    assert lines[-1] == "spent   12,345 gradient steps, 678 queries, 61 s"
+    assert lines[-1] == "cost    12,345 gradient steps, 678 queries, 61 s"
 
 
-def test_a_clean_verdict_is_no_upper_bound_in_words() -> None:
-    told = "\n".join(attack_lines(found(flags=[], verdict="no masking found")))
-    assert "robust accuracy 22.6% [20.0, 25.0] at 8/255 · no masking found (worst case of 1,000 images" in told
-    assert "at most" not in told and "Do not quote" not in told
+def test_a_clean_verdict_is_no_upper_bound() -> None:
+    text = "\n".join(attack_lines(found(flags=[], verdict="no masking found")))
+    assert "robust accuracy 22.6% [20.0, 25.0] at 8/255 · no masking found (worst case of 1,000 images" in text
+    assert "at most" not in text and "Do not quote" not in text
 
 
-def test_what_is_not_judged_says_why() -> None:
-    reasons = ["30 images are too few, 200 would do"]
-    lines = attack_lines(found(flags=[], verdict="not judged", not_judged_for=reasons))
-    assert "not judged: 30 images are too few, 200 would do" in lines
+def test_a_missing_verdict_says_why_and_which_suite_gives_one() -> None:
+    few = "30 images are too few, 200 would do"
+    lines = attack_lines(found(flags=[], verdict="not judged", not_judged_for=[few]))
+    assert f"not judged: {few}" in lines
     assert any(line.startswith("robust accuracy at most") for line in lines)
+    lines = attack_lines(found(suite="recheck", flags=[], verdict="not judged", not_judged_for=[few]))
+    assert f"not judged: {few}; robustq attack --suite standard does, and may find a lower accuracy" in lines
 
 
-def test_a_model_that_falls_in_whole_is_told_so() -> None:
+def test_a_model_without_defence_is_called_so() -> None:
     fallen = found(robust_accuracy=0.001, flags=[], verdict="no masking found")
-    assert "This model has no defence: 899 of the 900 images that it gets right break." in attack_lines(fallen)
+    assert "This model has no defence: the attack breaks 899 of 900 correctly classified images." in attack_lines(
+        fallen
+    )
     assert "no defence" not in "".join(attack_lines(found()))
     assert "no defence" not in "".join(attack_lines(found(robust_accuracy=0.0, clean_accuracy=0.0)))
 
 
-def test_a_suite_that_does_not_hunt_names_the_one_that_does() -> None:
-    reasons = ["this suite does not hunt for gradient masking"]
-    lines = attack_lines(found(suite="recheck", flags=[], verdict="not judged", not_judged_for=reasons))
-    assert f"not judged: {reasons[0]}; robustq attack --suite standard does, and may leave less" in lines
-
-
-def test_a_twin_that_disagrees_is_a_warning_where_no_flag_is() -> None:
+def test_a_twin_that_disagrees_is_a_warning_without_its_flag() -> None:
     assert any("WARNING" in line for line in attack_lines(found(suite="recheck", flags=[], twin_agreement=0.9)))
     flag = {**FLAG, "name": "twin"}
     assert not any("WARNING" in line for line in attack_lines(found(flags=[flag], twin_agreement=0.9)))
 
 
-def test_lines_stay_within_the_terminal() -> None:
+def test_columns_are_wrapped_and_shared_by_rules_and_surrogates() -> None:
     stages = [{"stage": "own", "attack": f"an attack with a name of {i}", "accuracy": 0.3} for i in range(12)]
     lines = attack_lines(found(stages=stages))
     assert max(map(len, lines)) <= 120
     assert sum(line.count("an attack with a name of") for line in lines) == 12
-
-
-def test_rules_and_surrogates_are_one_column() -> None:
     names = {"apgd-ce": 0.5, "apgd-ce (smooth)": 0.4, "transfer: its float twin": 0.35, "transfer: a natural net": 0.3}
     stages = [{"stage": "white-box", "attack": name, "accuracy": share} for name, share in names.items()]
     lines = attack_lines(found(stages=stages, robust_accuracy=0.29))
-    assert lines[0] == "clean 90.0% · apgd-ce 40.0% · transfer 30.0% · the hunt for masking 29.0%"
+    assert lines[0] == "clean 90.0% · apgd-ce 40.0% · transfer 30.0% · masking checks 29.0%"
 
 
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
-def test_standard_is_the_default_and_its_pictures_replay(run: Run, digits_w4a4: Path, digits_float: Path) -> None:
+def test_standard_is_the_default_and_its_images_replay(run: Run, digits_w4a4: Path, digits_float: Path) -> None:
     images = ("--images", "30", "--epsilon", "48/255")
     told = run(
         "attack", digits_w4a4, *images, "--control", digits_float, "--no-surrogates", "--json", "--out", "f.json"
@@ -147,31 +141,28 @@ def test_standard_is_the_default_and_its_pictures_replay(run: Run, digits_w4a4: 
     assert again.json["same_as_recorded"] == 1.0
     assert again.json["ball_checked"] is True
     other = run("attack", digits_float, "--replay", "f.npz")
-    assert other.code == 0 and "answered as resnet8-w4a4 did" in other.out
+    assert other.code == 0 and "of the answers are those of resnet8-w4a4" in other.out
     missed = run("attack", digits_w4a4, "--replay", "f.npz", "--require", "0.99")
     assert missed.code == 1 and "below the required" in missed.err
+    check_refused(run("attack", digits_w4a4, *images, "--out", "f.json"), "exists already")
 
 
-@pytest.mark.parametrize("deployed", [False, True])
-def test_compiled_passes_find_the_same(
-    run: Run, digits_w4a4: Path, digits_float: Path, monkeypatch: pytest.MonkeyPatch, deployed: bool
+def test_compiled_attack_generation_finds_the_same(
+    run: Run, digits_w4a4: Path, digits_float: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graphs that torch.compile finds, run as they are; sums of whole numbers turn a sign now and then."""
+    """The graphs that torch.compile finds, run eagerly; integer sums turn a sign now and then."""
     compile_with(monkeypatch, "eager")
-    model = digits_w4a4
-    if deployed:
-        model = Path("bundle")
-        assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", model).code == 0
-    how = ("--images", "40", "--epsilon", "32/255", "--control", digits_float, "--json")
-    plain, fast = run("attack", model, *how), run("attack", model, *how, "--compile", "--out", "f.json")
+    assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle").code == 0
+    how = ("attack", "bundle", "--images", "20", "--epsilon", "32/255", "--control", digits_float, "--json")
+    plain, fast = run(*how), run(*how, "--compile", "--out", "f.json")
     assert plain.code == fast.code == 0, fast.err
-    assert "4 kinds of passes compile" in fast.err and "compile" not in plain.err
+    assert "4 kinds of passes are compiled" in fast.err and "compiled" not in plain.err
     assert (plain.json["compiled"], fast.json["compiled"]) == (False, True)
     assert fast.json["clean_accuracy"] == plain.json["clean_accuracy"]
-    assert abs(fast.json["robust_accuracy"] - plain.json["robust_accuracy"]) <= 1 / 40
+    assert abs(fast.json["robust_accuracy"] - plain.json["robust_accuracy"]) <= 1 / 20
     assert fast.json["twin_agreement"] == plain.json["twin_agreement"] == 1.0
-    again = run("attack", model, "--replay", "f.npz", "--json")
-    assert again.json["robust_accuracy"] == fast.json["robust_accuracy"]
+    again = run("attack", "bundle", "--replay", "f.npz", "--json").json
+    assert again["judge"] == "onnxruntime" and again["robust_accuracy"] == fast.json["robust_accuracy"]
 
 
 def test_a_compiler_that_fails_is_one_line_and_writes_nothing(
@@ -191,7 +182,7 @@ def test_a_compiler_that_fails_is_one_line_and_writes_nothing(
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(crafting, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend))
+    monkeypatch.setattr(attacking, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend))
     monkeypatch.setattr(attacking, "check_compiler", functools.partial(check_compiler, backend=backend))
 
 
@@ -209,27 +200,24 @@ def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4:
     assert shares[3] < shares[1]
 
 
-def test_require_fails_on_a_flag(run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_exits_with_1_below_it_and_on_a_flag(
+    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = ("attack", digits_w4a4, "--images", "20", "--epsilon", "0")
+    accuracy = run(*clean, "--json").json["robust_accuracy"]
+    assert accuracy > 0 and run(*clean, "--require", str(accuracy)).code == 0
+    missed = run(*clean, "--require", str(accuracy + 0.01), "--json")
+    assert missed.code == 1 and missed.json["robust_accuracy"] == accuracy
+    assert missed.err.strip().splitlines()[-1].startswith("robustq: robust accuracy")
     monkeypatch.setattr("robustq.workflow.attack.attack_model", lambda *_, **__: found())
     fallen = run("attack", digits_w4a4, "--require", "0.1")
-    assert fallen.code == 1
-    assert fallen.err.strip().endswith("flags raised: logit scale")
+    assert fallen.code == 1 and fallen.err.strip().endswith("flags raised: logit scale")
     assert "Do not quote 78.0%." in fallen.out
     assert run("attack", digits_w4a4).code == 0
 
 
-def test_a_deployed_file_is_replayed_in_onnxruntime(run: Run, digits_w4a4: Path) -> None:
-    assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle").code == 0
-    few = ("--suite", "paper", "--no-surrogates", "--images", "30")
-    told = run("attack", "bundle", *few, "--save-adversarial", "pictures.npz", "--json")
-    assert told.code == 0, told.err
-    again = run("attack", "bundle", "--replay", "pictures.npz", "--json").json
-    assert again["judge"] == "onnxruntime"
-    assert again["robust_accuracy"] == told.json["robust_accuracy"]
-
-
 @pytest.fixture
-def pictures(run: Run, digits_float: Path) -> Path:
+def saved(run: Run, digits_float: Path) -> Path:
     few = ("--suite", "paper", "--no-surrogates", "--images", "20", "--epsilon", "16/255")
     assert run("attack", digits_float, *few, "--save-adversarial", "p.npz", "-q").code == 0
     return Path("p.npz").absolute()
@@ -242,39 +230,37 @@ def changed(path: Path, **arrays: Any) -> str:
     return "changed.npz"
 
 
-def test_a_replay_of_other_pictures_is_refused(run: Run, digits_float: Path, pictures: Path) -> None:
-    with np.load(pictures) as archive:
+def test_a_replay_of_other_images_is_refused(run: Run, digits_float: Path, saved: Path) -> None:
+    with np.load(saved) as archive:
         x_adv, labels, places = archive["x_adv"], archive["labels"], archive["places"]
     cases = {
-        "pictures leave the ball": {"x_adv": x_adv ^ 128},
+        "the ball": {"x_adv": x_adv ^ 128},
         "sha256 differs": {"labels": (labels + 1) % 10},
         "has test image 9999": {"places": places + 9999 - places.max()},
         "the model takes (1, 8, 8)": {"x_adv": x_adv[..., :6]},
-        "labels the model does not know": {"labels": labels + 10},
+        "labels that the model does not have": {"labels": labels + 10},
     }
     for told, arrays in cases.items():
-        outcome = run("attack", digits_float, "--replay", changed(pictures, **arrays))
-        assert outcome.code == 2 and outcome.out == "", told
-        assert told in outcome.err and len(outcome.err.strip().splitlines()) == 1
+        check_refused(run("attack", digits_float, "--replay", changed(saved, **arrays)), told)
 
 
-def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
-    run: Run, digits_float: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_whose_data_are_missing_are_replayed_all_the_same(
+    run: Run, digits_float: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from robustq.errors import DataError
 
     def gone(*_: Any, **__: Any) -> None:
         raise DataError("digits is not there")
 
-    whole = run("attack", digits_float, "--replay", pictures, "--json").json
+    whole = run("attack", digits_float, "--replay", saved, "--json").json
     monkeypatch.setattr("robustq.workflow.replay.data_for", gone)
-    told = run("attack", digits_float, "--replay", pictures, "--json")
+    told = run("attack", digits_float, "--replay", saved, "--json")
     assert told.code == 0
     assert told.json["ball_checked"] is False and told.json["clean_accuracy"] is None
     assert told.json["attacks"] == whole["attacks"]
-    shown = run("attack", digits_float, "--replay", pictures)
-    assert "not checked to lie in the ball" in shown.out and "clean -" in shown.out
-    assert run("attack", digits_float, "--replay", pictures, "--data", "digits").code == 2
+    shown = run("attack", digits_float, "--replay", saved)
+    assert "the ball was not checked" in shown.out and "clean -" in shown.out
+    assert run("attack", digits_float, "--replay", saved, "--data", "digits").code == 2
 
 
 @pytest.mark.parametrize(
@@ -282,13 +268,10 @@ def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
     [
         (("--epsilons", "8/255,8"), "epsilon '8' is outside [0, 1]"),
         (("--epsilons", "0.001"), "below one grey level"),
-        (("--epsilons", "many"), "epsilon 'many' is not a number"),
         (("--replay", "none.npz"), "none.npz: no such file"),
-        (("--replay", "none.npz", "--epsilon", "8/255"), "so that --epsilon has no meaning"),
+        (("--replay", "none.npz", "--epsilon", "8/255"), "--epsilon has no effect with --replay"),
         (("--surrogate", "none.pt"), "none.pt: no such file"),
         (("--control", "none.pt"), "none.pt: no such file"),
-        (("--surrogate", ".."), "..: is a folder; give the .pt file in it"),
-        (("--replay", ".."), "..: no such file"),
         (("--out", "found.npz"), "--out found.npz is a JSON file"),
         (("--save-adversarial", "/dev/null/found.npz"), "cannot be written"),
     ],
@@ -296,7 +279,5 @@ def test_pictures_whose_data_are_gone_are_replayed_all_the_same(
 def test_bad_input_is_one_line_and_trains_nothing(
     run: Run, digits_float: Path, arguments: tuple[str, ...], told: str
 ) -> None:
-    outcome = run("attack", digits_float, *arguments)
-    assert outcome.code == 2 and outcome.out == ""
-    assert told in outcome.err and len(outcome.err.strip().splitlines()) == 1, outcome.err
+    check_refused(run("attack", digits_float, *arguments), told)
     assert list(Path.cwd().iterdir()) == []

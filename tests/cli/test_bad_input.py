@@ -1,15 +1,16 @@
-"""Whatever is typed or given: one line that names the value and the way out, exit 2, nothing written, no traceback."""
+"""Bad input: one line that names the value and the way out, exit 2, nothing written, no traceback.
+
+The tests of recipes, data and checkpoints hold every fault of these; here is one of a kind, from the command line.
+"""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,7 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.models.spec import build_model
-from robustq.workflow.setup import open_source
-from tests.cli.conftest import Outcome, Run
-
-FAST_TRAIN = ("--set", "epochs=1", "--set", "train_images=100", "--device", "cpu")
+from tests.cli.conftest import FAST_TRAIN, Run, check_refused
 
 
 class Net(nn.Module):
@@ -43,214 +41,104 @@ class Payload:
         return subprocess.call, (["touch", "ran"],)
 
 
-def write_npz(path: Path, **changes: Any) -> None:
-    arrays = {
-        "x_train": np.arange(40 * 64, dtype=np.uint32).astype(np.uint8).reshape(40, 8, 8),
-        "y_train": np.arange(40) % 10,
-        "x_test": np.zeros((10, 8, 8), np.uint8),
-        "y_test": np.arange(10),
-    }
-    np.savez(path, **{name: value for name, value in {**arrays, **changes}.items() if value is not None})
-
-
-def write_images(folder: Path, counts: dict[str, int]) -> None:
-    for place, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            Image.fromarray(np.full((8, 8), 16 * place + number, np.uint8)).save(folder / name / f"{number}.png")
+def write_images(folder: Path, labels: int, each: int) -> None:
+    for label in range(labels):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(each):
+            Image.fromarray(np.full((8, 8), 16 * label + number, np.uint8)).save(folder / str(label) / f"{number}.png")
 
 
 @pytest.fixture(scope="session")
 def bad_files(tmp_path_factory: pytest.TempPathFactory, digits_float: Path, digits_w4a4: Path) -> Path:
     """One of each: made once, copied for every case."""
     folder = tmp_path_factory.mktemp("bad")
-    whole = digits_w4a4.read_bytes()
-    (folder / "empty.pt").write_bytes(b"")
-    (folder / "truncated.pt").write_bytes(whole[:5000])
-    flipped = bytearray(whole)
-    flipped[len(whole) // 2] ^= 1
-    (folder / "flipped.pt").write_bytes(flipped)
+    (folder / "truncated.pt").write_bytes(digits_w4a4.read_bytes()[:5000])
     (folder / "text.pt").write_text("not a model")
-    (folder / "onnx-alone.onnx").write_bytes(b"x")
     (folder / "taken").mkdir()
     shutil.copy(digits_float, folder / "float.pt")
     shutil.copy(digits_w4a4, folder / "w4a4.pt")
     shutil.copytree(digits_w4a4.parent, folder / "run")
     content = torch.load(digits_w4a4, weights_only=True)
-    torch.save({**content, "spec": {**content["spec"], "architecture": "resnet21"}}, folder / "resnet21.pt")
     torch.save({**content, "spec": {**content["spec"], "data": "/gone/faces.npz"}}, folder / "moved.pt")
-    state = dict(load_model(digits_float)[0].state_dict())
-    torch.save(state, folder / "weights.pt")
-    torch.save({**state, "fc.bias": state["fc.bias"] * torch.nan}, folder / "nan.pt")
-    torch.save({**state, "fc.bias": state["fc.bias"].expand(3, 10)}, folder / "near.pt")
-    torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, folder / "vgg.pt")
+    torch.save(dict(load_model(digits_float)[0].state_dict()), folder / "weights.pt")
     torch.save({"epoch": 3, "optimizer": {}}, folder / "no-weights.pt")
     torch.save(Net(), folder / "module.pt")
     torch.save(Payload(), folder / "payload.pt")
     (folder / "payload.pkl").write_bytes(pickle.dumps(Payload()))
     torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), folder / "script.pt")  # type: ignore[no-untyped-call]
-    _, spec, _ = load_model(digits_w4a4)
-    small = replace(spec, image_size=4)
+    small = replace(load_model(digits_w4a4)[1], image_size=4)
     save_model(folder / "four-pixels.pt", build_model(small), small)
-    (folder / "latin1.toml").write_bytes(b'summary = "\xe9"')
-    (folder / "broken.toml").write_text("method = ")
+    pixels, labels = np.zeros((30, 4, 4), np.uint8), np.arange(30) % 10
+    np.savez(folder / "four.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     (folder / "deep.toml").write_text("a = " + "[" * 5000)
-    (folder / "long.toml").write_text("epochs = " + "9" * 5000)
-    (folder / "many.toml").write_text(
-        'method = "odgq"\nepochs = 0\nbatch_size = 8\nlr = 0.1\nepoch = 3\nweight_bits = 5\narchitecture = "resnet2O"\n'
-        'schedule = "cosin"\nepsilon = "8/0"\ndomain = 2\n[odgq]\nfeatures = "poled"\nmmdweight = 1\n'
-    )
-    write_npz(folder / "short.npz", y_train=None, x_test=None)
-    write_npz(folder / "float.npz", x_train=np.full((40, 8, 8), np.nan))
-    write_npz(folder / "mismatched.npz", y_train=np.arange(39))
-    write_npz(folder / "labels.npz", y_train=np.full(40, 400))
-    write_npz(folder / "negative.npz", y_train=np.arange(40) - 1)
-    write_npz(
-        folder / "colour.npz", x_train=np.zeros((40, 8, 8, 3), np.uint8), x_test=np.zeros((10, 8, 8, 3), np.uint8)
-    )
-    write_npz(folder / "large.npz", x_train=np.zeros((40, 9, 9), np.uint8), x_test=np.zeros((10, 9, 9), np.uint8))
-    write_npz(folder / "classes.npz", y_train=np.arange(40) % 4, y_test=np.arange(10) % 4)
-    write_npz(
-        folder / "four.npz",
-        x_train=np.zeros((30, 4, 4), np.uint8),
-        y_train=np.arange(30) % 10,
-        x_test=np.zeros((10, 4, 4), np.uint8),
-    )
-    (folder / "truncated.npz").write_bytes((folder / "large.npz").read_bytes()[:900])
-    (folder / "no-images" / "a").mkdir(parents=True)
-    write_images(folder / "one-class", {"a": 5})
-    write_images(folder / "bad-images", {str(label): 5 for label in range(10)})
-    (folder / "bad-images" / "3" / "2.png").write_bytes(b"no image")
+    write_images(folder / "images", labels=10, each=5)
+    (folder / "images" / "3" / "2.png").write_bytes(b"no image")
     return folder
 
 
 H4 = ("harden", "float.pt", "--bits", "4")
 CASES: list[tuple[tuple[str, ...], str]] = [
     # model files
-    (("harden", "none.pt", "--bits", "4"), "none.pt: no such file"),
-    (("harden", "empty.pt", "--bits", "4"), "empty.pt: is empty"),
     (("harden", "truncated.pt", "--bits", "4"), "truncated.pt: is broken or truncated"),
-    (("harden", "flipped.pt", "--bits", "4"), "flipped.pt: is damaged (the checksum of"),
-    (("attack", "flipped.pt"), "copy or train it again"),
     (("harden", "text.pt", "--bits", "4"), "text.pt: is not a torch file"),
     (("harden", "taken", "--bits", "4"), "taken: is a folder"),
-    (("harden", "run", "--bits", "4"), "give the .pt file in it: run/best.pt"),
     (("export", "run"), "give the .pt file in it: run/best.pt"),
     (("attack", "run"), "is a run folder, not an export folder; give the model in it: run/best.pt"),
     (("recheck", "run"), "run: holds 0 .onnx files"),
-    (("harden", "resnet21.pt", "--bits", "4"), "unknown architecture 'resnet21'"),
     (("harden", "payload.pt", "--bits", "4"), "payload.pt: holds more than weights (commands.call), and loading"),
     (("harden", "payload.pkl", "--bits", "4", "--trust-pickle"), "payload.pkl: is not a torch file"),
     (("attack", "payload.pt"), "save the weights alone: torch.save(model.state_dict(), FILE)"),
-    (("harden", "module.pt", "--bits", "4"), "(tests.cli.test_bad_input.Net)"),
-    (("harden", "module.pt", "--bits", "4"), "if you trust whoever made it: robustq harden FILE --trust-pickle"),
+    (("harden", "module.pt", "--bits", "4"), "robustq harden FILE --trust-pickle"),
     (("harden", "module.pt", "--bits", "4", "--trust-pickle"), "unknown architecture (no conv1.weight and fc.weight)"),
     (("harden", "script.pt", "--bits", "4"), "script.pt: is a TorchScript file"),
     (("harden", "no-weights.pt", "--bits", "4"), "holds a dict that robustq did not write"),
-    (("harden", "weights.pt", "--bits", "4"), "add --data"),
-    (("attack", "weights.pt"), "is a bare state dict"),
-    (("harden", "vgg.pt", "--bits", "4", "--data", "digits"), "unknown architecture"),
-    (("harden", "near.pt", "--bits", "4", "--data", "digits"), "nearest: resnet8, which differs in 1 entries (fc.bias"),
-    (("harden", "nan.pt", "--bits", "4", "--data", "digits"), "nan.pt: fc.bias holds NaN or Inf"),
-    (("harden", "nan.pt", "--bits", "32", "--data", "digits"), "nan.pt: fc.bias holds NaN or Inf"),
     (("harden", "x" * 300, "--bits", "4"), "x" * 300),
-    # bits
+    # options
     (("harden", "float.pt", "--bits", "5"), "bits 5 are not in the table"),
-    (("harden", "float.pt", "--bits", "-4"), "bits -4 are not in the table"),
-    (("harden", "float.pt", "--bits", "four"), "'four'"),
     (("harden", "float.pt", "--bits", "4.5"), "'4.5'"),
-    (("harden", "float.pt"), "add --bits 4"),
-    (("train", "--data", "digits", "--architecture", "resnet8", "--bits", "7"), "bits 7 are not in the table"),
-    # epsilon
-    *(
-        ((*H4, "--epsilon", value), f"epsilon '{value}'")
-        for value in ("-1", "2", "nan", "8/0", "eight", "1/2/3", "inf")
-    ),
-    (("attack", "w4a4.pt", "--epsilon", "8"), "epsilon '8' is outside [0, 1]"),
-    (("attack", "w4a4.pt", "--epsilon", "0.002"), "below one grey level"),
-    (("export", "w4a4.pt", "--epsilon", "8/0"), "epsilon '8/0' is not a number"),
+    ((*H4, "--epsilon", "nan"), "epsilon 'nan'"),
+    ((*H4, "--epsilon", "8/0"), "epsilon '8/0'"),
+    (("export", "w4a4.pt", "--epsilon", "eight"), "epsilon 'eight' is not a number"),
     (("recheck", "taken", "--epsilon", "-8/255"), "epsilon '-8/255' is outside [0, 1]"),
-    ((*H4, "--set", "epsilon=inf"), "epsilon"),
-    # recipes
+    ((*H4, "--device", "tpu9"), "unknown device 'tpu9'"),
+    ((*H4, "--device", "cuda:99"), "device 'cuda:99' is not there"),
+    ((*H4, "--device", "mps"), "device 'mps' is not supported; give cpu, cuda or cuda:0"),
+    (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
+    (("attack", "w4a4.pt", "--images", "-3"), "-3"),
+    (("attack", "w4a4.pt", "--seed", "9" * 20), "9" * 20),
+    (("atack", "w4a4.pt"), "No such command 'atack'"),
+    (("attack", "w4a4.pt", "--epsilonn", "1"), "--epsilonn"),
+    # recipes and data
+    (("harden", "weights.pt", "--bits", "4"), "is a bare state dict (resnet8, 10 classes)"),
     ((*H4, "--recipe", "odqg"), "nearest: odgq"),
-    ((*H4, "--recipe", "broken.toml"), "not valid TOML"),
     ((*H4, "--recipe", "deep.toml"), "deep.toml: not valid TOML"),
-    ((*H4, "--recipe", "long.toml"), "long.toml: not valid TOML"),
-    ((*H4, "--recipe", "absent.toml"), "absent.toml: no such recipe file"),
-    ((*H4, "--recipe", "latin1.toml"), "latin1.toml: is not UTF-8"),
-    ((*H4, "--set", "epochs=0"), "epochs = 0 must be at least 1"),
-    ((*H4, "--set", "epochs"), "--set 'epochs' has no value"),
-    ((*H4, "--set", "odgq.domain=3"), "nearest: odgq.domains"),
-    ((*H4, "--set", "domains=2"), "unknown key 'domains' (nearest: odgq.domains)"),
-    ((*H4, "--set", "odgq.features=conv9"), "odgq.features = 'conv9'"),
-    ((*H4, "--set", "batch_size=10000000000"), "batch_size = 10000000000 must be at most 65536"),
-    ((*H4, "--set", "crop_padding=10000000"), "crop_padding = 10000000 must be at most 4096"),
     ((*H4, "--set", "crop_padding=8"), "crop_padding = 8 is no less than the side"),
-    ((*H4, "--set", "odgq.domains=1000000000"), "must be an integer from 1 to 256"),
-    ((*H4, "--set", "momentum=1"), "momentum = 1 must be at most 0.9999"),
     ((*H4, "--set", "epochs=" + "9" * 5000), "epochs = "),
-    (("recipes", "nothing/there"), "unknown recipe 'nothing/there'"),
-    # data
     ((*H4, "--data", "digit"), "did you mean digits"),
-    ((*H4, "--data", "short.npz"), "short.npz lacks y_train, x_test"),
-    ((*H4, "--data", "float.npz"), "x_train of float.npz is float64; save the pixels as uint8"),
-    ((*H4, "--data", "mismatched.npz"), "40 images in x_train but 39 labels"),
-    ((*H4, "--data", "labels.npz"), "has the label 400 for 40 images"),
-    ((*H4, "--data", "negative.npz"), "has the label -1"),
-    ((*H4, "--data", "truncated.npz"), "truncated.npz is not a whole .npz file"),
-    ((*H4, "--data", "colour.npz"), "was made for 1 channels"),
-    ((*H4, "--data", "large.npz"), "was made for 8 pixels a side"),
-    ((*H4, "--data", "classes.npz"), "was made for 10 classes"),
-    (("harden", "weights.pt", "--bits", "4", "--data", "classes.npz"), "was made for 10 classes"),
-    (("attack", "w4a4.pt", "--data", "colour.npz"), "has 3; give the data it was trained on"),
-    (("attack", "moved.pt"), "made on /gone/faces.npz, which is not there; say where it lies now: --data NEW"),
-    ((*H4, "--data", "no-images"), "has one class only (a)"),
-    ((*H4, "--data", "one-class"), "has one class only (a)"),
+    (("attack", "moved.pt"), "made on /gone/faces.npz, which is missing; name its new place with --data NEW"),
     ((*H4, "--data", "taken"), "taken has no class folders"),
-    ((*H4, "--data", "bad-images"), "bad-images/3/2.png cannot be read as an image"),
-    ((*H4, "--data", "bad-images"), "add --skip-bad-images"),
+    ((*H4, "--data", "images"), "images/3/2.png cannot be read as an image"),
+    ((*H4, "--data", "four.npz"), "was made for 8 pixels a side"),
     (
         ("harden", "four-pixels.pt", "--bits", "4", "--data", "four.npz", "--set", "batch_size=13"),
         "leaves a last batch of one image (27 training images)",
     ),
-    # device, places, the rest
-    ((*H4, "--device", "tpu9"), "unknown device 'tpu9'"),
-    ((*H4, "--device", "cuda:99"), "device 'cuda:99' is not there"),
-    ((*H4, "--device", "mps"), "device 'mps' is not supported; give cpu, cuda or cuda:0"),
+    # places, and what is missing
     ((*H4, "--out", "taken"), "taken exists already"),
     ((*H4, "--out", "text.pt/run"), "--out text.pt/run cannot be written below"),
-    (("attack", "w4a4.pt", "--out", "text.pt/found.json"), "--out text.pt/found.json cannot be written below"),
-    (("export", "w4a4.pt", "--out", "taken"), "taken exists already"),
     (("quickstart", "--out", "taken"), "taken exists already"),
-    (("train", "--data", "digits", "--architecture", "resnet8", "--out", "taken"), "taken exists already"),
     (("harden",), "harden needs the MODEL"),
     (("train", "--architecture", "resnet8"), "names no data"),
     (("train", "--data", "digits"), "names no architecture"),
     (("train", "--data", "digits", "--architecture", "resnet9"), "nearest: resnet8"),
-    (("attack", "none.pt"), "none.pt: no such file"),
-    (("attack", "onnx-alone.onnx"), "is a lone .onnx"),
     (("attack", "taken"), "holds 0 .onnx files"),
-    (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
-    (("attack", "w4a4.pt", "--images", "-3"), "-3"),
-    (("attack", "w4a4.pt", "--seed", "99999999999999999999999"), "99999999999999999999999"),
     (("export",), "no model given"),
     (("export", "w4a4.pt", "--format", "qonxx"), "unknown format 'qonxx'"),
     (("export", "float.pt", "--format", "integer"), "quantize it first"),
     (("export", "w4a4.pt", "--format", "float"), "is quantized, and float holds 32-bit networks only"),
     (("export", "w4a4.pt", "--format", "qonnx", "--input", "uint8"), "--input uint8 is not known to qonnx"),
     (("export", "w4a4.pt", "--batch-norm", "keep"), "--batch-norm keep is not known to integer"),
-    (("recheck", "none"), "none: no such folder"),
-    (("atack", "w4a4.pt"), "No such command 'atack'"),
-    (("attack", "w4a4.pt", "--epsilonn", "1"), "--epsilonn"),
 ]
-
-
-def check_refused(outcome: Outcome, expected: str) -> None:
-    assert outcome.code == 2, outcome.err
-    assert outcome.out == ""
-    assert len(outcome.err.strip().splitlines()) == 1, outcome.err
-    assert outcome.err.startswith("robustq: ")
-    assert expected in outcome.err
 
 
 def tree(folder: Path) -> dict[Path, int]:
@@ -268,26 +156,6 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(
     before, before_there = tree(Path.cwd()), tree(bad_files)
     check_refused(run(*arguments), expected)
     assert tree(Path.cwd()) == before and tree(bad_files) == before_there
-
-
-def test_all_faults_of_a_recipe_are_told_at_once(run: Run, bad_files: Path) -> None:
-    arguments = ("--recipe", bad_files / "many.toml", "--set", "lr=-1", "--set", "momentun=0.5", "--set", "oops")
-    outcome = run("harden", bad_files / "float.pt", *arguments)
-    for part in (
-        "unknown key 'epoch' (nearest: epochs)",
-        "unknown key 'domain' (nearest: odgq.domains)",
-        "unknown key 'momentun' (nearest: momentum)",
-        "unknown key 'odgq.mmdweight' (nearest: odgq.mmd_weight)",
-        "epochs = 0 must be at least 1",
-        "lr = -1 must be at least 0",
-        "weight_bits = 5 is unknown; known: 32, 8, 4, 3, 2",
-        "architecture = 'resnet2O' is unknown",
-        "(nearest: resnet20)",
-        "schedule = 'cosin' is unknown; known: cosine, steps (nearest: cosine)",
-        "epsilon '8/0' is not a number",
-        "--set 'oops' has no value",
-    ):
-        check_refused(outcome, part)
 
 
 def test_no_code_of_a_pickle_runs_without_trust(run: Run, bad_files: Path) -> None:
@@ -331,35 +199,14 @@ def test_a_whole_module_is_taken_with_trust(run: Run, digits_float: Path) -> Non
     )
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
-        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "best": 0.9},
-        lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
-        lambda state: {"net": {"state_dict": state}},
-    ],
-    ids=["state_dict", "model and module.", "torch.compile", "twice"],
-)
-def test_weights_are_found_as_people_save_them(
-    run: Run, digits_float: Path, wrap: Callable[[dict[str, torch.Tensor]], Any]
-) -> None:
-    state = load_model(digits_float)[0].state_dict()
-    torch.save(wrap(dict(state)), "weights.pt")
-    check_refused(run("harden", "weights.pt", "--bits", "8"), "is a bare state dict (resnet8, 10 classes)")
-    found, spec = open_source(Path("weights.pt"), "digits")
-    assert (spec.architecture, spec.data) == ("resnet8", "digits")
-    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
-
-
 def test_a_quantized_model_at_32_bits_says_what_it_means(run: Run, digits_w4a4: Path) -> None:
     outcome = run("harden", digits_w4a4, "--bits", "32", "--recipe", "natural", *FAST_TRAIN)
     assert outcome.code == 0, outcome.err
-    assert "the quantizers are dropped; what is trained on are the float weights behind them" in outcome.err
+    assert "the quantizers are dropped and the float weights behind them are trained" in outcome.err
 
 
 def test_bad_images_are_skipped_when_asked(run: Run, bad_files: Path, digits_float: Path) -> None:
-    data = bad_files / "bad-images"
+    data = bad_files / "images"
     options = ("--data", data, "--skip-bad-images", "--set", "epochs=1", "--device", "cpu", "--json")
     outcome = run("harden", digits_float, "--bits", "8", *options)
     assert outcome.code == 0, outcome.err
@@ -367,29 +214,6 @@ def test_bad_images_are_skipped_when_asked(run: Run, bad_files: Path, digits_flo
     again = run("attack", outcome.json["checkpoint"], "--images", "5", "--epsilon", "0")
     check_refused(again, "2.png cannot be read as an image")
     assert run("attack", outcome.json["checkpoint"], "--skip-bad-images", "--images", "5", "--epsilon", "0").code == 0
-
-
-@pytest.mark.parametrize("command", ["train", "harden", "export", "attack", "quickstart"])
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
-    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    arguments: dict[str, tuple[str | Path, ...]] = {
-        "train": ("--data", "digits", "--architecture", "resnet8", *FAST_TRAIN),
-        "harden": (digits_w4a4, *FAST_TRAIN),
-        "export": (digits_w4a4, "--images", "5", "--no-recheck"),
-        "attack": (digits_w4a4, "--images", "5", "--epsilon", "0", "--out", "found.json"),
-        "quickstart": (),
-    }
-    monkeypatch.setattr(os, "fsync", full)  # where a full disk shows at the latest, for every file that we write
-    outcome = run(command, *arguments[command])
-    assert outcome.code == 2, outcome.err
-    last = outcome.err.strip().splitlines()[-1]
-    assert last.startswith("robustq: ") and "No space left on device; free the place or name another one" in last
-    assert "Traceback" not in outcome.err
-    assert [path for path in Path.cwd().rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("command", ["train", "harden", "export", "quickstart"])
@@ -412,26 +236,3 @@ def test_a_default_place_that_cannot_be_written_is_found_before_the_work(
         "quickstart": (),
     }
     check_refused(run(command, *arguments[command]), "cannot be written below")
-
-
-def test_an_unforeseen_error_keeps_its_traceback_and_has_an_exit_code_of_its_own(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise IndexError("list index\nout of range")
-
-    monkeypatch.setattr("robustq.recipe.recipe_names", fail)
-    outcome = run("recipes")
-    assert outcome.code == 70
-    lines = outcome.err.strip().splitlines()
-    assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("robustq: unforeseen IndexError: list index out of range; please report it")
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; sys.argv[1:] = ['recipes']; from robustq.cli import main; main()"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == b""
-    assert process.returncode == 141

@@ -24,40 +24,9 @@ CASES = {"command line": 200, "model file": 150, "npz": 150}
 # Cheap however much of a drawn command line turns out to be right. They come last, and the last one counts.
 CHEAP = ("--set", "epochs=1", "--set", "train_images=20", "--set", "monitor_images=5", "--device", "cpu")
 NASTY = (
-    "",
-    " ",
-    "-",
-    "--",
-    "nan",
-    "-1",
-    "0",
-    "1e999",
-    "8/255",
-    "8/0",
-    "9" * 400,
-    "ä€😀",
-    "a" * 5000,
-    "../..",
-    "~",
-    "%s{0}",
-    "\n",
-    "\x1b[31m",
-    "[[",
-    "\udcff",
-    "none.pt",
-    "w4a4.pt",
-    "float.pt",
-    "text.pt",
-    "folder",
-    "digits",
-    "odgq",
-    "epochs=1",
-    "odgq.domains=1e9",
-    "batch_size=10000000000",
-    "lr=" + "9" * 5000,
-    "=",
-    "a.b.c=1",
-    "summary='''",
+    *("", " ", "-", "--", "nan", "-1", "0", "1e999", "8/255", "8/0", "../..", "~", "%s{0}", "\n", "[[", "=", "a.b.c=1"),
+    *("9" * 400, "a" * 5000, "lr=" + "9" * 5000, "ä€😀", "\x1b[31m", "\udcff", "summary='''", "none.pt", "w4a4.pt"),
+    *("float.pt", "text.pt", "folder", "digits", "odgq", "epochs=1", "odgq.domains=1e9", "batch_size=10000000000"),
 )
 # Option -> values that are right somewhere; half of what is drawn comes from here, so that calls go deep.
 VALUES: dict[str, tuple[str, ...]] = {
@@ -87,39 +56,17 @@ VALUES: dict[str, tuple[str, ...]] = {
     "--verbos": (),
     "--version": (),
 }
+SHARED = "--data --seed --device"
 OPTIONS = {
-    "train": ("--recipe", "--data", "--architecture", "--bits", "--set", "--seed", "--device", "--resume"),
-    "harden": (
-        "--bits",
-        "--recipe",
-        "--data",
-        "--epsilon",
-        "--set",
-        "--seed",
-        "--device",
-        "--trust-pickle",
-        "--resume",
-    ),
-    "attack": (
-        "--suite",
-        "--epsilon",
-        "--epsilons",
-        "--images",
-        "--data",
-        "--require",
-        "--seed",
-        "--device",
-        "--skip-bad-images",
-        "--surrogate",
-        "--control",
-        "--replay",
-        "--save-adversarial",
-    ),
-    "export": ("--format", "--epsilon", "--images", "--data", "--seed", "--device"),
-    "recheck": ("--epsilon", "--images", "--data", "--seed", "--device", "--out"),
-    "info": ("--json", "--quiet", "--verbos"),
-    "recipes": ("--json", "--seed"),
-    "nothing": ("--version", "--quiet"),
+    "train": f"{SHARED} --recipe --architecture --bits --set --resume",
+    "harden": f"{SHARED} --recipe --bits --epsilon --set --trust-pickle --resume",
+    "attack": f"{SHARED} --suite --epsilon --epsilons --images --require --skip-bad-images --surrogate --control "
+    "--replay --save-adversarial",
+    "export": f"{SHARED} --format --epsilon --images",
+    "recheck": f"{SHARED} --epsilon --images --out",
+    "info": "--json --quiet --verbos",
+    "recipes": "--json --seed",
+    "nothing": "--version --quiet",
 }
 ARGUMENTS = {"train": (), "recipes": ("odgq", "natural"), "nothing": ()}
 
@@ -134,7 +81,7 @@ def command_line(draw: random.Random, folder: Path) -> list[str]:
         words += draw.choices(NASTY, k=draw.randrange(3))
     if command == "train" and draw.random() < 0.7:
         words += ["--data", "digits", "--architecture", "resnet8"]
-    for option in draw.choices(OPTIONS[command], k=draw.randrange(4)):
+    for option in draw.choices(OPTIONS[command].split(), k=draw.randrange(4)):
         right = VALUES[option]
         words.append(option)
         if right or draw.random() < 0.2:
@@ -181,22 +128,7 @@ def repacked(draw: random.Random, whole: bytes, record: str) -> bytes:
 
 def changed(draw: random.Random, content: Any) -> Any:
     """A model file of the right kind with a value or two replaced."""
-    odd: tuple[Any, ...] = (
-        None,
-        -1,
-        0,
-        10**9,
-        1.5,
-        "x",
-        "",
-        [],
-        {},
-        {"a": 1},
-        True,
-        torch.zeros(2),
-        "../" * 40,
-        float("nan"),
-    )
+    odd: tuple[Any, ...] = (None, -1, 0, 10**9, 1.5, "x", "", [], {}, True, torch.zeros(2), "../" * 40, float("nan"))
     content = {**content, "spec": dict(content["spec"]), "state": dict(content["state"])}
     for _ in range(draw.randrange(1, 3)):
         table = draw.choice((content, content["spec"], content["spec"], content["state"]))
@@ -242,18 +174,9 @@ def npz(draw: random.Random, folder: Path) -> list[str]:
     kind = draw.randrange(3)
     if kind == 2:
         odd: tuple[Any, ...] = (
-            np.zeros((0, 8, 8), np.uint8),
-            np.full((20, 8, 8), np.nan),
-            np.array(3),
-            np.array(["a"]),
-            np.array([{"a": 1}]),
-            np.full(20, 2**63, np.uint64),
-            np.arange(20) - 5,
-            np.zeros((20, 8, 8, 3, 1), np.uint8),
-            np.zeros(20, bool),
-            np.zeros(20, complex),
-            np.zeros(20, "datetime64[s]"),
-            np.zeros(20, [("a", int)]),
+            *(np.zeros((0, 8, 8), np.uint8), np.full((20, 8, 8), np.nan), np.array(3), np.array(["a"])),
+            *(np.array([{"a": 1}]), np.full(20, 2**63, np.uint64), np.arange(20) - 5, np.zeros(20, bool)),
+            *(np.zeros((20, 8, 8, 3, 1), np.uint8), np.zeros(20, complex), np.zeros(20, "datetime64[s]")),
         )
         for _ in range(draw.randrange(1, 3)):
             arrays[draw.choice(list(arrays))] = draw.choice(odd)

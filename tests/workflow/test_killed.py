@@ -225,7 +225,7 @@ def test_killed_two_dozen_times_the_run_ends_with_the_same_bits(
     os.kill(life.process.pid or 0, signal.SIGTERM)
     told = (folder / "stderr.txt").read_text
     assert life.end() == 130, told()
-    assert told().splitlines()[-1].endswith(f"go on with: robustq harden --resume {RUN}")
+    assert told().splitlines()[-1].endswith(f"resume with: robustq harden --resume {RUN}")
     assert Life(server, folder, digits_float, file_size=20_000).end() == 2
     assert "File too large" in told().splitlines()[-1]
     assert Life(server, folder, digits_float).end() == 0, told()

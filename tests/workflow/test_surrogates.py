@@ -14,7 +14,7 @@ from robustq.errors import DataError, ModelFileError, RunStoppedError
 from robustq.evaluation.accuracy import predict
 from robustq.models.spec import build_model
 from robustq.workflow import surrogates
-from robustq.workflow.open_model import Opened, open_attackable
+from robustq.workflow.open_model import OpenedModel, open_attackable
 from tests.models.small_nets import small_spec
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(path: Path) -> Opened:
+def opened(path: Path) -> OpenedModel:
     return open_attackable(path, device=CPU)
 
 
@@ -39,7 +39,7 @@ def predicted(model: torch.nn.Module) -> torch.Tensor:
 
 def test_the_control_is_trained_once_and_kept(cheap: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, data = opened(digits_w4a4).spec, load_dataset("digits")
-    (first,) = surrogates.undefended(spec, data, own_model=None, device=CPU).values()
+    (first,) = surrogates.natural_network(spec, data, own_model=None, device=CPU).values()
     (folder,) = (cheap / "runs" / "surrogates").iterdir()
     assert folder.name == f"digits-{data.digest()[:8]}-resnet8-natural-{surrogates.SEED}"
 
@@ -47,7 +47,7 @@ def test_the_control_is_trained_once_and_kept(cheap: Path, digits_w4a4: Path, mo
         raise AssertionError("it was trained again")
 
     monkeypatch.setattr(surrogates, "train_model", never)
-    again = surrogates.undefended(spec, data, own_model=None, device=CPU)
+    again = surrogates.natural_network(spec, data, own_model=None, device=CPU)
     assert list(again) == ["a natural resnet8"]
     for one, other in zip(first.state_dict().values(), again["a natural resnet8"].state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -62,26 +62,26 @@ def test_training_that_was_stopped_goes_on(cheap: Path, digits_w4a4: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("robustq.workflow.run.restore", stopped)  # after the last epoch, before result.json
+        patch.setattr("robustq.workflow.training_run.restore", stopped)  # after the last epoch, before result.json
         with pytest.raises(RunStoppedError, match=r"--resume runs/surrogates"):
-            surrogates.undefended(spec, data, own_model=None, device=CPU)
+            surrogates.natural_network(spec, data, own_model=None, device=CPU)
     (folder,) = (cheap / "runs" / "surrogates").iterdir()
     assert not (folder / "result.json").exists()
-    surrogates.undefended(spec, data, own_model=None, device=CPU)
+    surrogates.natural_network(spec, data, own_model=None, device=CPU)
     assert (folder / "result.json").is_file()
 
 
 def test_a_damaged_control_names_its_folder(cheap: Path, digits_w4a4: Path) -> None:
     spec, data = opened(digits_w4a4).spec, load_dataset("digits")
-    surrogates.undefended(spec, data, own_model=None, device=CPU)
+    surrogates.natural_network(spec, data, own_model=None, device=CPU)
     (best,) = (cheap / "runs" / "surrogates").glob("*/best.pt")
     best.write_bytes(best.read_bytes()[:1000])
-    with pytest.raises(ModelFileError, match=r"or remove runs/surrogates/.*trained again"):
-        surrogates.undefended(spec, data, own_model=None, device=CPU)
+    with pytest.raises(ModelFileError, match=r"or remove runs/surrogates/.* to train it again"):
+        surrogates.natural_network(spec, data, own_model=None, device=CPU)
 
 
 def test_the_papers_surrogates_have_two_architectures(cheap: Path, digits_float: Path) -> None:
-    found = surrogates.of_the_paper(opened(digits_float).spec, load_dataset("digits"), own_model=None, device=CPU)
+    found = surrogates.paper_surrogates(opened(digits_float).spec, load_dataset("digits"), own_model=None, device=CPU)
     assert list(found) == ["a natural resnet8", "a natural resnet20"]
     sizes = [sum(value.numel() for value in model.parameters()) for model in found.values()]
     assert sizes[1] > 3 * sizes[0]
@@ -89,7 +89,7 @@ def test_the_papers_surrogates_have_two_architectures(cheap: Path, digits_float:
 
 def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float: Path) -> None:
     data, model = load_dataset("digits"), opened(digits_w4a4)
-    found = surrogates.twins(model, data, own_model=None, device=CPU)
+    found = surrogates.requantized_copies(model, data, own_model=None, device=CPU)
     assert list(found) == ["its float twin", "its 8-bit twin"]
     for network in found.values():
         assert torch.equal(network.state_dict()["conv1.weight"], model.network.state_dict()["conv1.weight"])
@@ -98,14 +98,14 @@ def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float
     to_eight = (predicted(found["its float twin"]) == predicted(found["its 8-bit twin"])).float().mean()
     to_four = (predicted(found["its float twin"]) == predicted(model.network)).float().mean()
     assert to_eight > 0.9 and to_eight > to_four
-    assert surrogates.twins(opened(digits_float), data, own_model=None, device=CPU) == {}
+    assert surrogates.requantized_copies(opened(digits_float), data, own_model=None, device=CPU) == {}
 
 
 def test_networks_that_are_handed_in_must_fit(digits_float: Path, tmp_path: Path) -> None:
     data = load_dataset("digits")
-    found = surrogates.given([digits_float], data, own_model=None, device=CPU)
+    found = surrogates.load_surrogates([digits_float], data, own_model=None, device=CPU)
     assert list(found) == [str(digits_float)]
     spec = small_spec(32, channels=3)
     save_model(tmp_path / "colour.pt", build_model(spec), spec)
     with pytest.raises(DataError, match="3 channels"):
-        surrogates.given([tmp_path / "colour.pt"], data, own_model=None, device=CPU)
+        surrogates.load_surrogates([tmp_path / "colour.pt"], data, own_model=None, device=CPU)

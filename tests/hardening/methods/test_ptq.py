@@ -165,7 +165,7 @@ def test_what_is_cut_off_leaves_nothing(
     def stop(*_: Any) -> None:
         raise fault
 
-    monkeypatch.setattr("robustq.workflow.ptq._write_json", stop)
+    monkeypatch.setattr("robustq.workflow.quantize._write_json", stop)
     with pytest.raises(fault):
         robustq.harden_model(digits_float, bits=4, recipe="ptq", device="cpu", out=tmp_path / "runs" / "run")
     assert list((tmp_path / "runs").iterdir()) == []

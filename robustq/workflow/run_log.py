@@ -1,0 +1,176 @@
+"""Log lines of a training run before it begins: settings, forecast, and hints that would save time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustq.data import Dataset
+from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
+from robustq.hardening.diagnosis import runs_out
+from robustq.hardening.forecast import Forecast, forecast, what_fits
+from robustq.hardening.precision import advice, better_compiled, compile_advice, compiling_pays, counts_codes
+from robustq.hardening.run_folder import (
+    CONFIG,
+    RESULT,
+    RESUME,
+    RUNS,
+    RunFolder,
+    check_not_running,
+    read_config,
+    resume_command,
+)
+from robustq.hardening.trainer import Training
+from robustq.models.quant.relu import QuantReLU
+from robustq.models.spec import ModelSpec
+from robustq.progress import detail, note
+from robustq.recipe import UNDEFENDED, format_epsilon
+from robustq.recipe.schema import FLOAT32, SAME
+from robustq.report.info import toml_lines
+from robustq.report.text import duration, size
+from robustq.workflow.setup import DEFAULT_EPSILON
+
+
+def log_run(
+    spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
+) -> None:
+    """Print network, recipe and data, then the hints; ``resumed`` is the folder of a run that is resumed."""
+    recipe, device = training.recipe, training.device
+    inner = (
+        "float"
+        if spec.widths.is_float
+        else f"{spec.weight_bits}-bit weights, {spec.act_bits}-bit activations, 8-bit first and last layer"
+    )
+    if spec.layer_bits:
+        inner += f", {len(spec.layer_bits)} layers of their own width"
+    if spec.shared_sum_scale:
+        inner += ", one scale for both inputs of each sum"
+    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
+    radius = "" if recipe.method in UNDEFENDED else f" (epsilon {format_epsilon(epsilon)})"
+    note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
+    computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
+    if recipe.side_precision not in (SAME, recipe.precision):
+        computing += f" · auxiliary passes in {recipe.side_precision}"
+    computing += " · compiled" if recipe.compile else ""
+    note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
+    note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
+    for line in hints(config, device, resumed=resumed):
+        note(f"note    {line}")
+    for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
+        detail(f"setting {line}")
+
+
+def check_forecast(training: Training, *, parent: Path) -> None:
+    """Rehearse the run, print its expected time, memory and disk use, and refuse it when they do not suffice.
+
+    ``training`` is left as it was; ``parent`` is the folder of the run folder.
+
+    Raises:
+        OutOfMemoryError: a batch does not fit; names one that does.
+        OutputError: the files do not fit on the disk.
+    """
+    outcome: list[Forecast] = []
+    if runs_out(lambda: outcome.append(forecast(training))):
+        raise OutOfMemoryError(
+            f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
+            f"{what_fits(training)}"
+        )
+    found, recipe, standing = outcome[0], training.recipe, training.standing
+    begun = bool(standing.epoch or standing.step)
+    epochs = (
+        f"the last {recipe.epochs - standing.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
+    )
+    passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
+    note(
+        f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
+        f"{size(found.disk_bytes)} disk: {_short(_parameters(training))} parameters, {len(training.split):,} images, "
+        f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
+    )
+    if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
+        integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
+        note(f"note    {better_compiled(integers=integers)}")
+    needed = found.disk_bytes + found.spare_bytes
+    existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{parent}: has {size(free)} free, the run writes {size(needed)}; free space or name another --out"
+        )
+
+
+def log_resume_command(folder: RunFolder) -> None:
+    """Print how to resume the run."""
+    note(f"stop    Ctrl-C saves the run. Resume it with: {folder.resume_command}")
+
+
+def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
+    """Hints that would save the run, or most of its time: one line each; ``resumed`` is skipped in the search for the
+    same run.
+    """
+    lines = []
+    if device.type == "cpu" and torch.cuda.is_available():
+        lines.append("this machine has a GPU that is far faster: --device cuda")
+    for key in ("precision", "side_precision"):
+        # Recipes of post-training quantization have no precision.
+        if (better := advice(config["recipe"].get(key, FLOAT32), device, key=key)) is not None:
+            lines.append(better)
+    if config["recipe"].get("compile", False):
+        lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])
+    for path in sorted(RUNS.glob(f"*/{CONFIG}")):
+        folder = path.parent
+        if resumed is not None and folder.resolve() == resumed.resolve():
+            continue
+        try:
+            other = read_config(folder)
+            same = _identity(other) == _identity(config)
+        except (UsageError, KeyError, TypeError):
+            continue  # a run of another version is not the same run
+        if same and (folder / RESULT).exists() and (folder / "best.pt").exists():
+            lines.append(f"the same run has finished in {folder}: {folder / 'best.pt'}")
+        elif same and (folder / RESUME).exists():
+            try:
+                check_not_running(folder)
+                lines.append(f"the same run was started in {folder}; resume it with: {resume_command(folder, other)}")
+            except RunLockedError:
+                lines.append(f"the same run is running in {folder}")
+            except OSError:
+                continue  # a lock of another user
+    return lines
+
+
+def _has_codes(training: Training) -> bool:
+    """Whether integer convolutions would save time (docs/results/training-cost.md)."""
+    quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
+    return quantized and counts_codes(training.device)
+
+
+def _parameters(training: Training) -> int:
+    return sum(parameter.numel() for parameter in training.model.parameters())
+
+
+def _short(count: int) -> str:
+    """``272 k``, ``11.7 M``."""
+    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
+
+
+_NOT_COMPARED = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")
+"""Keys of a recipe that change nothing but rounding; the data are compared by their digest."""
+
+
+def _identity(config: dict[str, Any]) -> str:
+    """All that decides the outcome but for rounding: no paths, machine or versions."""
+    source = config["source"]
+    return json.dumps(
+        {
+            "source": None if source is None else source["sha256"],
+            "data": config["data"]["digest"],
+            **{key: config[key] for key in ("command", "augment", "seed")},
+            "spec": {key: value for key, value in config["spec"].items() if key != "data"},
+            "recipe": {key: value for key, value in config["recipe"].items() if key not in _NOT_COMPARED},
+        },
+        sort_keys=True,
+    )

@@ -1,0 +1,149 @@
+"""robustq info and robustq recipes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+import robustq
+from robustq.checkpoint import load_model
+from robustq.files import sha256
+from robustq.hardening.methods.registry import resolved_recipe
+from robustq.recipe import load_recipe, recipe_names
+from robustq.recipe.schema import PAPER_TABLES, by_table
+from robustq.report.info import list_lines, toml_lines
+from tests.cli.conftest import Run
+
+
+def test_the_list_follows_the_papers_tables(run: Run) -> None:
+    found = run("recipes", "--json").json
+    assert found["tables"] == by_table([load_recipe(name) for name in recipe_names()])
+    assert {recipe["name"] for recipe in found["recipes"]} == set(recipe_names())
+    assert found["tables"]["V"][5] == found["tables"]["IV"][0] == "cifar10/resnet20-w4a4-odgq"
+    lines = run("recipes").out.splitlines()
+    assert lines == list_lines(**found) and max(map(len, lines)) <= 120
+    heads = [line for line in lines if line and not line.startswith(" ")]
+    expected = [f"Table {table} of arXiv:2210.08701: {PAPER_TABLES[table][0]}" for table in PAPER_TABLES]
+    assert heads == [*expected, "Others"]
+    table_v = lines[lines.index(heads[4]) + 1 :][: len(found["tables"]["V"])]
+    assert [line.split()[0] for line in table_v] == found["tables"]["V"]
+    others = [line.split()[0] for line in lines[lines.index("Others") + 1 :]]
+    assert others == [recipe["name"] for recipe in found["recipes"] if not recipe["paper_rows"]]
+
+
+def test_a_printed_recipe_is_a_recipe_of_the_same_values(tmp_path: Path) -> None:
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        resolved = resolved_recipe(recipe)
+        printed = "\n".join(toml_lines({**resolved, **recipe.claims()}))
+        own = tmp_path / "own.toml"
+        own.write_text(printed, encoding="utf-8")
+        copy = load_recipe(str(own))
+        assert resolved_recipe(copy) == {**resolved, "name": str(own)}
+        assert copy.paper_rows == {}  # a changed copy must not claim the rows of the paper's tables
+        for key, value in resolved.items():
+            if key not in ("name", "settings"):
+                assert re.search(rf"^# {key}: \w" if value is None else rf"^{key} = ", printed, re.MULTILINE), key
+
+
+def test_any_text_survives_printing(run: Run) -> None:
+    odd = 'a "quoted" \\ word,\ttab \x7f and \x01 é'
+    text = 'method = "natural"\nepochs = 1\nbatch_size = 8\nlr = 1e-7\nepsilon = 0.1\nsummary = '
+    Path("odd.toml").write_text(text + json.dumps(odd).replace("\x7f", "\\u007f"), encoding="utf-8")
+    Path("again.toml").write_text(run("recipes", "odd.toml").out, encoding="utf-8")
+    recipe = load_recipe("again.toml")
+    assert (recipe.summary, recipe.lr, recipe.epsilon) == (odd, 1e-7, 0.1)
+
+
+def test_a_recipe_for_absent_data_is_one_clear_line(
+    run: Run, digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUSTQ_DATA", str(tmp_path / "nothing"))
+    for words in (("train",), ("harden", digits_float)):
+        outcome = run(*words, "--recipe", "imagenet/resnet18-w4a4-odgq", "--device", "cpu")
+        assert outcome.code == 2 and outcome.out == "" and outcome.err.count("\n") == 1
+        assert outcome.err.startswith("robustq: imagenet is not in ") and "--data FOLDER" in outcome.err
+
+
+def test_info_describes_a_model_file(run: Run, digits_w4a4: Path) -> None:
+    found = run("info", digits_w4a4, "--json").json
+    network, spec, _ = load_model(digits_w4a4)
+    assert robustq.describe_file(str(digits_w4a4)) == found
+    assert (found["kind"], found["label"], found["data"]) == ("model", "resnet8-w4a4", "digits")
+    assert found["sha256"] == sha256(digits_w4a4) and found["epsilon"] == spec.epsilon
+    assert found["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    bits = {layer["name"]: layer["weight_bits"] for layer in found["layers"]}
+    assert bits["conv1"] == bits["fc"] == 8 and bits["layer2.0.conv1"] == 4 and len(bits) == 10
+    told = run("info", digits_w4a4).out
+    for part in (
+        "resnet8 · 77,767 parameters · 4-bit weights, 4-bit activations",
+        "digits (10 classes, 1 channels, 8x8 pixels)",
+        "radius  32/255",
+        "layers  4-bit weights: layer1.0.conv1 ... layer3.0.downsample.0 (8 layers)",
+        "holdout clean accuracy",
+        sha256(digits_w4a4),
+    ):
+        assert part in told
+
+
+def test_info_of_a_run_folder_has_its_result(run: Run, digits_w4a4: Path) -> None:
+    folder = digits_w4a4.parent
+    found = run("info", folder, "--json").json
+    assert found["kind"] == "run folder" and found["finished"] is True
+    assert found["result"] == json.loads((folder / "result.json").read_text())
+    assert found["sha256"] == {"best.pt": sha256(digits_w4a4)}
+    assert f"clean   {found['result']['clean_accuracy']:.1%} on 359 test images" in run("info", folder).out
+
+
+@pytest.mark.parametrize("format_name", [pytest.param("qonnx", marks=pytest.mark.slow), "integer"])
+def test_info_reads_widths_from_the_onnx_file_itself(run: Run, digits_w4a4: Path, format_name: str) -> None:
+    run("export", digits_w4a4, "--format", format_name, "--images", "5", "--out", "bundle")
+    bundle = run("info", "bundle", "--json").json
+    record = json.loads(Path("bundle/bundle.json").read_text())
+    assert bundle["kind"] == "export folder" and bundle["format"] == format_name
+    for key in ("sha256", "parity", "integer_layers", "shortfalls", "versions", "recheck"):
+        assert bundle[key] == record[key], key
+    (file,) = Path("bundle").glob("*.onnx")
+    found = run("info", file, "--json").json
+    assert found["kind"] == "onnx" and found["format"] == format_name
+    assert {key: value for key, value in found.items() if key in bundle["onnx"]} == bundle["onnx"]
+    assert [layer["weight_bits"] for layer in found["layers"]] == [8, *[4] * 8, 8]
+    told = run("info", file).out
+    assert f"format  {format_name}" in told and "layers  4-bit weights" in told and sha256(file) in told
+    limits = [f"not for {limit}" for limit in record["not_for"]]
+    assert found["not_for"] == record["not_for"] and limits and set(limits) <= set(told.splitlines())
+    told = run("info", "bundle").out
+    assert set(limits) <= set(told.splitlines())
+    assert f"robust  at most {record['recheck']['robust_accuracy']:.1%}" in told and "(5 images, not judged)" in told
+
+
+def test_info_of_files_of_others(run: Run, digits_float: Path) -> None:
+    state = {f"module.{name}": value for name, value in load_model(digits_float)[0].state_dict().items()}
+    torch.save({"state_dict": state}, "weights.pt")
+    told = run("info", "weights.pt")
+    assert "state dict" in told.out and "resnet8" in told.out and "float" in told.out
+    floats = onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    weight = onnx.helper.make_tensor("w", floats, [2, 3], [0.5] * 6)
+    ends = [onnx.helper.make_tensor_value_info(name, floats, ["n", size]) for name, size in (("x", 2), ("y", 3))]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])), "foreign.onnx")
+    foreign = run("info", "foreign.onnx", "--json").json
+    assert foreign["layers"] == [{"name": "y", "kind": "MatMul", "shape": [2, 3], "weight_bits": 32}]
+    assert "not written by robustq" in run("info", "foreign.onnx").out
+
+
+def test_info_refuses_unknown_files(run: Run) -> None:
+    Path("text.pt").write_text("text")
+    Path("text.onnx").write_text("text")
+    Path("folder").mkdir()
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{")
+    for name in ("none.pt", "text.pt", "text.onnx", "folder", "run"):
+        told = run("info", name)
+        assert told.code == 2 and len(told.err.strip().splitlines()) == 1
+        assert told.err.startswith(f"robustq: {name}")
