@@ -29,7 +29,7 @@ from benchmarks.output import head, make_parser, ratio, row  # noqa: E402
 from robustq import progress  # noqa: E402
 from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
-from robustq.workflow.attack import attack_model, crafted_fast  # noqa: E402
+from robustq.workflow.attack import attack_model, prepared_target  # noqa: E402
 from robustq.workflow.open_model import open_attackable  # noqa: E402
 from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
@@ -59,10 +59,11 @@ def _passes(options: argparse.Namespace) -> None:
     print(f"{opened.spec.label}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     x, y, target = to_float(pixels.to(device)), labels.to(device), opened.target()
     # Within it the weights of the eager network are quantized once too, as without --compile.
-    with crafted_fast(target, opened.source, pixels, compiled=True) as fast:
+    with prepared_target(target, opened.gradient_model, pixels, compiled=True) as fast:
         ways: dict[str, tuple[Pass, Model, Model]] = {
-            f"gradient, {rule}": (_gradient, eager, fast.sources[rule]) for rule, eager in target.sources.items()
-        } | {"forward": (_forward, target.source, fast.source)}
+            f"gradient, {rule}": (_gradient, eager, fast.gradient_models[rule])
+            for rule, eager in target.gradient_models.items()
+        } | {"forward": (_forward, target.gradient_model, fast.gradient_model)}
         head("pass", "images", "eager", "compiled", "ratio", "first", "other signs")
         for name, (run, eager, compiled) in ways.items():
             first, apart = "", ""

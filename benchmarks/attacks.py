@@ -34,9 +34,9 @@ from robustq.attacks.ball import round_to_uint8
 from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.evaluation.evaluate import run_suite
 from robustq.evaluation.evaluator import DIAGNOSIS
 from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import run_suite
 from robustq.workflow.open_model import open_attackable
 from robustq.workflow.setup import DEFAULT_EPSILON, data_for, pick_device
 
@@ -66,11 +66,11 @@ def main() -> None:
     x, y = to_float(images.to(device)), labels.to(device)
     print(f"{opened.spec.label}, {len(x)} images, epsilon {255 * epsilon:g}/255, {torch.get_num_threads()} thread(s)\n")
     if options.pairs:
-        pairs(target.source, x, y, epsilon=epsilon, options=options)
+        pairs(target.gradient_model, x, y, epsilon=epsilon, options=options)
     else:
         settings = {"device": device, "batch_size": options.batch_size, "seed": options.seed}
         ours = run_suite(target, images, labels, suite="standard", epsilon=epsilon, **settings)
-        theirs = autoattack(target.source, x, y, epsilon=epsilon, options=options)
+        theirs = autoattack(target.gradient_model, x, y, epsilon=epsilon, options=options)
         suites_table(ours, theirs)
 
 
@@ -141,8 +141,8 @@ def pairs(model: Model, x: Tensor, y: Tensor, *, epsilon: float, options: argpar
 
 def suites_table(ours: Evaluation, theirs: AutoAttackResult) -> None:
     """Print both suites."""
-    stages = [trial for trial in ours.trials if trial.stage != DIAGNOSIS]
-    seconds, after_stages = sum(trial.seconds for trial in stages), stages[-1].standing
+    stages = [trial for trial in ours.results if trial.stage != DIAGNOSIS]
+    seconds, after_stages = sum(trial.seconds for trial in stages), stages[-1].remaining
     in_all = int(ours.robust.sum())
 
     def accuracy(count: int) -> str:

@@ -24,7 +24,7 @@ from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import format_epsilon, load_recipe, parse_epsilon, recipe_names
 from robustq.recipe.paper import PAPER_TABLES, by_table
 from robustq.recipe.schema import Vocabulary
-from robustq.workflow.run import prepare
+from robustq.workflow.training_run import prepare
 
 
 def test_epsilon() -> None:

@@ -62,18 +62,18 @@ def recipes(
     Examples:
       robustq recipes cifar10/resnet20-w4a4-odgq > own.toml
     """
-    from robustq.recipe.schema import by_table
+    from robustq.recipe.paper import by_table
 
     def job() -> Mapping[str, Any]:
         from robustq.recipe import load_recipe, recipe_names
 
         if name is None:
             known = [load_recipe(one) for one in recipe_names()]
-            return {"recipes": [{**one.to_dict(), **one.claims()} for one in known], "tables": by_table(known)}
+            return {"recipes": [{**one.to_dict(), **one.metadata()} for one in known], "tables": by_table(known)}
         from robustq.hardening.methods.registry import resolved_recipe
 
         found = load_recipe(name)
-        return {"recipes": [{**resolved_recipe(found), **found.claims()}]}
+        return {"recipes": [{**resolved_recipe(found), **found.metadata()}]}
 
     def lines(result: Mapping[str, Any]) -> list[str]:
         from robustq.report.info import list_lines, toml_lines

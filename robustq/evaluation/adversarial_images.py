@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.errors import UsageError
-from robustq.files import file_when_whole
+from robustq.files import atomic_file
 
 _TYPES = {
     "x_adv": "u1",
@@ -63,7 +63,7 @@ class AdversarialImages:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        with file_when_whole(path) as file:
+        with atomic_file(path) as file:
             np.savez_compressed(
                 file,
                 x_adv=self.x_adv.numpy(),

@@ -114,7 +114,7 @@ class TrainStep:
         return output
 
     def _compute_gradient(self, batch: Batch, *, epoch: int) -> LossOutput:
-        x, y, indices = batch.x, batch.y, batch.places
+        x, y, indices = batch.x, batch.y, batch.indices
         gamma = self.recipe.awp_gamma if epoch >= self.recipe.awp_warmup_epochs else 0.0
         with self._quantized_once():
             x_adv = self.method.perturb(x, y, indices)
@@ -133,7 +133,7 @@ class TrainStep:
             yield
 
     def _backward(self, batch: Batch, x_adv: Tensor) -> LossOutput:
-        output = self.method.loss(batch.x, x_adv, batch.y, batch.places)
+        output = self.method.loss(batch.x, x_adv, batch.y, batch.indices)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)

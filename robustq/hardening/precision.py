@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.models.compiled import compile_forward, in_one_line
+from robustq.models.compiled import compile_forward, compiler_errors
 from robustq.models.quant.integer_convolution import lacks_bfloat16, slows_bfloat16
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
@@ -96,7 +96,7 @@ class CompiledForward:
         if self._cuda_graphs:
             # Outputs of the last step's replays are not read any more.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with _replaced_forward(self._model, self._forward), in_one_line(instead="train without it: --no-compile"):
+        with _replaced_forward(self._model, self._forward), compiler_errors(advice="train without it: --no-compile"):
             yield
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
-from robustq.files import check_new, folder_when_whole, remove_partials, write_text_atomically
+from robustq.files import atomic_folder, check_new, remove_partials, write_text_atomically
 from robustq.hardening.metrics import TensorBoardLogger
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
@@ -119,7 +119,7 @@ class RunFolder:
             OSError: it cannot be written.
         """
         config = json.loads(json.dumps(config))  # as a resumed run gets it: lists, no tuples
-        with folder_when_whole(path) as partial:
+        with atomic_folder(path) as partial:
             write_text_atomically(partial / CONFIG, json.dumps(config, indent=2) + "\n")
             _write_resume(partial, state)
         lock = RunLock(path)

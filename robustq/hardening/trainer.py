@@ -34,7 +34,7 @@ SAVE_EVERY_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class TrainResult:
+class TrainingSummary:
     """Result of a run: the best epoch and its held-out accuracy, the mean training time of an epoch, and the collapse
     that ended the run early, if any.
     """
@@ -140,7 +140,7 @@ class Training:
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
 
-    def run(self, checkpointer: Checkpointer, stop: StopRequest) -> TrainResult:
+    def run(self, checkpointer: Checkpointer, stop: StopRequest) -> TrainingSummary:
         """Train to the last epoch, or until robust accuracy collapses; the network is left in eval mode with the
         weights of the last epoch.
 
@@ -186,7 +186,7 @@ class Training:
                     raise RunStoppedError(f"stopped after epoch {state.epoch} of {recipe.epochs}")
         self.model.eval()
         assert state.best is not None  # a recipe has at least one epoch
-        return TrainResult(state.best_epoch, state.best, state.seconds / state.epoch, self.collapse)
+        return TrainingSummary(state.best_epoch, state.best, state.seconds / state.epoch, self.collapse)
 
     def epoch_batches(self) -> Iterator[Batch]:
         """Begin or continue the current epoch; its remaining batches."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from robustq.recipe import CLAIMS, format_epsilon, parse_epsilon
-from robustq.recipe.schema import PAPER_TABLES
+from robustq.recipe import METADATA, format_epsilon, parse_epsilon
+from robustq.recipe.paper import PAPER_TABLES
 from robustq.report.text import not_for_lines, percent, size, with_interval
 
 
@@ -153,7 +153,7 @@ def toml_lines(recipe: dict[str, Any]) -> list[str]:
     """One recipe as TOML; comments name the source of the values that it leaves open."""
     lines = [f"# {' '.join(recipe['name'].split())}", *_metadata(recipe)]
     for key, value in recipe.items():
-        if key in ("name", "settings", *CLAIMS):
+        if key in ("name", "settings", *METADATA):
             continue
         lines.append(f"# {key}: {_OPEN[key]}" if value is None else f"{key} = {_toml(key, value)}")
     if recipe["settings"]:

@@ -138,7 +138,7 @@ def _flags(result: Result) -> list[str]:
 def _undefended(result: Result, suite: Suite | None) -> list[str]:
     """A line for a model without defence, so that its low accuracy is not taken for a fault of the attack."""
     right = round(result["images"] * (result["clean_accuracy"] or 0.0))
-    if suite is None or not suite.hunts_masking or not right or result["robust_accuracy"] > NO_DEFENCE:
+    if suite is None or not suite.checks_masking or not right or result["robust_accuracy"] > NO_DEFENCE:
         return []
     broken = right - round(result["images"] * result["robust_accuracy"])
     return [f"This model has no defence: the attack breaks {broken:,} of {right:,} correctly classified images."]
@@ -150,7 +150,7 @@ def _not_judged(result: Result, suite: Suite | None) -> list[str]:
     if result["verdict"] != NOT_JUDGED:
         return []
     lines = [f"{NOT_JUDGED}: {reason}" for reason in result.get("not_judged_for", ())]
-    if suite is not None and not suite.hunts_masking:
+    if suite is not None and not suite.checks_masking:
         lines[-1] += "; robustq attack --suite standard does, and may find a lower accuracy"
     return lines
 

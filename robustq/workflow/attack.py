@@ -21,13 +21,13 @@ from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
-from robustq.evaluation.evaluate import check_radius, run_suite, suite_called
 from robustq.evaluation.result import Evaluation
+from robustq.evaluation.robust_accuracy import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new
-from robustq.models.compiled import FEWEST, CompiledNetwork, check_compiler
-from robustq.models.quant.weights_once import SharedWeights
+from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
+from robustq.models.quant.shared_weights import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
 from robustq.workflow import Result
@@ -125,7 +125,7 @@ def attack_model(
     Raises:
         RobustqError: bad input.
     """
-    chosen = suite_called(suite)
+    chosen = find_suite(suite)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     for one in [*epsilons, *([] if epsilon is None else [epsilon])]:
@@ -147,7 +147,7 @@ def attack_model(
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),
         # At radius 0 there is no attack.
-        train=train_surrogates and (chosen.hunts_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
+        train=train_surrogates and (chosen.checks_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
         own_model=own_model,
         device=place,
     )
@@ -198,8 +198,8 @@ def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compi
         for one in {id(one): one for one in (network, copied, *others) if isinstance(one, nn.Module)}.values():
             stack.enter_context(SharedWeights(one).quantized_once())
         if copied is not None:
-            if len(images) >= FEWEST:
-                kinds = len(target.sources) + 1
+            if len(images) >= MIN_IMAGES:
+                kinds = len(target.gradient_models) + 1
                 note(f"note    {kinds} kinds of passes are compiled at their first use, about half a minute each")
             _convolve_codes(copied, images, stack)
             target = _compiled(target, copied, judged=target.judge is network)
@@ -214,8 +214,8 @@ def suggest_compiling(seconds: float, device: torch.device) -> None:
 
 def _compiled(target: Target, network: nn.Module, *, judged: bool) -> Target:
     fast = CompiledNetwork(network)
-    sources = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.sources}
-    return replace(target, sources=sources, guide=fast if judged else None)
+    sources = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
+    return replace(target, gradient_models=sources, proxy=fast if judged else None)
 
 
 def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> None:
@@ -269,7 +269,7 @@ def _curve(
     """Accuracies over radii, smallest first: an image broken in a ball is broken in every larger one."""
     points: list[CurvePoint] = []
     strongest: Evaluation | None = None  # of the smaller balls
-    plain = replace(suite, hunts_masking=False)
+    plain = replace(suite, checks_masking=False)
     for epsilon in sorted({*epsilons, found.epsilon}) if epsilons else ():
         if epsilon == found.epsilon:
             here = found
@@ -291,7 +291,7 @@ def _adversarial_images(result: RobustnessResult, x: Tensor, y: Tensor, data: Da
     return AdversarialImages(
         x_adv=found.x_adv,
         labels=y,
-        places=evenly_spaced(len(data.test), len(x)),
+        indices=evenly_spaced(len(data.test), len(x)),
         attack=found.found_by,
         broken=~found.robust,
         epsilon=found.epsilon,

@@ -18,9 +18,8 @@ from robustq.export.formats import build, check_format
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import Proof, attack_file, prove
-from robustq.export.runtime_limits import not_for
 from robustq.export.session import Layers
-from robustq.files import check_place, folder_when_whole, free_path
+from robustq.files import atomic_folder, check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
 from robustq.progress import detail, note
@@ -126,7 +125,7 @@ def export_model(
     """
     place = pick_device(device)
     chosen = last_hardened() if model is None else Path(model)
-    check_place(out, EXPORTS)
+    check_output(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, own_model=own_model)
@@ -136,12 +135,11 @@ def export_model(
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
     final = out or free_path(EXPORTS / name)
-    with folder_when_whole(final) as folder:
+    with atomic_folder(final) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
-        written = build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer)
-        onnx.save(written, path)
+        onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = prove(path, format_name, folded, spec, x, unfolded=kept)
@@ -159,7 +157,6 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
-            "not_for": not_for(written, spec, consumer=consumer),
             "drift": drift(network, folded, to_float(x)).to_dict(),
             "shortfalls": proof.shortfalls,
             "versions": versions(),

@@ -61,7 +61,7 @@ class OpenedModel:
         """The target of attacks, without surrogates."""
         return Target(
             judge=self.judge,
-            sources=_gradient_models(self.gradient_model),
+            gradient_models=_gradient_models(self.gradient_model),
             features=_features(self.gradient_model),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )

@@ -14,8 +14,8 @@ from robustq.checkpoint import load_weights, save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import folder_when_whole, free_path, write_text_atomically
-from robustq.hardening.diagnosis import runs_out
+from robustq.files import atomic_folder, free_path, write_text_atomically
+from robustq.hardening.diagnosis import runs_out_of_memory
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
@@ -100,7 +100,7 @@ def quantize_only(
     holdout_accuracy = int(held_out.sum()) / len(held_out)
     info = {"recipe": recipe.name, "method": recipe.method, "seed": seed, "versions": versions()}
     info["holdout_clean_accuracy"] = holdout_accuracy
-    with folder_when_whole(final) as folder:
+    with atomic_folder(final) as folder:
         _write_json(folder / CONFIG, config)
         for name in ("best.pt", "last.pt"):  # one state under both names of a training run
             save_model(folder / name, model, spec, info=info)
@@ -136,7 +136,7 @@ def _correct_biases(model: nn.Module, data: Dataset, recipe: Recipe, device: tor
         images, _ = data.train.take(recipe.calibration_images)
         counts.append(correct_biases(model, to_float(images.to(device))))
 
-    if runs_out(work):
+    if runs_out_of_memory(work):
         raise OutOfMemoryError(
             f"out of memory on {device} while {recipe.calibration_images:,} images correct the biases; "
             f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"

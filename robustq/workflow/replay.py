@@ -148,10 +148,10 @@ def _clean_images(
         return None
     images, labels = loaded.test.take(0)
     advice = f"give the --data they were made of ({found.data})"
-    last = int(found.places.max())
-    if int(found.places.min()) < 0 or last >= len(labels):
+    last = int(found.indices.max())
+    if int(found.indices.min()) < 0 or last >= len(labels):
         raise UsageError(f"{file}: has test image {last}, {loaded.name} has {len(labels)}; {advice}")
-    images, labels = images[found.places], labels[found.places]
+    images, labels = images[found.indices], labels[found.indices]
     if digest(images, labels) != found.clean_sha256 or not torch.equal(labels, found.labels):
         raise UsageError(
             f"{file}: was made of other images than the test part of {loaded.name} (sha256 differs); {advice}"

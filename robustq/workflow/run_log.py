@@ -11,9 +11,9 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.diagnosis import runs_out
-from robustq.hardening.forecast import Forecast, forecast, what_fits
-from robustq.hardening.precision import advice, better_compiled, compile_advice, compiling_pays, counts_codes
+from robustq.hardening.diagnosis import runs_out_of_memory
+from robustq.hardening.forecast import Forecast, fitting_setting, forecast
+from robustq.hardening.precision import advice, compile_hint, compile_notes, compile_pays_off, has_integer_convolution
 from robustq.hardening.run_folder import (
     CONFIG,
     RESULT,
@@ -25,7 +25,7 @@ from robustq.hardening.run_folder import (
     resume_command,
 )
 from robustq.hardening.trainer import Training
-from robustq.models.quant.relu import QuantReLU
+from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import UNDEFENDED, format_epsilon
@@ -74,25 +74,23 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         OutputError: the files do not fit on the disk.
     """
     outcome: list[Forecast] = []
-    if runs_out(lambda: outcome.append(forecast(training))):
+    if runs_out_of_memory(lambda: outcome.append(forecast(training))):
         raise OutOfMemoryError(
             f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
-            f"{what_fits(training)}"
+            f"{fitting_setting(training)}"
         )
-    found, recipe, standing = outcome[0], training.recipe, training.standing
-    begun = bool(standing.epoch or standing.step)
-    epochs = (
-        f"the last {recipe.epochs - standing.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
-    )
+    found, recipe, state = outcome[0], training.recipe, training.state
+    begun = bool(state.epoch or state.step)
+    epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
         f"{size(found.disk_bytes)} disk: {_short(_parameters(training))} parameters, {len(training.split):,} images, "
         f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
     )
-    if not recipe.compile and not begun and compiling_pays(training.device, seconds=found.seconds):
+    if not recipe.compile and not begun and compile_pays_off(training.device, seconds=found.seconds):
         integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
-        note(f"note    {better_compiled(integers=integers)}")
+        note(f"note    {compile_hint(integers=integers)}")
     needed = found.disk_bytes + found.spare_bytes
     existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -119,7 +117,7 @@ def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None 
         if (better := advice(config["recipe"].get(key, FLOAT32), device, key=key)) is not None:
             lines.append(better)
     if config["recipe"].get("compile", False):
-        lines += compile_advice(device, cuda_graphs=config["recipe"]["cuda_graphs"])
+        lines += compile_notes(device, cuda_graphs=config["recipe"]["cuda_graphs"])
     for path in sorted(RUNS.glob(f"*/{CONFIG}")):
         folder = path.parent
         if resumed is not None and folder.resolve() == resumed.resolve():
@@ -145,7 +143,7 @@ def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None 
 def _has_codes(training: Training) -> bool:
     """Whether integer convolutions would save time (docs/results/training-cost.md)."""
     quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    return quantized and counts_codes(training.device)
+    return quantized and has_integer_convolution(training.device)
 
 
 def _parameters(training: Training) -> int:

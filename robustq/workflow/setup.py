@@ -17,8 +17,8 @@ from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.precision import forbid_tf32
 from robustq.models.batch_norm import needs_two_images
+from robustq.models.layers import parse_normalisation
 from robustq.models.mixed_widths import read_layer_bits
-from robustq.models.normalise import parse_normalisation
 from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict

@@ -22,7 +22,7 @@ from robustq.models.fx.factory import runs_user_code
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
-from robustq.progress import note, notes_of
+from robustq.progress import note, only_notes
 from robustq.report.text import duration
 from robustq.workflow.open_model import OpenedModel, frozen
 from robustq.workflow.resume import resume_run
@@ -107,7 +107,7 @@ def natural_network(
             "(or give --control FILE, or --no-surrogates)"
         )
         start = time.perf_counter()
-        with notes_of("takes"):
+        with only_notes("takes"):
             _train(spec, data, folder, own_model=owned, device=device)
         note(f"control trained in {duration(time.perf_counter() - start)}")
     try:

@@ -12,7 +12,7 @@ from robustq.errors import UsageError
 from robustq.files import check_output
 from robustq.hardening.run_folder import RUNS, check_new_run
 from robustq.models.fx.factory import runs_user_code
-from robustq.models.normalise import parse_normalisation
+from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import UNDEFENDED, Recipe

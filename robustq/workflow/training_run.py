@@ -23,15 +23,16 @@ from robustq.errors import (
 )
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import check_model_file, free_path, sha256
-from robustq.hardening.diagnosis import runs_out
-from robustq.hardening.forecast import what_fits
+from robustq.hardening.diagnosis import runs_out_of_memory
+from robustq.hardening.forecast import fitting_setting
+from robustq.hardening.methods.method import Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher, RsladSettings, Teacher
+from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher, RsladSettings
 from robustq.hardening.metrics import check_tensorboard
 from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
-from robustq.hardening.trainer import Trained, Training
+from robustq.hardening.trainer import Training, TrainingSummary
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
@@ -94,7 +95,7 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     note(f"teacher {spec.label} ({radius}), {path}")
     network = network.to(device)
     if settings["teacher_sees"] == "augmented" and augment != NO_AUGMENT:
-        return AskedTeacher(network)
+        return OnlineTeacher(network)
     return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
 
 
@@ -259,7 +260,7 @@ def prepare(
         )
         prepared.append(Training(model, method, data.train, monitor, recipe, augment=augment, seed=seed, device=device))
 
-    if runs_out(work):
+    if runs_out_of_memory(work):
         raise OutOfMemoryError(
             f"out of memory on {device} before the first batch; lower --set batch_size={recipe.batch_size} or "
             f"--set monitor_images={recipe.monitor_images}"
@@ -276,19 +277,19 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
         OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
     """
     command = folder.resume_command
-    outcome: list[Trained] = []
+    outcome: list[TrainingSummary] = []
     with folder:
         log_resume_command(folder)
         try:
             with StopRequest() as stop:
-                out_of_memory = runs_out(lambda: outcome.append(training.run(folder, stop)))
+                out_of_memory = runs_out_of_memory(lambda: outcome.append(training.run(folder, stop)))
             if out_of_memory:
                 raise OutOfMemoryError(
-                    f"out of memory in epoch {training.standing.epoch + 1} with batches of "
-                    f"{training.recipe.batch_size:,} on {training.device}; {what_fits(training)}, as a new run; "
+                    f"out of memory in epoch {training.state.epoch + 1} with batches of "
+                    f"{training.recipe.batch_size:,} on {training.device}; {fitting_setting(training)}, as a new run; "
                     f"or free memory and resume: {command}"
                 )
-            restore(training.model, training.standing.best_weights)
+            restore(training.model, training.state.best_weights)
             correct, images = accuracy_on_test(training.model, data, device=training.device)
             result = _result(folder, spec, training, outcome[0], correct, images)
             folder.finish(result.to_dict())
@@ -323,7 +324,7 @@ def _new_folder(out: Path | None, default: Path, config: dict[str, Any], trainin
 
 
 def _result(
-    folder: RunFolder, spec: ModelSpec, training: Training, trained: Trained, correct: int, images: int
+    folder: RunFolder, spec: ModelSpec, training: Training, trained: TrainingSummary, correct: int, images: int
 ) -> TrainResult:
     checkpoint = folder.path.absolute() / "best.pt"
     hardened = folder.config["command"] == "harden"
@@ -336,7 +337,7 @@ def _result(
         clean_interval=wilson_interval(correct, images),
         test_images=images,
         epochs=training.recipe.epochs,
-        epochs_done=training.standing.epoch,
+        epochs_done=training.state.epoch,
         best_epoch=trained.best_epoch,
         holdout_clean_accuracy=trained.best.clean,
         holdout_pgd10_accuracy=trained.best.robust,
@@ -362,7 +363,7 @@ def calibrate_on(model: nn.Module, data: Dataset, recipe: Recipe, *, device: tor
         images, _ = data.train.take(recipe.calibration_images)
         calibrate(model, to_float(images.to(device)), from_scratch=from_scratch)
 
-    if runs_out(work):
+    if runs_out_of_memory(work):
         raise OutOfMemoryError(
             f"out of memory on {device} while {recipe.calibration_images:,} images calibrate the activation scales; "
             f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"

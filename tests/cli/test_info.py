@@ -15,7 +15,7 @@ from robustq.checkpoint import load_model
 from robustq.files import sha256
 from robustq.hardening.methods.registry import resolved_recipe
 from robustq.recipe import load_recipe, recipe_names
-from robustq.recipe.schema import PAPER_TABLES, by_table
+from robustq.recipe.paper import PAPER_TABLES, by_table
 from robustq.report.info import list_lines, toml_lines
 from tests.cli.conftest import Run
 
@@ -40,7 +40,7 @@ def test_a_printed_recipe_is_a_recipe_of_the_same_values(tmp_path: Path) -> None
     for name in recipe_names():
         recipe = load_recipe(name)
         resolved = resolved_recipe(recipe)
-        printed = "\n".join(toml_lines({**resolved, **recipe.claims()}))
+        printed = "\n".join(toml_lines({**resolved, **recipe.metadata()}))
         own = tmp_path / "own.toml"
         own.write_text(printed, encoding="utf-8")
         copy = load_recipe(str(own))

@@ -17,7 +17,7 @@ from torch import nn
 from robustq.checkpoint import load_model, save_model
 from robustq.data import Batch
 from robustq.hardening import optimization, precision
-from robustq.hardening.monitor import Monitor, Watched
+from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from robustq.hardening.trainer import Training
 from robustq.models.quant import integer_convolution
 from robustq.models.spec import ModelSpec, build_model
@@ -285,14 +285,14 @@ def test_a_collapse_ends_the_run_with_exit_1_and_the_best_weights(
     run: Run, digits_float: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Robust on every held-out image in the first epoch, on none afterwards."""
-    watch = Monitor.watch
+    watch = Monitor.evaluate
     seen: list[int] = []
 
-    def fall(self: Monitor, model: nn.Module) -> Watched:
+    def fall(self: Monitor, model: nn.Module) -> HoldoutAccuracy:
         seen.append(1)
-        return Watched(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
+        return HoldoutAccuracy(watch(self, model).clean, 1.0 if len(seen) == 1 else 0.0)
 
-    monkeypatch.setattr(Monitor, "watch", fall)
+    monkeypatch.setattr(Monitor, "evaluate", fall)
     words = ("harden", digits_float, "--bits", "8", *FAST_TRAIN, "--set", "epochs=5")
     stopped = run(*words, "--out", "run", "--json")
     assert stopped.code == 1, stopped.err

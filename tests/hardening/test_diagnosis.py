@@ -60,7 +60,7 @@ class Split(TensorSplit):
             x = batch.x.clone()
             if number == self.step:
                 x[3, 0, 2, 2] = self.value
-            yield Batch(x, batch.y, batch.places)
+            yield Batch(x, batch.y, batch.indices)
 
 
 class Faulty(Natural):

@@ -117,8 +117,8 @@ def test_short_cuts_change_nothing(
     # One step: later ones would meet weights that differ in their last bits, where a sign or a rounding may change.
     output = fast.step(batch, epoch=0)
     monkeypatch.setattr("robustq.hardening.methods.method.only_input_gradients", lambda _: nullcontext())
-    x_adv = plain.perturb(batch.x, batch.y, batch.places)
-    expected = plain.loss(batch.x, x_adv, batch.y, batch.places)
+    x_adv = plain.perturb(batch.x, batch.y, batch.indices)
+    expected = plain.loss(batch.x, x_adv, batch.y, batch.indices)
     optimizer.zero_grad()
     expected.loss.backward()
     optimizer.step()

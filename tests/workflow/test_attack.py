@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import robustq
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct, predict
-from robustq.evaluation.evaluate import run_suite
+from robustq.evaluation.robust_accuracy import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
@@ -110,7 +110,7 @@ def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> Non
     opened = open_attackable(tmp_path / "out", device=CPU)
     target = opened.target()
     assert opened.deployed is not None and not is_dynamic(opened.deployed) and not target.image_by_image
-    assert list(target.sources) == [AS_TRAINED, "pass-through", "smooth"]
+    assert list(target.gradient_models) == [AS_TRAINED, "pass-through", "smooth"]
 
 
 @pytest.mark.parametrize("quantized", [True, False])
@@ -118,9 +118,9 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     quantized: bool, digits_w4a4: Path, digits_float: Path
 ) -> None:
     target = open_attackable(digits_w4a4 if quantized else digits_float, device=CPU).target()
-    assert list(target.sources) == ([AS_TRAINED, "pass-through", "smooth"] if quantized else [AS_TRAINED])
+    assert list(target.gradient_models) == ([AS_TRAINED, "pass-through", "smooth"] if quantized else [AS_TRAINED])
     x = to_float(load_dataset("digits").test.take(20)[0])
-    for model in target.sources.values():
+    for model in target.gradient_models.values():
         assert torch.equal(model(x), target.judge(x))
     assert target.features is not None
     logits, features = target.features(x)
@@ -158,9 +158,9 @@ def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel
         assert fast.judge is target.judge is opened.gradient_model
         assert replaced(opened.gradient_model) == {"quant_weight"}  # weights quantized once: the same answers
         assert torch.equal(fast.judge(x), answers)
-        assert fast.guide is not None and torch.equal(fast.guide(x.clone()), answers)
-        assert fast.sources.keys() == target.sources.keys()
-        for source, (logits, gradient) in zip(fast.sources.values(), expected, strict=True):
+        assert fast.proxy is not None and torch.equal(fast.proxy(x.clone()), answers)
+        assert fast.gradient_models.keys() == target.gradient_models.keys()
+        for source, (logits, gradient) in zip(fast.gradient_models.values(), expected, strict=True):
             ours = loss_gradient(source, x)
             torch.testing.assert_close(ours[0], logits, rtol=0.0, atol=1e-4)
             assert (ours[1].sign() == gradient.sign()).float().mean() > 0.99
@@ -170,14 +170,14 @@ def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel
 @pytest.mark.usefixtures("without_a_compiler")
 def test_another_judge_is_asked_itself(opened: OpenedModel) -> None:
     """As onnxruntime is for a deployed file."""
-    target = Target(lambda x: opened.gradient_model(x), opened.target().sources)
+    target = Target(lambda x: opened.gradient_model(x), opened.target().gradient_models)
     with prepared_target(target, opened.gradient_model, images(), compiled=True) as fast:
-        assert fast.guide is None and fast.asked is target.judge
+        assert fast.proxy is None and fast.query_model is target.judge
 
 
 def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digits_w4a4: Path) -> None:
     other = open_attackable(digits_w4a4, device=CPU).gradient_model
-    target = Target(opened.gradient_model, opened.target().sources, surrogates={"other": other}, control=other)
+    target = Target(opened.gradient_model, opened.target().gradient_models, surrogates={"other": other}, control=other)
     with prepared_target(target, opened.gradient_model, images(), compiled=False) as prepared:
         assert prepared is target
         assert replaced(other) == replaced(opened.gradient_model) == {"quant_weight"}

@@ -31,9 +31,9 @@ from robustq.errors import (
     UsageError,
 )
 from robustq.files import free_path
-from robustq.hardening.methods.method import Step
+from robustq.hardening.methods.method import LossOutput
 from robustq.hardening.methods.natural import Natural
-from robustq.hardening.methods.rslad import AskedTeacher, CachedTeacher
+from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
 from robustq.hardening.run_folder import RUNS, RunFolder
 from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
@@ -86,7 +86,7 @@ def starving(monkeypatch: pytest.MonkeyPatch) -> Any:
         loss = Natural.loss
         steps: list[int] = []
 
-        def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+        def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> LossOutput:
             steps.append(len(x))
             if len(x) > limit and len(steps) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -143,12 +143,12 @@ def test_nan_stops_the_run_and_keeps_the_good_epochs(monkeypatch: pytest.MonkeyP
     loss = Natural.loss
     steps: list[int] = []
 
-    def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> Step:
+    def step(self: Natural, x: Tensor, x_adv: Tensor, y: Tensor, places: Tensor) -> LossOutput:
         steps.append(1)
         found = loss(self, x, x_adv, y, places)
         # The second step of the second epoch; then the repetition of the first two.
         broken = len(steps) in (3 + 3 + 2, 3 + 3 + 3 + 2)
-        return Step(found.loss * float("nan"), found.terms, found.logits) if broken else found
+        return LossOutput(found.loss * float("nan"), found.terms, found.logits) if broken else found
 
     monkeypatch.setattr(Natural, "loss", step)
     with pytest.raises(NotFiniteError, match=r"^run: the loss became nan in step 2 of epoch 2; .*what was saved"):
@@ -267,8 +267,8 @@ def test_a_recipe_without_a_teacher_says_how_to_name_one(digits_float: Path) -> 
 @pytest.mark.parametrize(
     ("key", "crops", "flip", "kind"),
     [
-        ("augmented", 1, False, AskedTeacher),
-        ("augmented", 0, True, AskedTeacher),
+        ("augmented", 1, False, OnlineTeacher),
+        ("augmented", 0, True, OnlineTeacher),
         ("augmented", 0, False, CachedTeacher),
         ("original", 1, True, CachedTeacher),
     ],
@@ -286,7 +286,7 @@ def test_answers_are_cached_where_that_is_exact_or_asked_for(
     if kind is CachedTeacher and flip:
         expected = (expected + network(batch.x.flip(3)).softmax(1)) / 2
     # float32, through a logarithm and back.
-    torch.testing.assert_close(teacher.logits(batch.x, batch.places).softmax(1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(teacher.logits(batch.x, batch.indices).softmax(1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_with_a_teacher_is_resumed_from_elsewhere(

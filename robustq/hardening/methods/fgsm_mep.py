@@ -51,7 +51,7 @@ class FgsmMepSettings(MethodSettings):
     step_scale: float = number(1.0, low=0, high=1000, above=True)
     momentum: float = number(0.3, low=0, high=1)
     mse_weight: float = number(10.0, low=0, high=100_000)
-    reset_epochs: int = number(40, low=1, high=100_000, whole=True)
+    reset_epochs: int = number(40, low=1, high=100_000, integer=True)
     prior_gradient: bool = True
     batch_norm: str = bn_mode("train")
 

@@ -27,7 +27,7 @@ class FreeSettings(MethodSettings):
 
     method = "free"
 
-    repeats: int = number(4, low=1, high=1000, whole=True)
+    repeats: int = number(4, low=1, high=1000, integer=True)
     step_scale: float = number(1.0, low=0, high=1000, above=True)
 
 

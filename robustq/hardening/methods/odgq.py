@@ -60,7 +60,7 @@ class OdgqSettings(MethodSettings):
 
     method = "odgq"
 
-    domains: int = number(4, low=1, high=MOST_DOMAINS, whole=True)
+    domains: int = number(4, low=1, high=MOST_DOMAINS, integer=True)
     mmd_weight: float = number(3.0, low=0, high=1e6)
     local_scale: float = number(1.0, low=0, high=1e3, above=True)
     global_perturbation: str = choice("set", ("set", "noise", "none"))

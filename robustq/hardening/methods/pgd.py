@@ -29,7 +29,7 @@ class PgdSettings(MethodSettings):
 
     method = "pgd"
 
-    steps: int = number(7, low=1, high=1000, whole=True)
+    steps: int = number(7, low=1, high=1000, integer=True)
     step_size: str | float = size(AUTO, words=(AUTO,))
     random_start: bool = True
     batch_norm: str = bn_mode("eval")

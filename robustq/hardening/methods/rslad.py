@@ -123,7 +123,7 @@ class RsladSettings(MethodSettings):
 
     teacher: str = path()
     teacher_sees: str = choice("augmented", ("augmented", "original"))
-    steps: int = number(1, low=1, high=1000, whole=True)
+    steps: int = number(1, low=1, high=1000, integer=True)
     step_size: str | float = size(AUTO, words=(AUTO,))
     start_size: str | float = size("1/255", least=1 / 255)
     clean_weight: float = number(1 / 6, low=0, high=1)

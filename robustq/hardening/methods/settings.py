@@ -21,9 +21,9 @@ AUTO = "auto"
 section 5); the limit of epsilon matters below three steps."""
 
 
-def number(default: float, *, low: float, high: float, whole: bool = False, above: bool = False) -> Any:
-    """A settings field: a number from ``low`` (``above``: over it) to ``high``; ``whole``: an integer."""
-    return _checked(default, partial(number_errors, low=low, high=high, whole=whole, above=above))
+def number(default: float, *, low: float, high: float, integer: bool = False, above: bool = False) -> Any:
+    """A settings field: a number from ``low`` (``above``: over it) to ``high``; ``integer``: an integer."""
+    return _checked(default, partial(number_errors, low=low, high=high, integer=integer, above=above))
 
 
 def size(default: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> Any:

@@ -34,7 +34,7 @@ class TradesSettings(MethodSettings):
     method = "trades"
 
     kl_weight: float = number(6.0, low=0, high=100_000)
-    steps: int = number(10, low=1, high=1000, whole=True)
+    steps: int = number(10, low=1, high=1000, integer=True)
     step_size: str | float = size(AUTO, words=(AUTO,))
     start_size: str | float = size("1/255", least=1 / 255)
     batch_norm: str = bn_mode("eval")

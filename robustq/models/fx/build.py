@@ -11,7 +11,7 @@ from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.trace import called_module, free_name, shape_prop, trace
-from robustq.models.normalise import Normalisation, Normalise
+from robustq.models.layers import Normalisation, Normalise
 from robustq.models.quant.quantizers import Widths
 from robustq.models.state_dict import FEATURE_LAYER
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from robustq.errors import UsageError
 from robustq.models.fx.trace import Constant, call_arguments, called_module, describe, is_normalise
-from robustq.models.normalise import Normalise
+from robustq.models.layers import Normalise
 
 
 class Kind(Enum):

@@ -61,8 +61,8 @@ def test_a_cached_teacher_gets_the_images_of_the_data_set(monkeypatch: pytest.Mo
     # For any crop, in any order, the logits are those of the image. Bits may differ from a pass through
     # other batches (another kernel sums in another order): a few units in the last place of float32.
     for part in split().batches(4, device=CPU, seed=1, epoch=2, augment=Augment(2, True)):
-        assert not torch.equal(part.x, plain[part.places])
-        torch.testing.assert_close(teacher.logits(part.x, part.places), fresh[part.places], rtol=1e-6, atol=1e-6)
+        assert not torch.equal(part.x, plain[part.indices])
+        torch.testing.assert_close(teacher.logits(part.x, part.indices), fresh[part.indices], rtol=1e-6, atol=1e-6)
     assert network.shown == shown
     assert teacher.passes == 0
 
