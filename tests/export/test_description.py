@@ -29,7 +29,7 @@ def layer_file(path: Path, codes: Any, *, kind: str, transposed: bool = False) -
         helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["dequantized"]),
         helper.make_node(kind, ["x", "dequantized"], ["y"], name="layer", **options),
     ]
-    channels = weight.shape if kind == "Conv" or transposed else weight.shape[::-1]
+    channels = weight.shape[:2] if kind == "Conv" or transposed else weight.shape[::-1]
     pixels = [4, 4] if kind == "Conv" else []
     answered, given = (
         helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", count, *pixels])
