@@ -337,13 +337,6 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
 # --- bare state dicts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("architecture", "classes", "channels"), [("resnet8", 10, 1), ("resnet20", 7, 3)])
-def test_a_bare_state_dict_is_recognised(architecture: str, classes: int, channels: int) -> None:
-    spec = ModelSpec(architecture, 32, 32, classes, channels, 32, "cifar10", None, ())
-    state = OrderedDict(build_model(spec).state_dict())
-    assert describe_state_dict(state, Path("weights.pt")) == (architecture, classes, channels)
-
-
 @pytest.mark.parametrize(
     ("change", "differing"),
     [

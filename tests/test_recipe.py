@@ -183,17 +183,6 @@ def assert_rows(table: str, common: dict[str, Any], rows: list[dict[str, Any]]) 
             assert getattr(recipe, key) == value, (name, key)
 
 
-def test_the_papers_rows_are_recipes_of_their_own_once() -> None:
-    """48 rows of the paper and one of ours; two recipes stand in two and three tables, so there are 46 of them."""
-    recipes = [load_recipe(name) for name in recipe_names()]
-    rows = [row for recipe in recipes for row in recipe.paper_rows.items()]
-    assert len(rows) == len(set(rows)) == 49 and len([recipe for recipe in recipes if recipe.paper_rows]) == 46
-    assert {recipe.name: len(recipe.paper_rows) for recipe in recipes if len(recipe.paper_rows) > 1} == {
-        "cifar10/resnet20-w4a4-natural": 2,
-        "cifar10/resnet20-w4a4-odgq": 3,
-    }
-
-
 SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28), "digits": (8, 8), "imagenet": (32, 32, 3), None: (16, 16)}
 
 

@@ -99,17 +99,6 @@ def test_a_twin_that_disagrees_is_a_warning_without_its_flag() -> None:
     assert not any("WARNING" in line for line in attack_lines(found(flags=[flag], twin_agreement=0.9)))
 
 
-def test_columns_are_wrapped_and_shared_by_rules_and_surrogates() -> None:
-    stages = [{"stage": "own", "attack": f"an attack with a name of {i}", "accuracy": 0.3} for i in range(12)]
-    lines = attack_lines(found(stages=stages))
-    assert max(map(len, lines)) <= 120
-    assert sum(line.count("an attack with a name of") for line in lines) == 12
-    names = {"apgd-ce": 0.5, "apgd-ce (smooth)": 0.4, "transfer: its float twin": 0.35, "transfer: a natural net": 0.3}
-    stages = [{"stage": "white-box", "attack": name, "accuracy": share} for name, share in names.items()]
-    lines = attack_lines(found(stages=stages, robust_accuracy=0.29))
-    assert lines[0] == "clean 90.0% · apgd-ce 40.0% · transfer 30.0% · masking checks 29.0%"
-
-
 # --- from the command line -------------------------------------------------------------------------------------------
 
 

@@ -175,17 +175,6 @@ def test_a_compiled_run_says_so_and_records_it(run: Run, monkeypatch: pytest.Mon
     assert recorded() == (True, False)
 
 
-def test_a_long_run_gets_the_hint_at_compile_and_a_short_one_does_not(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "with --compile" not in run(*COMPILED).err
-    monkeypatch.setattr(precision, "WORTH_COMPILING", 0.0)
-    for kernel, bits, gain in ((True, "4", "third"), (True, "32", "fifth")):
-        shutil.rmtree("run")
-        monkeypatch.setattr(integer_convolution, "is_available", lambda kernel=kernel: kernel)
-        assert f"a run may be a {gain} shorter" in run(*COMPILED, "--recipe", "odgq", "--bits", bits).err
-
-
 def test_no_compile_outweighs_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, no_compiler)
     done = run(*COMPILED, "--set", "compile=true", "--set", "cuda_graphs=true", "--no-compile")
@@ -200,18 +189,6 @@ def test_a_compiler_that_fails_leaves_nothing_behind(run: Run, monkeypatch: pyte
     assert last_line(done) == (
         "robustq: torch.compile does not work here (no compiler today); train without it: --no-compile"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
-def test_without_a_compiler_on_the_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compiler.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path("cache").absolute()))
-    done = run(*COMPILED, "--compile")
-    last = last_line(done)
-    assert last.startswith("robustq: torch.compile does not work here (") and last.endswith("--no-compile")
-    assert done.code == 2 and not Path("run").exists()
 
 
 # --- Ctrl-C and --resume ---------------------------------------------------------------------------------------------

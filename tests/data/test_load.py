@@ -70,13 +70,6 @@ def test_train_images_leave_the_holdout_and_the_test_part_alone() -> None:
             load_dataset("digits", train_images=count)
 
 
-def test_train_images_keep_rare_classes(tmp_path: Path) -> None:
-    labels = np.r_[np.zeros(97, int), 1, 2, 2]
-    path = write_npz(tmp_path / "rare.npz", x_train=pixels(100, 6, 6, 3), y_train=labels, y_test=np.zeros(8, int))
-    data = load_dataset(str(path), train_images=4)
-    assert sorted(set(data.train.labels.tolist())) == [0, 1, 2] and len(data.train) == 4
-
-
 class TinyTorchvision:
     """Stands for a class of torchvision.datasets: the same attributes, 40 + 10 images."""
 
@@ -163,13 +156,6 @@ def test_a_failed_download_is_one_line_that_names_the_alternatives(
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", fail)
     check_error("cifar10", r"cifar10.*no route to host.*--data FILE.npz.*FOLDER")
-
-
-def test_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ROBUSTQ_DATA", "/somewhere")
-    assert data_root() == Path("/somewhere")
-    monkeypatch.delenv("ROBUSTQ_DATA")
-    assert data_root() == Path.home() / ".cache" / "robustq"
 
 
 def check_error(name: str | Path, pattern: str, **options: Any) -> None:
@@ -355,16 +341,6 @@ def test_folder_is_grey_only_when_every_image_is(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path), train_images=4).channels == 3
 
 
-def test_folder_images_are_scaled_and_cut_in_the_middle(tmp_path: Path) -> None:
-    write_images(tmp_path, {"a": 6, "b": 6}, size=(24, 12))
-    data = load_dataset(str(tmp_path), image_size=6)
-    assert data.image_size == 6
-    images = {image.numpy().tobytes() for part in (data.train, data.holdout, data.test) for image in part.take(0)[0]}
-    for path in tmp_path.rglob("*.png"):  # independently, by Pillow alone: to 12x6, then columns 3..8
-        scaled = np.asarray(Image.open(path).resize((12, 6), Image.Resampling.BILINEAR))[:, 3:9]
-        assert scaled.transpose(2, 0, 1).tobytes() in images
-
-
 def make(**folders: dict[str, int]) -> Callable[[Path], None]:
     def build(root: Path) -> None:
         for folder, counts in folders.items():
@@ -385,12 +361,6 @@ def not_square(root: Path) -> None:
 def sixteen_bit(root: Path) -> None:
     write_images(root, {"a": 5, "b": 5}, mode="L")
     Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(root / "b" / "04.png")
-
-
-def broken(root: Path) -> None:
-    write_images(root, {"a": 5, "b": 5})
-    original = (root / "b" / "03.png").read_bytes()
-    (root / "b" / "03.png").write_bytes(original[: len(original) // 2])
 
 
 BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [

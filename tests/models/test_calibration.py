@@ -52,13 +52,6 @@ def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) 
     assert errors[place] <= min(errors) * (1 + 1e-4)
 
 
-def test_a_large_tensor_is_looked_at_in_even_steps() -> None:
-    values = torch.rand(3 * SAMPLES + 10, generator=torch.Generator().manual_seed(0))
-    seen = values.clone()
-    values[torch.arange(len(values)) % 3 != 0] = 50.0  # what lies between the steps does not count
-    assert best_threshold(values, bit_width=4, signed=False) == best_threshold(seen[::3], bit_width=4, signed=False)
-
-
 # --- whole networks --------------------------------------------------------------------------------------------------
 
 

@@ -91,8 +91,3 @@ def test_an_unknown_architecture_names_the_nearest(name: str, nearest: str) -> N
     assert f"(nearest: {nearest}" in str(caught.value)
     with pytest.raises(UsageError, match="unknown architecture"):
         build_model(dataclasses.replace(small_spec(4), architecture=name))
-
-
-def test_a_width_outside_the_table_is_refused_when_built() -> None:
-    with pytest.raises(UsageError, match="weight bits 5"):
-        build_model(dataclasses.replace(small_spec(4), weight_bits=5))

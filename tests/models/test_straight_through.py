@@ -121,18 +121,6 @@ def test_signed_quantizer_has_two_ends() -> None:
         assert found == pytest.approx((1 - math.cos(2 * math.pi * u) / 128) * ends, abs=1e-4)  # cos of 800 in float32
 
 
-@pytest.mark.parametrize(
-    ("lowest", "highest", "wave", "width"),
-    [(0, 3, 0.5, 0.5), (-2, 1, 0.5, 0.5), (0, 7, 0.25, 0.5), (-8, 7, 0.125, 15 / 16), (0, 255, 1 / 128, 255 / 16)],
-)
-def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wave: float, width: float) -> None:
-    u = torch.linspace(lowest - 1, highest + 1, 997, dtype=torch.float64)
-    upper = 1 / (1 + torch.exp(-(highest + 0.5 - u) / width))
-    lower = 1 / (1 + torch.exp(-(u - lowest + 0.5) / width)) if lowest else 1.0
-    expected = (1 - wave * torch.cos(2 * math.pi * u)) * upper * lower
-    torch.testing.assert_close(staircase_derivative(u, lowest=lowest, highest=highest), expected)
-
-
 def test_sign_passes_through_or_fades_like_tanh() -> None:
     layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
     torch.testing.assert_close(layer_gradient(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))

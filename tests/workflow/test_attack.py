@@ -105,14 +105,6 @@ def test_dynamic_files_are_judged_image_by_image(tmp_path: Path) -> None:
     assert "judged image by image" in " ".join(found.notes)
 
 
-def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> None:
-    robustq.export_model(digits_w4a4, images=5, recheck=False, out=tmp_path / "out")
-    opened = open_attackable(tmp_path / "out", device=CPU)
-    target = opened.target()
-    assert opened.deployed is not None and not is_dynamic(opened.deployed) and not target.image_by_image
-    assert list(target.gradient_models) == [AS_TRAINED, "pass-through", "smooth"]
-
-
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     quantized: bool, digits_w4a4: Path, digits_float: Path
@@ -125,25 +117,6 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     assert target.features is not None
     logits, features = target.features(x)
     assert torch.equal(logits, target.judge(x)) and features.shape == (20, 64)
-
-
-def test_a_suite_quantizes_each_weight_once(tmp_path: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "out"
-    robustq.export_model(digits_w4a4, images=5, recheck=False, out=model)
-    counted: list[str] = []
-
-    def opening(path: Path, **keys: Any) -> OpenedModel:
-        opened = open_attackable(path, **keys)
-        for name, module in opened.gradient_model.named_modules():
-            if isinstance(module, QuantWeightBiasInputOutputLayer):
-                module.weight_quant.register_forward_hook(lambda *_, name=name: counted.append(name))
-        return opened
-
-    whole = robustq.attack_model(model, suite="recheck", images=20)
-    monkeypatch.setattr(attacking, "open_attackable", opening)
-    found = robustq.attack_model(model, suite="recheck", images=20)
-    assert found["robust_accuracy"] == whole["robust_accuracy"] and found["attacks"] == whole["attacks"]
-    assert len(counted) == len(set(counted)) > 5
 
 
 # --- attack generation -----------------------------------------------------------------------------------------------
@@ -182,14 +155,3 @@ def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digit
         assert prepared is target
         assert replaced(other) == replaced(opened.gradient_model) == {"quant_weight"}
     assert replaced(other) == replaced(opened.gradient_model) == set()
-
-
-def test_a_long_eager_attack_ends_with_the_hint_at_compile(digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(attacking, "note", said.append)
-    suggest_compiling(WORTH_COMPILING - 1.0, CPU)
-    suggest_compiling(1e6, torch.device("cuda"))
-    assert not said
-    monkeypatch.setattr(attacking, "WORTH_COMPILING", 0.0)
-    robustq.attack_model(digits_w4a4, suite="recheck", images=20, device="cpu")
-    assert ["--compile" in line for line in said] == [True]

@@ -96,38 +96,6 @@ def test_a_module_in_place_whose_result_is_dropped() -> None:
     assert act.inplace and not graph.get_submodule("act").inplace
 
 
-def functions(net: nn.Module, x: Tensor) -> Tensor:
-    x = functional.relu(x)
-    x = net.relu(x - 1)  # type: ignore[operator]
-    x = functional.dropout(x.relu(), 0.5, net.training)
-    return functional.max_pool2d(functional.hardtanh(x, 0.0, 0.7), 2, stride=1)
-
-
-def test_functions_become_modules_beside_names_in_use() -> None:
-    relu = nn.ReLU()
-    graph = traced(functions, relu=relu)
-    functions_to_modules(graph)
-    assert steps(graph) == ["ReLU", "sub", "ReLU", "ReLU", "Dropout", "Hardtanh", "MaxPool2d"]
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    assert len(set(targets)) == len(targets) and graph.get_submodule("relu") is relu
-    assert same(graph.eval(), functions, relu=relu)
-    graph.train()
-    assert not torch.equal(graph(X), graph(X)), "dropout follows the mode"
-
-
-def shared(net: nn.Module, x: Tensor) -> Tensor:
-    return net.act_1(net.act(net.act(net.act(x) - 0.5) - 0.5))  # type: ignore[operator,no-any-return]
-
-
-def test_shared_modules_are_copied_under_free_names() -> None:
-    modules = {"act": nn.ReLU(), "act_1": nn.Hardtanh(0.0, 0.1)}
-    graph = traced(shared, **modules)
-    duplicate_shared_modules(graph)
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-    assert targets == ["act", "act_2", "act_3", "act_1"]
-    assert same(graph, shared, **modules)
-
-
 @pytest.mark.parametrize(
     ("rewrite", "function", "expected"),
     [
@@ -194,13 +162,6 @@ def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) ->
     with torch.no_grad():
         # Windows of equal size: the same sums, perhaps in another order.
         torch.testing.assert_close(graph(X), nn.AdaptiveAvgPool2d(size)(X), atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("size", [4, (6, 5), (3, 12)])
-def test_unequal_windows_are_refused(size: int | tuple[int, int]) -> None:
-    graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
-    with pytest.raises(UsageError, match=r"AdaptiveAvgPool2d 'pool'.* pools 6x6 to .* in unequal windows"):
-        fix_adaptive_pooling(graph)
 
 
 @pytest.mark.parametrize(
