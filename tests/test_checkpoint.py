@@ -11,7 +11,6 @@ import random
 import subprocess
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +32,7 @@ from robustq.checkpoint import (
 )
 from robustq.data import to_float
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.spec import ModelSpec, build_model
+from robustq.models.spec import build_model
 from robustq.models.state_dict import is_bare_state_dict
 from robustq.torch_file import read_checkpoint
 from tests.models.small_nets import digits, perturbed, small_spec
@@ -341,11 +340,6 @@ def test_weights_that_do_not_fit(tmp_path: Path, change: Callable[[dict[str, Ten
     ("change", "differing"),
     [
         (lambda state: without(state, "layer2.0.bn1.bias"), "1 entries (layer2.0.bn1.bias"),
-        (lambda state: {**state, "layer4.0.conv1.weight": torch.zeros(1)}, "1 entries (layer4.0.conv1.weight"),
-        (
-            lambda state: {**state, "layer3.0.conv2.weight": torch.zeros(64, 64, 5, 5)},
-            "1 entries (layer3.0.conv2.weight",
-        ),
         (lambda state: without(without(state, "bn1.weight"), "bn1.bias"), "2 entries (bn1.weight, bn1.bias"),
     ],
 )
@@ -360,7 +354,7 @@ def test_a_near_miss_names_the_differences(
 # --- weights from one width to another -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(32, 4), (8, 2), (32, 32), (4, 32)])
+@pytest.mark.parametrize(("given", "wanted"), [(32, 4), (8, 2), (1, 4), (4, 32)])
 def test_weights_go_into_a_network_of_any_width(given: int, wanted: int) -> None:
     source, target = perturbed(small_spec(given)), build_model(small_spec(wanted))
     thresholds = {name: value.clone() for name, value in target.state_dict().items() if name.endswith("log_threshold")}

@@ -93,12 +93,6 @@ def test_a_model_without_defence_is_called_so() -> None:
     assert "no defence" not in "".join(attack_lines(found(robust_accuracy=0.0, clean_accuracy=0.0)))
 
 
-def test_a_twin_that_disagrees_is_a_warning_without_its_flag() -> None:
-    assert any("WARNING" in line for line in attack_lines(found(suite="recheck", flags=[], twin_agreement=0.9)))
-    flag = {**FLAG, "name": "twin"}
-    assert not any("WARNING" in line for line in attack_lines(found(flags=[flag], twin_agreement=0.9)))
-
-
 # --- from the command line -------------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,7 @@ from robustq.checkpoint import load_model
 from robustq.files import sha256
 from robustq.hardening.methods.registry import resolved_recipe
 from robustq.recipe import load_recipe, recipe_names
-from robustq.recipe.paper import PAPER_TABLES, by_table
-from robustq.report.info import list_lines, toml_lines
+from robustq.report.info import toml_lines
 from tests.cli.conftest import Run
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 import robustq.data.folder
 from robustq.data import DATASET_NAMES, Dataset, Split, StreamedSplit, TensorSplit, load_dataset
 from robustq.data.folder import imagenet_class_names
-from robustq.data.load import data_root
 from robustq.errors import DataError, RobustqError, RobustqWarning, UsageError
 from tests.data.images import pixels, write_images, write_npz
 
@@ -377,7 +376,6 @@ BAD_FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (other_size, r"b/00.png is 9x9, others 8x8.*image_size"),
     (not_square, r"a/\d\d.png is 8x9\).*image_size"),
     (sixteen_bit, r"b/04.png has more than 8 bits"),
-    (broken, r"b/03.png cannot be read as an image"),
 ]
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from robustq.data import NO_AUGMENT, Augment, Split, StreamedSplit, TensorSplit, load_dataset, to_float
+from robustq.data import Augment, Split, StreamedSplit, TensorSplit, to_float
 from robustq.data.augment import crop_and_flip, draw_crops_and_flips
 from robustq.data.splits import split_by_name, stratified_indices, stratified_split
 from robustq.errors import DataError, UsageError
-from tests.data.images import BOTH, gather, pixels, streamed, tensor_split, write_npz
+from tests.data.images import BOTH, gather, pixels, streamed, tensor_split
 
 
 @pytest.fixture(params=["tensor", "streamed"])
@@ -70,14 +70,6 @@ def test_shuffling_permutes_images_together_with_labels(split: Split) -> None:
     assert indices.dtype == torch.int64 and indices.tolist() != sorted(indices.tolist())
     assert torch.equal(torch.cat([batch.x for batch in batches]), to_float(images[indices]))
     assert torch.equal(torch.cat([batch.y for batch in batches]), labels[indices])
-
-
-def test_epochs_differ_in_augmentation_and_not_only_in_order(split: Split) -> None:
-    def kinds(epoch: int, augment: Augment) -> set[bytes]:
-        return {image.numpy().tobytes() for image in gather(split, seed=0, epoch=epoch, augment=augment)[0]}
-
-    assert kinds(0, NO_AUGMENT) == kinds(1, NO_AUGMENT)
-    assert len(kinds(0, BOTH) & kinds(1, BOTH)) < len(split) / 2
 
 
 def test_take_is_evenly_spaced(split: Split) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import to_float
-from robustq.models.quant.calibration import SAMPLES, best_threshold, calibrate
+from robustq.models.quant.calibration import best_threshold, calibrate
 from robustq.models.quant.quantizers import LearnedThreshold, learned_thresholds
 from robustq.models.spec import build_model
 from tests.models.small_nets import digits, perturb_batch_norm, small_spec

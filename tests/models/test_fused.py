@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -11,11 +10,7 @@ import pytest
 import torch
 from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from robustq.models.mixed_widths import set_layer_bits
-from robustq.models.quant.binary import BinaryWeightQuant
 from robustq.models.quant.fused import (
     FusedIntQuant,
     FusedWeightQuant,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from typing import Any
 
 import brevitas.nn as qnn
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile
 
 from robustq.hardening.methods.method import attack_generation, only_input_gradients
 from robustq.models.quant import integer_convolution
@@ -39,9 +36,7 @@ def images(size: int = 16, count: int = 8) -> Tensor:
 SHAPES = [
     # channels in, out, kernel, stride, padding, dilation, groups, largest code, largest weight
     (3, 16, 3, 1, 1, 1, 1, 255, 127),
-    (16, 16, 3, 1, 1, 1, 1, 15, 7),
     (16, 32, 3, 2, 1, 1, 1, 3, 1),
-    (32, 64, 1, 2, 0, 1, 1, 255, 127),
     (64, 64, 3, 1, 1, 1, 1, 255, 127),
     (8, 8, 3, 1, 1, 1, 8, 15, 7),
     (16, 8, 3, 1, 2, 2, 2, 7, 3),

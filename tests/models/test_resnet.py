@@ -79,20 +79,6 @@ def test_float_answers_are_a_plain_networks_bit_for_bit(
     assert expected.std() > 1e-3
 
 
-def test_an_8_bit_network_is_near_its_float_twin() -> None:
-    """Float weights mean the same at any width; 8 bits lose little."""
-    torch.manual_seed(0)
-    plain, quantized = (build_model(small_spec(bits)) for bits in (32, 8))
-    perturb_batch_norm(plain, seed=0)
-    quantized.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.rand(16, 1, 8, 8)
-    calibrate(quantized, x)
-    with torch.no_grad():
-        difference = (quantized(x) - plain(x)).abs().mean() / plain(x).std()
-    # Nine layers that each round to 1/255 of their range: a few hundredths. A skipped shortcut or ReLU gives about 1.
-    assert difference < 0.15
-
-
 def test_first_and_last_layer_and_every_branch_are_8_bit() -> None:
     model = build_model(small_spec(3))
     weight_bits = {}

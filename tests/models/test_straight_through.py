@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
 from typing import Any
 
 import brevitas.nn as qnn
@@ -12,19 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import ImageGenerators, apgd
-from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
-from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant
-from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.binary import BinaryActQuant
 from robustq.models.quant.folding import fold
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
+from robustq.models.quant.quantizers import ActQuant, BranchQuant
 from robustq.models.quant.straight_through import (
     RULES,
     backward_rule,
     sign_derivative,
-    staircase_derivative,
     under_rule,
 )
 from tests.models.fx.custom_nets import folded_of, graph_of, pixels
@@ -191,66 +186,3 @@ def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
     with pytest.raises(UsageError, match="is a Halves, which has no smooth form"), backward_rule(layer, "smooth"):
         pass
     assert not any(module._forward_hooks for module in layer.modules())
-
-
-def signs_only() -> nn.Module:
-    """A binarised network without shortcuts that has learned the digits, in eval mode."""
-    torch.manual_seed(0)
-    sign = functools.partial(qnn.QuantIdentity, act_quant=BinaryActQuant)
-    conv = functools.partial(qnn.QuantConv2d, bias=False, weight_quant=BinaryWeightQuant, kernel_size=3, padding=1)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        pixels=qnn.QuantIdentity(act_quant=PixelQuant),
-        conv1=nn.Conv2d(1, 24, 3, padding=1, bias=False),
-        bn1=nn.BatchNorm2d(24),
-        sign1=sign(),
-        conv2=conv(24, 32, stride=2),
-        bn2=nn.BatchNorm2d(32),
-        sign2=sign(),
-        pool=nn.AvgPool2d(2),
-        flat=nn.Flatten(),
-        fc=nn.Linear(128, 10),
-    )
-    model = nn.Sequential(layers)
-    images, labels = digits("train")
-    x = to_float(images)
-    calibrate(model, x[:200])
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
-    model.train()
-    for _ in range(150):
-        batch = torch.randint(len(x), (64,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    return model.eval()
-
-
-def test_a_binarised_network_whose_straight_through_gradient_is_useless() -> None:
-    model = signs_only()
-    images, y = digits()
-    x, y = to_float(images)[:100], y[:100]
-    streams = ImageGenerators.of(0, range(len(x)))
-
-    def left(source: Any) -> int:
-        x_adv = apgd(source, x, y, epsilon=24 / 255, steps=20, loss=margin, generator=streams)
-        with torch.no_grad():
-            return int((model(x_adv).argmax(dim=1) == y).sum())
-
-    honest = {rule: left(under_rule(model, rule)) for rule in RULES}
-    with torch.no_grad():
-        before = model(x)
-        # A sign sees no scale: the same network, with nearly every activation beyond the clip of its gradient.
-        for norm in (model.bn1, model.bn2):
-            assert isinstance(norm, nn.BatchNorm2d)
-            norm.weight.mul_(1e4)
-            norm.bias.mul_(1e4)
-        assert float((model(x).argmax(dim=1) == before.argmax(dim=1)).float().mean()) >= 0.98  # but for ties at 0
-
-    clean = int((before.argmax(dim=1) == y).sum())
-    found = {rule: left(under_rule(model, rule)) for rule in RULES}
-    assert clean >= 80
-    # What random starts break is all that the trained gradient finds.
-    assert found["straight-through"] >= clean - 10
-    assert found["pass-through"] <= found["straight-through"] - 20
-    # The smooth rule does not see the factor: it breaks this network like the one without it.
-    assert abs(found["smooth"] - honest["smooth"]) <= 3
-    assert min(found.values()) <= min(honest.values()) + 5

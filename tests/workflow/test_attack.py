@@ -10,11 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import robustq
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct, predict
 from robustq.evaluation.robust_accuracy import run_suite
@@ -23,7 +21,7 @@ from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.straight_through import RULES, under_rule
 from robustq.workflow import attack as attacking
-from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
+from robustq.workflow.attack import prepared_target
 from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import robustq
-from robustq.errors import ModelFileError, UsageError
-from robustq.workflow.info import describe_file
+from robustq.errors import ModelFileError
 
 CODE = """
 from torch import nn

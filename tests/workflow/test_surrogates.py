@@ -80,13 +80,6 @@ def test_a_damaged_control_names_its_folder(cheap: Path, digits_w4a4: Path) -> N
         surrogates.natural_network(spec, data, own_model=None, device=CPU)
 
 
-def test_the_papers_surrogates_have_two_architectures(cheap: Path, digits_float: Path) -> None:
-    found = surrogates.paper_surrogates(opened(digits_float).spec, load_dataset("digits"), own_model=None, device=CPU)
-    assert list(found) == ["a natural resnet8", "a natural resnet20"]
-    sizes = [sum(value.numel() for value in model.parameters()) for model in found.values()]
-    assert sizes[1] > 3 * sizes[0]
-
-
 def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float: Path) -> None:
     data, model = load_dataset("digits"), opened(digits_w4a4)
     found = surrogates.requantized_copies(model, data, own_model=None, device=CPU)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from robustq.models.fx.build import quantized_graph
 from robustq.models.fx.fold import fold_graph
-from robustq.models.quant.folded_layers import ExactConv2d, ExactLinear
 from robustq.models.quant.folding import fold_layer
 from robustq.models.quant.quantizers import Widths, learned_thresholds
 from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
