@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import robustq
 from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
@@ -245,12 +244,3 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     # At 1 bit a layer may pass no gradient on (signs clip at 1); everywhere else all weights move.
     assert spec.weight_bits == 1 or not [name for name in still if name.endswith("weight")]
     assert not torch.equal(model.get_parameter("fc.weight"), before["fc.weight"])
-
-
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - set(TRAINED)))
-def test_every_recipe_without_training_quantizes(name: str, digits_float: Path, tmp_path: Path) -> None:
-    result = robustq.harden_model(
-        digits_float, bits=load_recipe(name).weight_bits or 4, recipe=name, device="cpu", out=tmp_path / "run"
-    )
-    assert Path(result["checkpoint"]).is_file()
-    assert (result["epochs"], result["bits"]) == (0, 4)

@@ -169,20 +169,6 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     monkeypatch.setattr(attacking, "check_compiler", functools.partial(check_compiler, backend=backend))
 
 
-def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4: Path) -> None:
-    told = run(
-        "attack", digits_w4a4, "--suite", "paper", "--no-surrogates", "--images", "40", "--epsilon", "16/255",
-        "--epsilons", "0,32/255,8/255", "--json",
-    )  # fmt: skip
-    assert told.code == 0, told.err
-    curve = told.json["curve"]
-    assert [round(255 * point["epsilon"]) for point in curve] == [0, 8, 16, 32]
-    shares = [point["robust_accuracy"] for point in curve]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == told.json["clean_accuracy"] and shares[2] == told.json["robust_accuracy"]
-    assert shares[3] < shares[1]
-
-
 def test_require_exits_with_1_below_it_and_on_a_flag(
     run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

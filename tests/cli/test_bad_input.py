@@ -6,7 +6,6 @@ The tests of recipes, data and checkpoints hold every fault of these; here is on
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 import shutil
 import subprocess
@@ -201,25 +200,3 @@ def test_bad_images_are_skipped_when_asked(run: Run, bad_files: Path, digits_flo
     again = run("attack", outcome.json["checkpoint"], "--images", "5", "--epsilon", "0")
     check_refused(again, "2.png cannot be read as an image")
     assert run("attack", outcome.json["checkpoint"], "--skip-bad-images", "--images", "5", "--epsilon", "0").code == 0
-
-
-@pytest.mark.parametrize("command", ["train", "harden", "export", "quickstart"])
-def test_a_default_place_that_cannot_be_written_is_found_before_the_work(
-    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    def no_work(*_: Any, **__: Any) -> None:
-        raise AssertionError("work was done")
-
-    monkeypatch.setattr(
-        os, "access", lambda _, mode, **__: mode == os.R_OK
-    )  # root may write everywhere, so a mode would not do
-    monkeypatch.setattr("robustq.workflow.train.load_dataset", no_work)
-    monkeypatch.setattr("robustq.workflow.train.open_source", no_work)
-    monkeypatch.setattr("robustq.workflow.export.load_model", no_work)
-    arguments: dict[str, tuple[str | Path, ...]] = {
-        "train": ("--data", "digits", "--architecture", "resnet8"),
-        "harden": (digits_w4a4,),
-        "export": (digits_w4a4,),
-        "quickstart": (),
-    }
-    check_refused(run(command, *arguments[command]), "cannot be written below")

@@ -19,6 +19,13 @@ from robustq.report.info import toml_lines
 from tests.cli.conftest import Run
 
 
+def test_the_list_has_every_recipe(run: Run) -> None:
+    found = run("recipes", "--json").json
+    assert {recipe["name"] for recipe in found["recipes"]} == set(recipe_names())
+    lines = run("recipes").out.splitlines()
+    assert set(recipe_names()) <= {line.split()[0] for line in lines if line} and max(map(len, lines)) <= 120
+
+
 def test_a_printed_recipe_is_a_recipe_of_the_same_values(tmp_path: Path) -> None:
     for name in recipe_names():
         recipe = load_recipe(name)

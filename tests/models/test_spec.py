@@ -29,13 +29,6 @@ def test_unknown_keys_of_a_newer_version_and_an_absent_normalisation_do_no_harm(
     assert ModelSpec.from_dict({**stored, "later": 1}) == small_spec(4)
 
 
-@pytest.mark.parametrize(
-    ("weight_bits", "act_bits", "label"), [(32, 32, "resnet8-float"), (4, 4, "resnet8-w4a4"), (2, 8, "resnet8-w2a8")]
-)
-def test_label(weight_bits: int, act_bits: int, label: str) -> None:
-    assert dataclasses.replace(small_spec(4), weight_bits=weight_bits, act_bits=act_bits).label == label
-
-
 @pytest.mark.parametrize("stored", [None, "resnet8"])
 def test_what_is_no_table_is_refused(stored: Any) -> None:
     with pytest.raises(ModelFileError, match=rf"^spec is {type(stored).__name__}, not a table"):

@@ -138,14 +138,6 @@ def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel
     assert replaced(opened.gradient_model) == set()
 
 
-@pytest.mark.usefixtures("without_a_compiler")
-def test_another_judge_is_asked_itself(opened: OpenedModel) -> None:
-    """As onnxruntime is for a deployed file."""
-    target = Target(lambda x: opened.gradient_model(x), opened.target().gradient_models)
-    with prepared_target(target, opened.gradient_model, images(), compiled=True) as fast:
-        assert fast.proxy is None and fast.query_model is target.judge
-
-
 def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digits_w4a4: Path) -> None:
     other = open_attackable(digits_w4a4, device=CPU).gradient_model
     target = Target(opened.gradient_model, opened.target().gradient_models, surrogates={"other": other}, control=other)
