@@ -1,4 +1,4 @@
-"""robustq attack: its lines, suites, curve, adversarial images and their replay."""
+"""robustq attack: its lines, suites, adversarial images and their replay."""
 
 from __future__ import annotations
 

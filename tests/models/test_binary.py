@@ -1,4 +1,4 @@
-"""One bit: signs, gradients and thresholds against their formulas, and blocks that float weights fit."""
+"""One bit: signs, gradients and thresholds against their formulas, and binary layers that float weights fit."""
 
 from __future__ import annotations
 

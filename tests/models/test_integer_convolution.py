@@ -1,4 +1,4 @@
-"""Convolutions of codes: exact sums, the layers that have them, the way back, and the network as it was."""
+"""Convolutions of codes: exact sums, layers that keep their own convolution, gradients, and an unchanged network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks: layers, names and counts, and 32-bit answers equal to a plain functional network's bit for bit."""
+"""The networks: names, counts and widths, and 32-bit answers equal to a plain functional network bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward rules: the same forward pass bit for bit, gradients against their formulas, and their use in an attack."""
+"""Backward rules: the same forward pass bit for bit, and gradients against their formulas."""
 
 from __future__ import annotations
 

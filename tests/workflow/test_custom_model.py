@@ -1,4 +1,4 @@
-"""A custom model, module:function, through train, harden, export, recheck, attack and info."""
+"""A custom model, module:function, through train, harden, export, recheck and attack."""
 
 from __future__ import annotations
 
