@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from robustq.errors import UsageError
 from robustq.models.fx.build import quantized_graph
 from robustq.models.quant.quantizers import Widths, learned_thresholds
-from robustq.models.spec import build_model
 from robustq.models.state_dict import feature_layer_of
 from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, graph_of, pixels
-from tests.models.small_nets import small_spec
 
 ALL = sorted(NETS)
 X = pixels().float() / 255
@@ -166,11 +164,6 @@ def test_a_training_pass_gives_every_parameter_a_gradient_and_moves_no_quantizer
     assert [key for key, parameter in graph.named_parameters() if parameter.grad is None] == []
     moved = {key for key, value in graph.state_dict().items() if not torch.equal(value, before[key])}
     assert not {key for key in moved if "running" not in key and "tracked" not in key}
-
-
-def test_feature_layer_of_our_models() -> None:
-    assert feature_layer_of(build_model(small_spec(4))) == "avgpool"
-    assert feature_layer_of(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize(("wanted", "found"), [("head", "head"), ("block", "block.0"), ("block.3", "block.3")])

@@ -117,6 +117,17 @@ def test_calls_are_replaced(
     assert same(graph, function)
 
 
+def pooled_then_relu(net: nn.Module, x: Tensor) -> Tensor:
+    return functional.relu(torch.flatten(net.drop(functional.max_pool2d(x, 3, padding=1)), 1))  # type: ignore[operator]
+
+
+def test_a_relu_moves_to_the_front_of_all_that_commutes() -> None:
+    graph = probed(pooled_then_relu, drop=nn.Dropout(0.5))
+    relu_first(graph)
+    assert steps(graph) == ["ReLU", "MaxPool2d", "Dropout", "flatten"]
+    assert same(graph, pooled_then_relu, drop=nn.Dropout(0.5))
+
+
 @pytest.mark.parametrize(
     ("stays", "behind"),
     [
