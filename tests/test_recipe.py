@@ -60,9 +60,7 @@ def test_overrides_lie_over_the_recipe() -> None:
     [
         ("epochs=-1", "epochs = -1 must be at least 1"),
         ("epochs=1.5", "epochs = 1.5 is not an integer"),
-        ("epochs=true", "epochs = True is not an integer"),
         ("lr=nan", "lr = nan must be at least 0"),
-        ("lr=inf", "lr = inf must be at most 100"),
         ("flip=1", "flip = 1 is not true or false"),
         ("crop_padding=5000", "crop_padding = 5000 must be at most 4096"),
         ("epsilon=true", "epsilon = True is not a number or a word"),

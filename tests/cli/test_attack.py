@@ -240,7 +240,6 @@ def test_images_whose_data_are_missing_are_replayed_all_the_same(
         (("--replay", "none.npz"), "none.npz: no such file"),
         (("--replay", "none.npz", "--epsilon", "8/255"), "--epsilon has no effect with --replay"),
         (("--surrogate", "none.pt"), "none.pt: no such file"),
-        (("--control", "none.pt"), "none.pt: no such file"),
         (("--out", "found.npz"), "--out found.npz is a JSON file"),
         (("--save-adversarial", "/dev/null/found.npz"), "cannot be written"),
     ],

@@ -59,7 +59,6 @@ def test_a_missing_key_is_named(name: str) -> None:
         ("class_names", [0, 1]),
         ("normalisation", 0.5),
         ("normalisation", ([0.5], [0.2, 0.2])),
-        ("normalisation", (["a"], [0.2])),
         ("feature_layer", 3),
         ("shared_sum_scale", "yes"),
         *(("layer_bits", value) for value in (4, ["conv1"], {"conv1": "8"}, {"conv1": True}, {3: 4})),

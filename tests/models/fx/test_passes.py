@@ -94,6 +94,25 @@ def test_a_module_in_place_whose_result_is_dropped() -> None:
     assert act.inplace and not graph.get_submodule("act").inplace
 
 
+def functions(net: nn.Module, x: Tensor) -> Tensor:
+    x = functional.relu(x)
+    x = net.relu(x - 1)  # type: ignore[operator]
+    x = functional.dropout(x.relu(), 0.5, net.training)
+    return functional.max_pool2d(functional.hardtanh(x, 0.0, 0.7), 2, stride=1)
+
+
+def test_functions_become_modules_beside_names_in_use() -> None:
+    relu = nn.ReLU()
+    graph = traced(functions, relu=relu)
+    functions_to_modules(graph)
+    assert steps(graph) == ["ReLU", "sub", "ReLU", "ReLU", "Dropout", "Hardtanh", "MaxPool2d"]
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert len(set(targets)) == len(targets) and graph.get_submodule("relu") is relu
+    assert same(graph.eval(), functions, relu=relu)
+    graph.train()
+    assert not torch.equal(graph(X), graph(X)), "dropout follows the mode"
+
+
 @pytest.mark.parametrize(
     ("rewrite", "function", "expected"),
     [
