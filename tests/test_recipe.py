@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import robustq
 from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
@@ -61,9 +60,7 @@ def test_overrides_lie_over_the_recipe() -> None:
     [
         ("epochs=-1", "epochs = -1 must be at least 1"),
         ("epochs=1.5", "epochs = 1.5 is not an integer"),
-        ("epochs=true", "epochs = True is not an integer"),
         ("lr=nan", "lr = nan must be at least 0"),
-        ("lr=inf", "lr = inf must be at most 100"),
         ("flip=1", "flip = 1 is not true or false"),
         ("crop_padding=5000", "crop_padding = 5000 must be at most 4096"),
         ("epsilon=true", "epsilon = True is not a number or a word"),
@@ -183,17 +180,6 @@ def assert_rows(table: str, common: dict[str, Any], rows: list[dict[str, Any]]) 
             assert getattr(recipe, key) == value, (name, key)
 
 
-def test_the_papers_rows_are_recipes_of_their_own_once() -> None:
-    """48 rows of the paper and one of ours; two recipes stand in two and three tables, so there are 46 of them."""
-    recipes = [load_recipe(name) for name in recipe_names()]
-    rows = [row for recipe in recipes for row in recipe.paper_rows.items()]
-    assert len(rows) == len(set(rows)) == 49 and len([recipe for recipe in recipes if recipe.paper_rows]) == 46
-    assert {recipe.name: len(recipe.paper_rows) for recipe in recipes if len(recipe.paper_rows) > 1} == {
-        "cifar10/resnet20-w4a4-natural": 2,
-        "cifar10/resnet20-w4a4-odgq": 3,
-    }
-
-
 SHAPES = {"cifar10": (32, 32, 3), "mnist": (28, 28), "digits": (8, 8), "imagenet": (32, 32, 3), None: (16, 16)}
 
 
@@ -256,12 +242,3 @@ def test_every_recipe_takes_two_steps(name: str, tmp_path: Path) -> None:
     # At 1 bit a layer may pass no gradient on (signs clip at 1); everywhere else all weights move.
     assert spec.weight_bits == 1 or not [name for name in still if name.endswith("weight")]
     assert not torch.equal(model.get_parameter("fc.weight"), before["fc.weight"])
-
-
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - set(TRAINED)))
-def test_every_recipe_without_training_quantizes(name: str, digits_float: Path, tmp_path: Path) -> None:
-    result = robustq.harden_model(
-        digits_float, bits=load_recipe(name).weight_bits or 4, recipe=name, device="cpu", out=tmp_path / "run"
-    )
-    assert Path(result["checkpoint"]).is_file()
-    assert (result["epochs"], result["bits"]) == (0, 4)

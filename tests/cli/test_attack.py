@@ -1,4 +1,4 @@
-"""robustq attack: its lines, suites, curve, adversarial images and their replay."""
+"""robustq attack: its lines, suites, adversarial images and their replay."""
 
 from __future__ import annotations
 
@@ -93,23 +93,6 @@ def test_a_model_without_defence_is_called_so() -> None:
     assert "no defence" not in "".join(attack_lines(found(robust_accuracy=0.0, clean_accuracy=0.0)))
 
 
-def test_a_twin_that_disagrees_is_a_warning_without_its_flag() -> None:
-    assert any("WARNING" in line for line in attack_lines(found(suite="recheck", flags=[], twin_agreement=0.9)))
-    flag = {**FLAG, "name": "twin"}
-    assert not any("WARNING" in line for line in attack_lines(found(flags=[flag], twin_agreement=0.9)))
-
-
-def test_columns_are_wrapped_and_shared_by_rules_and_surrogates() -> None:
-    stages = [{"stage": "own", "attack": f"an attack with a name of {i}", "accuracy": 0.3} for i in range(12)]
-    lines = attack_lines(found(stages=stages))
-    assert max(map(len, lines)) <= 120
-    assert sum(line.count("an attack with a name of") for line in lines) == 12
-    names = {"apgd-ce": 0.5, "apgd-ce (smooth)": 0.4, "transfer: its float twin": 0.35, "transfer: a natural net": 0.3}
-    stages = [{"stage": "white-box", "attack": name, "accuracy": share} for name, share in names.items()]
-    lines = attack_lines(found(stages=stages, robust_accuracy=0.29))
-    assert lines[0] == "clean 90.0% · apgd-ce 40.0% · transfer 30.0% · masking checks 29.0%"
-
-
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
@@ -186,20 +169,6 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     monkeypatch.setattr(attacking, "check_compiler", functools.partial(check_compiler, backend=backend))
 
 
-def test_the_curve_falls_and_holds_the_radius_asked_about(run: Run, digits_w4a4: Path) -> None:
-    told = run(
-        "attack", digits_w4a4, "--suite", "paper", "--no-surrogates", "--images", "40", "--epsilon", "16/255",
-        "--epsilons", "0,32/255,8/255", "--json",
-    )  # fmt: skip
-    assert told.code == 0, told.err
-    curve = told.json["curve"]
-    assert [round(255 * point["epsilon"]) for point in curve] == [0, 8, 16, 32]
-    shares = [point["robust_accuracy"] for point in curve]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[0] == told.json["clean_accuracy"] and shares[2] == told.json["robust_accuracy"]
-    assert shares[3] < shares[1]
-
-
 def test_require_exits_with_1_below_it_and_on_a_flag(
     run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +240,6 @@ def test_images_whose_data_are_missing_are_replayed_all_the_same(
         (("--replay", "none.npz"), "none.npz: no such file"),
         (("--replay", "none.npz", "--epsilon", "8/255"), "--epsilon has no effect with --replay"),
         (("--surrogate", "none.pt"), "none.pt: no such file"),
-        (("--control", "none.pt"), "none.pt: no such file"),
         (("--out", "found.npz"), "--out found.npz is a JSON file"),
         (("--save-adversarial", "/dev/null/found.npz"), "cannot be written"),
     ],

@@ -6,7 +6,6 @@ The tests of recipes, data and checkpoints hold every fault of these; here is on
 from __future__ import annotations
 
 import importlib
-import os
 import pickle
 import shutil
 import subprocess
@@ -61,7 +60,6 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory, digits_float: Path, digi
     content = torch.load(digits_w4a4, weights_only=True)
     torch.save({**content, "spec": {**content["spec"], "data": "/gone/faces.npz"}}, folder / "moved.pt")
     torch.save(dict(load_model(digits_float)[0].state_dict()), folder / "weights.pt")
-    torch.save({"epoch": 3, "optimizer": {}}, folder / "no-weights.pt")
     torch.save(Net(), folder / "module.pt")
     torch.save(Payload(), folder / "payload.pt")
     (folder / "payload.pkl").write_bytes(pickle.dumps(Payload()))
@@ -80,32 +78,24 @@ H4 = ("harden", "float.pt", "--bits", "4")
 CASES: list[tuple[tuple[str, ...], str]] = [
     # model files
     (("harden", "truncated.pt", "--bits", "4"), "truncated.pt: is broken or truncated"),
-    (("harden", "text.pt", "--bits", "4"), "text.pt: is not a torch file"),
     (("harden", "taken", "--bits", "4"), "taken: is a folder"),
     (("export", "run"), "give the .pt file in it: run/best.pt"),
     (("attack", "run"), "is a run folder, not an export folder; give the model in it: run/best.pt"),
     (("recheck", "run"), "run: holds 0 .onnx files"),
     (("harden", "payload.pt", "--bits", "4"), "payload.pt: holds more than weights (commands.call), and loading"),
     (("harden", "payload.pkl", "--bits", "4", "--trust-pickle"), "payload.pkl: is not a torch file"),
-    (("attack", "payload.pt"), "save the weights alone: torch.save(model.state_dict(), FILE)"),
     (("harden", "module.pt", "--bits", "4"), "robustq harden FILE --trust-pickle"),
     (("harden", "module.pt", "--bits", "4", "--trust-pickle"), "unknown architecture (no conv1.weight and fc.weight)"),
     (("harden", "script.pt", "--bits", "4"), "script.pt: is a TorchScript file"),
-    (("harden", "no-weights.pt", "--bits", "4"), "holds a dict that robustq did not write"),
     (("harden", "x" * 300, "--bits", "4"), "x" * 300),
     # options
     (("harden", "float.pt", "--bits", "5"), "bits 5 are not in the table"),
-    (("harden", "float.pt", "--bits", "4.5"), "'4.5'"),
     ((*H4, "--epsilon", "nan"), "epsilon 'nan'"),
-    ((*H4, "--epsilon", "8/0"), "epsilon '8/0'"),
-    (("export", "w4a4.pt", "--epsilon", "eight"), "epsilon 'eight' is not a number"),
     (("recheck", "taken", "--epsilon", "-8/255"), "epsilon '-8/255' is outside [0, 1]"),
-    ((*H4, "--device", "tpu9"), "unknown device 'tpu9'"),
     ((*H4, "--device", "cuda:99"), "device 'cuda:99' is not there"),
     ((*H4, "--device", "mps"), "device 'mps' is not supported; give cpu, cuda or cuda:0"),
     (("attack", "w4a4.pt", "--suite", "standart"), "unknown suite 'standart'"),
     (("attack", "w4a4.pt", "--images", "-3"), "-3"),
-    (("attack", "w4a4.pt", "--seed", "9" * 20), "9" * 20),
     (("atack", "w4a4.pt"), "No such command 'atack'"),
     (("attack", "w4a4.pt", "--epsilonn", "1"), "--epsilonn"),
     # recipes and data
@@ -116,8 +106,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*H4, "--set", "epochs=" + "9" * 5000), "epochs = "),
     ((*H4, "--data", "digit"), "did you mean digits"),
     (("attack", "moved.pt"), "made on /gone/faces.npz, which is missing; name its new place with --data NEW"),
-    ((*H4, "--data", "taken"), "taken has no class folders"),
-    ((*H4, "--data", "images"), "images/3/2.png cannot be read as an image"),
     ((*H4, "--data", "four.npz"), "was made for 8 pixels a side"),
     (
         ("harden", "four-pixels.pt", "--bits", "4", "--data", "four.npz", "--set", "batch_size=13"),
@@ -130,8 +118,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("harden",), "harden needs the MODEL"),
     (("train", "--architecture", "resnet8"), "names no data"),
     (("train", "--data", "digits"), "names no architecture"),
-    (("train", "--data", "digits", "--architecture", "resnet9"), "nearest: resnet8"),
-    (("attack", "taken"), "holds 0 .onnx files"),
     (("export",), "no model given"),
     (("export", "w4a4.pt", "--format", "qonxx"), "unknown format 'qonxx'"),
     (("export", "float.pt", "--format", "integer"), "quantize it first"),
@@ -214,25 +200,3 @@ def test_bad_images_are_skipped_when_asked(run: Run, bad_files: Path, digits_flo
     again = run("attack", outcome.json["checkpoint"], "--images", "5", "--epsilon", "0")
     check_refused(again, "2.png cannot be read as an image")
     assert run("attack", outcome.json["checkpoint"], "--skip-bad-images", "--images", "5", "--epsilon", "0").code == 0
-
-
-@pytest.mark.parametrize("command", ["train", "harden", "export", "quickstart"])
-def test_a_default_place_that_cannot_be_written_is_found_before_the_work(
-    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    def no_work(*_: Any, **__: Any) -> None:
-        raise AssertionError("work was done")
-
-    monkeypatch.setattr(
-        os, "access", lambda _, mode, **__: mode == os.R_OK
-    )  # root may write everywhere, so a mode would not do
-    monkeypatch.setattr("robustq.workflow.train.load_dataset", no_work)
-    monkeypatch.setattr("robustq.workflow.train.open_source", no_work)
-    monkeypatch.setattr("robustq.workflow.export.load_model", no_work)
-    arguments: dict[str, tuple[str | Path, ...]] = {
-        "train": ("--data", "digits", "--architecture", "resnet8"),
-        "harden": (digits_w4a4,),
-        "export": (digits_w4a4,),
-        "quickstart": (),
-    }
-    check_refused(run(command, *arguments[command]), "cannot be written below")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +84,6 @@ def test_a_packed_file_of_pixels(run: Run, digits_w4a4: Path) -> None:
     assert found["size_bytes"] == Path(found["files"][0]).stat().st_size
 
 
-def test_the_file_says_where_its_answers_were_proved_and_its_clean_accuracy(run: Run, digits_w4a4: Path) -> None:
-    exported = run("export", digits_w4a4, "--no-recheck", "--images", "40", "--out", "bundle")
-    proved = f"onnxruntime {version('onnxruntime')} (optimised, unoptimised, exact; 40 images)"
-    assert f"equal   answers proved in {proved}" in exported.out.splitlines()
-    about = metadata({"files": [str(file) for file in Path("bundle").glob("*.onnx")]})
-    assert json.loads(about["equal_in"]) == [proved] and json.loads(about["failed"]) == []
-    limits = json.loads(about["not_for"])
-    assert any("INFERENCE_PRECISION_HINT=f32" in limit for limit in limits)
-    assert exported.out.splitlines()[-1 - len(limits) : -1] == [f"not for {limit}" for limit in limits]
-    assert json.loads(Path("bundle/bundle.json").read_text())["not_for"] == limits
-    assert json.loads(about["accuracy"]).keys() == {"images", "clean_accuracy", "clean_interval"}
-
-
 def test_qonnx_with_batch_norm_is_compared_with_the_unfolded_network(run: Run, digits_w4a4: Path) -> None:
     found = export(run, digits_w4a4, "--format", "qonnx", "--batch-norm", "keep", "--no-recheck")
     operations = [node.op_type for node in onnx.load(found["files"][0]).graph.node]
@@ -113,19 +99,6 @@ def test_qonnx_with_batch_norm_is_compared_with_the_unfolded_network(run: Run, d
 def test_a_float_network_is_written_as_float(run: Run, digits_float: Path) -> None:
     found = export(run, digits_float, "--format", "float", "--input", "uint8", "--no-recheck")
     assert found["integer_layers"] == [] and found["parity"]["optimised"]["different_top1"] == 0
-
-
-def test_attack_counts_a_model_and_its_deployed_file_alike(run: Run, digits_w4a4: Path) -> None:
-    paper = ("--suite", "paper", "--no-surrogates", "--images", "50", "--json")
-    model = run("attack", digits_w4a4, *paper).json
-    assert set(model["attacks"]) == {"gn", "fgsm", "pgd20", "bim20", "tpgd20"} and model["images"] == 50
-    low, high = model["interval"]
-    assert low <= model["robust_accuracy"] <= min(high, *model["attacks"].values())
-    export(run, digits_w4a4, "--no-recheck")
-    deployed = run("attack", "bundle", *paper).json
-    assert (model["judge"], deployed["judge"]) == ("pytorch", "onnxruntime")
-    # Bias rounding may turn an image or two of fifty.
-    assert deployed["robust_accuracy"] == pytest.approx(model["robust_accuracy"], abs=0.1)
 
 
 def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w4a4: Path) -> None:

@@ -143,25 +143,6 @@ def test_nothing_piped_has_colour(tmp_path: Path) -> None:
         assert "\x1b" not in done.stdout + done.stderr
 
 
-def test_long_jobs_show_progress(run: Run, monkeypatch: pytest.MonkeyPatch, digits_w4a4: Path) -> None:
-    labels: dict[str, float] = {}
-    whole = progress.bar
-
-    def recording(label: str, total: float, unit: str = "img") -> Any:
-        labels[label] = total
-        return whole(label, total, unit)
-
-    jobs = (TRAIN, ("attack", digits_w4a4, "--suite", "recheck", "--images", "5"))
-    for words in jobs:
-        run(*words, "--device", "none")  # loads the modules
-    for name, module in list(sys.modules.items()):
-        if name.startswith("robustq.") and getattr(module, "bar", None) is whole and module is not progress:
-            monkeypatch.setattr(module, "bar", recording)
-    for words in jobs:
-        assert run(*words).code == 0
-    assert {"natural": 100, "test": 359, "attack: pgd20": 5, "predict": 5}.items() <= labels.items(), labels
-
-
 # --- completion ------------------------------------------------------------------------------------------------------
 
 # What bash does when Tab is pressed: sets COMP_WORDS and COMP_CWORD, calls the function, reads COMPREPLY.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from robustq.data import Batch
 from robustq.hardening import optimization, precision
 from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from robustq.hardening.trainer import Training
-from robustq.models.quant import integer_convolution
 from robustq.models.spec import ModelSpec, build_model
 from tests.cli.conftest import FAST_TRAIN, Run, check_refused
 
@@ -82,10 +80,8 @@ def test_a_normalisation_of_a_state_dict_stays_in_front(run: Run, digits_float: 
         (("--bits", "4", "--act-bits", "32"), "weight bits 4 with activation bits 32"),
         (("--act-bits", "4"), "only one bit width of weights and activations is given (4); add --weight-bits"),
         ((), "no bit width is given; add --bits 4"),
-        (("--bits", "4", "--bits-per-layer", "absent.toml"), "absent.toml cannot be read"),
         (("--bits", "4", "--bits-per-layer", "wrong.toml"), "no layer 'layer1.0.conv9'"),
         (("--bits", "4", "--normalisation", "imagenet"), "3 and 3 numbers, the data 1 channels"),
-        (("--bits", "4", "--normalisation", "grey"), "normalisation 'grey' is not numbers"),
     ],
 )
 def test_widths_that_cannot_be_are_one_line(
@@ -135,12 +131,9 @@ def test_code_of_a_custom_model_runs_only_when_it_is_named(run: Run, own: str) -
     ("words", "message"),
     [
         ("train --data digits --arch torchvision:resnet81", "no classifier 'resnet81'; nearest: resnet18"),
-        ("train --data digits --arch torchvision:squeezenet1_1", "takes images of 3 channels"),
         ("train --data digits --arch nets:build", "give it as --model nets:build"),
         ("train --data digits --model resnet8", "give --arch resnet8"),
         ("train --data digits --model OWN --arch resnet8", "both set the network"),
-        ("train --data digits --model OWN --feature-layer dws", "has no such layer"),
-        ("train --data digits --model OWN --bits 1", "1 bit needs blocks made for it"),
     ],
 )
 def test_a_wrong_architecture_is_one_line(run: Run, own: str, words: str, message: str) -> None:
@@ -175,17 +168,6 @@ def test_a_compiled_run_says_so_and_records_it(run: Run, monkeypatch: pytest.Mon
     assert recorded() == (True, False)
 
 
-def test_a_long_run_gets_the_hint_at_compile_and_a_short_one_does_not(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "with --compile" not in run(*COMPILED).err
-    monkeypatch.setattr(precision, "WORTH_COMPILING", 0.0)
-    for kernel, bits, gain in ((True, "4", "third"), (True, "32", "fifth")):
-        shutil.rmtree("run")
-        monkeypatch.setattr(integer_convolution, "is_available", lambda kernel=kernel: kernel)
-        assert f"a run may be a {gain} shorter" in run(*COMPILED, "--recipe", "odgq", "--bits", bits).err
-
-
 def test_no_compile_outweighs_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, no_compiler)
     done = run(*COMPILED, "--set", "compile=true", "--set", "cuda_graphs=true", "--no-compile")
@@ -200,18 +182,6 @@ def test_a_compiler_that_fails_leaves_nothing_behind(run: Run, monkeypatch: pyte
     assert last_line(done) == (
         "robustq: torch.compile does not work here (no compiler today); train without it: --no-compile"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
-def test_without_a_compiler_on_the_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.compiler.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(Path("cache").absolute()))
-    done = run(*COMPILED, "--compile")
-    last = last_line(done)
-    assert last.startswith("robustq: torch.compile does not work here (") and last.endswith("--no-compile")
-    assert done.code == 2 and not Path("run").exists()
 
 
 # --- Ctrl-C and --resume ---------------------------------------------------------------------------------------------

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from robustq.data import NO_AUGMENT, Augment, Split, StreamedSplit, TensorSplit, load_dataset, to_float
+from robustq.data import Augment, Split, StreamedSplit, TensorSplit, to_float
 from robustq.data.augment import crop_and_flip, draw_crops_and_flips
 from robustq.data.splits import split_by_name, stratified_indices, stratified_split
 from robustq.errors import DataError, UsageError
-from tests.data.images import BOTH, gather, pixels, streamed, tensor_split, write_npz
+from tests.data.images import BOTH, gather, pixels, streamed, tensor_split
 
 
 @pytest.fixture(params=["tensor", "streamed"])
@@ -70,14 +70,6 @@ def test_shuffling_permutes_images_together_with_labels(split: Split) -> None:
     assert indices.dtype == torch.int64 and indices.tolist() != sorted(indices.tolist())
     assert torch.equal(torch.cat([batch.x for batch in batches]), to_float(images[indices]))
     assert torch.equal(torch.cat([batch.y for batch in batches]), labels[indices])
-
-
-def test_epochs_differ_in_augmentation_and_not_only_in_order(split: Split) -> None:
-    def kinds(epoch: int, augment: Augment) -> set[bytes]:
-        return {image.numpy().tobytes() for image in gather(split, seed=0, epoch=epoch, augment=augment)[0]}
-
-    assert kinds(0, NO_AUGMENT) == kinds(1, NO_AUGMENT)
-    assert len(kinds(0, BOTH) & kinds(1, BOTH)) < len(split) / 2
 
 
 def test_take_is_evenly_spaced(split: Split) -> None:
@@ -249,15 +241,6 @@ def test_skipped_batches_leave_the_others_as_they_are(split: Split, seed: int | 
             assert torch.equal(batch.indices, same.indices)
 
 
-def test_skipped_images_are_not_read(tmp_path: Path) -> None:
-    split = streamed(tmp_path / "images")
-    order = torch.cat([batch.indices for batch in split.batches(4, device="cpu", seed=1)])
-    (sorted((tmp_path / "images").rglob("*.png"))[int(order[0])]).write_bytes(b"broken")
-    with pytest.raises(DataError):
-        list(split.batches(4, device="cpu", seed=1))
-    assert len(list(split.batches(4, device="cpu", seed=1, skip=1))) == 5
-
-
 def test_ctrl_c_in_a_terminal_leaves_the_workers_alone(tmp_path: Path) -> None:
     split = streamed(tmp_path / "images", workers=2)
     batches = split.batches(2, device="cpu", seed=0)
@@ -297,13 +280,3 @@ def test_a_digest_of_files_names_them_their_sizes_and_labels_but_not_their_place
     assert StreamedSplit(paths, labels, image_size=8, workers=0).digest() != digest
     Image.new("RGB", (16, 12)).save(paths[5])  # one colour: another size of file
     assert streamed(tmp_path / "moved").digest() != digest
-
-
-def test_a_data_set_is_named_by_all_its_parts_and_not_by_its_path(tmp_path: Path) -> None:
-    write_npz(tmp_path / "one.npz")
-    write_npz(tmp_path / "two.npz")
-    digest = load_dataset(str(tmp_path / "one.npz")).digest()
-    assert load_dataset(str(tmp_path / "two.npz")).digest() == digest
-    assert load_dataset(str(tmp_path / "one.npz"), train_images=20).digest() != digest
-    write_npz(tmp_path / "two.npz", y_test=[1, 0, 2, 3, 0, 1, 2, 3])
-    assert load_dataset(str(tmp_path / "two.npz")).digest() != digest

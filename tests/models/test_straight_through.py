@@ -1,10 +1,9 @@
-"""Backward rules: the same forward pass bit for bit, gradients against their formulas, and their use in an attack."""
+"""Backward rules: the same forward pass bit for bit, and gradients against their formulas."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import OrderedDict
 from typing import Any
 
 import brevitas.nn as qnn
@@ -12,21 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.attacks import ImageGenerators, apgd
-from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
+from robustq.models.quant.binary import BinaryActQuant
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import ActQuant, BranchQuant
 from robustq.models.quant.backward_rules import (
     RULES,
     backward_rule,
     sign_derivative,
-    staircase_derivative,
     under_rule,
 )
-from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant
-from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.folding import fold
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
 from tests.models.fx.custom_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 
@@ -121,18 +116,6 @@ def test_signed_quantizer_has_two_ends() -> None:
         assert found == pytest.approx((1 - math.cos(2 * math.pi * u) / 128) * ends, abs=1e-4)  # cos of 800 in float32
 
 
-@pytest.mark.parametrize(
-    ("lowest", "highest", "wave", "width"),
-    [(0, 3, 0.5, 0.5), (-2, 1, 0.5, 0.5), (0, 7, 0.25, 0.5), (-8, 7, 0.125, 15 / 16), (0, 255, 1 / 128, 255 / 16)],
-)
-def test_the_ripple_fades_with_the_number_of_codes(lowest: int, highest: int, wave: float, width: float) -> None:
-    u = torch.linspace(lowest - 1, highest + 1, 997, dtype=torch.float64)
-    upper = 1 / (1 + torch.exp(-(highest + 0.5 - u) / width))
-    lower = 1 / (1 + torch.exp(-(u - lowest + 0.5) / width)) if lowest else 1.0
-    expected = (1 - wave * torch.cos(2 * math.pi * u)) * upper * lower
-    torch.testing.assert_close(staircase_derivative(u, lowest=lowest, highest=highest), expected)
-
-
 def test_sign_passes_through_or_fades_like_tanh() -> None:
     layer = qnn.QuantIdentity(act_quant=BinaryActQuant)
     torch.testing.assert_close(layer_gradient(layer, X, "straight-through"), (2 - 2 * X.abs()).clamp(min=0))
@@ -203,66 +186,3 @@ def test_a_quantizer_of_another_kind_passes_through_but_is_not_smooth() -> None:
     with pytest.raises(UsageError, match="is a Halves, which has no smooth form"), backward_rule(layer, "smooth"):
         pass
     assert not any(module._forward_hooks for module in layer.modules())
-
-
-def signs_only() -> nn.Module:
-    """A binarised network without shortcuts that has learned the digits, in eval mode."""
-    torch.manual_seed(0)
-    sign = functools.partial(qnn.QuantIdentity, act_quant=BinaryActQuant)
-    conv = functools.partial(qnn.QuantConv2d, bias=False, weight_quant=BinaryWeightQuant, kernel_size=3, padding=1)
-    layers: OrderedDict[str, nn.Module] = OrderedDict(
-        pixels=qnn.QuantIdentity(act_quant=PixelQuant),
-        conv1=nn.Conv2d(1, 24, 3, padding=1, bias=False),
-        bn1=nn.BatchNorm2d(24),
-        sign1=sign(),
-        conv2=conv(24, 32, stride=2),
-        bn2=nn.BatchNorm2d(32),
-        sign2=sign(),
-        pool=nn.AvgPool2d(2),
-        flat=nn.Flatten(),
-        fc=nn.Linear(128, 10),
-    )
-    model = nn.Sequential(layers)
-    images, labels = digits("train")
-    x = to_float(images)
-    calibrate(model, x[:200])
-    optimiser = torch.optim.Adam(model.parameters(), 0.01)
-    model.train()
-    for _ in range(150):
-        batch = torch.randint(len(x), (64,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(x[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    return model.eval()
-
-
-def test_a_binarised_network_whose_straight_through_gradient_is_useless() -> None:
-    model = signs_only()
-    images, y = digits()
-    x, y = to_float(images)[:100], y[:100]
-    streams = ImageGenerators.of(0, range(len(x)))
-
-    def left(source: Any) -> int:
-        x_adv = apgd(source, x, y, epsilon=24 / 255, steps=20, loss=margin, generator=streams)
-        with torch.no_grad():
-            return int((model(x_adv).argmax(dim=1) == y).sum())
-
-    honest = {rule: left(under_rule(model, rule)) for rule in RULES}
-    with torch.no_grad():
-        before = model(x)
-        # A sign sees no scale: the same network, with nearly every activation beyond the clip of its gradient.
-        for norm in (model.bn1, model.bn2):
-            assert isinstance(norm, nn.BatchNorm2d)
-            norm.weight.mul_(1e4)
-            norm.bias.mul_(1e4)
-        assert float((model(x).argmax(dim=1) == before.argmax(dim=1)).float().mean()) >= 0.98  # but for ties at 0
-
-    clean = int((before.argmax(dim=1) == y).sum())
-    found = {rule: left(under_rule(model, rule)) for rule in RULES}
-    assert clean >= 80
-    # What random starts break is all that the trained gradient finds.
-    assert found["straight-through"] >= clean - 10
-    assert found["pass-through"] <= found["straight-through"] - 20
-    # The smooth rule does not see the factor: it breaks this network like the one without it.
-    assert abs(found["smooth"] - honest["smooth"]) <= 3
-    assert min(found.values()) <= min(honest.values()) + 5

@@ -10,11 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-import robustq
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct, predict
 from robustq.evaluation.robust_accuracy import run_suite
@@ -23,7 +21,7 @@ from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.backward_rules import RULES, under_rule
 from robustq.workflow import attack as attacking
-from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
+from robustq.workflow.attack import prepared_target
 from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable
 from tests.evaluation.budgets import small
 
@@ -105,14 +103,6 @@ def test_dynamic_files_are_judged_image_by_image(tmp_path: Path) -> None:
     assert "judged image by image" in " ".join(found.notes)
 
 
-def test_our_own_files_are_not_dynamic(tmp_path: Path, digits_w4a4: Path) -> None:
-    robustq.export_model(digits_w4a4, images=5, recheck=False, out=tmp_path / "out")
-    opened = open_attackable(tmp_path / "out", device=CPU)
-    target = opened.target()
-    assert opened.deployed is not None and not is_dynamic(opened.deployed) and not target.image_by_image
-    assert list(target.gradient_models) == [AS_TRAINED, "pass-through", "smooth"]
-
-
 @pytest.mark.parametrize("quantized", [True, False])
 def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     quantized: bool, digits_w4a4: Path, digits_float: Path
@@ -125,25 +115,6 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
     assert target.features is not None
     logits, features = target.features(x)
     assert torch.equal(logits, target.judge(x)) and features.shape == (20, 64)
-
-
-def test_a_suite_quantizes_each_weight_once(tmp_path: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "out"
-    robustq.export_model(digits_w4a4, images=5, recheck=False, out=model)
-    counted: list[str] = []
-
-    def opening(path: Path, **keys: Any) -> OpenedModel:
-        opened = open_attackable(path, **keys)
-        for name, module in opened.gradient_model.named_modules():
-            if isinstance(module, QuantWeightBiasInputOutputLayer):
-                module.weight_quant.register_forward_hook(lambda *_, name=name: counted.append(name))
-        return opened
-
-    whole = robustq.attack_model(model, suite="recheck", images=20)
-    monkeypatch.setattr(attacking, "open_attackable", opening)
-    found = robustq.attack_model(model, suite="recheck", images=20)
-    assert found["robust_accuracy"] == whole["robust_accuracy"] and found["attacks"] == whole["attacks"]
-    assert len(counted) == len(set(counted)) > 5
 
 
 # --- attack generation -----------------------------------------------------------------------------------------------
@@ -167,14 +138,6 @@ def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel
     assert replaced(opened.gradient_model) == set()
 
 
-@pytest.mark.usefixtures("without_a_compiler")
-def test_another_judge_is_asked_itself(opened: OpenedModel) -> None:
-    """As onnxruntime is for a deployed file."""
-    target = Target(lambda x: opened.gradient_model(x), opened.target().gradient_models)
-    with prepared_target(target, opened.gradient_model, images(), compiled=True) as fast:
-        assert fast.proxy is None and fast.query_model is target.judge
-
-
 def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digits_w4a4: Path) -> None:
     other = open_attackable(digits_w4a4, device=CPU).gradient_model
     target = Target(opened.gradient_model, opened.target().gradient_models, surrogates={"other": other}, control=other)
@@ -182,14 +145,3 @@ def test_weights_are_quantized_once_for_every_network(opened: OpenedModel, digit
         assert prepared is target
         assert replaced(other) == replaced(opened.gradient_model) == {"quant_weight"}
     assert replaced(other) == replaced(opened.gradient_model) == set()
-
-
-def test_a_long_eager_attack_ends_with_the_hint_at_compile(digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(attacking, "note", said.append)
-    suggest_compiling(WORTH_COMPILING - 1.0, CPU)
-    suggest_compiling(1e6, torch.device("cuda"))
-    assert not said
-    monkeypatch.setattr(attacking, "WORTH_COMPILING", 0.0)
-    robustq.attack_model(digits_w4a4, suite="recheck", images=20, device="cpu")
-    assert ["--compile" in line for line in said] == [True]

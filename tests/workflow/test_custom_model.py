@@ -1,4 +1,4 @@
-"""A custom model, module:function, through train, harden, export, recheck, attack and info."""
+"""A custom model, module:function, through train, harden, export, recheck and attack."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import robustq
-from robustq.errors import ModelFileError, UsageError
-from robustq.workflow.info import describe_file
+from robustq.errors import ModelFileError
 
 CODE = """
 from torch import nn
@@ -78,21 +77,6 @@ def test_export_recheck_and_attack(runs: Any, here: str) -> None:
         robustq.recheck_bundle(bundle["bundle"], images=30)
 
 
-def test_results_name_the_model(runs: Any, here: str) -> None:
-    assert runs[2]["model"] == f"{here.replace(':', '.')}-float"
-    assert (runs[3]["bits"], runs[3]["method"]) == (4, "odgq")
-    found = describe_file(runs[3]["checkpoint"], own_model=here)
-    assert found["architecture"] == here and found["weight_bits"] == 4
-
-
-def test_every_job_needs_the_name_again(runs: Any, here: str) -> None:
-    for job in (robustq.harden_model, robustq.attack_model, robustq.export_model, describe_file):
-        with pytest.raises(ModelFileError, match=f"was built by {here}; add --model {here} to run that code"):
-            job(runs[3]["checkpoint"])
-        with pytest.raises((ModelFileError, UsageError), match=r"--model other\.code:build was given"):
-            job(runs[3]["checkpoint"], own_model="other.code:build")
-
-
 def test_a_state_dict_of_a_custom_model(runs: Any, here: str, tmp_path: Path) -> None:
     content = torch.load(runs[2]["checkpoint"], weights_only=True)
     torch.save(content["state"], tmp_path / "weights.pt")
@@ -109,30 +93,3 @@ def test_a_state_dict_of_a_custom_model(runs: Any, here: str, tmp_path: Path) ->
     )
     spec = torch.load(found["checkpoint"], weights_only=True)["spec"]
     assert spec["feature_layer"] == "dw" and spec["architecture"] == here
-
-
-def test_post_training_quantization(runs: Any, here: str, tmp_path: Path) -> None:
-    found = robustq.harden_model(
-        runs[2]["checkpoint"],
-        bits=8,
-        own_model=here,
-        recipe="ptq",
-        overrides=("calibration_images=64",),
-        out=tmp_path / "q",
-    )
-    assert abs(found["clean_accuracy"] - runs[2]["clean_accuracy"]) < 0.1, "256 levels a value change few answers"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"architecture": "nets:build"}, "names code of your own; give it as --model nets:build"),
-        ({"own_model": "resnet20"}, "--model resnet20 is not module:function; give --arch resnet20"),
-        ({"own_model": "torchvision:resnet18"}, "give --arch torchvision:resnet18"),
-        ({"own_model": "nets:build", "architecture": "resnet20"}, "both name the network; leave one out"),
-        ({"architecture": "torchvision:resnet18"}, "takes images of 3 channels, the data have 1"),
-    ],
-)
-def test_names_that_do_not_do(options: dict[str, str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        robustq.train_model(data="digits", **options)  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ import torch
 
 import robustq
 from robustq import progress
-from robustq.checkpoint import load_model, save_atomically
+from robustq.checkpoint import load_model
 from robustq.data import Batch
-from robustq.errors import DataError, ModelFileError, OutputError, RunStoppedError, UsageError
+from robustq.errors import DataError, ModelFileError, RunStoppedError, UsageError
 from robustq.hardening.metrics import MACHINE_KEYS
 from robustq.hardening.trainer import Training
 from robustq.workflow import setup as setting
@@ -121,23 +121,6 @@ def test_a_second_signal_stops_at_once_and_the_saved_state_stands(
         )
     monkeypatch.setattr(Training, "take_step", take_step)
     assert robustq.resume_run("run")["epochs_done"] == 2
-
-
-def test_a_full_disk_stops_with_the_way_on(signal_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    saves = []
-
-    def full(content: Any, path: Path) -> None:
-        saves.append(path)
-        if len(saves) == 2:  # the first is the state before the first step
-            raise OSError(28, "No space left on device", str(path))
-        save_atomically(content, path)
-
-    monkeypatch.setattr("robustq.hardening.run_folder.save_atomically", full)
-    with pytest.raises(OutputError, match=r"resume\.pt: No space left on device; .* robustq train --resume run"):
-        robustq.train_model(
-            "natural", overrides=KEYS, data="digits", architecture="resnet8", device="cpu", out=Path("run")
-        )
-    assert robustq.resume_run("run")["epochs"] == 2
 
 
 def write_npz(path: Path, *, seed: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from robustq.checkpoint import save_model
 from robustq.data import load_dataset, to_float
-from robustq.errors import DataError, ModelFileError, RunStoppedError
+from robustq.errors import DataError, RunStoppedError
 from robustq.evaluation.accuracy import predict
 from robustq.models.spec import build_model
 from robustq.workflow import surrogates
@@ -69,22 +69,6 @@ def test_training_that_was_stopped_goes_on(cheap: Path, digits_w4a4: Path, monke
     assert not (folder / "result.json").exists()
     surrogates.natural_network(spec, data, own_model=None, device=CPU)
     assert (folder / "result.json").is_file()
-
-
-def test_a_damaged_control_names_its_folder(cheap: Path, digits_w4a4: Path) -> None:
-    spec, data = opened(digits_w4a4).spec, load_dataset("digits")
-    surrogates.natural_network(spec, data, own_model=None, device=CPU)
-    (best,) = (cheap / "runs" / "surrogates").glob("*/best.pt")
-    best.write_bytes(best.read_bytes()[:1000])
-    with pytest.raises(ModelFileError, match=r"or remove runs/surrogates/.* to train it again"):
-        surrogates.natural_network(spec, data, own_model=None, device=CPU)
-
-
-def test_the_papers_surrogates_have_two_architectures(cheap: Path, digits_float: Path) -> None:
-    found = surrogates.paper_surrogates(opened(digits_float).spec, load_dataset("digits"), own_model=None, device=CPU)
-    assert list(found) == ["a natural resnet8", "a natural resnet20"]
-    sizes = [sum(value.numel() for value in model.parameters()) for model in found.values()]
-    assert sizes[1] > 3 * sizes[0]
 
 
 def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float: Path) -> None:

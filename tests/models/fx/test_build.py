@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import brevitas.nn as qnn
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fx.build import quantized_graph
-from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import Widths, learned_thresholds
-from robustq.models.spec import build_model
 from robustq.models.state_dict import feature_layer_of
 from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, graph_of, pixels
-from tests.models.small_nets import small_spec
 
 ALL = sorted(NETS)
 X = pixels().float() / 255
@@ -168,23 +164,6 @@ def test_a_training_pass_gives_every_parameter_a_gradient_and_moves_no_quantizer
     assert [key for key, parameter in graph.named_parameters() if parameter.grad is None] == []
     moved = {key for key, value in graph.state_dict().items() if not torch.equal(value, before[key])}
     assert not {key for key in moved if "running" not in key and "tracked" not in key}
-
-
-def test_a_copy_is_the_same_model() -> None:
-    graph = graph_of("gated", 4)
-    twin = copy.deepcopy(graph)
-    assert twin.meta["feature_layer"] == graph.meta["feature_layer"]
-    with torch.no_grad():
-        assert torch.equal(twin(X), graph(X))
-    calibrate(twin, X.square())
-    moved, kept = learned_thresholds(twin), learned_thresholds(graph)
-    assert moved.keys() == kept.keys()
-    assert any(not torch.equal(one.log_threshold, kept[key].log_threshold) for key, one in moved.items())
-
-
-def test_feature_layer_of_our_models() -> None:
-    assert feature_layer_of(build_model(small_spec(4))) == "avgpool"
-    assert feature_layer_of(nn.Linear(2, 2)) is None
 
 
 @pytest.mark.parametrize(("wanted", "found"), [("head", "head"), ("block", "block.0"), ("block.3", "block.3")])

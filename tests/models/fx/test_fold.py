@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from robustq.models.fx.build import quantized_graph
 from robustq.models.fx.fold import fold_graph
-from robustq.models.quant.folded_layers import ExactConv2d, ExactLinear
 from robustq.models.quant.folding import fold_layer
 from robustq.models.quant.quantizers import Widths, learned_thresholds
 from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
@@ -99,20 +98,6 @@ def test_float_networks_fold_too(name: str) -> None:
         expected, found = graph(X), fold_graph(graph, fold_layer=fold_layer)(X)
     # float32 through a dozen layers.
     torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
-
-
-@pytest.mark.parametrize("name", ["branching", "tutorial"])
-def test_what_is_left(name: str) -> None:
-    graph = graph_of(name, 4)
-    before = {key: value.clone() for key, value in graph.state_dict().items()}
-    folded = fold_graph(graph, fold_layer=fold_layer)
-    norms = [key for key, one in folded.named_modules() if isinstance(one, nn.BatchNorm2d | nn.BatchNorm1d)]
-    assert norms == (["norm"] if name == "branching" else [])
-    assert not [one for one in folded.modules() if isinstance(one, nn.Dropout | nn.Dropout2d)]
-    assert layers(folded).keys() == layers(graph).keys()
-    assert all(isinstance(one, ExactConv2d | ExactLinear) for one in layers(folded).values())
-    after = graph.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
 @pytest.mark.parametrize("name", ALL)
