@@ -18,8 +18,6 @@ from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler, compile_forward
-from robustq.models.quant.quantizers import BranchQuant
-from robustq.models.quant.shared_weights import SharedWeights
 from robustq.models.quant.backward_rules import (
     RULES,
     STRAIGHT_THROUGH,
@@ -27,7 +25,9 @@ from robustq.models.quant.backward_rules import (
     rounds_plainly,
     under_rule,
 )
-from tests.models.test_straight_through import logits_and_gradient, network
+from robustq.models.quant.quantizers import BranchQuant
+from robustq.models.quant.shared_weights import SharedWeights
+from tests.models.test_backward_rules import logits_and_gradient, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")
 
