@@ -90,12 +90,3 @@ class Perceptron(nn.Module):
 def test_a_network_without_the_layer_is_refused(feature: str, lacking: str) -> None:
     with pytest.raises(UsageError, match=f"(Perceptron|the network) has no .*{lacking}.*'{feature}'"):
         FeatureTap(Perceptron(), feature)
-
-
-def test_logits_need_no_layer_and_other_features_are_unknown() -> None:
-    model = Perceptron()
-    x = torch.rand(3, 1, 8, 8)
-    logits, features = FeatureTap(model, "logits")(x)
-    assert torch.equal(logits, model(x)) and torch.equal(features, logits)
-    with pytest.raises(UsageError, match=r"'layer3'.*pooled"):
-        FeatureTap(model, "layer3")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from robustq.data import Augment, Batch, TensorSplit
+from robustq.data import Augment
 from robustq.hardening.averaging import IMAGES as REESTIMATED
 from robustq.hardening.methods.method import LossOutput
 from robustq.hardening.methods.natural import Natural
@@ -23,9 +21,7 @@ from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from robustq.hardening.optimization import build_optimizer
 from robustq.hardening.state import StopRequest
 from robustq.models.batch_norm import batch_statistics
-from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import learned_thresholds
-from robustq.models.spec import build_model
 from robustq.recipe import Recipe
 from tests.hardening.tiny import (
     BATCH,
@@ -39,7 +35,6 @@ from tests.hardening.tiny import (
     network,
     recipe,
     same,
-    spec,
     split,
     training,
 )
@@ -230,49 +225,6 @@ def test_a_method_that_repeats_takes_so_many_steps_on_each_batch() -> None:
     same(dict(model.state_dict()), dict(twin.state_dict()))
     # Every repeat counts in the row: three times forty images, in float32.
     assert running.state.rows[0]["loss"] == pytest.approx(sum(losses) / 120, rel=1e-5)
-
-
-@pytest.mark.parametrize("bits", [32, 4, 1])
-def test_activations_are_channels_last(bits: int) -> None:
-    gray = split()
-    images = gray.images.expand(-1, 3, -1, -1)  # with one channel there is no such order
-    torch.manual_seed(0)
-    model = build_model(replace(spec(bits), channels=3))
-    calibrate(model, images.float() / 255, from_scratch=True)
-    running = training(model, recipe(epochs=1), data=TensorSplit(images, gray.labels))
-    seen, other = [], []
-
-    def look(_: nn.Module, __: tuple[Any, ...], output: Any, *, name: str) -> None:
-        seen.append(name)
-        if not getattr(output, "value", output).is_contiguous(memory_format=torch.channels_last):
-            other.append(name)
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) or name.endswith(("branch", "sign1", "relu1")):
-            module.register_forward_hook(partial(look, name=name))
-    running.take_step(next(running.epoch_batches()))
-    assert len(seen) > 20 and not other
-
-
-def test_the_share_of_time_that_batches_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("robustq.hardening.trainer.time.perf_counter", lambda: now[0])
-
-    class Slow(TensorSplit):
-        def batches(self, *arguments: Any, **keys: Any) -> Iterator[Batch]:
-            for batch in super().batches(*arguments, **keys):
-                now[0] += 3.0
-                yield batch
-
-    class Working(Natural):
-        def loss(self, *arguments: Tensor) -> LossOutput:
-            now[0] += 1.0
-            return super().loss(*arguments)
-
-    whole, model = split(), network()
-    running = training(model, recipe(), method=natural(model, Working), data=Slow(whole.images, whole.labels))
-    finish(running)
-    assert [row["loading_share"] for row in running.state.rows] == [0.75, 0.75]
 
 
 def test_averaged_weights_are_evaluated_and_saved_without_changing_the_training() -> None:
