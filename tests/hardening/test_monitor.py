@@ -85,18 +85,6 @@ def test_the_model_is_left_as_it_was(mode: bool) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_evaluates_in_eval_mode_and_restores_the_mode_after_a_failure() -> None:
-    model = network().train()
-    x = torch.rand(12, 1, 8, 8)
-    y = model.eval()(x).argmax(dim=1)
-    model.train()
-    # In train mode the answer to one image alone is noise.
-    assert monitor(x, y, epsilon=None, batch_size=1).evaluate(model).clean == 1.0
-    with pytest.raises(RuntimeError):
-        monitor(torch.rand(2, 3, 8, 8), torch.zeros(2).long(), epsilon=None).evaluate(model)
-    assert model.training
-
-
 def test_every_epoch_starts_from_the_same_point_and_another_seed_from_another() -> None:
     x, y = graded()
     same, other = monitor(x, y, seed=3), monitor(x, y, seed=4)

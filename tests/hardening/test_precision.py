@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from robustq.errors import UsageError
 from robustq.hardening import optimization
 from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.optimization import TrainStep
@@ -68,17 +67,6 @@ def test_layers_compute_in_bfloat16_and_outputs_are_float32(bits: int) -> None:
     assert types_seen(model) == before
     with in_precision(model, "float32"):
         assert "forward" not in vars(model)
-
-
-def test_the_network_is_restored_also_when_nested_and_after_an_error() -> None:
-    model = network(4)
-    with pytest.raises(KeyError), in_precision(model, "bfloat16"):
-        with in_precision(model, "bfloat16"):
-            pass
-        assert set(types_seen(model).values()) == {HALF}
-        assert model(x=torch.rand(2, 1, 8, 8)).dtype == torch.float32
-        raise KeyError
-    assert "forward" not in vars(model)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -190,11 +178,6 @@ def test_auxiliary_passes_have_a_precision_of_their_own(method: str, precision: 
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_by_default_auxiliary_passes_are_as_the_others(precision: str) -> None:
-    assert_same(train(4, "odgq", precision, side_precision=precision), train(4, "odgq", precision))
-
-
 def test_integers_without_a_kernel_are_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer_convolution, "is_available", lambda: False)
     assert_same(train(4, "odgq", "float32", side_precision="integer"), train(4, "odgq", "float32"))
@@ -203,29 +186,6 @@ def test_integers_without_a_kernel_are_float32(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(integer_convolution, "is_available", lambda: True)
     assert advice("integer", CPU, key="side_precision") is None
     assert advice("integer", torch.device("cuda:0"), key="side_precision") is not None
-
-
-SLOW = "this processor multiplies bfloat16 at half the pace of float32; faster: --set precision=float32"
-NONE = "this processor has no instructions for bfloat16; faster: --set precision=float32"
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        ({}, NONE),
-        ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "avx512_fp16": True, "amx_bf16": False}, SLOW),
-        ({"avx512_bf16": True, "cpu_name": "Intel Xeon", "avx512_fp16": False}, None),  # before AMX: Cooper Lake
-        ({"amx_bf16": True}, None),
-        ({"architecture": "aarch64"}, None),
-    ],
-)
-def test_processors_with_slow_bfloat16_are_known(
-    found: dict[str, Any], expected: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    capabilities = {"architecture": "x86_64", **found}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert advice("bfloat16", CPU) == expected
-    assert advice("float32", CPU) is None
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("tf32", True), ("float32", False), ("bfloat16", False)])
@@ -314,15 +274,6 @@ def test_steps_are_the_same_and_compile_once_for_each_kind_of_pass(
     assert "forward" not in vars(model)
 
 
-def test_a_network_does_not_take_what_was_compiled_for_another_of_its_class(steps: Callable[..., Counted]) -> None:
-    """The other has no hook for features, and torch.compile does not look."""
-    _, (expected,), _ = steps("odgq", 4, compiling=False, count=1)
-    steps("natural", 4, compiling=True, count=1)
-    _, (loss,), (graphs,) = steps("odgq", 4, compiling=True, count=1)
-    assert torch.equal(loss, expected)
-    assert graphs == 3
-
-
 def test_a_batch_of_another_length_runs_eager() -> None:
     model = network(4).train()
     counter = CompileCounterWithBackend("eager")
@@ -332,24 +283,6 @@ def test_a_batch_of_another_length_runs_eager() -> None:
             model(torch.rand(images, 1, 8, 8))
         assert counter.frame_count == graphs
     model(torch.rand(8, 1, 8, 8))  # outside: the monitor's and every attack's call
-    assert "forward" not in vars(model)
-
-
-def test_a_compiler_that_fails_is_one_line_and_the_network_as_it_was() -> None:
-    torch.compiler.reset()
-    model = network(4).train()
-
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found\nand a long story")
-
-    forward = CompiledForward(model, batch_size=8, cuda_graphs=False, backend=broken)
-    with pytest.raises(UsageError) as caught, forward.in_place(8):
-        model(torch.rand(8, 1, 8, 8))
-    assert str(caught.value) == (
-        "torch.compile does not work here (No working C++ compiler found); train without it: --no-compile"
-    )
-    with pytest.raises(KeyError), forward.in_place(8):  # other errors of a step stay what they are
-        raise KeyError
     assert "forward" not in vars(model)
 
 

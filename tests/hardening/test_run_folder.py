@@ -222,7 +222,6 @@ def test_out_that_holds_an_unfinished_run_names_the_command(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "architecture", "typed"),
     [
-        ("runs/a", "resnet8", "robustq harden --resume runs/a"),
         ("runs/two words", "torchvision:mobilenet_v2", "robustq harden --resume 'runs/two words'"),
         ("runs/a", "nets.small:build", "robustq harden --resume runs/a --model nets.small:build"),
     ],
