@@ -1,4 +1,4 @@
-"""One training step: the learning rate in closed form, SGD as torch's, options against formulas written out."""
+"""One training step: the learning rate in closed form, and options against formulas written out."""
 
 from __future__ import annotations
 

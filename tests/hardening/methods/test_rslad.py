@@ -1,4 +1,4 @@
-"""A teacher's logits: online, of the augmented images; cached, of the images in the data set."""
+"""A cached teacher's logits are those of the images in the data set."""
 
 from __future__ import annotations
 
