@@ -1,12 +1,13 @@
 """Time of attack passes, eager and with `robustq attack --compile`, in turns in one run.
 
-    python -m benchmarks.attack_passes MODEL [--batch 256 64] [--rounds 9] [--steps 3]
+    python -m benchmarks.attack_passes MODEL [--batch 256 64] [--rounds 9] [--steps 3] [--without-integers]
     python -m benchmarks.attack_passes MODEL --whole [--suite standard] [--images 500]
 
 MODEL is a model file or an export folder, whose folded network is then the gradient model. The first form times the
 gradient under each backward rule, and the forward pass, on test images. Ratios are medians over rounds of the ratio
 within one round. `first` is the time of the first pass, with compilation; `other signs` the share of the gradient's
-non-zero signs that differ from eager. The second form runs a suite both ways, without other networks.
+non-zero signs that differ from eager. With `--without-integers` another column gives the time of compiled passes
+without integer convolutions, divided by that with them. The second form runs a suite both ways, without other networks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 from robustq.cli.process import prepare
 
@@ -45,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device")
+    parser.add_argument("--without-integers", action="store_true")
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--suite", default="standard", help="with --whole")
     parser.add_argument("--images", type=int, default=500, help="with --whole")
@@ -58,33 +62,39 @@ def _passes(options: argparse.Namespace) -> None:
     pixels, labels = data_for(opened.spec, options.data, opened.checkpoint).test.take(max(options.batch))
     print(f"{opened.spec.label}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     x, y, target = to_float(pixels.to(device)), labels.to(device), opened.target()
-    # Within it the weights of the eager network are quantized once too, as without --compile.
-    with prepared_target(target, opened.gradient_model, pixels, compiled=True) as fast:
-        ways: dict[str, tuple[Pass, Model, Model]] = {
-            f"gradient, {rule}": (_gradient, eager, fast.gradient_models[rule])
+    with ExitStack() as stack:
+        # Within it the weights of the eager network are quantized once too, as without --compile.
+        fast = [stack.enter_context(prepared_target(target, opened.gradient_model, pixels, compiled=True))]
+        if options.without_integers:
+            other = open_attackable(options.model, device=device)
+            with patch("robustq.models.quant.integer_convolution.is_available", return_value=False):
+                floats = prepared_target(other.target(), other.gradient_model, pixels, compiled=True)
+                fast.append(stack.enter_context(floats))
+        ways: dict[str, tuple[Pass, list[Model]]] = {
+            f"gradient, {rule}": (_gradient, [eager, *(one.gradient_models[rule] for one in fast)])
             for rule, eager in target.gradient_models.items()
-        } | {"forward": (_forward, target.gradient_model, fast.gradient_model)}
-        head("pass", "images", "eager", "compiled", "ratio", "first", "other signs")
-        for name, (run, eager, compiled) in ways.items():
+        } | {"forward": (_forward, [target.gradient_model, *(one.gradient_model for one in fast)])}
+        columns = ["without integers"] if options.without_integers else []
+        head("pass", "images", "eager", "compiled", "ratio", "first", "other signs", *columns)
+        for name, (run, models) in ways.items():
             first, apart = "", ""
             for count in options.batch:
                 images = x[:count].clone()
-                expected = run(eager, images, y[:count])
+                expected = run(models[0], images, y[:count])
                 start = time.perf_counter()
-                found = run(compiled, images, y[:count])
+                found = run(models[1], images, y[:count])
                 if not first:
                     first = f"{time.perf_counter() - start:.0f} s"
-                    other = (found.sign() != expected.sign())[expected != 0]
-                    apart = f"{100 * float(other.float().mean()):.3f}%" if run is _gradient else ""
-                seconds = _seconds(run, (eager, compiled), images, y[:count], options)
-                times = [f"{1000 * statistics.median(one):.1f} ms" for one in seconds]
-                row(name, count, *times, ratio(seconds[1], seconds[0]), first, apart)
+                    differs = (found.sign() != expected.sign())[expected != 0]
+                    apart = f"{100 * float(differs.float().mean()):.3f}%" if run is _gradient else ""
+                seconds = _seconds(run, models, images, y[:count], options)
+                times = [f"{1000 * statistics.median(one):.1f} ms" for one in seconds[:2]]
+                more = [ratio(seconds[2], seconds[1])] if options.without_integers else []
+                row(name, count, *times, ratio(seconds[1], seconds[0]), first, apart, *more)
 
 
-def _seconds(
-    run: Pass, models: tuple[Model, Model], x: Tensor, y: Tensor, options: argparse.Namespace
-) -> tuple[list[float], list[float]]:
-    found: tuple[list[float], list[float]] = ([], [])
+def _seconds(run: Pass, models: list[Model], x: Tensor, y: Tensor, options: argparse.Namespace) -> list[list[float]]:
+    found: list[list[float]] = [[] for _ in models]
     for number in range(options.rounds + 1):
         for model, kept in zip(models, found, strict=True):
             start = time.perf_counter()

@@ -37,8 +37,9 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.evaluator import DIAGNOSIS
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.robust_accuracy import run_suite
+from robustq.recipe.schema import DEFAULT_EPSILON
 from robustq.workflow.open_model import open_attackable
-from robustq.workflow.setup import DEFAULT_EPSILON, data_for, pick_device
+from robustq.workflow.setup import data_for, pick_device
 
 LOG = logging.getLogger(__name__)
 

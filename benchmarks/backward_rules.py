@@ -18,8 +18,8 @@ from robustq.attacks import ImageGenerators, apgd
 from robustq.attacks.losses import margin
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
-from robustq.models.quant import straight_through as backward_rules
-from robustq.models.quant.straight_through import PASS_THROUGH, SMOOTH, STRAIGHT_THROUGH, under_rule
+from robustq.models.quant import backward_rules
+from robustq.models.quant.backward_rules import PASS_THROUGH, SMOOTH, STRAIGHT_THROUGH, under_rule
 
 WAVES = (0.0, backward_rules.WAVE, 1.0)
 SIGN_WIDTHS = (0.25, backward_rules.SIGN_WIDTH, 1.0)

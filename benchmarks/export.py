@@ -23,7 +23,8 @@ from torch import nn
 
 from benchmarks.output import head, make_parser, row
 from robustq.export.formats import build
-from robustq.export.session import OnnxModel, optimised_layers
+from robustq.export.integer_layers import optimised_layers
+from robustq.export.session import OnnxModel
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model

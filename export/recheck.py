@@ -23,10 +23,11 @@ from robustq.evaluation.robust_accuracy import evaluate
 from robustq.evaluation.suites import RECHECK, NamedAttack
 from robustq.export.first_difference import first_difference
 from robustq.export.formats import FORMATS, build
+from robustq.export.integer_layers import Layers, optimised_layers
 from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.runtime_limits import not_for
-from robustq.export.session import Layers, OnnxModel, optimised_layers
+from robustq.export.session import OnnxModel
 from robustq.models.spec import ModelSpec
 
 QONNX_EXECUTOR = "qonnx_executor"

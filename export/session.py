@@ -1,50 +1,15 @@
-"""A file in onnxruntime: its logits and inner values, and which of its layers run as integers."""
+"""A file in onnxruntime: its logits and inner values."""
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
 from robustq.errors import ModelFileError
-
-INTEGER_LAYERS = frozenset(
-    {"QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
-    | {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
-)
-
-NOT_LAYERS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "Cast",
-        "Identity",
-        "Clip",
-        "Relu",
-        "Less",
-        "Where",
-        "MaxPool",
-        "NhwcMaxPool",
-    }
-    | {"Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"}
-    | {"Unsqueeze", "ReorderInput", "ReorderOutput"}
-)
-"""Operators that move, convert or compare values. Operators in neither set count as float layers."""
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Names of the layers of an optimised graph, in their order; ``float_convolutions`` are part of ``in_float``."""
-
-    integer: tuple[str, ...]
-    in_float: tuple[str, ...]
-    float_convolutions: tuple[str, ...]
 
 
 class OnnxModel:
@@ -61,11 +26,11 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path, *, optimise: bool = True, exact: bool = False, threads: int = 0) -> None:
-        options = _options(optimise=optimise)
+        options = session_options(optimise=optimise)
         options.intra_op_num_threads = threads
         if exact:
             options.add_session_config_entry("session.x64quantprecision", "1")
-        self._session = _open(path, options)
+        self._session = open_session(path, options)
         source = self._session.get_inputs()[0]
         self._input = source.name
         self.takes_uint8 = source.type == "tensor(uint8)"
@@ -87,32 +52,8 @@ class OnnxModel:
         return [torch.from_numpy(each) for each in found]
 
 
-def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:
-    """Which layers onnxruntime runs as integers and which in float, read from the graph it would execute.
-
-    Args:
-        path: the .onnx file.
-        arm_defaults: decide as onnxruntime does on ARM, where layers with int8 activations stay in float.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        optimised = Path(folder) / "optimised.onnx"
-        options = _options(optimise=True)
-        options.optimized_model_filepath = str(optimised)
-        if arm_defaults:
-            options.add_session_config_entry("session.qdqisint8allowed", "1")
-        _open(path, options)
-        nodes = onnx.load(optimised).graph.node
-    integer = tuple(_name(node) for node in nodes if node.op_type in INTEGER_LAYERS)
-    in_float = [node for node in nodes if node.op_type not in INTEGER_LAYERS | NOT_LAYERS]
-    convolutions = [node for node in in_float if "Conv" in node.op_type]  # Conv, FusedConv, NhwcFusedConv, ...
-    return Layers(integer, tuple(map(_name, in_float)), tuple(map(_name, convolutions)))
-
-
-def _name(node: onnx.NodeProto) -> str:
-    return node.name or f"{node.op_type}({node.output[0]})"
-
-
-def _options(*, optimise: bool) -> ort.SessionOptions:
+def session_options(*, optimise: bool) -> ort.SessionOptions:
+    """With all of onnxruntime's graph optimisations, or none."""
     options = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
@@ -120,7 +61,12 @@ def _options(*, optimise: bool) -> ort.SessionOptions:
     return options
 
 
-def _open(path: Path, options: ort.SessionOptions) -> Any:
+def open_session(path: Path, options: ort.SessionOptions) -> Any:
+    """A session on the CPU.
+
+    Raises:
+        ModelFileError: onnxruntime cannot load the file.
+    """
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types share no base below Exception

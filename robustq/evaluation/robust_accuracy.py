@@ -2,7 +2,7 @@
 
 The judge is the model whose robustness is claimed (for a deployed file: onnxruntime). The gradient model is a
 differentiable model near it, often the same. Every adversarial image is rounded to uint8 inside the ball before it
-counts, since a device receives uint8.
+counts (:mod:`robustq.evaluation.evaluator`), since a device receives uint8.
 """
 
 from __future__ import annotations

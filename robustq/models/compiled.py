@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import RobustqError, UsageError
-from robustq.models.quant.straight_through import Network, backward_rule, rounds_plainly
+from robustq.models.quant.backward_rules import Network, backward_rule, rounds_plainly
 
 MIN_IMAGES = 16
 """Smaller batches run eagerly: torch would compile further graphs for them, each as slow as the first."""
@@ -51,7 +51,7 @@ class CompiledNetwork:
         return self._straight_through(x)
 
     def under_rule(self, rule: str) -> Network:
-        """The same network under a backward rule of :mod:`robustq.models.quant.straight_through`."""
+        """The same network under a backward rule of :mod:`robustq.models.quant.backward_rules`."""
         # A compilation of its own: torch caches by code and ignores the hooks of a rule.
         forward = self._compile()
 

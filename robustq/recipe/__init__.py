@@ -8,9 +8,10 @@ method's own settings.
 from __future__ import annotations
 
 from robustq.recipe.files import check_name, load_recipe, recipe_names
-from robustq.recipe.schema import METADATA, UNDEFENDED, Recipe, format_epsilon, parse_epsilon
+from robustq.recipe.schema import DEFAULT_EPSILON, METADATA, UNDEFENDED, Recipe, format_epsilon, parse_epsilon
 
 __all__ = [
+    "DEFAULT_EPSILON",
     "METADATA",
     "UNDEFENDED",
     "Recipe",

@@ -48,6 +48,10 @@ TRAINING = "training"
 """Marks keys without a meaning for method ``ptq``, which does not train."""
 
 
+DEFAULT_EPSILON = 8 / 255
+"""Radius without an option, recipe or model that sets one: the usual one for CIFAR-10."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """The settings of one training run. Optional keys that are None are filled in by the model or the command line."""
@@ -60,7 +64,7 @@ class Recipe:
     weight_bits: int | None = None
     act_bits: int | None = None
     shared_sum_scale: bool | None = None  # quantize both inputs of each residual sum by one quantizer
-    epsilon: float | None = None  # radius of the threat model in [0, 1]; None: the model's, else 8/255
+    epsilon: float | None = None  # radius of the threat model in [0, 1]; None: the model's, else DEFAULT_EPSILON
     epochs: Annotated[int, Range(1, 100_000), TRAINING]
     batch_size: Annotated[int, Range(2, 65_536), TRAINING]
     lr: Annotated[float, Range(0, 100), TRAINING]  # peak learning rate

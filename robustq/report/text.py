@@ -215,7 +215,7 @@ def recheck_lines(result: Result) -> list[str]:
     judged = attack_lines(result)
     failed = [line for line in judged if line.startswith("FAILED")]
     head = f"{result['label']} as {result['format']} on {result['data']}"
-    return [*failed, head, *_proof_lines(result), *judged[len(failed) :]]
+    return [*failed, head, *_proof_lines(result), *judged[len(failed) :], *not_for_lines(result)]
 
 
 def _proof_lines(result: Result) -> list[str]:

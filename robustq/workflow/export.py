@@ -15,10 +15,10 @@ from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, SUITES
 from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
 from robustq.export.formats import build, check_format
+from robustq.export.integer_layers import Layers
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import Proof, attack_file, prove
-from robustq.export.session import Layers
 from robustq.files import atomic_folder, check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold

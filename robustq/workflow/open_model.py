@@ -19,8 +19,8 @@ from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
+from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.quant.folding import fold
-from robustq.models.quant.straight_through import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
 

@@ -29,10 +29,9 @@ from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import UNDEFENDED, format_epsilon
-from robustq.recipe.schema import FLOAT32, SAME
+from robustq.recipe.schema import DEFAULT_EPSILON, FLOAT32, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
-from robustq.workflow.setup import DEFAULT_EPSILON
 
 
 def log_run(

@@ -23,12 +23,9 @@ from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
 from robustq.models.state_dict import find_state_dict
 from robustq.progress import detail
-from robustq.recipe import Recipe, format_epsilon, load_recipe
+from robustq.recipe import DEFAULT_EPSILON, Recipe, format_epsilon, load_recipe
 from robustq.recipe.schema import Vocabulary
 from robustq.torch_file import read_checkpoint
-
-DEFAULT_EPSILON = 8 / 255
-"""Radius without option, recipe or model that sets one: the usual one for CIFAR-10."""
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -16,16 +16,9 @@ from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import UNDEFENDED, Recipe
+from robustq.recipe.schema import DEFAULT_EPSILON
 from robustq.workflow.quantize import is_post_training, quantize, quantize_only
-from robustq.workflow.setup import (
-    DEFAULT_EPSILON,
-    WidthOptions,
-    data_for,
-    open_source,
-    pick_device,
-    read_recipe,
-    with_normalisation,
-)
+from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
 from robustq.workflow.training_run import TrainResult, run_recipe, with_absolute_teacher
 
 

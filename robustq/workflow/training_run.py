@@ -37,9 +37,10 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
 from robustq.recipe import UNDEFENDED, Recipe, format_epsilon
+from robustq.recipe.schema import DEFAULT_EPSILON
 from robustq.workflow import Result
 from robustq.workflow.run_log import check_forecast, log_resume_command, log_run
-from robustq.workflow.setup import DEFAULT_EPSILON, augmentation, check_fit, check_last_batch, versions
+from robustq.workflow.setup import augmentation, check_fit, check_last_batch, versions
 
 EVALUATION_BATCH = 500
 

@@ -18,8 +18,9 @@ from onnx import numpy_helper
 import robustq
 from robustq.errors import ExportError, UsageError
 from robustq.export.formats import build, check_format
+from robustq.export.integer_layers import optimised_layers
 from robustq.export.qonnx_file import execute
-from robustq.export.session import OnnxModel, optimised_layers
+from robustq.export.session import OnnxModel
 from robustq.export.torch_export import INPUT, OPSET, OUTPUT
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model

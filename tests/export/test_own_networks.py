@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.export.formats import build
+from robustq.export.integer_layers import optimised_layers
 from robustq.export.parity import Agreement, parity
-from robustq.export.session import OnnxModel, optimised_layers
+from robustq.export.session import OnnxModel
 from robustq.models.fx.build import quantized_graph
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold

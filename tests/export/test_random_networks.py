@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from robustq.export.formats import FORMATS, build
+from robustq.export.integer_layers import optimised_layers
 from robustq.export.parity import bound_of, parity
-from robustq.export.session import optimised_layers
 from robustq.models import spec as specs
 from robustq.models.layers import Layers
 from robustq.models.quant.calibration import calibrate

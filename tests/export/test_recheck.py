@@ -13,9 +13,10 @@ from torch import nn
 
 from robustq.evaluation.accuracy import predict
 from robustq.export.first_difference import Difference
+from robustq.export.integer_layers import Layers
 from robustq.export.parity import Agreement
 from robustq.export.recheck import EXECUTOR_IMAGES, Proof, attack_file, prove
-from robustq.export.session import Layers, OnnxModel
+from robustq.export.session import OnnxModel
 from tests.export.exported import INTEGER, net, written
 
 RUNS = ["optimised", "unoptimised", "exact"]

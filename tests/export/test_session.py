@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional
 
 from robustq.errors import ModelFileError
-from robustq.export.session import OnnxModel, optimised_layers
+from robustq.export.integer_layers import optimised_layers
+from robustq.export.session import OnnxModel
 from tests.export import hand_made as hm
 from tests.export.exported import exported
 

@@ -19,11 +19,7 @@ from robustq.attacks.base import input_gradient, input_gradients
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.errors import UsageError
 from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler, compile_forward
-from robustq.models.quant.fused import _CompiledReLU
-from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
-from robustq.models.quant.quantizers import BranchQuant
-from robustq.models.quant.shared_weights import SharedWeights
-from robustq.models.quant.straight_through import (
+from robustq.models.quant.backward_rules import (
     PASS_THROUGH,
     RULES,
     STRAIGHT_THROUGH,
@@ -31,6 +27,10 @@ from robustq.models.quant.straight_through import (
     rounds_plainly,
     under_rule,
 )
+from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
+from robustq.models.quant.quantizers import BranchQuant
+from robustq.models.quant.shared_weights import SharedWeights
+from robustq.models.quant.straight_through import _CompiledReLU
 from tests.models.test_straight_through import logits_and_gradient, network
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's CPU code needs g++")

@@ -16,14 +16,14 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quant.binary import BinaryWeightQuant
-from robustq.models.quant.fused import (
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, QuantReLU, WeightQuant, learned_thresholds
+from robustq.models.quant.straight_through import (
     FusedIntQuant,
     FusedWeightQuant,
     _inside_anywhere,
     _inside_compiled_on_cpu,
     _inside_on_cpu,
 )
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, QuantReLU, WeightQuant, learned_thresholds
 
 
 class StockActQuant(ActQuant):

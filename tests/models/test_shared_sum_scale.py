@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.export.formats import build
+from robustq.export.integer_layers import optimised_layers
 from robustq.export.parity import bound_of, parity
-from robustq.export.session import optimised_layers
 from robustq.models.fx.build import quantized_graph
 from robustq.models.quant.calibration import best_threshold, calibrate
 from robustq.models.quant.folding import fold

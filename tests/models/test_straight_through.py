@@ -16,17 +16,17 @@ from robustq.attacks import ImageGenerators, apgd
 from robustq.attacks.losses import margin
 from robustq.data import to_float
 from robustq.errors import UsageError
-from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant
-from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.folding import fold
-from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
-from robustq.models.quant.straight_through import (
+from robustq.models.quant.backward_rules import (
     RULES,
     backward_rule,
     sign_derivative,
     staircase_derivative,
     under_rule,
 )
+from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant
+from robustq.models.quant.calibration import calibrate
+from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import ActQuant, BranchQuant, PixelQuant
 from tests.models.fx.custom_nets import folded_of, graph_of, pixels
 from tests.models.small_nets import digits, perturbed, small_spec
 

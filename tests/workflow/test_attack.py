@@ -21,7 +21,7 @@ from robustq.evaluation.robust_accuracy import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
-from robustq.models.quant.straight_through import RULES, under_rule
+from robustq.models.quant.backward_rules import RULES, under_rule
 from robustq.workflow import attack as attacking
 from robustq.workflow.attack import WORTH_COMPILING, prepared_target, suggest_compiling
 from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable

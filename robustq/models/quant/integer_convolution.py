@@ -1,16 +1,12 @@
-"""Convolutions of codes in integers.
+"""Convolutions of integers for passes that train no weight (auxiliary passes, attacks); not those of exported files.
 
-What this machine's processor has instructions for, as far as torch tells.
+Weights and quantized activations lie on grids, so a convolution of them is a sum of integers times one scale a channel.
+Processors with VNNI compute such sums exactly, three times as fast as a float32 convolution
+(docs/results/training-cost.md). The backward pass is in bfloat16 where the processor has fast instructions for it: no
+code flips there.
 
-Convolutions of codes, in whole numbers, for passes from which no weight learns.
-
-Activations behind a quantizer and weights lie on grids, so that a convolution of them is a sum of whole numbers times
-one scale a channel. Processors with instructions for it (VNNI) form such sums exactly, and three times as fast as a
-float32 convolution rounds its own (docs/results/training-cost.md). The way back multiplies the gradient with the
-weights in bfloat16, where the processor has fast instructions for that too: no code turns there.
-
-The kernel is oneDNN's, by the names under which torch.compile calls it: they are no public interface, so that nothing
-is done before one small convolution has come out right (:func:`is_available`).
+The kernel is oneDNN's, under the names by which torch.compile calls it. They are no public interface:
+:func:`is_available` first compares a small convolution.
 """
 
 from __future__ import annotations
@@ -31,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from robustq.models.batch_norm import running_statistics
 from robustq.models.quant.binary import FusedSign
 from robustq.models.quant.folded_layers import ExactConv2d
-from robustq.models.quant.fused import FusedIntQuant
+from robustq.models.quant.straight_through import FusedIntQuant
 
 
 def lacks_bfloat16() -> bool:

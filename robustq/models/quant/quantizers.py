@@ -30,7 +30,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.quant.fused import FusedIntQuant, FusedReLUQuant, FusedWeightQuant
+from robustq.models.quant.straight_through import FusedIntQuant, FusedReLUQuant, FusedWeightQuant
 
 FLOAT_BITS = 32
 BITS = (32, 8, 4, 3, 2, 1)
@@ -142,7 +142,8 @@ class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
-    """Brevitas' QuantReLU over ``ActQuant`` as one function (:class:`robustq.models.quant.fused.FusedReLUQuant`).
+    """Brevitas' QuantReLU over ``ActQuant`` as one function
+    (:class:`robustq.models.quant.straight_through.FusedReLUQuant`).
 
     Values and gradients of finite numbers are the same; two layers would write the tensor between them to memory.
     """

@@ -1,266 +1,269 @@
-"""Backward rules: other gradients for the same quantized network, so that attacks do not rely on the trained one.
+"""Quantizers as single autograd functions: stock Brevitas' values bit for bit, gradients in closed form.
 
-The derivative of a quantizer is zero, and the one that training uses in its place hides too: the clipped
-straight-through gradient is zero wherever an activation is clipped, in a binarised network nearly everywhere. An attack
-with a derivative of its own is BPDA (Athalye et al. 2018, arXiv:1802.00420).
+Stock Brevitas writes them as dozens of tensor operations, which cost as much as the convolutions of a small network
+(docs/results/training-cost.md). The modules are subclasses of Brevitas' own with another forward, so that exporters and
+backward rules find what they expect.
 
-    with backward_rule(model, "pass-through"):
-        x_adv = apgd(model, x, y, epsilon=8 / 255)
-
-Only the backward pass differs: forward values are the quantizer's own tensors.
+Weights w are (channels, ...) with one scale per channel, returned as (channels, 1, ...).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from brevitas.core.quant import BinaryQuant, ClampedBinaryQuant
-from brevitas.proxy.runtime_quant import ActQuantProxyFromInjectorBase
+from brevitas.core.quant import RescalingIntQuant
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
-from robustq.errors import UsageError
-from robustq.models.quant.fused import FusedIntQuant
-
-STRAIGHT_THROUGH = "straight-through"
-PASS_THROUGH = "pass-through"
-SMOOTH = "smooth"
-
-RULES: tuple[str, ...] = (STRAIGHT_THROUGH, PASS_THROUGH, SMOOTH)
-"""Every rule by its name.
-
-`straight-through`: the gradient of training: 1 inside the quantizer's range and 0 where it clips; of a sign 2 - 2 |x|
-    within 1, and 0 beyond (`robustq.models.quant.binary.FusedSign`).
-`pass-through`: 1 everywhere, without a clip mask. A ReLU in front of the quantizer keeps its own derivative.
-`smooth`: the derivative of a smooth staircase, `staircase_derivative`; of a sign that of tanh, `sign_derivative`.
-"""
-
-Network = Callable[[Tensor], Tensor]
-"""Images (N, C, H, W) -> logits (N, K)."""
-
-Derivative = Callable[[Tensor, tuple[Any, ...]], Tensor | None]
-"""(a quantizer's input, its output tuple) -> derivative in the input's shape; None for 1."""
-
-WAVE = 0.5
-"""Ripple of the smooth staircase's derivative for up to 4 codes. It falls like 1 / codes beyond: a perturbation then
-moves an activation by many codes, and the ripple is only noise in the gradient (docs/results/attacks.md)."""
-
-EDGE = 1 / 16
-"""Width of the smooth staircase's ends, as a share of its codes, and at least half a code."""
-
-SIGN_WIDTH = 0.5
-"""Width of the smooth sign, as a share of the mean magnitude of its input. Half of it breaks fewer images of a network
-with shortcuts, and more of one without (docs/results/attacks.md)."""
+from torch.autograd.function import once_differentiable
 
 
-@contextmanager
-def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -> Iterator[None]:
-    """Differentiate the activation quantizers of a network by another rule, inside the `with`.
+class _Quantize(torch.autograd.Function):
+    """clamp(round(x / s), low, high) * s, differentiated straight through (arXiv:1902.08153, section 2.1).
 
-    It covers all activation quantizers of Brevitas (in robustq's networks, folded or not, and in custom networks). The
-    last two rules also cover plain calls of torch.round, floor, ceil, trunc and sign on tensors that autograd records,
-    whose derivative is zero. Comparisons, `detach` and float networks stay as they are.
-
-    Not for training: learned scales get no gradient under the last two rules.
-
-    Args:
-        model: the network; only its backward pass changes, until the end of the `with`.
-        rule: one of `RULES`.
-        plain_rounding: False skips the plain calls, for a network without them (`rounds_plainly`).
-
-    Raises:
-        UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
-            that is neither integer nor binary.
+    With code q and incoming gradient g: for x, g where round(x / s) is in range, else 0; for s, the sum of
+    g (q - x / s) in range and of g q outside. The range ends half a step further out than in the paper. With ``relu``
+    it is the same of relu(x), with gradient 0 up to x = 0. An infinite x makes the gradient for s NaN.
     """
-    _check_rule(rule)
-    if rule == STRAIGHT_THROUGH:
-        yield
-        return
-    with ExitStack() as stack:
-        # One hook for a quantizer that several layers share: more of them would multiply the derivatives.
-        for quantizer, name in {quantizer: name for name, quantizer in activation_quantizers(model).items()}.items():
-            derivative = _derivative_of(name, quantizer, rule)
-            stack.enter_context(quantizer.register_forward_hook(partial(_replace_gradient, derivative=derivative)))
-        if plain_rounding:
-            stack.enter_context(_PlainRounding(rule))
-        yield
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, relu: bool) -> Tensor:
+        y = x / scale
+        y.round_().clamp_(low, high).mul_(scale)
+        ctx.save_for_backward(x, y, scale)
+        ctx.range = _range(low, high, relu)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, y, scale = ctx.saved_tensors
+        low, high = ctx.range
+        g_x = _inside(grads[0], x, low * scale, high * scale)
+        g_scale = None
+        if ctx.needs_input_grad[1]:
+            # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
+            g_scale = (_dot(grads[0], y) - _dot(g_x, x)) / scale
+        return g_x if ctx.needs_input_grad[0] else None, g_scale, None, None, None
 
 
-def under_rule(model: nn.Module, rule: str) -> Network:
-    """The network as a callable with the gradient of a rule; arguments and errors as of `backward_rule`."""
-    _check_rule(rule)
+class _QuantizeHalf(torch.autograd.Function):
+    """The same for x in bfloat16, computed in float32; only results and gradients are rounded.
 
-    def ruled(x: Tensor) -> Tensor:
-        with backward_rule(model, rule):
-            logits: Tensor = model(x)
-        return logits
-
-    return ruled
-
-
-def _check_rule(rule: str) -> None:
-    if rule not in RULES:
-        raise UsageError(f"backward rule '{rule}' is unknown; known: {', '.join(RULES)}")
-
-
-def rounds_plainly(model: nn.Module, x: Tensor) -> bool:
-    """Whether the network calls torch.round or its like outside its quantizers; one call with images (N, C, H, W)."""
-    watched = _PlainRounding(PASS_THROUGH)
-    with torch.enable_grad(), watched:
-        model(x.detach().clone().requires_grad_())
-    return watched.found
-
-
-def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that quantize activations, by name; each maps a tensor to (value, scale, zero point, bit width).
-
-    Raises:
-        UsageError: quantizers compiled by TorchScript, whose hooks never run.
+    The backward pass saves q s - x: the difference of two dot products of bfloat16 would be mostly rounding error.
     """
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, ActQuantProxyFromInjectorBase) or not module.is_quant_enabled:
-            continue
-        fused = module.fused_activation_quant_proxy
-        if isinstance(fused, torch.jit.ScriptModule):
-            raise UsageError(
-                "the quantizers are compiled (BREVITAS_JIT=1), and their gradients fixed; unset BREVITAS_JIT"
-            )
-        found[f"{name}.fused_activation_quant_proxy.tensor_quant"] = fused.tensor_quant
-    return found
 
-
-def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
-    """The derivative of a smooth staircase with one step per code, and smooth ends.
-
-    (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the soft
-    rounding u - w sin(2 pi u) / (2 pi), steepest where a small change flips the code, and ends of width
-    t = max((highest - lowest) EDGE, 1/2). w is `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond. Without the last
-    factor for an unsigned quantizer (lowest 0): the ReLU in front of it is that end.
-
-    Args:
-        codes: any shape, the activations in units of the scale, before rounding (zero point added).
-        lowest, highest: codes of the quantizer.
-
-    Returns:
-        The same shape, 0 to 1 + w.
-    """
-    wave = WAVE * min(1.0, 4.0 / (highest - lowest + 1.0))
-    width = max((highest - lowest) * EDGE, 0.5)
-    upper = (1.0 - wave * torch.cos(2.0 * math.pi * codes)) * torch.sigmoid((highest + 0.5 - codes) / width)
-    return upper if lowest == 0 else upper * torch.sigmoid((codes - lowest + 0.5) / width)
-
-
-def sign_derivative(x: Tensor) -> Tensor:
-    """The derivative of tanh(x / t), where t is `SIGN_WIDTH` times the mean magnitude of the image's channel.
-
-    Like the sign it does not depend on the scale of x: with a fixed width, a network whose BatchNorm multiplies by
-    1,000 would have the same logits and no gradient.
-
-    Args:
-        x: (N, C, ...); with (N, C) or fewer dimensions the mean is over the image or over everything.
-
-    Returns:
-        The same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is.
-    """
-    own = tuple(range(2 if math.prod(x.shape[2:]) > 1 else 1, x.dim()))
-    width = SIGN_WIDTH * (x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean())
-    derivative = (1.0 - torch.tanh(x / width).square()) / width
-    return torch.where(width > 0, derivative, 0.0)
-
-
-def _derivative_of(name: str, quantizer: nn.Module, rule: str) -> Derivative:
-    # Partials of functions: torch.compile would take a closure of each call for another one, and recompile.
-    if rule == PASS_THROUGH:
-        return _of_identity
-    if isinstance(quantizer, BinaryQuant | ClampedBinaryQuant):
-        return _of_sign
-    if isinstance(quantizer, FusedIntQuant):
-        return partial(_of_staircase, codes=quantizer.codes)
-    integers = getattr(quantizer, "int_quant", None)
-    if integers is None or not hasattr(integers, "min_int"):
-        raise UsageError(f"{name} is a {type(quantizer).__name__}, which has no smooth form here; use '{PASS_THROUGH}'")
-    return partial(_of_stock_staircase, integers=integers)
-
-
-def _of_identity(x: Tensor, answer: tuple[Any, ...]) -> None:
-    """1."""
-
-
-def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
-    derivative: Tensor = answer[1] * sign_derivative(x)
-    return derivative
-
-
-def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, codes: tuple[int, int]) -> Tensor:
-    _, scale, zero_point, _ = answer
-    return staircase_derivative(x / scale + zero_point, lowest=codes[0], highest=codes[1])
-
-
-def _of_stock_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
-    bit_width = answer[3]  # may be learned
-    codes = (int(integers.min_int(bit_width)), int(integers.max_int(bit_width)))
-    return _of_staircase(x, answer, codes=codes)
-
-
-def _replace_gradient(
-    module: nn.Module, inputs: tuple[Any, ...], answer: tuple[Any, ...], *, derivative: Derivative
-) -> tuple[Any, ...]:
-    """Forward hook of a quantizer: the same value with another gradient."""
-    (x,) = inputs
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, relu: bool) -> Tensor:
+        exact = x.float()
+        y = (exact / scale).round_().clamp_(low, high).mul_(scale)
+        answer = y.to(x.dtype)
+        ctx.range = _range(low, high, relu)
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            low_x, high_x = (bound * scale for bound in ctx.range)
+            of_scale = y.sub_(_inside(exact, exact, low_x, high_x)).to(x.dtype)
+        ctx.save_for_backward(x, scale, of_scale)
         return answer
-    with torch.no_grad():
-        factor = derivative(x, answer)
-    return (_WithGradient.apply(x, answer[0].detach(), factor), *answer[1:])
-
-
-class _WithGradient(torch.autograd.Function):
-    """``value``, with the gradient of x times a factor (None for 1)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
-        ctx.save_for_backward(factor)
-        return value.view_as(value)
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, scale, of_scale = ctx.saved_tensors
+        low, high = ctx.range
+        g_x = _inside(grads[0], x, low * scale, high * scale) if ctx.needs_input_grad[0] else None
+        g_scale = None if of_scale is None else _dot_of_halves(grads[0], of_scale) / scale
+        return g_x, g_scale, None, None, None
+
+
+def _range(low: int, high: int, relu: bool) -> tuple[float, float]:
+    """Half a step beyond the last codes, where rounding leaves the range; with a ReLU it begins at 0."""
+    return (0.0 if relu else low - 0.5), high + 0.5
+
+
+def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); g and x have one shape."""
+    if x.device.type != "cpu":
+        return _inside_anywhere(g, x, low, high)
+    if torch.compiler.is_compiling():
+        return _inside_compiled_on_cpu(g, x, low, high)
+    return _inside_on_cpu(g, x, low, high)
+
+
+def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Without a synchronisation with the device."""
+    # With a dimension of their own, bounds are not rounded to the type of x.
+    outside = (x <= low.reshape(1)) | (x >= high.reshape(1))
+    return torch.where(outside, torch.zeros((), device=g.device, dtype=g.dtype), g)
+
+
+def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """In one pass over memory: the gradient of a hard tanh."""
+    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
+    return result
+
+
+def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Without a bool tensor: inductor saves it for the backward pass, and its CPU code stores bools one by one (torch
+    2.15), 17 times as slow as the rest of the pass. Signs of float differences are exact; NaN and Inf stay.
+    """
+    inside = torch.sign(x - low.reshape(1)).relu() * torch.sign(high.reshape(1) - x).relu()
+    return g * inside.to(g.dtype)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return (a * b).sum()  # inductor fuses this, but reads flattened tensors element by element
+    a, b = _in_memory_order(a, b)
+    return torch.dot(a.reshape(-1), b.reshape(-1))
+
+
+def _dot_of_halves(a: Tensor, b: Tensor) -> Tensor:
+    """The float32 dot product of two bfloat16 tensors, without copies of them."""
+    if torch.compiler.is_compiling():
+        return (a.float() * b.float()).sum()
+    a, b = _in_memory_order(a, b)
+    # One sum per image, since each is rounded to bfloat16.
+    images = len(a) if a.dim() > 1 else 1
+    return torch.bmm(a.reshape(images, 1, -1), b.reshape(images, -1, 1)).sum(dtype=torch.float32)
+
+
+def _in_memory_order(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The two with dimensions in memory order, so that a reshape copies nothing."""
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        return a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return a, b
+
+
+class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
+    """Brevitas' integer quantizer for one scale per tensor, zero point 0, and signed codes or codes from 0 on."""
+
+    def __init__(
+        self,
+        int_quant: Any,
+        scaling_impl: Any,
+        int_scaling_impl: Any,
+        zero_point_impl: Any,
+        bit_width_impl: Any,
+        bit_width: int,
+        signed: bool,
+    ) -> None:
+        super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
+        self.codes = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+        # The value of int_scaling_impl as a buffer: compiled code would recompute it for every few elements of x.
+        steps = torch.tensor(float(2 ** (bit_width - 1) if signed else 2**bit_width - 1))
+        self.register_buffer("threshold_steps", steps, persistent=False)
+
+    def forward(self, x: Tensor, *, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width.
+
+        ``relu`` quantizes relu(x), by codes from 0 on, without a tensor for relu(x).
+        """
+        bit_width = self.msb_clamp_bit_width_impl()
+        scale = self.scaling_impl(x, self.threshold_steps)
+        zero_point = self.zero_point_impl(x, scale, bit_width)
+        quantize = _QuantizeHalf if x.dtype == torch.bfloat16 else _Quantize
+        return quantize.apply(x, scale, *self.codes, relu), scale, zero_point, bit_width
+
+
+class _CompiledReLU(torch.autograd.Function):
+    """relu(x) for compiled code: saves no bool tensor for the backward pass (see ``_inside_compiled_on_cpu``)."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return (grads[0] if factor is None else grads[0] * factor), None, None
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        g: Tensor = grads[0] * y.sign()
+        return g
 
 
-_ROUNDING = frozenset(
-    getattr(owner, name) for owner in (torch, Tensor) for name in ("round", "floor", "ceil", "trunc", "fix")
-)
-_SIGNS = frozenset((torch.sign, Tensor.sign, torch.sgn, Tensor.sgn))
+class FusedReLUQuant(nn.Module):
+    """A ReLU and its quantizer as one function, in place of Brevitas' FusedActivationQuantProxy and with its names."""
 
-
-class _PlainRounding(TorchFunctionMode):
-    """Gives plain rounding the derivative 1, and plain signs 1 or under the smooth rule that of tanh."""
-
-    def __init__(self, rule: str) -> None:
+    def __init__(self, activation_impl: nn.ReLU, tensor_quant: FusedIntQuant) -> None:
         super().__init__()
-        self.rule = rule
-        self.found = False
+        self.activation_impl = activation_impl
+        self.tensor_quant = tensor_quant
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call the function and replace the gradient of its result."""
-        answer = func(*args, **(kwargs or {}))
-        if (func not in _ROUNDING and func not in _SIGNS) or not args or not isinstance(args[0], Tensor):
-            return answer
-        x = args[0]
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return answer
-        self.found = True
-        factor = None
-        if self.rule == SMOOTH and func in _SIGNS:
-            with torch.no_grad():
-                factor = sign_derivative(x)
-        return _WithGradient.apply(x, answer.detach(), factor)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
+        answer: tuple[Tensor, Tensor, Tensor, Tensor]
+        hooked = _has_hooks(self.activation_impl) or _has_hooks(self.tensor_quant)
+        if hooked or not isinstance(self.tensor_quant, FusedIntQuant):
+            # A hook, as of a backward rule, needs two steps; so does a quantizer that Brevitas compiled.
+            bare = torch.compiler.is_compiling() and not _has_hooks(self.activation_impl)
+            answer = self.tensor_quant(_CompiledReLU.apply(x) if bare else self.activation_impl(x))
+        else:
+            answer = self.tensor_quant.forward(x, relu=True)
+        return answer
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _QuantizeToLargest(torch.autograd.Function):
+    """round(w / s) * s with s = max |w| / largest code, differentiated straight through the rounding; never clipped.
+
+    With incoming gradients g for the values and h for the scale: g for w, and for the largest weight of a channel also
+    its sign / largest code times (the channel's sum of g (q - w / s), plus h).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, largest_code: int, smallest: float) -> tuple[Tensor, Tensor]:
+        flat = w.reshape(len(w), -1)
+        largest, place = flat.abs().max(dim=1, keepdim=True)
+        scale = largest.clamp_(min=smallest).div_(largest_code).reshape(_per_channel(w))
+        # A quotient may exceed the largest code by one float32 rounding, and then rounds to that code.
+        y = (w / scale).round_().mul_(scale)
+        ctx.save_for_backward(w, y, scale, place)
+        ctx.largest_code = largest_code
+        return y, scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        w, y, scale, place = ctx.saved_tensors
+        g, of_scale = grads
+        rounding = ((y - w) * g).reshape(len(w), -1).sum(dim=1, keepdim=True) / scale.reshape(len(w), 1)
+        at_largest = (rounding + of_scale.reshape(len(w), 1)) / ctx.largest_code
+        sign = w.reshape(len(w), -1).gather(1, place).sign()
+        return g.reshape(len(w), -1).scatter_add(1, place, at_largest * sign).view(w.shape), None, None
+
+
+class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
+    """Brevitas' integer quantizer for symmetric weights with scales from the channels' largest magnitudes.
+
+    Magnitudes below ``scaling_min_val`` count as that.
+    """
+
+    def __init__(
+        self,
+        int_quant: Any,
+        scaling_impl: Any,
+        int_scaling_impl: Any,
+        zero_point_impl: Any,
+        bit_width_impl: Any,
+        bit_width: int,
+        scaling_min_val: float,
+    ) -> None:
+        super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
+        self.largest_code = 2 ** (bit_width - 1) - 1
+        self.smallest = scaling_min_val
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weights -> quantized weights of the same shape, their scales, zero point and bit width."""
+        y, scale = _QuantizeToLargest.apply(x, self.largest_code, self.smallest)
+        bit_width = self.msb_clamp_bit_width_impl()
+        return y, scale, self.zero_point_impl(x, scale, bit_width), bit_width
+
+
+def _per_channel(w: Tensor) -> tuple[int, ...]:
+    return (len(w), *(1 for _ in w.shape[1:]))
