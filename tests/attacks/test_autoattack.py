@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from robustq.attacks import ImageGenerators, apgd, apgd_targeted, fab, fab_targeted, fgsm, square
 from robustq.attacks.losses import dlr
 from robustq.data import to_float
-from tests.models.small_nets import digits, small_spec, trained
+from tests.models.small_nets import digits
 
 LOG = logging.getLogger(__name__)
 Attack = Callable[[nn.Module, Tensor, Tensor, float, int, int], Tensor]
@@ -109,12 +109,3 @@ def compare(name: str, model: nn.Module, *, images: int, epsilon: float, budget:
 )
 def test_as_strong_as_autoattack_on_a_small_network(name: str, budget: int, seeds: int) -> None:
     compare(name, perceptron(), images=400, epsilon=24 / 255, budget=budget, seeds=seeds)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", [32, 4])
-@pytest.mark.parametrize(
-    ("name", "budget", "seeds"), [("apgd-ce", 30, 2), ("apgd-t", 40, 1), ("fab-t", 15, 1), ("square", 200, 1)]
-)
-def test_as_strong_as_autoattack_on_residual_networks(name: str, budget: int, seeds: int, bits: int) -> None:
-    compare(name, trained(small_spec(bits)), images=200, epsilon=24 / 255, budget=budget, seeds=seeds)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 
-from robustq.attacks.generators import ImageGenerators, image_generators
-from robustq.errors import UsageError
+from robustq.attacks.generators import ImageGenerators
 
 
 def test_numbers_are_those_of_splitmix64() -> None:
@@ -68,18 +66,3 @@ def test_signs_and_normals() -> None:
     # The share beyond two sigma, 4.55%, with five standard errors.
     assert abs(float((normal.abs() > 2).double().mean()) - 0.0455) <= 5 * math.sqrt(0.0455 / 100_000)
     assert not normal.isinf().any()
-
-
-def test_generators_for_a_batch() -> None:
-    assert ImageGenerators.of(0, range(0)).uniform((3, 2)).shape == (0, 3, 2)
-    x = torch.zeros(3, 1, 2, 2)
-    generator = torch.Generator().manual_seed(1)
-    first, second = image_generators(generator, x), image_generators(generator, x)
-    assert len(set(torch.cat([first.keys, second.keys]).tolist())) == 6
-    assert torch.equal(image_generators(torch.Generator().manual_seed(1), x).keys, first.keys)
-    assert image_generators(first, x) is first
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        assert not torch.equal(image_generators(None, x).keys, image_generators(None, x).keys)
-    with pytest.raises(UsageError, match="3 random generators and 2 images"):
-        image_generators(first, x[:2])

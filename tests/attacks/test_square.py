@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks import ImageGenerators, square
-from robustq.attacks.square import schedule_of, share
+from robustq.attacks.square import share
 
 EPSILON = 8 / 255
 X = 0.3 + 0.4 * torch.rand(6, 3, 12, 9, generator=torch.Generator().manual_seed(2))
@@ -42,13 +42,6 @@ def test_share_follows_the_paper(schedule: int) -> None:
     table = {0: 1, 10: 1, 20: 2, 60: 4, 210: 8, 600: 16, 1100: 32, 2100: 64, 4100: 128, 6100: 256, 8100: 512, 9990: 512}
     for query, divisor in table.items():
         assert share(query=query * schedule // 10_000, schedule=schedule) == 0.8 / divisor
-
-
-def test_small_images_have_a_shorter_schedule() -> None:
-    assert schedule_of(3 * 32 * 32) == schedule_of(3 * 224 * 224) == 10_000
-    assert schedule_of(3 * 32 * 32 // 8) == 2500
-    assert 700 <= schedule_of(64) <= 800
-    assert schedule_of(1) >= 1
 
 
 def test_stripes_then_one_square_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

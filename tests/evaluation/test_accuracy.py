@@ -63,21 +63,6 @@ def test_predict_and_correct(batch_size: int) -> None:
     assert predict(as_logits, IMAGES[:0], batch_size=batch_size).shape == (0,)
 
 
-def test_predict_runs_without_gradient_but_not_in_inference_mode() -> None:
-    modes, sizes = [], []
-    weight = torch.ones(3, 3, requires_grad=True)
-
-    def model(x: Tensor) -> Tensor:
-        logits = x.flatten(1) @ weight
-        modes.append((logits.requires_grad, torch.is_inference_mode_enabled()))
-        sizes.append(len(x))
-        return logits
-
-    predict(model, IMAGES, batch_size=4)
-    assert modes == 2 * [(False, False)]
-    assert sizes == [4, 2]
-
-
 def test_bad_input_is_refused() -> None:
     for shape in ((6,), (1, 6), (6, 3, 1)):
         with pytest.raises(UsageError, match="logits must be"):

@@ -32,7 +32,6 @@ CASES: list[tuple[str, Check, bool]] = [
     ("step order", flags.step_order(of(5), of(10)), False),
     ("step order", flags.step_order(of(6), of(10)), True),
     ("step order", flags.step_order(of(5), of(11)), True),
-    ("step order", flags.step_order(of(0, 300), of(0, 5)), False),
     ("large ball", large(100), False),
     ("large ball", large(118), False),  # its 95% interval reaches 10%
     ("large ball", large(125), True),
@@ -44,7 +43,6 @@ CASES: list[tuple[str, Check, bool]] = [
     ("noise", flags.noise(of(0), control=of(50)), False),  # at this radius nobody loses anything
     ("zero gradient", flags.zero_gradient(zero=10, images=1000), False),
     ("zero gradient", flags.zero_gradient(zero=11, images=1000), True),
-    ("zero gradient", flags.zero_gradient(zero=0, images=0), False),
     ("logit scale", flags.logit_scale(of(20), left=(0.5, 0.48)), False),
     ("logit scale", flags.logit_scale(of(21), left=(0.5, 0.479)), True),
     ("loss", flags.loss([("margin", of(60), (0.5, 0.44)), ("dlr", of(30), (0.5, 0.47))]), False),
@@ -52,15 +50,12 @@ CASES: list[tuple[str, Check, bool]] = [
     ("gradient-free", gradient_free(4, 400), False),
     ("gradient-free", gradient_free(5, 400), True),
     ("gradient-free", gradient_free(3, 10), False),  # three of a thousand are within chance
-    ("gradient-free", gradient_free(0, 0), False),
     ("transfer", flags.transfer([("a", of(20)), ("b", of(3))]), False),
     ("transfer", flags.transfer([("a", of(3)), ("b", of(21))]), True),
     ("randomness", flags.randomness(share=0.0, draws=8), False),
     ("randomness", flags.randomness(share=0.01, draws=8), True),
     ("twin", flags.twin(different=1, images=1000, random=False), False),
     ("twin", flags.twin(different=2, images=1000, random=False), True),
-    ("twin", flags.twin(different=1, images=50, random=False), False),
-    ("twin", flags.twin(different=10, images=10_000, random=False), False),
     ("twin", flags.twin(different=400, images=1000, random=True), False),
 ]
 
@@ -78,9 +73,3 @@ def test_every_flag_is_tested_and_explained() -> None:
     text = (Path(__file__).parents[2] / "docs" / "flags.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert [heading for heading in headings if heading in flags.FLAG_NAMES] == list(flags.FLAG_NAMES)
-
-
-def test_the_words_name_the_worst_loss_and_the_best_surrogate() -> None:
-    found = flags.loss([("margin", of(61), (0.5, 0.439)), ("dlr", of(90), (0.5, 0.41))])
-    assert "dlr leaves 41.0%" in found.text
-    assert "b break 2.1 points" in flags.transfer([("a", of(3)), ("b", of(21))]).text

@@ -180,22 +180,6 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert not torch.equal(first.x_adv, other.x_adv)
 
 
-@pytest.mark.parametrize("suite", [small("full"), small("paper")], ids=lambda suite: suite.name)
-def test_another_batch_size_changes_at_most_one_image(suite: Suite) -> None:
-    model = trained("n-fgsm")
-    assert isinstance(model, Net)
-    target = Target(model, {AS_TRAINED: model}, features=model.features, surrogates={"other": trained("natural", 1)})
-    found = [run(target, replace(suite, checks_masking=False), batch_size=size) for size in (13, 60)]
-    # Kernels sum in another order at another batch size, which may turn an image that sits on a boundary.
-    robust = [int(one.robust.sum()) for one in found]
-    assert max(robust) - min(robust) <= 1
-    assert 0 < robust[0] < int(found[0].clean.sum())
-    assert list(found[0].attacked) == list(found[1].attacked)
-    for name in found[0].attacked:
-        broken = [int((~one.attacked[name]).sum()) for one in found]
-        assert max(broken) - min(broken) <= 1, name
-
-
 # --- judges of every kind --------------------------------------------------------------------------------------------
 
 
@@ -273,10 +257,7 @@ def test_nothing_to_attack() -> None:
         ({"images": torch.zeros(5, 1, 8, 6, dtype=torch.uint8)}, r"cannot take images of shape \(1, 8, 6\)"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, "5 images and 3 labels"),
         ({"labels": torch.full((5,), 10)}, "labels go from 10 to 10"),
-        ({"labels": torch.full((5,), -1)}, "labels go from -1 to -1"),
         ({"epsilon": 0.5 / 255}, "below one grey level"),
-        ({"epsilon": float("nan")}, "epsilon is nan"),
-        ({"suite": "standart"}, "unknown suite 'standart'"),
     ],
 )
 def test_bad_input_is_one_line(more: dict[str, Any], message: str) -> None:

@@ -15,9 +15,6 @@ from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
 from tests.models.small_nets import digits, small_spec, trained
 
-WIDTHS = [8, 4, 1]
-"""Of the fast tests."""
-
 SLOW_WIDTH = 3
 
 QUANTIZED = [name for name, one in FORMATS.items() if not one.is_float]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
 
 from robustq.errors import ExportError
-from robustq.export.lowering.biases import accumulator_biases, bias_zero_points, implied_zero_points
+from robustq.export.lowering.biases import accumulator_biases, implied_zero_points
 from tests.export import hand_made as hm
 from tests.export.exported import parsed
 
@@ -86,16 +84,6 @@ def test_codes_are_multiplied_and_their_scale_divided(steps: int, largest: int, 
     assert (one != two).mean() < 1e-3 and np.abs(one - two).max() <= 0.5
 
 
-def test_then_onnxruntime_runs_it_as_integers(tmp_path: Path) -> None:
-    path = tmp_path / "layer.onnx"
-    model = layer()
-    onnx.save(model, path)
-    assert hm.optimised_operations(path, arm_defaults=False)["QLinearConv"] == 0
-    accumulator_biases(model)
-    onnx.save(model, path)
-    assert hm.optimised_operations(path, arm_defaults=False)["QLinearConv"] == 1
-
-
 def test_a_bias_in_the_accumulators_own_steps_stays() -> None:
     assert hm.unchanged(accumulator_biases, layer(steps=1))
 
@@ -133,15 +121,3 @@ def test_parameters_of_qonnx_biases_have_one_axis(bits: int) -> None:
     for node in found:
         assert hm.constant(model, node.input[1]).ndim == 1
         assert hm.constant(model, node.input[2]).shape == (1,) and hm.constant(model, node.input[2])[0] == 0
-
-
-def test_a_scalar_that_others_read_stays_theirs() -> None:
-    model = parsed(4, "qonnx")
-    (first, *_) = bias_quantizers(model)
-    others = [node for node in model.graph.node if node.op_type == "Quant" and node.output[0] != first.output[0]]
-    scalar = next(node.input[2] for node in others if hm.constant(model, node.input[2]).ndim == 0)
-    first.input[2] = scalar
-    assert bias_zero_points(model) == 1
-    assert hm.constant(model, first.input[2]).shape == (1,)
-    assert hm.constant(model, scalar).ndim == 0
-    assert bias_zero_points(model) == 0

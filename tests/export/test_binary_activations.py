@@ -76,14 +76,6 @@ def test_the_convolution_sums_up_the_same(channels: list[tuple[int, bool | None]
     assert not {"Mul", "Sub", "Clip"} & set(operations)
 
 
-def test_thresholds_are_expanded_along_a_row() -> None:
-    after = chain([3, 200], [True, False])
-    binary_activations(after)
-    (expand,) = (node for node in after.graph.node if node.op_type == "Expand")
-    assert hm.constant(after, expand.input[0]).reshape(-1).tolist() == [3, 200]
-    assert hm.constant(after, expand.input[1]).tolist() == [2, 1, 7]
-
-
 def test_a_value_that_others_read_stays() -> None:
     before = chain([3, 200], [True, False])
     before.graph.node.append(hm.node("Neg", ["values"], "y2"))
@@ -116,17 +108,3 @@ def test_a_clip_whose_values_include_zero_is_refused() -> None:
     threshold.CopyFrom(onnx.numpy_helper.from_array(np.full((2, 1, 1), 4, np.float32), "threshold"))  # an even number
     with pytest.raises(ExportError, match="is not -1 and \\+1 on either side of one code"):
         binary_activations(model)
-
-
-def test_other_graphs_stay() -> None:
-    model = hm.model(
-        [
-            hm.quantize("x", "q", "s", "z"),
-            hm.node("Clip", ["q", "low", "high"], "c"),
-            hm.dequantize("c", "y", "s", "z"),
-        ],
-        {"s": STEP, "z": np.uint8(0), "low": np.uint8(0), "high": np.uint8(15)},
-        x=["n", 3],
-        outputs={"y": 2},
-    )
-    assert hm.unchanged(binary_activations, model)

@@ -59,17 +59,12 @@ def record(content: object) -> Callable[[Path], object]:
         ),
         (lambda folder: (folder / "net.onnx").unlink(), "holds 0 .onnx files"),
         (lambda folder: (folder / MODEL).unlink(), f"has no {MODEL} beside net.onnx; export the model again"),
-        (lambda folder: (folder / RECORD).unlink(), f"has no {RECORD} beside net.onnx"),
         (record(b'{"format": "integer"'), f"{RECORD}: is not valid JSON"),
-        (record(b"\xff\xfe\x00"), f"{RECORD}: is not valid JSON"),
-        (record([]), f"{RECORD}: does not say format and sha256"),
         (record({"format": "integer", "sha256": "abc"}), f"{RECORD}: does not say format and sha256"),
         (
             lambda folder: (folder / "net.onnx").write_bytes(b"onnx!"),
             f"net.onnx: is not the file that {RECORD} speaks of",
         ),
-        (lambda folder: (folder / MODEL).write_bytes(b"weight"), f"{MODEL}: is not the file that {RECORD} speaks of"),
-        (lambda folder: (folder / "net.onnx").rename(folder / "renamed.onnx"), "its sha256 differs"),
     ],
 )
 def test_a_damaged_bundle(bundle: Path, damage: Callable[[Path], object], line: str) -> None:

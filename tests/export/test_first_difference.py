@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustq.export.first_difference import Difference, first_difference
-from robustq.export.parity import APART, RUNS, compare
-from robustq.export.session import OnnxModel
+from robustq.export.first_difference import first_difference
 from tests.export.exported import net, written
 
 
@@ -59,26 +57,3 @@ def test_a_value_on_a_tie_is_told_from_a_fault(tmp_path: Path) -> None:
     other.bn1 = Shifted()
     found = first_difference(written(tmp_path, 8, "integer"), other, made.x[:4])
     assert found is not None and found.layer == "relu" and found.on_ties
-
-
-def test_networks_of_another_depth_do_not_line_up(tmp_path: Path) -> None:
-    made = net(4)
-    found = first_difference(written(tmp_path, 1, "integer"), made.folded, made.x[:2])
-    assert found == Difference("the file (14 layers of the network and 24 of the file do not line up)", 1, 1, False)
-
-
-@pytest.mark.parametrize(("bits", "run"), [(8, "optimised"), (8, "unoptimised"), (4, "exact")])
-def test_images_that_are_apart_have_a_value_on_a_tie(tmp_path: Path, bits: int, run: str) -> None:
-    """What parity counts as images on rounding ties, it may: each is followed to one."""
-    made, path, ways = net(bits), written(tmp_path, bits, "packed"), RUNS[run]
-    with torch.no_grad():
-        expected = made.folded(made.x)
-    difference = (OnnxModel(path, **ways)(made.x) - expected).abs().amax(dim=1) / (expected.max() - expected.min())
-    apart = (difference > APART).nonzero().flatten().tolist()
-    assert len(apart) == compare(expected, OnnxModel(path, **ways)(made.x)).images_apart
-    for place in apart[:10]:
-        found = first_difference(path, made.folded, made.x[place : place + 1], optimise=ways["optimise"])
-        assert found is not None and found.on_ties
-    same = (difference <= 1e-6).nonzero().flatten().tolist()
-    assert len(same) > len(made.x) / 2
-    assert first_difference(path, made.folded, made.x[same[:5]], optimise=ways["optimise"]) is None

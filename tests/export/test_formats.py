@@ -48,10 +48,8 @@ def additions(bits: int) -> int:
         ("integer", 32, {}, r"a 32-bit \(float\) network cannot be written as integer; write it as float, or quantize"),
         ("float", 8, {}, "resnet8-w8a8 is quantized, and float holds 32-bit networks"),
         ("QONNX", 4, {}, "unknown format 'QONNX'; known: qonnx, qcdq, integer, packed, float$"),
-        ("qonnx", 4, {"pixels": "uint8"}, "--input uint8 is not known to qonnx; choose float$"),
         ("integer", 4, {"pixels": "int8"}, "--input int8 is not known to integer; choose float or uint8$"),
         ("packed", 4, {"batch_norm": "keep"}, "--batch-norm keep is not known to packed; choose fold$"),
-        ("qonnx", 4, {"consumer": "vitis"}, "--for vitis is not known; choose finn or hls4ml$"),
         ("integer", 4, {"consumer": "finn"}, "--for finn goes with --format qonnx, not with integer$"),
         ("qonnx", 4, {"consumer": "hls4ml", "batch_norm": "keep"}, "--for hls4ml folds BatchNorm into fixed-point mul"),
         ("qonnx", 1, {"consumer": "hls4ml"}, "resnet8-w1a1: --for hls4ml holds no layers of 1 bit; harden with --bits"),
@@ -135,19 +133,6 @@ def test_weights_are_the_folded_networks_codes_and_biases_are_int32(bits: int, s
         assert any(each.shape == code.shape and np.array_equal(each, code) for code in codes)
     for each in constants_of(model, "Conv", 2) + constants_of(model, "Gemm", 2):
         assert each.dtype == np.int32
-
-
-def test_pixels_and_activations_are_uint8_but_for_binary_ones_in_qcdq() -> None:
-    def types(model: onnx.ModelProto) -> set[str]:
-        nodes = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-        (first,) = (node for node in nodes if INPUT in node.input)
-        assert hm.constant(model, first.input[1]) == np.float32(1 / 255)
-        zero_point = hm.constant(model, first.input[2])
-        assert zero_point == 0 and zero_point.dtype == np.uint8
-        return {hm.constant(model, node.input[2]).dtype.name for node in nodes}
-
-    assert types(parsed(1, "qcdq")) == {"int8", "uint8"}
-    assert types(parsed(4, "qcdq")) == types(parsed(4, "integer")) == types(parsed(1, "packed")) == {"uint8"}
 
 
 def test_exporting_changes_nothing_and_repeats_itself() -> None:

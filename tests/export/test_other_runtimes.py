@@ -92,9 +92,3 @@ def test_finn_has_integer_thresholds_where_sums_share_a_scale(tmp_path: Path) ->
         assert found.different_top1 == 0 and found.holds, f"{setting}: {found}"
     assert (report["integer_layers"], report["float_layers"]) == (10, 0)
     assert report["scalar_multipliers_before_sums"] == 0 and report["thresholds_integer"]
-
-
-def test_the_table_names_every_version_once() -> None:
-    assert len(CHOSEN) == len(NAMES)
-    assert len({each.name for each in RUNTIMES}) == len(RUNTIMES)
-    assert all(pin.count("==") == 1 or each.kind == "node" for each in RUNTIMES for pin in each.packages)

@@ -60,18 +60,6 @@ def test_parts_are_added_in_a_type_that_old_onnxruntimes_add(bits: int) -> None:
     assert set(added) == {onnx.TensorProto.INT32}  # bytes from 1.23 on
 
 
-def test_layers_share_what_bytes_unpack_to() -> None:
-    codes = weights(4, (64, 64), factor=18)
-    constants = {"one": codes, "two": codes[::-1].copy(), "three": (codes // 18).astype(np.int8), "s": np.float32(1)}
-    nodes = [hm.dequantize(name, f"w_{name}", "s") for name in ("one", "two", "three")]
-    chain = [("x", "one", "a"), ("a", "two", "b"), ("b", "three", "y")]
-    nodes += [hm.node("MatMul", [source, f"w_{name}"], result) for source, name, result in chain]
-    model = hm.model(nodes, constants, x=["n", 64], outputs={"y": 2})
-    assert packed_weights(model) == 3
-    tables = [tensor for tensor in model.graph.initializer if tensor.name.startswith("bytes_of_4")]
-    assert len(tables) == 2  # with and without the factor of 18
-
-
 @pytest.mark.parametrize(
     "codes",
     [
@@ -97,9 +85,3 @@ def test_fields_say_what_the_codes_were(numbers: list[int]) -> None:
 def test_the_most_significant_field_comes_first() -> None:
     assert pack(np.array([1, 0, 1, 1, 0, 0, 0, 1, 1], np.uint8), 1).tolist() == [0b10110001, 0b10000000]
     assert pack(np.array([1, 15], np.uint8), 4).tolist() == [0x1F]
-
-
-def test_all_weights_alike_need_one_bit() -> None:
-    fields = fields_of(np.full((4, 4), -7, np.int8))
-    assert fields.bits == 1 and not fields.values.any()
-    assert fields_of(np.zeros((4, 4), np.int8)).bits == 1

@@ -31,7 +31,6 @@ FAST = [
     (1, "packed"),
 ]
 SLOW = [(8, "qonnx"), (8, "packed"), (3, "packed"), (2, "packed"), (2, "qcdq")]
-LARGER = [(32, "float"), (8, "qcdq"), (4, "packed"), (1, "packed"), (1, "qonnx")]
 
 
 def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
@@ -60,15 +59,6 @@ def test_every_file_agrees_with_the_folded_network(tmp_path: Path, bits: int, na
     proof = prove(path, name, made.folded, made.spec, made.images)
     check_proof(proof, bits, name, len(made.images))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("bits", "name"), LARGER)
-def test_every_larger_file_agrees_with_the_folded_network(tmp_path: Path, bits: int, name: str) -> None:
-    made = net(bits, architecture="resnet20")
-    path = written(tmp_path, bits, name, architecture="resnet20")
-    images = made.images[:100]
-    check_proof(prove(path, name, made.folded, made.spec, images), bits, name, len(images))
 
 
 @pytest.mark.slow

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from robustq.export.formats import HLS4ML, build
 from robustq.export.metadata import add_results
-from robustq.export.runtime_limits import contents, not_for
+from robustq.export.runtime_limits import not_for
 from tests.export.exported import net, parsed, written
 
 OLD = "onnxruntime up to 1.20.1, also -web and -node"
@@ -46,30 +44,6 @@ def test_a_file_for_hls4ml() -> None:
     made = net(4)
     model = build("qonnx", made.folded, made.spec, consumer=HLS4ML)
     assert runtimes(not_for(model, made.spec)) == ["onnxruntime", "FINN"]
-
-
-def test_element_types_decide_and_not_the_format() -> None:
-    """The same comparisons of int32 load everywhere."""
-    model = copy.deepcopy(parsed(1, "integer"))
-    nodes = model.graph.node
-    for less in [node for node in nodes if node.op_type == "Less"]:
-        wide = [f"{one}_wide_{less.output[0]}" for one in less.input]
-        for read, made in zip(less.input, wide, strict=True):
-            at = list(nodes).index(less)
-            nodes.insert(at, helper.make_node("Cast", [read], [made], to=TensorProto.INT32))
-        changed = next(node for node in nodes if node.op_type == "Less" and node.output == less.output)
-        changed.input[:] = wide
-    onnx.checker.check_model(model, full_check=True)
-    assert "Less" in contents(model, net(1).spec).operators
-    assert runtimes(not_for(model, net(1).spec)) == [OPENVINO]
-
-
-@pytest.mark.parametrize(("name", "bits"), [("integer", 4), ("integer", 1), ("packed", 4)])
-def test_no_sum_of_bytes_is_written(name: str, bits: int) -> None:
-    """The table has no row for it, though onnxruntime before 1.23 would refuse such a file."""
-    found = contents(parsed(bits, name), net(bits).spec)
-    assert "Add" in found.operators and "Add" not in found.of_bytes
-    assert {"DequantizeLinear"} <= found.of_bytes
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, str]:

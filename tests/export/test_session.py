@@ -72,16 +72,6 @@ def test_integer_and_float_layers_are_told_apart(tmp_path: Path) -> None:
     assert len(layers.in_float) == 2  # and the pooling
 
 
-def test_int8_activations_fall_back_at_arm_defaults(tmp_path: Path) -> None:
-    model = half_integer()
-    for tensor in model.graph.initializer:
-        if tensor.name == "mid_z":
-            tensor.CopyFrom(onnx.numpy_helper.from_array(np.zeros((), np.int8), "mid_z"))
-    path = saved(tmp_path, model)
-    assert len(optimised_layers(path).float_convolutions) == 1
-    assert len(optimised_layers(path, arm_defaults=True).float_convolutions) == 2
-
-
 @pytest.mark.parametrize(("optimise", "exact"), [(False, False), (True, False), (True, True)])
 def test_answers_are_the_graphs(tmp_path: Path, optimise: bool, exact: bool) -> None:
     x = torch.rand(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -7,9 +7,8 @@ import copy
 import numpy as np
 import onnx
 import onnxruntime as ort
-import pytest
 
-from robustq.export.lowering.short_names import module_name, short_names
+from robustq.export.lowering.short_names import short_names
 from tests.export.exported import parsed
 
 
@@ -35,19 +34,3 @@ def test_layers_keep_their_modules_names() -> None:
     names = [node.name for node in model.graph.node if node.op_type == "Conv"]
     assert names[:3] == ["conv1", "layer1.0.conv1", "layer1.0.conv2"] and "layer2.0.downsample.0" in names
     assert {node.name for node in model.graph.node if node.op_type == "Add"} >= {"layer1.0.add", "layer2.0.add"}
-
-
-@pytest.mark.parametrize(
-    ("exported", "module"),
-    [
-        ("/conv1/Conv", "conv1"),
-        ("/layer1/layer1.0/conv1/Conv", "layer1.0.conv1"),
-        ("/layer2/layer2.0/downsample/downsample.0/Conv", "layer2.0.downsample.0"),
-        ("/layer3/layer3.0/Add_1", "layer3.0.add_1"),
-        ("/fc/Gemm", "fc"),
-        ("/avgpool/GlobalAveragePool", "avgpool.globalaveragepool"),
-        ("Conv_7", "Conv_7"),
-    ],
-)
-def test_module_names(exported: str, module: str) -> None:
-    assert module_name(exported) == module

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from robustq.errors import UsageError
 from robustq.hardening.features import FEATURES, FeatureTap
 from tests.hardening.tiny import network
 
@@ -50,52 +47,3 @@ def test_each_feature_is_its_tensor(feature: str, bits: int) -> None:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(FeatureTap(model, feature)(x)[1].square().sum(), x)
     assert bool(gradient.any())
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-
-
-@pytest.mark.parametrize("feature", FEATURES)
-def test_no_hook_stays_behind(feature: str) -> None:
-    """One as long as there is a tap, and none after it; between calls it keeps no tensor."""
-    model, x = resnet8(32)
-    before = hooks(model)
-    tap = FeatureTap(model, feature)
-    during = hooks(model)
-    assert during - before == (feature != "logits")
-    answer = model(x)
-    kept = [weakref.ref(each) for each in tap(x)]
-    assert not any(each() is not None for each in kept)
-    assert torch.equal(model(x), answer)
-    with pytest.raises(RuntimeError):
-        tap(torch.rand(5, 3, 8, 8))
-    assert hooks(model) == during
-    assert torch.equal(tap(x)[0], answer)
-    del tap
-    assert hooks(model) == before
-
-
-class Perceptron(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(x.flatten(1))
-        return logits
-
-
-@pytest.mark.parametrize(("feature", "lacking"), [("pooled", "pooling"), ("unpooled", "pooling"), ("conv", "convol")])
-def test_a_network_without_the_layer_is_refused(feature: str, lacking: str) -> None:
-    with pytest.raises(UsageError, match=f"(Perceptron|the network) has no .*{lacking}.*'{feature}'"):
-        FeatureTap(Perceptron(), feature)
-
-
-def test_logits_need_no_layer_and_other_features_are_unknown() -> None:
-    model = Perceptron()
-    x = torch.rand(3, 1, 8, 8)
-    logits, features = FeatureTap(model, "logits")(x)
-    assert torch.equal(logits, model(x)) and torch.equal(features, logits)
-    with pytest.raises(UsageError, match=r"'layer3'.*pooled"):
-        FeatureTap(model, "layer3")

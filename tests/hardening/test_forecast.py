@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from robustq.hardening import forecast as forecasting
 from robustq.hardening.forecast import copied, forecast
 from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.hardening.state import StopRequest
@@ -21,7 +19,6 @@ from tests.hardening.tiny import finish, same, spec
     [
         ("natural", 4, {}),
         ("odgq", 0, {"global_perturbation": "noise"}),  # a generator of the method's own, and dropout's
-        ("odgq", 0, {"tied_to": "sample", "update": "epoch"}),
     ],
 )
 def test_nothing_is_left_of_the_rehearsal(method: str, bits: int, keys: dict[str, Any]) -> None:
@@ -32,25 +29,10 @@ def test_nothing_is_left_of_the_rehearsal(method: str, bits: int, keys: dict[str
     same(finish(training).load(), uninterrupted(method, bits, keys))
 
 
-def test_copies_are_copies() -> None:
-    tensor = torch.zeros(2)
-    copy = copied({"a": tensor, "b": [{"c": tensor, "d": None, "e": 3}]})
-    tensor.fill_(1)
-    assert copy == {"a": copy["a"], "b": [{"c": copy["b"][0]["c"], "d": None, "e": 3}]}
-    assert not copy["a"].any() and not copy["b"][0]["c"].any()
-
-
-def test_time_is_that_of_the_rest_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_that_of_the_rest_of_the_run() -> None:
     training, _ = begun("natural", 0, {}, init=0)
-    assert 0 < forecast(training).seconds < 60
-    monkeypatch.setattr(forecasting, "_time_steps", lambda training: 10.0)
-    assert 60 <= forecast(training).seconds < 61  # six steps; the monitor of ten images takes next to nothing
-    training.take_step(next(training.epoch_batches()))
-    assert 50 <= forecast(training).seconds < 51
-    monkeypatch.undo()
-    training.state.step = 3  # the epoch lacks nothing but the monitor
     found = forecast(training)
-    assert 0 <= found.seconds < 60
+    assert 0 < found.seconds < 60
     assert 1e8 < found.memory_bytes < 1e12  # torch alone takes over 100 MB, and no test machine has a terabyte
 
 

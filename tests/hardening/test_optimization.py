@@ -1,29 +1,21 @@
-"""One training step: the learning rate in closed form, SGD as torch's, options against formulas written out."""
+"""One training step: the learning rate in closed form, and options against formulas written out."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robustq.data import Augment
-from robustq.errors import RecipeError
 from robustq.hardening.awp import adversarial_weights
-from robustq.hardening.methods.method import CrossEntropy, LossOutput
-from robustq.hardening.methods.natural import Natural
-from robustq.hardening.optimization import TrainStep, build_optimizer, learning_rate
-from robustq.models.batch_norm import batch_statistics
-from robustq.models.quant.quantizers import learned_thresholds
-from robustq.recipe import Recipe, load_recipe
-from tests.hardening.tiny import BATCH, CPU, build, finish, natural, network, recipe, same, split, training
+from robustq.hardening.optimization import learning_rate
+from robustq.recipe import Recipe
+from tests.hardening.tiny import BATCH, CPU, finish, network, recipe, split, training
 
 LR = 0.05
 
@@ -51,83 +43,6 @@ def test_learning_rate(keys: dict[str, Any], points: dict[float, float]) -> None
     for epochs_done, share in points.items():
         assert learning_rate(settings, epochs_done) == pytest.approx(0.4 * share, rel=1e-15, abs=1e-15), epochs_done
     assert math.isfinite(learning_rate(settings, settings.epochs))
-
-
-def sgd_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(count):
-        x = torch.rand(8, 1, 8, 8, generator=generator)
-        optimizer.zero_grad()
-        functional.cross_entropy(model(x), torch.arange(8) % 10).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-
-def test_steps_and_state_of_sgd_are_those_of_torch() -> None:
-    ours = network(4).train()
-    theirs = copy.deepcopy(ours)
-    optimizer = build_optimizer(ours, recipe(lr=0.05, momentum=0.8, weight_decay=0.01))
-    thresholds = {id(module.log_threshold) for module in learned_thresholds(theirs).values()}
-    decayed = [p for p in theirs.parameters() if id(p) not in thresholds]
-    held = [p for p in theirs.parameters() if id(p) in thresholds]
-    reference = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": held, "weight_decay": 0.0}], lr=0.05, momentum=0.8
-    )
-    assert held
-    sgd_steps(ours, optimizer, 3)
-    sgd_steps(theirs, reference, 3)
-    same(dict(ours.state_dict()), dict(theirs.state_dict()))
-    same(optimizer.state_dict(), reference.state_dict())
-    # From the state of one to the other, and on.
-    optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
-    sgd_steps(ours, optimizer, 2)
-    sgd_steps(theirs, reference, 2)
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert all(p.requires_grad and p.grad_fn is None for p in ours.parameters())  # a step is no part of a graph
-
-
-@pytest.mark.parametrize("bits", [32, 4, 1])
-@pytest.mark.parametrize(
-    ("method", "keys"),
-    [
-        ("natural", {}),
-        ("odgq", {}),
-        ("odgq", {"natural_gradient": True, "batch_norm": "train"}),
-        ("odgq", {"batch_norm": "joint"}),
-        ("fgsm-mep", {}),
-        ("trades", {"steps": 2}),
-    ],
-)
-def test_short_cuts_change_nothing(
-    method: str, keys: dict[str, Any], bits: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Weights quantized once and gradients of images alone, against the same formulas without."""
-    settings = recipe(method, lr=LR, settings=keys)
-    model, twin = network(bits).train(), network(bits).train()
-    fast, plain = TrainStep(model, build(settings, model), settings), build(settings, twin)
-    generated: list[Tensor] = []
-    perturb = fast.method.perturb
-
-    def seen(*batch: Tensor) -> Tensor:
-        generated.append(perturb(*batch))
-        return generated[-1]
-
-    monkeypatch.setattr(fast.method, "perturb", seen)
-    optimizer = build_optimizer(twin, settings)
-    batch = next(split().batches(BATCH, device=CPU, seed=7))
-    # One step: later ones would meet weights that differ in their last bits, where a sign or a rounding may change.
-    output = fast.step(batch, epoch=0)
-    monkeypatch.setattr("robustq.hardening.methods.method.only_input_gradients", lambda _: nullcontext())
-    x_adv = plain.perturb(batch.x, batch.y, batch.indices)
-    expected = plain.loss(batch.x, x_adv, batch.y, batch.indices)
-    optimizer.zero_grad()
-    expected.loss.backward()
-    optimizer.step()
-    assert torch.equal(generated[0], x_adv)
-    assert torch.equal(output.loss, expected.loss)
-    state: dict[str, Tensor] = twin.state_dict()
-    for name, value in model.state_dict().items():
-        # Gradients of several passes are added in another order: float32 rounding, times the learning rate.
-        torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def settings(**keys: Any) -> Recipe:
@@ -209,48 +124,6 @@ def test_training_follows_the_formulas(case: str) -> None:
     assert far(plain, want) > 20 * 2e-4  # what the option changes is far from the tolerance
 
 
-def test_defaults_change_not_one_bit_and_cost_nothing() -> None:
-    calls: list[int] = []
-
-    class Counted(Natural):
-        def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
-            calls.append(1)
-            return super().loss(x, x_adv, y, indices)
-
-    model, twin = network(4), network(4)
-    plain = training(model, settings(), method=natural(model, Counted))
-    finish(plain)
-    assert len(calls) == 6 and plain.train_step.average is None
-    # A gradient that is never long enough, and a perturbation that never begins, do not either.
-    finish(training(twin, settings(clip_gradient=1e6, awp_gamma=0.1, awp_warmup_epochs=9)))
-    same(dict(model.state_dict()), dict(twin.state_dict()))
-
-
-def test_adversarial_weights_are_worse_and_restored() -> None:
-    model = network(4).train()
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    x, y = split().images[:8].float() / 255, split().labels[:8]
-    gamma = 0.1
-    seen: list[float] = []
-
-    def loss() -> Tensor:
-        value = CrossEntropy()(model(x), y)
-        seen.append(value.item())
-        return value
-
-    with pytest.raises(ZeroDivisionError), adversarial_weights(model, loss, gamma=gamma):
-        for name, parameter in model.named_parameters():
-            moved = (parameter.detach() - state[name]).norm()
-            expected = gamma * state[name].norm() if parameter.dim() > 1 else torch.zeros(())
-            torch.testing.assert_close(moved, expected, rtol=1e-4, atol=0)  # float32 sums of a thousand squares
-        with batch_statistics(model), torch.no_grad():
-            loss()
-        raise ZeroDivisionError
-    assert seen[1] > seen[0]
-    same(dict(model.state_dict()), state)
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
 def test_layers_without_gradient_are_not_perturbed() -> None:
     first, second, unused = nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False), nn.Linear(4, 4)
     nn.init.zeros_(first.weight)  # the second layer's input, so its gradient, is 0
@@ -265,26 +138,3 @@ def test_layers_without_gradient_are_not_perturbed() -> None:
         assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
         assert torch.equal(unused.weight, before)
         assert not first.weight.any()
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "label_smoothing=1",
-        "clip_gradient=-1",
-        "clip_gradient=true",
-        "ema_decay=1",
-        "awp_gamma=1.5",
-        "awp_warmup_epochs=0.5",
-    ],
-)
-def test_invalid_options_are_refused(bad: str) -> None:
-    with pytest.raises(RecipeError, match=bad.partition("=")[0]):
-        load_recipe("odgq", (bad,))
-
-
-def test_rslad_has_no_labels_to_smooth() -> None:
-    keys = ("method=rslad", "epochs=1", "batch_size=8", "lr=0.1")
-    with pytest.raises(RecipeError, match="label_smoothing has no meaning for method 'rslad'"):
-        load_recipe("natural", (*keys, "label_smoothing=0.1"))
-    assert load_recipe("natural", keys).label_smoothing == 0

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -109,18 +108,6 @@ def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == set()
 
 
-def test_a_second_run_names_the_first(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    with made(path):
-        for attempt in (lambda: RunFolder.reopen(path), lambda: check_new_run(path)):
-            with pytest.raises(RunLockedError, match=f"process {os.getpid()} on {socket.gethostname()}"):
-                attempt()
-        assert (path / LOCK).exists()
-    assert not (path / LOCK).exists()
-    with RunFolder.reopen(path):
-        pass
-
-
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -174,15 +161,6 @@ def test_copies_follow_the_state_after_a_kill_between_the_writes(tmp_path: Path)
         assert names(path) == {"config.json", RESUME, LOCK, *old}
         assert (path / "metrics.jsonl").read_bytes() == new["metrics.jsonl"]
         assert (held(path / "last.pt"), held(path / "best.pt")) == (2, 2)
-
-
-def test_reopening_in_mid_epoch_leaves_last_pt_to_the_epoch(tmp_path: Path) -> None:
-    path = tmp_path / "run"
-    with made(path) as folder:
-        folder.save(state(1, best=1), epoch_ended=True, is_best=True)
-        folder.save(state(1, step=2, best=1), epoch_ended=False, is_best=False)
-    with RunFolder.reopen(path):
-        assert (held(path / "last.pt"), held(path / "best.pt")) == (1, 1)
 
 
 def broken(path: Path, case: str) -> None:
@@ -244,7 +222,6 @@ def test_out_that_holds_an_unfinished_run_names_the_command(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("path", "architecture", "typed"),
     [
-        ("runs/a", "resnet8", "robustq harden --resume runs/a"),
         ("runs/two words", "torchvision:mobilenet_v2", "robustq harden --resume 'runs/two words'"),
         ("runs/a", "nets.small:build", "robustq harden --resume runs/a --model nets.small:build"),
     ],

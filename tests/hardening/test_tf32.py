@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from robustq.hardening.precision import forbid_tf32, tf32
 from robustq.workflow.setup import pick_device
 
 
@@ -21,20 +20,6 @@ def torch_as_it_comes() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def test_forbidden() -> None:
-    forbid_tf32()
-    assert flags() == (False, False)
-    assert torch.backends.cudnn.conv.fp32_precision != "tf32"  # type: ignore[attr-defined] # what newer code reads
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_what_was_true_before_is_true_again(allowed: bool) -> None:
-    with pytest.raises(ValueError, match="within"), tf32(allowed=allowed):
-        assert flags() == (allowed, allowed)
-        raise ValueError("within")
-    assert flags() == (True, False)
 
 
 @pytest.mark.parametrize("name", [None, "cuda", "cuda:0"])

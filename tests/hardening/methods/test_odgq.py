@@ -27,7 +27,6 @@ EPSILON = 0.1
 SLOTS = 6
 SHAPE = (2, 6, 6)
 SAMPLES = 16
-CPU = torch.device("cpu")
 
 
 class Twin(nn.Module):
@@ -167,19 +166,6 @@ def test_algorithm_1(domains: int, local_scale: float, mmd_weight: float) -> Non
         assert not torch.equal(P[0], P[1])
 
 
-def test_the_last_domain_gathers_every_epoch_and_the_first_only_its_own() -> None:
-    # "P[0, ...] updates every N_k epochs, and P[N_k - 1, ...] updates every epoch like a roulette" (section III).
-    x, y = images(SLOTS, seed=1)
-    method = odgq(twins()[0], domains=3)
-    updated = []
-    for epoch in range(6):
-        method.begin_epoch(epoch)
-        before = method.perturbations.clone()
-        method.perturb(x, y, torch.arange(SLOTS))
-        updated.append([bool((new != old).any()) for new, old in zip(method.perturbations, before, strict=True)])
-    assert updated == [[True, True, True], [False, True, True], [False, False, True]] * 2
-
-
 def grey(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Images so far from 0 and 1 that nothing is clamped, their labels and indices."""
     return *images(SLOTS, seed=seed, low=0.3, high=0.7), torch.arange(SLOTS)
@@ -194,33 +180,6 @@ def first_sign(model: nn.Module, x_g: Tensor, y: Tensor) -> Tensor:
     model.zero_grad()
     assert x_g.grad is not None
     return x_g.grad.sign()
-
-
-def test_mmd_weight_zero_leaves_the_clean_branch_out() -> None:
-    x, y, indices = grey()
-    model, net = twins()
-    method = odgq(model, mmd_weight=0.0)
-    with Watch(model) as seen:
-        step = one_step(method, x, y, indices)
-    assert len(seen.inputs) == 2
-    assert set(step.terms) == {"cross_entropy"}
-    logits, _ = net.forward(seen.inputs[1], train=True, move=True)
-    assert step.loss.item() == pytest.approx(reference.task_loss(logits, y).item(), rel=1e-12)
-    assert_close(running(model), net.running)
-    assert method.passes == "2 forward + 2 backward passes"
-    assert odgq(model).passes == "3 forward + 2 backward passes"
-
-
-@pytest.mark.parametrize("local_scale", [0.25, 0.5, 1.0, 1.25])
-def test_local_scale(local_scale: float) -> None:
-    x, y, indices = grey()
-    model, _ = twins()
-    method = odgq(model, local_scale=local_scale)
-    sign = first_sign(model, x, y)
-    x_adv = method.perturb(x, y, indices)
-    # P takes the local part as it is (line 8), the images at most epsilon of it (line 9). The first x_g is x itself.
-    assert torch.equal(method.perturbations[0], local_scale * EPSILON * sign)
-    torch.testing.assert_close(x_adv, x + min(local_scale, 1.0) * EPSILON * sign, rtol=0, atol=1e-15)
 
 
 def test_global_perturbation_none() -> None:
@@ -332,25 +291,6 @@ def test_project_total() -> None:
     assert torch.equal(free_seen[0], projected_seen[0]) and torch.equal(free_P, projected_P)
 
 
-def test_clamp_keeps_images_in_the_unit_interval() -> None:
-    x, y = images(SLOTS, seed=1)
-    outward = (x - 0.5).sign()
-    seen_images = {}
-    for clamp in (True, False):
-        model, _ = twins()
-        method = odgq(model, clamp=clamp, domains=1)
-        method.perturbations[0] = 3 * EPSILON * outward
-        with Watch(model) as seen:
-            x_adv = method.perturb(x, y, torch.arange(SLOTS))
-        seen_images[clamp] = seen.inputs[0], x_adv
-    x_g, x_adv = seen_images[True]
-    assert torch.equal(x_g, (x + EPSILON * outward).clamp(0, 1))
-    assert x_adv.min() == 0 and x_adv.max() == 1
-    x_g, x_adv = seen_images[False]
-    assert x_g.min().item() == pytest.approx(-EPSILON) and x_g.max().item() == pytest.approx(1 + EPSILON)
-    assert x_adv.min().item() == pytest.approx(-2 * EPSILON) and x_adv.max().item() == pytest.approx(1 + 2 * EPSILON)
-
-
 def features_of(net: reference.ReferenceNet, x: Tensor, feature: str) -> Tensor:
     """What each reading of "the last convolution output" means on the twin, under the statistics of x."""
     if feature in ("pooled", "logits"):
@@ -385,9 +325,7 @@ def test_features(feature: str) -> None:
     [
         ({"estimator": "squared"}, {"estimator": "squared"}),
         ({"bandwidth": "mean"}, {"bandwidth": "mean"}),
-        ({"bandwidth": "mixture"}, {"bandwidth": "mixture"}),
         ({"bandwidth": 0.02}, {"bandwidth": 0.02}),
-        ({"bandwidth": 2}, {"bandwidth": 2.0}),
     ],
 )
 def test_estimator_and_bandwidth_reach_the_mmd(keys: dict[str, Any], options: dict[str, Any]) -> None:
@@ -400,28 +338,6 @@ def test_estimator_and_bandwidth_reach_the_mmd(keys: dict[str, Any], options: di
     expected = mmd(a, b, **options).item()
     assert step.terms["mmd"].item() == pytest.approx(expected, rel=1e-10)
     assert expected != pytest.approx(mmd(a, b).item(), rel=1e-3)
-
-
-def test_natural_gradient() -> None:
-    x, y, indices = grey()
-    model, net = twins()
-    method = odgq(model, natural_gradient=True)
-    assert method.passes == "3 forward + 3 backward passes"
-    x_adv = method.perturb(x, y, indices)
-    step = method.loss(x, x_adv, y, indices)
-    logits, features = net.forward(x_adv, train=True, move=True)
-    _, natural = net.forward(x, train=True, move=False)
-    parameters = list(net.parameters.values())
-    both, one = (
-        torch.autograd.grad(
-            reference.task_loss(logits, y) + 3 * reference.mmd_loss(features, clean), parameters, retain_graph=True
-        )
-        for clean in (natural, natural.detach())
-    )
-    assert_close(gradients(model, step.loss), dict(zip(net.parameters, both, strict=True)))
-    assert not torch.allclose(both[0], one[0], rtol=1e-2)
-    # As by default, the clean branch does not move the running statistics.
-    assert_close(running(model), net.running)
 
 
 BATCH_NORM_MODES = ["eval", "train", "joint", "separate"]
@@ -491,19 +407,10 @@ def test_black_and_white_pixels_do_not_freeze_behind_the_input_quantizer(pixel: 
     ("key", "value"),
     [
         ("domains", 0),
-        ("domains", 2.5),
-        ("domains", float("nan")),
-        ("domains", "four"),
         ("domains", True),
-        ("mmd_weight", -0.1),
-        ("local_scale", 0.0),
         ("local_scale", float("nan")),
-        ("clip_stored", "yes"),
-        ("estimator", 2),
         ("bandwidth", "modal"),
-        ("bandwidth", 0.0),
         ("bandwidth", float("inf")),
-        ("bandwidth", True),
         ("batch_norm", "frozen"),
         ("mmd_wieght", 3.0),
     ],
@@ -513,17 +420,13 @@ def test_bad_settings(key: str, value: Any) -> None:
         resolved_settings(recipe("odgq", settings={key: value}))
 
 
-def test_build_method_passes_everything_on() -> None:
+def test_build_method_passes_settings_and_sizes_on() -> None:
     model, _ = twins()
 
     def built(**keys: Any) -> Any:
         sizes: dict[str, Any] = {"image_shape": SHAPE, "samples": SAMPLES, "epsilon": 0.2, "seed": 5}
         return build(recipe("odgq", batch_size=SLOTS, settings=keys), model, **sizes)
 
-    made = built(domains=3, tied_to="sample", local_scale=0.5)
-    assert made.adversarial and made.epsilon == 0.2
-    assert made.settings == OdgqSettings(domains=3, tied_to="sample", local_scale=0.5)
-    assert made.perturbations.shape == (3, SAMPLES, *SHAPE)
     assert built().perturbations.shape == (4, SLOTS, *SHAPE) and built().perturbations.dtype == torch.float32
     assert built(stored_as="float16").state_dict()["perturbations"].dtype == torch.float16
     assert built().generator.initial_seed() == 5

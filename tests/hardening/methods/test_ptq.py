@@ -16,13 +16,11 @@ from torch.nn import functional
 import robustq
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
-from robustq.errors import RecipeError, UsageError
-from robustq.hardening.methods.ptq import correct_biases, norms_behind
+from robustq.hardening.methods.ptq import correct_biases
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.resnet import ResNet
 from robustq.models.spec import ModelSpec, build_model
-from robustq.recipe import load_recipe
 from robustq.recipe.schema import TRAINING_KEYS
 
 IMAGES = 256
@@ -94,45 +92,39 @@ def test_nothing_but_means_and_the_last_bias_moves(digits_float: Path) -> None:
     assert modes == {name: module.training for name, module in twin.named_modules()}
 
 
-def test_a_float_network_does_not_change_and_every_convolution_finds_its_norm(digits_float: Path) -> None:
+def test_a_float_network_does_not_change(digits_float: Path) -> None:
     network, _, _ = load_model(digits_float)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     assert correct_biases(network, images()) == 0
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    names = {id(module): name for name, module in network.named_modules()}
-    found = {conv: names[id(norm)] for conv, norm in norms_behind(network, images()[:1]).items()}
-    assert found["conv1"] == "bn1" and found["layer2.0.conv2"] == "layer2.0.bn2"
-    assert found["layer2.0.downsample.0"] == "layer2.0.downsample.1"
-    assert len(found) == 9
 
 
-@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_quantized_run_is_one_like_any_other(
-    digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int
+    digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = robustq.harden_model(digits_float, bits=bits, recipe="ptq", device="cpu")
+    result = robustq.harden_model(digits_float, bits=4, recipe="ptq", device="cpu")
     folder = Path(result["run"])
-    assert folder == tmp_path / "runs" / f"resnet8-w{bits}a{bits}-ptq"
+    assert folder == tmp_path / "runs" / "resnet8-w4a4-ptq"
     assert {file.name for file in folder.iterdir()} == {"best.pt", "last.pt", "config.json", "result.json"}
     assert json.loads((folder / "result.json").read_text()) == result
-    assert (result["bits"], result["method"], result["epochs"], result["best_epoch"]) == (bits, "ptq", 0, 0)
+    assert (result["bits"], result["method"], result["epochs"], result["best_epoch"]) == (4, "ptq", 0, 0)
     assert result["test_images"] == 359
     config = json.loads((folder / "config.json").read_text())
     assert config["recipe"]["settings"] == {"bias_correction": True} and not set(TRAINING_KEYS) & set(config["recipe"])
     # An undefended network must not become what a bare export ships.
     assert not (tmp_path / "runs" / "last-hardened").exists()
     model, spec, info = load_model(folder / "best.pt")
-    assert spec.weight_bits == bits and info["method"] == "ptq"
+    assert spec.weight_bits == 4 and info["method"] == "ptq"
     assert info["holdout_clean_accuracy"] == result["holdout_clean_accuracy"]
     # The corrected network is what is exported: the integer file has the answers of the folded network, which are the
-    # network's own but for biases rounded to the accumulator's steps; at 2 bits these steps are coarse.
+    # network's own but for biases rounded to the accumulator's steps.
     bundle = robustq.export_model(result["checkpoint"], images=60, recheck=False, device="cpu")
     assert bundle["shortfalls"] == [] and bundle["float_layers"] == []
     folded = fold(model, spec)
     x = images()[:100]
     with torch.no_grad():
-        assert bits == 2 or (folded(x).argmax(dim=1) == model(x).argmax(dim=1)).float().mean() >= 0.97
+        assert (folded(x).argmax(dim=1) == model(x).argmax(dim=1)).float().mean() >= 0.97
 
 
 def test_a_quantized_network_is_calibrated_anew(digits_w4a4: Path, tmp_path: Path) -> None:
@@ -145,27 +137,3 @@ def test_a_quantized_network_is_calibrated_anew(digits_w4a4: Path, tmp_path: Pat
     scales = [name for name in found if name.endswith("log_threshold")]
     assert scales and any(not torch.equal(found[name], network.state_dict()[name]) for name in scales)
     assert result["bits"] == spec.weight_bits
-
-
-def test_what_makes_no_sense_is_refused(digits_float: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(UsageError, match="use robustq harden MODEL --recipe ptq"):
-        robustq.train_model("ptq", data="digits", architecture="resnet8", out=out)
-    with pytest.raises(UsageError, match="at 32 bits leaves nothing to quantize"):
-        robustq.harden_model(digits_float, bits=32, recipe="ptq", out=out)
-    with pytest.raises(RecipeError, match=r"epochs has no meaning for method 'ptq'.*lr has no meaning"):
-        load_recipe("ptq", ("epochs=3", "lr=0.1"))
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError])
-def test_what_is_cut_off_leaves_nothing(
-    digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[BaseException]
-) -> None:
-    def stop(*_: Any) -> None:
-        raise fault
-
-    monkeypatch.setattr("robustq.workflow.quantize._write_json", stop)
-    with pytest.raises(fault):
-        robustq.harden_model(digits_float, bits=4, recipe="ptq", device="cpu", out=tmp_path / "runs" / "run")
-    assert list((tmp_path / "runs").iterdir()) == []

@@ -1,4 +1,4 @@
-"""A teacher's logits: online, of the augmented images; cached, of the images in the data set."""
+"""A cached teacher's logits are those of the images in the data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robustq.attacks.losses import kl
 from robustq.data import Augment, TensorSplit
 from robustq.hardening.methods import rslad as module
-from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
+from robustq.hardening.methods.rslad import CachedTeacher
 
 CPU = torch.device("cpu")
 IMAGES = 11
@@ -39,19 +39,8 @@ def split() -> TensorSplit:
     return TensorSplit(images, torch.arange(IMAGES) % 5)
 
 
-def test_an_online_teacher_gets_the_augmented_images() -> None:
-    network = Network()
-    teacher = OnlineTeacher(network.train())
-    x = split().images[:3].float() / 255
-    logits = teacher.logits(x, torch.tensor([4, 5, 6]))
-    assert torch.equal(logits, Network().eval()(x))
-    assert not logits.requires_grad
-    assert teacher.passes == 1
-
-
-@pytest.mark.parametrize("batch", [1, 4, 500])
-def test_a_cached_teacher_gets_the_images_of_the_data_set(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    monkeypatch.setattr(module, "BATCH", batch)
+def test_a_cached_teacher_gets_the_images_of_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BATCH", 4)
     network = Network()
     teacher = CachedTeacher(network.train(), split(), mirrored=False, device=CPU)
     shown = network.shown
@@ -82,15 +71,3 @@ def test_a_teacher_that_is_certain_gives_finite_divergences() -> None:
     soft = teacher.logits(torch.empty(0), torch.arange(IMAGES))
     assert soft.softmax(1).min() == 0.0
     assert kl(Network().eval()(split().images.float() / 255), soft).isfinite().all()
-
-
-def test_the_digest_depends_on_weights_and_kind() -> None:
-    digests = [
-        OnlineTeacher(Network()).digest,
-        OnlineTeacher(Network(seed=1)).digest,
-        CachedTeacher(Network(), split(), mirrored=False, device=CPU).digest,
-        CachedTeacher(Network(), split(), mirrored=True, device=CPU).digest,
-    ]
-    assert all(digest.dtype == torch.uint8 and digest.shape == (32,) for digest in digests)
-    assert len({bytes(digest.tolist()) for digest in digests}) == 4
-    assert torch.equal(digests[0], OnlineTeacher(Network()).digest)
