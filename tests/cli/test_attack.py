@@ -130,6 +130,7 @@ def test_standard_is_the_default_and_its_images_replay(run: Run, digits_w4a4: Pa
     check_refused(run("attack", digits_w4a4, *images, "--out", "f.json"), "exists already")
 
 
+@pytest.mark.slow
 def test_compiled_attack_generation_finds_the_same(
     run: Run, digits_w4a4: Path, digits_float: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

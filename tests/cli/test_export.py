@@ -84,6 +84,7 @@ def test_a_packed_file_of_pixels(run: Run, digits_w4a4: Path) -> None:
     assert found["size_bytes"] == Path(found["files"][0]).stat().st_size
 
 
+@pytest.mark.slow
 def test_qonnx_with_batch_norm_is_compared_with_the_unfolded_network(run: Run, digits_w4a4: Path) -> None:
     found = export(run, digits_w4a4, "--format", "qonnx", "--batch-norm", "keep", "--no-recheck")
     operations = [node.op_type for node in onnx.load(found["files"][0]).graph.node]

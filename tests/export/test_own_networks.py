@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from robustq.data import to_float
 from robustq.export.formats import build
 from robustq.export.integer_layers import optimised_layers
-from robustq.export.parity import Agreement, parity
+from robustq.export.parity import Agreement, compare, logits_of, parity
+from robustq.export.qonnx_file import execute
 from robustq.export.session import OnnxModel
 from robustq.models.fx.build import quantized_graph
 from robustq.models.quant.calibration import calibrate
@@ -71,6 +72,19 @@ def test_integer_files_give_the_references_answers(tmp_path: Path, name: str, bi
         assert layers.float_convolutions == ()
         assert {layer.split("/")[-1].split("(")[0].split("_")[0] for layer in layers.in_float} == FLOAT_LAYERS[name]
         assert len(layers.integer) >= sum(isinstance(one, nn.Conv2d) for one in folded.modules())
+
+
+@pytest.mark.parametrize("name", ["tutorial", "inverted"])
+def test_qcdq_files(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, name, 4, "qcdq")
+    found = parity(path, folded_of(name, 4), X, runs=("optimised", "unoptimised"))
+    assert all(agreement.holds for agreement in found.values())
+
+
+def test_qonnx_files() -> None:
+    few = X[:8]  # seconds each
+    answers = execute(onnx.load_from_string(content("inverted", 4, "qonnx")), few)
+    assert compare(logits_of(folded_of("inverted", 4), few, label="reference"), answers).max_difference < 1e-5
 
 
 def test_uint8_pixels_are_divided_before_a_normalisation(tmp_path: Path) -> None:

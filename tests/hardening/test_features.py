@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robustq.errors import UsageError
 from robustq.hardening.features import FEATURES, FeatureTap
 from tests.hardening.tiny import network
 
@@ -47,3 +48,19 @@ def test_each_feature_is_its_tensor(feature: str, bits: int) -> None:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(FeatureTap(model, feature)(x)[1].square().sum(), x)
     assert bool(gradient.any())
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(("feature", "lacking"), [("pooled", "pooling"), ("unpooled", "pooling"), ("conv", "convol")])
+def test_a_network_without_the_layer_is_refused(feature: str, lacking: str) -> None:
+    with pytest.raises(UsageError, match=f"(Perceptron|the network) has no .*{lacking}.*'{feature}'"):
+        FeatureTap(Perceptron(), feature)

@@ -199,3 +199,21 @@ def test_stopping_on_a_collapse_can_be_switched_off() -> None:
     regardless = falling(stop_on_collapse=False)
     result = regardless.run(begin(regardless), StopRequest())
     assert (result.collapse, result.best_epoch, regardless.state.epoch) == (None, 2, 6)
+
+
+def test_rank_is_robust_accuracy_first_and_clean_accuracy_on_ties() -> None:
+    order = [HoldoutAccuracy(0.9, 0.1), HoldoutAccuracy(0.5, 0.2), HoldoutAccuracy(0.6, 0.2), HoldoutAccuracy(0.1, 0.3)]
+    assert sorted(order, key=lambda accuracy: accuracy.rank) == order
+    assert HoldoutAccuracy(0.5, None).rank < HoldoutAccuracy(0.6, None).rank
+
+
+def test_evaluates_in_eval_mode_and_restores_the_mode_after_a_failure() -> None:
+    model = network().train()
+    x = torch.rand(12, 1, 8, 8)
+    y = model.eval()(x).argmax(dim=1)
+    model.train()
+    # In train mode the answer to one image alone is noise.
+    assert monitor(x, y, epsilon=None, batch_size=1).evaluate(model).clean == 1.0
+    with pytest.raises(RuntimeError):
+        monitor(torch.rand(2, 3, 8, 8), torch.zeros(2).long(), epsilon=None).evaluate(model)
+    assert model.training

@@ -241,11 +241,11 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counted]:
 
 
 CASES = [
-    ("odgq", 4, {}, 3),
     ("natural", 4, {"precision": "bfloat16"}, 1),
-    ("odgq", 4, {"side_precision": "integer"}, 3),
 ]
 MORE = [
+    ("odgq", 4, {}, 3),
+    ("odgq", 4, {"side_precision": "integer"}, 3),
     ("odgq", 4, {"settings": {"natural_gradient": True, "batch_norm": "train"}}, 2),
     ("fgsm-mep", 4, {}, 2),
     ("natural", 4, {"awp_gamma": 0.01}, 2),

@@ -45,9 +45,9 @@ def small() -> tuple[nn.Module, Tensor]:
 
 
 CASES = [
-    ("resnet8-4", "smooth"),
+    pytest.param("resnet8-4", "smooth", marks=pytest.mark.slow),
     ("resnet8-32", "straight-through"),
-    ("folded-8", "pass-through"),
+    pytest.param("folded-8", "pass-through", marks=pytest.mark.slow),
     pytest.param("resnet8-1", "smooth", marks=pytest.mark.slow),
     pytest.param("own-4", "pass-through", marks=pytest.mark.slow),
 ]

@@ -120,6 +120,7 @@ def test_a_model_has_a_gradient_for_each_rule_and_one_forward(
 # --- attack generation -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_a_compiler")
 def test_compiled_sources_are_another_network_than_the_judge(opened: OpenedModel) -> None:
     target, x = opened.target(), to_float(images())
