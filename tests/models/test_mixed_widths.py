@@ -6,11 +6,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import brevitas.nn as qnn
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from robustq.errors import UsageError
+from robustq.models.layers import weight_quantizer
 from robustq.models.mixed_widths import adjustable_layers, read_layer_bits, set_layer_bits
 from robustq.models.spec import ModelSpec, build_model
 from tests.models.small_nets import small_spec
@@ -45,8 +48,21 @@ def test_weights_stay_where_they_were() -> None:
     before = {name: value.clone() for name, value in plain.state_dict().items()}
     set_layer_bits(plain, OWN)
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
-    strided: Any = build_model(mixed({"layer2.0.conv1": 8})).get_submodule("layer2.0.conv1")
-    assert strided.stride == (2, 2) and strided.padding == (1, 1)
+
+
+def test_a_convolution_keeps_its_stride_padding_dilation_and_groups() -> None:
+    torch.manual_seed(0)
+    conv = qnn.QuantConv2d(
+        4, 6, 3, stride=2, padding=3, dilation=2, groups=2, bias=True, **weight_quantizer(4, folded=False)
+    )
+    model = nn.Sequential(conv)
+    set_layer_bits(model, {"0": 8})
+    x = torch.rand(2, 4, 9, 9)
+    changed: Any = model[0]
+    assert int(changed.quant_weight().bit_width) == 8
+    weight = changed.quant_weight().value
+    expected = functional.conv2d(x, weight, conv.bias, stride=2, padding=3, dilation=2, groups=2)
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_all_errors_come_at_once_with_the_nearest_name() -> None:
