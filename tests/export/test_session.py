@@ -72,6 +72,14 @@ def test_integer_and_float_layers_are_told_apart(tmp_path: Path) -> None:
     assert len(layers.in_float) == 2  # and the pooling
 
 
+def test_a_convolution_that_is_fused_with_its_relu_is_a_float_convolution(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((6, 3, 3, 3)).astype(np.float32)
+    conv = onnx.helper.make_node("Conv", ["x", "w"], ["sums"], name="grouped", group=2)
+    nodes = [conv, hm.node("Relu", ["sums"], "y")]
+    path = saved(tmp_path, hm.model(nodes, {"w": weights}, x=["n", 6, 8, 8], outputs={"y": 4}))
+    assert optimised_layers(path).float_convolutions == ("grouped",)  # FusedConv
+
+
 @pytest.mark.parametrize(("optimise", "exact"), [(False, False), (True, False), (True, True)])
 def test_answers_are_the_graphs(tmp_path: Path, optimise: bool, exact: bool) -> None:
     x = torch.rand(7, 1, 6, 6, generator=torch.Generator().manual_seed(0))
