@@ -1,0 +1,169 @@
+"""The twin: a torch module that computes an ONNX graph node by node."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustq.errors import ModelFileError
+from robustq.models.quant.backward_rules import STRAIGHT_THROUGH
+from robustq.twin import elementwise, integers, layers, quantizers, shapes
+from robustq.twin.graph import Graph, Node, read_graph
+from robustq.twin.registry import OPERATORS, Call
+from robustq.twin.shapes import to_tensor
+
+FAMILIES = (elementwise, layers, quantizers, integers, shapes)
+"""The modules whose import fills the table of operators."""
+
+_FAULTS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError)
+"""Errors of torch and of operators on inputs that do not fit a node."""
+
+
+class Twin(nn.Module):
+    """Images in the form of the file's input -> logits (B, K), with the gradients of a backward rule.
+
+    Nodes that depend on no input are computed once, when the twin is made.
+
+    Args:
+        graph: the graph of a file.
+        rule: one of `robustq.models.quant.backward_rules.RULES`.
+
+    Raises:
+        ModelFileError: an operator that is not supported, or a node that cannot be computed.
+    """
+
+    def __init__(self, graph: Graph, rule: str = STRAIGHT_THROUGH) -> None:
+        super().__init__()
+        self.rule = rule
+        self.graph = graph
+        self._shapes: dict[str, Tensor] = {}  # int64, on the CPU whatever the device of the network
+        self._buffers_of: dict[str, str] = {}
+        _check_operators(graph.nodes)
+        known = {name: to_tensor(values) for name, values in graph.constants.items()}
+        nodes: list[Node] = []
+        with torch.no_grad():
+            for node in _with_code_bounds(graph):
+                if node.operator != "Shape" and all(name in known for name in node.inputs if name):
+                    known |= _run(node, [known.get(name) for name in node.inputs], rule)
+                else:
+                    nodes.append(node)
+        used = {name for node in nodes for name in node.inputs} | {graph.output}
+        for number, (name, values) in enumerate(known.items()):
+            if name not in used:
+                continue
+            if values.dtype == torch.int64:
+                self._shapes[name] = values
+            else:
+                self._buffers_of[name] = f"constant{number}"
+                self.register_buffer(f"constant{number}", values, persistent=False)
+        self.nodes = tuple(nodes)
+        last = {name: place for place, node in enumerate(nodes) for name in node.inputs}
+        self._finished = [
+            tuple(name for name in {*node.inputs, *node.outputs} if name and last.get(name, -1) <= place)
+            for place, node in enumerate(nodes)
+        ]
+
+    def under_rule(self, rule: str) -> Twin:
+        """The same twin, with the same tensors, under another backward rule."""
+        other = self.__new__(type(self))
+        other.__dict__ = dict(self.__dict__)
+        other.rule = rule
+        return other
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether values are rounded or compared on their way, so that backward rules differ."""
+        plain = {"Floor", "Ceil", "Round", "Sign", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"}
+        return any(
+            "Quant" in node.operator or "QLinear" in node.operator or node.operator in plain for node in self.nodes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images as the file takes them -> logits (B, K).
+
+        Raises:
+            ModelFileError: a node cannot be computed, or its result is not one row of logits for each image.
+        """
+        (logits,) = self.values(x, [self.graph.output])
+        if logits.dim() != 2 or len(logits) != len(x):
+            logits = logits.reshape(len(x), -1) if logits.numel() and logits.shape[0] == len(x) else logits
+        if logits.dim() != 2 or len(logits) != len(x):
+            raise ModelFileError(
+                f"the output has shape {tuple(logits.shape)} for {len(x)} images, not (images, classes)"
+            )
+        return logits
+
+    def values(self, x: Tensor, names: list[str]) -> list[Tensor]:
+        """The tensors ``names`` for images ``x``, in their order."""
+        known: dict[str, Tensor] = {**self._shapes, self.graph.input: x}
+        known |= {name: getattr(self, buffer) for name, buffer in self._buffers_of.items()}
+        kept = set(names)
+        for node, finished in zip(self.nodes, self._finished, strict=True):
+            known |= _run(node, [known[name] if name else None for name in node.inputs], self.rule)
+            for name in finished:
+                if name not in kept:
+                    known.pop(name, None)
+        return [known[name] for name in names]
+
+
+def load_twin(path: Path) -> Twin:
+    """The twin of an .onnx file, on the CPU, in eval mode.
+
+    Raises:
+        ModelFileError: the file cannot be read, or holds an operator that is not supported.
+    """
+    try:
+        return Twin(read_graph(path)).eval()
+    except ModelFileError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _check_operators(nodes: tuple[Node, ...]) -> None:
+    missing = [node for node in nodes if node.operator not in OPERATORS]
+    if missing:
+        kinds = Counter(node.operator for node in missing)
+        others = f" (and {len(kinds) - 1} other kinds)" if len(kinds) > 1 else ""
+        raise ModelFileError(f"{missing[0]} is an operator that is not supported{others}")
+
+
+def _run(node: Node, inputs: list[Tensor | None], rule: str) -> dict[str, Tensor]:
+    try:
+        found: Any = OPERATORS[node.operator](Call(node, rule), *inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except _FAULTS as error:
+        if "allocate memory" in str(error):
+            raise
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ModelFileError(f"{node} cannot be computed ({first})") from error
+    outputs = found if isinstance(found, tuple) else (found,)
+    return {name: value for name, value in zip(node.outputs, outputs, strict=False) if name}
+
+
+def _with_code_bounds(graph: Graph) -> list[Node]:
+    """The nodes, where a QuantizeLinear knows the bounds of the Clip that alone reads its codes.
+
+    Quantizers of fewer bits than their type are written so. One node that knows its true codes has the gradient of the
+    quantizer under every rule.
+    """
+    readers = Counter(name for node in graph.nodes for name in node.inputs)
+    made_by = {name: place for place, node in enumerate(graph.nodes) for name in node.outputs}
+    nodes = list(graph.nodes)
+    for node in graph.nodes:
+        source = made_by.get(node.inputs[0]) if node.operator == "Clip" and node.inputs else None
+        if source is None or nodes[source].operator != "QuantizeLinear" or readers[node.inputs[0]] != 1:
+            continue
+        bounds = [graph.constants.get(name) for name in node.inputs[1:3]]
+        if len(bounds) != 2 or any(bound is None or bound.size != 1 for bound in bounds):
+            continue
+        lowest, highest = (float(bound.reshape(-1)[0]) for bound in bounds if bound is not None)
+        known = {**nodes[source].attributes, "lowest": lowest, "highest": highest}
+        nodes[source] = replace(nodes[source], attributes=known)
+    return nodes
