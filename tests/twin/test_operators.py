@@ -51,6 +51,7 @@ X = f(2, 3, 6, 5)
 CODES = u8(2, 3, 6, 5)
 W = f(4, 3, 3, 3)
 BIAS = np.array([100, -200, 300, 0], dtype=np.int32)
+ZEROS = np.zeros(4, dtype=np.int8)
 PER_CHANNEL = scale(0.01, 0.02, 0.03, 0.04)
 
 Case = tuple[str, Sequence[Any], dict[str, Any]]
@@ -195,17 +196,8 @@ def model_of(case: Case, *, outputs: int = 1, opset: int = OPSET) -> onnx.ModelP
         for one, name in zip(inputs[1:], names[1:], strict=True)
         if name
     ]
-    graph = helper.make_graph(
-        [node],
-        "single",
-        [first],
-        [onnx.ValueInfoProto(name=name) for name in results],
-        [
-            onnx.numpy_helper.from_array(np.asarray(one), name)
-            for one, name in zip(inputs[1:], names[1:], strict=True)
-            if name
-        ],
-    )
+    results_info = [onnx.ValueInfoProto(name=name) for name in results]
+    graph = helper.make_graph([node], "single", [first], results_info, constants)
     opsets = [helper.make_opsetid("", opset), *([helper.make_opsetid(domain, 1)] if domain else [])]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
@@ -248,7 +240,6 @@ def model_bytes(model: onnx.ModelProto) -> bytes:
 RUNTIME_CASES: list[Case] = [
     # Here the reference is wrong (LRN of more channels than images) or incomplete (negative pads).
     ("LRN", [f(2, 7, 3, 3)], {"size": 5, "alpha": 0.1, "bias": 2.0}),
-    ("LRN", [f(2, 7, 3, 3)], {"size": 4, "alpha": 0.1}),
     ("Pad", [X, i(0, 0, -1, 0, 0, 0, 0, -2)], {}),
     (
         MICROSOFT + "QLinearAdd",
@@ -275,16 +266,7 @@ RUNTIME_CASES: list[Case] = [
     ),
     (
         MICROSOFT + "QGemm",
-        [
-            u8(2, 6),
-            scale(0.02),
-            zero(128),
-            s8(4, 6),
-            scale(0.01),
-            zero(0, np.int8),
-            np.array([100, -20, 30, 0], dtype=np.int32),
-        ]
-        + [scale(0.05), zero(90)],
+        [u8(2, 6), scale(0.02), zero(128), s8(4, 6), scale(0.01), zero(0, np.int8), BIAS, scale(0.05), zero(90)],
         {"transB": 1},
     ),
     (
@@ -342,7 +324,7 @@ def test_dynamic_quantization_is_that_of_one_image_at_a_time() -> None:
     model = model_of(("DynamicQuantizeLinear", [X], {}), outputs=3)
     codes, scales, zero_points = twin_of(model, X)
     for image in range(len(X)):
-        expected = ReferenceEvaluator(model).run(None, {"in0": X[image : image + 1]})
+        expected: Any = ReferenceEvaluator(model).run(None, {"in0": X[image : image + 1]})
         np.testing.assert_array_equal(codes[image], expected[0][0])
         np.testing.assert_allclose(scales[image].item(), expected[1], rtol=1e-6)
         assert zero_points[image].item() == expected[2]
