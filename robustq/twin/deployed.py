@@ -1,0 +1,135 @@
+"""A deployed file as attacks use it: onnxruntime as the judge, the twin for gradients, both on images in [0, 1]."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto
+from torch import Tensor, nn
+
+from robustq.attacks.base import Model
+from robustq.export.session import open_session, session_options
+from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH
+from robustq.twin.inputs import ImageForm, find_form
+from robustq.twin.network import Twin, load_twin
+
+_SAME, _MANY = 1e-3, 1e-2
+
+POOLINGS = ("GlobalAveragePool", "com.microsoft.QLinearGlobalAveragePool", "ReduceMean", "GlobalMaxPool")
+
+
+class TwinOnImages(nn.Module):
+    """The twin with the input form of its file: (B, C, H, W) in [0, 1] -> logits (B, K)."""
+
+    def __init__(self, twin: Twin, form: ImageForm) -> None:
+        super().__init__()
+        self.twin = twin
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        logits: Tensor = self.twin(self.form.apply(x))
+        return logits
+
+    def under_rule(self, rule: str) -> TwinOnImages:
+        """The same network under another backward rule."""
+        return TwinOnImages(self.twin.under_rule(rule), self.form)
+
+    def gradient_models(self, first: str) -> dict[str, Model]:
+        """One model per backward rule; the rule of training is called ``first``."""
+        others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if self.twin.quantizes else []
+        return {first: self, **{rule: self.under_rule(rule) for rule in others}}
+
+    def logits_and_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the output of the last global pooling."""
+        assert self.feature is not None
+        logits, features = self.twin.values(self.form.apply(x), [self.twin.graph.output, self.feature])
+        return logits, features
+
+    @property
+    def feature(self) -> str | None:
+        """Name of the output of the last global pooling, if there is one."""
+        found = [node.outputs[0] for node in self.twin.nodes if node.operator in POOLINGS]
+        return found[-1] if found else None
+
+
+class Judge:
+    """A file in onnxruntime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
+
+    Raises:
+        ModelFileError: onnxruntime cannot load the file.
+    """
+
+    def __init__(self, path: Path, form: ImageForm) -> None:
+        self._session = open_session(path, session_options(optimise=True))
+        self._form = form
+        source = self._session.get_inputs()[0]
+        self._name = source.name
+        self._integers = source.type == "tensor(uint8)"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """See the class."""
+        images = self._form.apply(x.detach().cpu()).contiguous()
+        images = images.to(torch.uint8) if self._integers else images
+        batches = torch.split_with_sizes(images, [1] * len(images)) if self._form.single else [images]
+        return torch.cat([torch.from_numpy(self._session.run(None, {self._name: one.numpy()})[0]) for one in batches])
+
+
+@dataclass(frozen=True)
+class DeployedFile:
+    """An .onnx file alone, ready to be attacked."""
+
+    path: Path
+    form: ImageForm
+    twin: TwinOnImages
+    judge: Judge
+
+
+def open_deployed(path: Path, *, pixels: str | None = None, layout: str | None = None) -> DeployedFile:
+    """Open an .onnx file that anybody may have made; options as of :func:`robustq.twin.inputs.find_form`.
+
+    Raises:
+        ModelFileError: the file cannot be read or computed.
+        UsageError: its input form is not known.
+    """
+    twin = load_twin(path)
+    form = find_form(path, twin.graph, pixels=pixels, layout=layout)
+    return DeployedFile(path, form, TwinOnImages(twin, form).eval(), Judge(path, form))
+
+
+@torch.no_grad()
+def first_difference(path: Path, network: TwinOnImages, x: Tensor) -> str | None:
+    """The first node whose values differ from those of onnxruntime without optimisations, with the difference.
+
+    Nodes differ if over 1% of their values are more than 1e-3 of their range apart: few codes differ by rounding.
+
+    Args:
+        path: the file.
+        network: its twin, on the CPU.
+        x: (B, C, H, W) in [0, 1], a few images: all values are kept in memory.
+    """
+    twin, images = network.twin, network.form.apply(x)
+    nodes = {name: node for node in twin.nodes for name in node.outputs if name}
+    model = onnx.load(path)
+    known = {value.name for value in model.graph.output}
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in nodes if name not in known)
+    with tempfile.TemporaryDirectory() as folder:
+        wide = Path(folder) / "values.onnx"
+        onnx.save(model, wide)
+        session = open_session(wide, session_options(optimise=False))
+    kind = np.uint8 if twin.graph.input_type == TensorProto.UINT8 else np.float32
+    expected = session.run(list(nodes), {twin.graph.input: images.numpy().astype(kind)})
+    for (name, node), wanted, found in zip(nodes.items(), expected, twin.values(images, list(nodes)), strict=True):
+        values = torch.from_numpy(np.asarray(wanted, dtype=np.float32))
+        if values.shape != found.shape:
+            return f"{node}: shape {tuple(found.shape)} instead of {tuple(values.shape)}"
+        span = float(values.max() - values.min()) if values.numel() else 0.0
+        apart = (values - found.float()).abs() > _SAME * span
+        if float(apart.float().mean()) > _MANY:
+            return f"{node}: {float(apart.float().mean()):.1%} of the values of '{name}' differ"
+    return None
