@@ -10,10 +10,7 @@ import typer
 
 import robustq
 from robustq.cli.options import (
-    BATCH_NORM,
-    CONSUMERS,
     FORMATS,
-    PIXELS,
     FileOut,
     Judging,
     Printing,
@@ -35,7 +32,7 @@ def export(
             "--format",
             help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers integer), packed "
             "(integer, smallest file) or float (32-bit networks).",
-            autocompletion=one_of(FORMATS),
+            autocompletion=one_of(*FORMATS),
         ),
     ] = "integer",
     pixels: Annotated[
@@ -43,7 +40,7 @@ def export(
         typer.Option(
             "--input",
             help="float (pixel / 255) or uint8 (raw pixels; not for qonnx).",
-            autocompletion=one_of(PIXELS),
+            autocompletion=one_of("float", "uint8"),
         ),
     ] = "float",
     recheck: Annotated[
@@ -53,12 +50,14 @@ def export(
     out: Annotated[Path | None, typer.Option(help="New export folder. Default: export-out/NAME.")] = None,
     printing: Printing,
     batch_norm: Annotated[
-        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of(BATCH_NORM))
+        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of("fold", "keep"))
     ] = "fold",
     consumer: Annotated[
         str | None,
         rare(
-            "--for", help="Tool that reads the qonnx file: finn (default) or hls4ml.", autocompletion=one_of(CONSUMERS)
+            "--for",
+            help="Tool that reads the qonnx file: finn (default) or hls4ml.",
+            autocompletion=one_of("finn", "hls4ml"),
         ),
     ] = None,
 ) -> None:

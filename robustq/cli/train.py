@@ -21,7 +21,6 @@ from robustq.cli.options import (
     with_groups,
 )
 from robustq.errors import UsageError
-from robustq.recipe import UNDEFENDED
 
 WITH_RESUME = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
 """Parameters that may be given together with --resume."""
@@ -111,8 +110,10 @@ def next_command(result: Mapping[str, Any], own_model: str | None) -> str:
     custom = "" if own_model is None else f" --model {own_model}"
     if "bits" not in result:
         return f"robustq harden {result['checkpoint']} --bits 4{custom}"
+    from robustq.hardening.methods.registry import SETTINGS
+
     # Without a file, export takes the last hardened model.
-    model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
+    model = "" if SETTINGS[result["method"]].defends else f"{result['checkpoint']} "
     return f"robustq export {model}--format integer{custom}"
 
 

@@ -17,7 +17,6 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import atomic_folder, free_path, write_text_atomically
 from robustq.hardening.diagnosis import runs_out_of_memory
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
-from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import detail, note
@@ -26,11 +25,6 @@ from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
 from robustq.workflow.setup import versions
 from robustq.workflow.training_run import EVALUATION_BATCH, TrainResult, accuracy_on_test, calibrate_on, run_config
-
-
-def is_post_training(recipe: Recipe) -> bool:
-    """Whether the recipe quantizes without training (method ``ptq``)."""
-    return SETTINGS[recipe.method] is PtqSettings
 
 
 def quantize(
@@ -52,7 +46,7 @@ def quantize(
     same_quantizers = all(
         getattr(source, name) == getattr(target, name) for name in ("widths", "layer_bits", "shared_sum_scale")
     )
-    if same_quantizers and not is_post_training(recipe):
+    if same_quantizers and recipe.trains:
         model.load_state_dict(weights)
         return model.to(device)
     load_weights(model, weights, path)

@@ -28,7 +28,7 @@ from robustq.hardening.trainer import Training
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
-from robustq.recipe import UNDEFENDED, format_epsilon
+from robustq.recipe import format_epsilon
 from robustq.recipe.schema import DEFAULT_EPSILON, FLOAT32, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
@@ -49,7 +49,7 @@ def log_run(
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
     epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    radius = "" if recipe.method in UNDEFENDED else f" (epsilon {format_epsilon(epsilon)})"
+    radius = f" (epsilon {format_epsilon(epsilon)})" if training.method.settings.defends else ""
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):

@@ -27,7 +27,7 @@ from robustq.hardening.diagnosis import runs_out_of_memory
 from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher, RsladSettings
+from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
 from robustq.hardening.metrics import check_tensorboard
 from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
@@ -36,18 +36,13 @@ from robustq.hardening.trainer import Training, TrainingSummary
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
-from robustq.recipe import UNDEFENDED, Recipe, format_epsilon
+from robustq.recipe import Recipe, format_epsilon
 from robustq.recipe.schema import DEFAULT_EPSILON
 from robustq.workflow import Result
 from robustq.workflow.run_log import check_forecast, log_resume_command, log_run
 from robustq.workflow.setup import augmentation, check_fit, check_last_batch, versions
 
 EVALUATION_BATCH = 500
-
-
-def needs_teacher(recipe: Recipe) -> bool:
-    """Whether the recipe's method learns from a robust teacher (RSLAD)."""
-    return SETTINGS[recipe.method] is RsladSettings
 
 
 def with_absolute_teacher(recipe: Recipe) -> Recipe:
@@ -57,13 +52,13 @@ def with_absolute_teacher(recipe: Recipe) -> Recipe:
         UsageError: it names no teacher.
         ModelFileError: the file is missing or empty.
     """
-    if not needs_teacher(recipe):
+    if not SETTINGS[recipe.method].needs_teacher:
         return recipe
     path = str(resolved_settings(recipe)["teacher"])
     if not path:
         raise UsageError(
-            f"recipe {recipe.name} needs a robust teacher; add --set rslad.teacher=FILE, a model file of robustq with "
-            "the same classes"
+            f"recipe {recipe.name} needs a robust teacher; add --set {recipe.method}.teacher=FILE, a model file of "
+            "robustq with the same classes"
         )
     _check_teacher(path)
     return replace(recipe, settings={**recipe.settings, "teacher": str(Path(path).absolute())})
@@ -76,7 +71,7 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
         ModelFileError: the file is missing, or no model file of robustq.
         DataError: it was made for other classes or images.
     """
-    if not needs_teacher(recipe):
+    if not SETTINGS[recipe.method].needs_teacher:
         return None
     settings = resolved_settings(recipe)
     path = _check_teacher(str(settings["teacher"]))
@@ -307,7 +302,7 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
                 f"{error.filename or folder.path}: {error.strerror or error}; saved states are kept: free space, "
                 f"then {command}"
             ) from error
-    if folder.config["command"] == "harden" and training.recipe.method not in UNDEFENDED:
+    if folder.config["command"] == "harden" and training.method.settings.defends:
         remember_hardened(folder.path)  # export without a model takes this one
     return result
 

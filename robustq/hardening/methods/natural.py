@@ -13,6 +13,7 @@ class NaturalSettings(MethodSettings):
     """The ``[natural]`` table of a recipe: it has no keys."""
 
     method = "natural"
+    defends = False
 
 
 class Natural(Method):

@@ -28,6 +28,8 @@ class PtqSettings(MethodSettings):
     """
 
     method = "ptq"
+    trains = False
+    defends = False
 
     bias_correction: bool = True
 

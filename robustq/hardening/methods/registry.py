@@ -18,7 +18,7 @@ from robustq.errors import UsageError
 from robustq.hardening import methods
 from robustq.hardening.methods.method import CrossEntropy, Method, MethodContext, MethodEntry, Teacher
 from robustq.recipe import Recipe
-from robustq.recipe.schema import check_settings
+from robustq.recipe.schema import MethodSettings, check_settings
 
 
 def _find_methods() -> dict[str, MethodEntry]:
@@ -32,7 +32,7 @@ def _find_methods() -> dict[str, MethodEntry]:
 METHODS = _find_methods()
 """Name -> method, ``ptq`` included, which does not train."""
 
-SETTINGS: dict[str, type] = {name: entry.settings for name, entry in METHODS.items()}
+SETTINGS: dict[str, type[MethodSettings]] = {name: entry.settings for name, entry in METHODS.items()}
 """Name -> the dataclass of the method's own table in a recipe."""
 
 
@@ -51,7 +51,7 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     # One bit width applies to both.
     values["weight_bits"] = recipe.weight_bits or recipe.act_bits
     values["act_bits"] = recipe.act_bits or recipe.weight_bits
-    if recipe.data in SIDES and METHODS[recipe.method].build is not None:
+    if recipe.data in SIDES and recipe.trains:
         usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
         values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
         values["flip"] = usual.flip if recipe.flip is None else recipe.flip

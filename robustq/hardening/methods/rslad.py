@@ -120,6 +120,8 @@ class RsladSettings(MethodSettings):
     """
 
     method = "rslad"
+    reads_labels = False
+    needs_teacher = True
 
     teacher: str = path()
     teacher_sees: str = choice("augmented", ("augmented", "original"))

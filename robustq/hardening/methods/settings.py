@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from robustq.errors import RecipeError, UsageError
+from robustq.errors import UsageError
 from robustq.recipe import parse_epsilon
+from robustq.recipe.schema import MethodSettings as MethodSettings
 from robustq.recipe.schema import number_errors, shown, unknown_value
 
 BATCH_NORM_MODES = ("eval", "train", "separate")
@@ -73,21 +74,3 @@ def _size_errors(key: str, value: str | float, *, words: tuple[str, ...], least:
 def bn_mode(default: str) -> Any:
     """A settings field: BatchNorm's mode during attack generation, one of :data:`BATCH_NORM_MODES`."""
     return choice(default, BATCH_NORM_MODES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """A method's own table of a recipe; its fields are checked as :func:`number`, :func:`size`, :func:`choice` say.
-
-    Raises:
-        RecipeError: with all invalid values.
-    """
-
-    method: ClassVar[str]
-    """The method's name in a recipe, which is also the name of its table."""
-
-    def __post_init__(self) -> None:
-        checks = [(entry.name, entry.metadata["errors"]) for entry in fields(self) if "errors" in entry.metadata]
-        found = [error for name, errors in checks for error in errors(f"{self.method}.{name}", getattr(self, name))]
-        if found:
-            raise RecipeError("; ".join(found))
