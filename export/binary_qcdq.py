@@ -84,10 +84,13 @@ def without_binary_quantizers(folded: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+def quantizes(module: nn.Module, quantizer: str = "act_quant") -> bool:
+    """Whether ``module`` has a quantizer of this name; a custom module may have another part of it."""
+    return bool(getattr(getattr(module, quantizer, None), "is_quant_enabled", False))
+
+
 def _is_binary(module: nn.Module, quantizer: str) -> bool:
-    proxy: Any = getattr(module, quantizer, None)
-    # A custom module may have a part of this name that is no quantizer.
-    return bool(getattr(proxy, "is_quant_enabled", False)) and int(proxy.bit_width()) == 1
+    return quantizes(module, quantizer) and int(getattr(module, quantizer).bit_width()) == 1
 
 
 def _follows_thresholds(block: nn.Module, name: str) -> bool:

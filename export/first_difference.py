@@ -16,6 +16,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from robustq.export.binary_qcdq import quantizes
 from robustq.export.lowering.graph import GraphIndex
 from robustq.export.lowering.requantize import MOVES
 from robustq.export.session import OnnxModel
@@ -86,7 +87,7 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
 
 def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
     modules = dict(network.named_modules())
-    chosen = {name: module for name, module in modules.items() if _quantizes(module)}
+    chosen = {name: module for name, module in modules.items() if quantizes(module)}
     chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
     layers: list[_Layer] = []
     handles = [module.register_forward_hook(_recorder(name, layers)) for name, module in chosen.items()]
@@ -98,17 +99,11 @@ def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor
     return layers, logits
 
 
-def _quantizes(module: nn.Module) -> bool:
-    proxy: Any = getattr(module, "act_quant", None)
-    # A custom module may have a part of this name, in front of its quantizer.
-    return bool(getattr(proxy, "is_quant_enabled", False))
-
-
 def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         entering = getattr(inputs[0], "value", inputs[0])
         proxy: Any = getattr(module, "act_quant", None)
-        step = float(proxy.scale()) if _quantizes(module) and int(proxy.bit_width()) > 1 else None
+        step = float(proxy.scale()) if quantizes(module) and int(proxy.bit_width()) > 1 else None
         layers.append(_Layer(name, entering.clone(), getattr(output, "value", output).clone(), step))
 
     return hook
@@ -160,26 +155,25 @@ def quantized_values(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in found:
             continue
-        quantizer = index.made_by.get(node.input[0])
-        origin = index.made_by.get(quantizer.input[0]) if quantizer is not None else None
-        if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer, origin):
+        quantizer = index.maker(node)
+        if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer):
             continue
-        scale: Any = index.constant(node.input[1])
-        zero_point: Any = index.constant(node.input[2]) if len(node.input) > 2 else 0
+        scale: Any = index.input(node, 1)
+        zero_point: Any = index.input(node, 2) if len(node.input) > 2 else 0
         if scale is not None and zero_point is not None and scale.size == 1:
             found[node.input[0]] = float(scale), int(zero_point)
     return found
 
 
-def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:
+def _repeats(index: GraphIndex, quantizer: onnx.NodeProto) -> bool:
     """Whether the quantizer is one that the passes of :mod:`robustq.export.lowering.requantize` added."""
-    if origin is None:
-        return False
-    source = index.made_by.get(origin.input[0]) if origin.op_type in MOVES else origin
+    source = index.maker(quantizer)
+    if source is not None and source.op_type in MOVES:
+        source = index.maker(source)
     if source is None or source.op_type != "DequantizeLinear":
         return False
-    scales = [index.constant(node.input[1]) for node in (source, quantizer)]
-    return scales[0] is not None and scales[1] is not None and bool((scales[0] == scales[1]).all())
+    before, after = index.input(source, 1), index.input(quantizer, 1)
+    return before is not None and after is not None and bool((before == after).all())
 
 
 def _is_constant(index: GraphIndex, name: str) -> bool:

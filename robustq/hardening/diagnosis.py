@@ -6,12 +6,15 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from robustq.data import Batch
+from robustq.errors import OutOfMemoryError
+
+T = TypeVar("T")
 
 INPUT = "the network's input"
 """Listed among the layers if the images that the method generated are not finite."""
@@ -152,6 +155,18 @@ def runs_out_of_memory(work: Callable[[], object]) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return True
+
+
+def within_memory(work: Callable[[], T], message: Callable[[], str]) -> T:
+    """The result of ``work``.
+
+    Raises:
+        OutOfMemoryError: with ``message``, which is asked for once the memory of ``work`` is free again.
+    """
+    results: list[T] = []
+    if runs_out_of_memory(lambda: results.append(work())):
+        raise OutOfMemoryError(message())
+    return results[0]
 
 
 def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: int = 1) -> int | None:

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from robustq.data import Dataset
-from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.diagnosis import runs_out_of_memory
-from robustq.hardening.forecast import Forecast, fitting_setting, forecast
+from robustq.errors import OutputError, RunLockedError, UsageError
+from robustq.hardening.diagnosis import within_memory
+from robustq.hardening.forecast import fitting_setting, forecast
 from robustq.hardening.precision import advice, compile_hint, compile_notes, compile_pays_off, has_integer_convolution
 from robustq.hardening.run_folder import (
     CONFIG,
     RESULT,
     RESUME,
     RUNS,
-    RunFolder,
     check_not_running,
     read_config,
     resume_command,
@@ -29,9 +28,10 @@ from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
-from robustq.recipe.schema import DEFAULT_EPSILON, FLOAT32, SAME
+from robustq.recipe.schema import FLOAT32, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
+from robustq.workflow.setup import radius_of
 
 
 def log_run(
@@ -48,8 +48,7 @@ def log_run(
         inner += f", {len(spec.layer_bits)} layers of their own width"
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
-    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    radius = f" (epsilon {format_epsilon(epsilon)})" if training.method.settings.defends else ""
+    radius = f" (epsilon {format_epsilon(radius_of(spec))})" if training.method.settings.defends else ""
     note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):
@@ -72,13 +71,14 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         OutOfMemoryError: a batch does not fit; names one that does.
         OutputError: the files do not fit on the disk.
     """
-    outcome: list[Forecast] = []
-    if runs_out_of_memory(lambda: outcome.append(forecast(training))):
-        raise OutOfMemoryError(
-            f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
+    recipe, state = training.recipe, training.state
+    found = within_memory(
+        lambda: forecast(training),
+        lambda: (
+            f"out of memory on {training.device} with batches of {recipe.batch_size:,} images; "
             f"{fitting_setting(training)}"
-        )
-    found, recipe, state = outcome[0], training.recipe, training.state
+        ),
+    )
     begun = bool(state.epoch or state.step)
     epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
@@ -97,11 +97,6 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         raise OutputError(
             f"{parent}: has {size(free)} free, the run writes {size(needed)}; free space or name another --out"
         )
-
-
-def log_resume_command(folder: RunFolder) -> None:
-    """Print how to resume the run."""
-    note(f"stop    Ctrl-C saves the run. Resume it with: {folder.resume_command}")
 
 
 def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:

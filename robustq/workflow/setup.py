@@ -50,7 +50,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def radius_of(spec: ModelSpec, epsilon: float | None) -> float:
+def radius_of(spec: ModelSpec, epsilon: float | None = None) -> float:
     """``epsilon``, by default the radius that the model was trained for, else 8/255."""
     known = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     return known if epsilon is None else epsilon

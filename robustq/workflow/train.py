@@ -20,7 +20,7 @@ from robustq.recipe import Recipe
 from robustq.recipe.schema import DEFAULT_EPSILON
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
-from robustq.workflow.training_run import TrainResult, run_recipe, with_absolute_teacher
+from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher
 
 
 def train_model(
@@ -100,17 +100,17 @@ def train_model(
     )
     torch.manual_seed(seed)
     model = build_model(spec, own_model=own_model).to(place)
-    return run_recipe(
-        model,
-        spec,
-        loaded,
-        settings,
+    job = Job(
+        spec=spec,
+        data=loaded,
+        recipe=settings,
         seed=seed,
         device=place,
         out=out,
         source=None,
         skip_bad_images=skip_bad_images,
     )
+    return run_recipe(model, job)
 
 
 def harden_model(
@@ -195,19 +195,18 @@ def harden_model(
         shared_sum_scale=(source.shared_sum_scale if settings.shared_sum_scale is None else settings.shared_sum_scale),
     )
     torch.manual_seed(seed)
-    network = quantize(weights, source, spec, loaded, settings, device=place, path=model, own_model=own_model)
-    finish = run_recipe if settings.trains else quantize_only
-    return finish(
-        network,
-        spec,
-        loaded,
-        settings,
+    job = Job(
+        spec=spec,
+        data=loaded,
+        recipe=settings,
         seed=seed,
         device=place,
         out=out,
         source=model,
         skip_bad_images=skip_bad_images,
     )
+    network = quantize(weights, source, job, path=model, own_model=own_model)
+    return run_recipe(network, job) if settings.trains else quantize_only(network, job)
 
 
 def chosen_architecture(architecture: str | None, own_model: str | None) -> str | None:

@@ -8,7 +8,7 @@ Every training image has a perturbation delta and a momentum m of its gradients.
 4. loss = CE(x_adv) + lambda mean (f(x_adv) - f(x_0))^2           the mean is over the batch and the logits
 
 Every 40 epochs delta restarts from random corners of the ball, and m from 0. The paper's label smoothing gives the
-label a share of 0.6; with ten classes that is a smoothing of 0.4444 (see :class:`.method.CrossEntropy`).
+label a share of 0.6; with ten classes that is a smoothing of 0.4444 (see :class:`.method.MethodContext`).
 """
 
 from __future__ import annotations

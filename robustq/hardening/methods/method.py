@@ -24,7 +24,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from robustq.hardening.methods.settings import AUTO, MethodSettings
 from robustq.models.batch_norm import batch_statistics, running_statistics
@@ -59,22 +58,6 @@ def only_input_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@dataclass(frozen=True)
-class CrossEntropy:
-    """The task loss of a run, shared by all methods.
-
-    Args:
-        label_smoothing: s in [0, 1): the target of the label is 1 - s + s/K of K classes, of every other class s/K
-            (Szegedy et al., arXiv:1512.00567, section 7).
-    """
-
-    label_smoothing: float = 0.0
-
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Mean over the batch: logits (B, K), labels (B,) int64 -> scalar with gradient."""
-        return functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -128,7 +111,9 @@ class MethodContext:
         samples: number of training images.
         device: where training runs.
         generator: of the method's random draws; on the CPU, so that they do not depend on the device.
-        cross_entropy: the task loss.
+        cross_entropy: the task loss of all methods: mean over the batch of logits (B, K) and labels (B,) int64. With
+            label smoothing s the target of the label is 1 - s + s/K, of every other class s/K (arXiv:1512.00567,
+            section 7).
         teacher: only for ``rslad``.
     """
 
@@ -139,7 +124,7 @@ class MethodContext:
     samples: int
     device: torch.device
     generator: torch.Generator
-    cross_entropy: CrossEntropy
+    cross_entropy: nn.CrossEntropyLoss
     teacher: Teacher | None = None
 
 

@@ -10,13 +10,10 @@ import pkgutil
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import nn
-
 from robustq.data import SIDES, usual_augment
 from robustq.errors import UsageError
 from robustq.hardening import methods
-from robustq.hardening.methods.method import CrossEntropy, Method, MethodContext, MethodEntry, Teacher
+from robustq.hardening.methods.method import Method, MethodContext, MethodEntry
 from robustq.recipe import Recipe
 from robustq.recipe.schema import MethodSettings, check_settings
 
@@ -58,23 +55,8 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def build_method(
-    recipe: Recipe,
-    model: nn.Module,
-    *,
-    epsilon: float,
-    image_shape: tuple[int, int, int],
-    samples: int,
-    device: torch.device,
-    seed: int,
-    teacher: Teacher | None = None,
-) -> Method:
-    """The method that ``recipe`` names, for ``model``.
-
-    Args:
-        recipe: checked recipe.
-        model, epsilon, image_shape, samples, device, teacher: see :class:`.method.MethodContext`.
-        seed: of the method's own random draws.
+def build_method(recipe: Recipe, context: MethodContext) -> Method:
+    """The method that ``recipe`` names.
 
     Raises:
         RecipeError: an invalid value in the method's own table.
@@ -84,15 +66,4 @@ def build_method(
     build = METHODS[recipe.method].build
     if build is None:
         raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")
-    context = MethodContext(
-        model=model,
-        epsilon=epsilon,
-        batch_size=recipe.batch_size,
-        image_shape=image_shape,
-        samples=samples,
-        device=device,
-        generator=torch.Generator().manual_seed(seed),
-        cross_entropy=CrossEntropy(recipe.label_smoothing),
-        teacher=teacher,
-    )
     return build(context, settings)
