@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -75,20 +74,13 @@ def export(
     if model is not None:
         check_model_file(model)
     keywords = options.keywords()
-
-    def job() -> Mapping[str, Any]:
-        return robustq.export_model(
-            model,
-            format_name=format_name,
-            pixels=pixels,
-            batch_norm=batch_norm,
-            consumer=consumer,
-            recheck=recheck,
-            out=out,
-            **keywords,
-        )
-
-    run_job(job, printing.as_json, export_lines, failure=failed_checks)
+    keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
+    run_job(
+        lambda: robustq.export_model(model, recheck=recheck, out=out, **keywords),
+        printing.as_json,
+        export_lines,
+        failure=failed_checks,
+    )
 
 
 @with_groups

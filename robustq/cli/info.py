@@ -102,7 +102,9 @@ def quickstart(
     """
     from robustq.report.text import quickstart_lines
 
-    def job() -> Mapping[str, Any]:
-        return robustq.quickstart(seed=seed, device=device, out=out)
-
-    run_job(job, printing.as_json, quickstart_lines, failure=failed_checks)
+    run_job(
+        lambda: robustq.quickstart(seed=seed, device=device, out=out),
+        printing.as_json,
+        quickstart_lines,
+        failure=failed_checks,
+    )

@@ -36,11 +36,6 @@ class FiniteCheck:
         return bool(torch.stack([self._finite, *(value.isfinite().all() for value in tensors)]).all())
 
 
-def first_nonfinite_tensor(model: nn.Module) -> str | None:
-    """Name of the first weight or running statistic of ``model`` that is NaN or Inf."""
-    return next((name for name, value in model.state_dict().items() if not _all_finite(value)), None)
-
-
 @contextlib.contextmanager
 def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
     """Collects the names of the layers whose output is NaN or Inf (and :data:`INPUT`), in the order of computation.
@@ -96,7 +91,7 @@ def find_nonfinite(
             return f"{what} became NaN or Inf in {step} (loss {loss:g}); everything before it was finite"
         if not math.isfinite(loss):
             return f"the loss became {loss:g} in {step}; every layer's output was finite"
-        tensor = first_nonfinite_tensor(model)
+        tensor = next((name for name, value in model.state_dict().items() if not _all_finite(value)), None)
         if tensor is not None:
             return f"{tensor} became NaN or Inf in the update of {step} (loss {loss:g})"
     return f"loss or weights became NaN or Inf between steps {first:,} and {last:,} of epoch {epoch}, not when repeated"

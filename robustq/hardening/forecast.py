@@ -50,7 +50,8 @@ def forecast(training: Training) -> Forecast:
         times = training.monitor.rehearse(training.model)
         _synchronize(training.device)
         monitor_seconds = (time.perf_counter() - start) * times
-        memory = _peak_memory(training.device)
+        on_gpu = training.device.type == "cuda"
+        memory = torch.cuda.max_memory_reserved(training.device) if on_gpu else process_peak_memory()
     finally:
         training.load_state_dict(before)
     weights = _bytes(before["model"])
@@ -131,7 +132,3 @@ def _bytes(state: dict[str, Any]) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else process_peak_memory()

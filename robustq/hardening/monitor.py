@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.attacks import pgd
-from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.features import FeatureTap
 
@@ -57,7 +56,7 @@ def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int =
         y: (N,) int64.
         batch_size: images per pass.
     """
-    tap = _tap(model)
+    tap = FeatureTap.of_pooling(model)
     sums = dict.fromkeys(("feature_norm", "logit_margin", "input_gradient_norm", "zero_gradients"), 0.0)
     for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         images = images.detach().requires_grad_()
@@ -74,13 +73,6 @@ def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int =
             sums["feature_norm"] += features.detach().norm(dim=1).sum().item()
     means: dict[str, Any] = {name: total / len(x) for name, total in sums.items()}
     return Inspection(**{**means, "feature_norm": None if tap is None else means["feature_norm"]})
-
-
-def _tap(model: nn.Module) -> FeatureTap | None:
-    try:
-        return FeatureTap(model, "pooled")
-    except UsageError:
-        return None
 
 
 @dataclass(frozen=True)
@@ -138,14 +130,12 @@ def find_collapse(robust: Sequence[float | None], *, images: int, chance: float,
         return None
     before, recent = counted[:-COLLAPSED_EPOCHS], counted[-COLLAPSED_EPOCHS:]
     best = max(before)
-    if _interval(best, images)[0] <= chance or not all(_is_down(accuracy, best, images) for accuracy in recent):
+    lowest, _ = _interval(best, images)
+    is_down = [accuracy < best / 2 and _interval(accuracy, images)[1] < lowest for accuracy in recent]
+    if lowest <= chance or not all(is_down):
         return None
     best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as for best.pt
     return Collapse(len(counted), recent[-1], best_epoch, best, planned)
-
-
-def _is_down(accuracy: float, best: float, images: int) -> bool:
-    return accuracy < best / 2 and _interval(accuracy, images)[1] < _interval(best, images)[0]
 
 
 def _interval(accuracy: float, images: int) -> tuple[float, float]:

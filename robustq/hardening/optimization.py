@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from inspect import unwrap
 from typing import Any
 
@@ -15,7 +14,8 @@ from robustq.data import Batch
 from robustq.hardening.averaging import WeightAverage
 from robustq.hardening.awp import adversarial_weights
 from robustq.hardening.methods.method import LossOutput, Method
-from robustq.hardening.precision import CompiledForward, has_integer_convolution, in_precision
+from robustq.hardening.precision import has_integer_convolution, in_precision
+from robustq.models.compiled import CompiledForward
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe import Recipe
@@ -116,7 +116,8 @@ class TrainStep:
     def _compute_gradient(self, batch: Batch, *, epoch: int) -> LossOutput:
         x, y, indices = batch.x, batch.y, batch.indices
         gamma = self.recipe.awp_gamma if epoch >= self.recipe.awp_warmup_epochs else 0.0
-        with self._quantized_once():
+        integers = nullcontext() if not self._integers else self._integers.in_place()
+        with self._weights.quantized_once(), integers:
             x_adv = self.method.perturb(x, y, indices)
             if not gamma:
                 return self._backward(batch, x_adv)
@@ -126,11 +127,6 @@ class TrainStep:
 
         with adversarial_weights(self.model, loss, gamma=gamma):
             return self._backward(batch, x_adv)
-
-    @contextmanager
-    def _quantized_once(self) -> Iterator[None]:
-        with self._weights.quantized_once(), self._integers.in_place() if self._integers else nullcontext():
-            yield
 
     def _backward(self, batch: Batch, x_adv: Tensor) -> LossOutput:
         output = self.method.loss(batch.x, x_adv, batch.y, batch.indices)

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from robustq.attacks.base import Model
-from robustq.attacks.feature_space import Features
 from robustq.checkpoint import load_model
-from robustq.errors import ModelFileError, UsageError
+from robustq.errors import ModelFileError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
@@ -62,7 +61,7 @@ class OpenedModel:
         return Target(
             judge=self.judge,
             gradient_models=_gradient_models(self.gradient_model),
-            features=_features(self.gradient_model),
+            features=FeatureTap.of_pooling(self.gradient_model),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )
 
@@ -109,11 +108,3 @@ def _gradient_models(network: nn.Module) -> dict[str, Model]:
 def is_dynamic(path: Path) -> bool:
     """Whether an .onnx file quantizes activations with a scale of the batch."""
     return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
-
-
-def _features(network: nn.Module) -> Features | None:
-    """The features that training aligns, if the network has a layer for them."""
-    try:
-        return FeatureTap(network, "pooled")
-    except UsageError:
-        return None

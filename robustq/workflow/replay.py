@@ -16,7 +16,6 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
 from robustq.evaluation.flags import NOT_JUDGED, Check
 from robustq.evaluation.target import one_by_one
-from robustq.models.spec import ModelSpec
 from robustq.progress import note
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
@@ -89,7 +88,12 @@ def replay_pictures(
     images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)
-    _check_size(images, opened.spec, file)
+    spec = opened.spec
+    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])
+    if got != wanted:
+        raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
+    if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < spec.classes:
+        raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
     clean = _clean_images(images, file, opened, data, skip_bad_images=skip_bad_images)
     start = time.perf_counter()
     judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
@@ -120,14 +124,6 @@ def replay_pictures(
         same_as_recorded=int((~robust == images.broken).sum()) / count,
         seconds=time.perf_counter() - start,
     )
-
-
-def _check_size(found: AdversarialImages, spec: ModelSpec, file: Path) -> None:
-    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(found.x_adv.shape[1:])
-    if got != wanted:
-        raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
-    if not 0 <= int(found.labels.min()) <= int(found.labels.max()) < spec.classes:
-        raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
 
 
 def _clean_images(

@@ -49,7 +49,8 @@ def log_run(
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
     radius = f" (epsilon {format_epsilon(radius_of(spec))})" if training.method.settings.defends else ""
-    note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    note(f"{spec.architecture} · {parameters:,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):
         computing += f" · auxiliary passes in {recipe.side_precision}"
@@ -81,14 +82,23 @@ def check_forecast(training: Training, *, parent: Path) -> None:
     )
     begun = bool(state.epoch or state.step)
     epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    count = f"{parameters / 1e6:.1f} M" if parameters >= 1_000_000 else f"{parameters / 1000:.0f} k"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
-        f"{size(found.disk_bytes)} disk: {_short(_parameters(training))} parameters, {len(training.split):,} images, "
+        f"{size(found.disk_bytes)} disk: {count} parameters, {len(training.split):,} images, "
         f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
     )
     if not recipe.compile and not begun and compile_pays_off(training.device, seconds=found.seconds):
-        integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
+        # Where integer convolutions would save time (docs/results/training-cost.md).
+        has_codes = any(isinstance(module, QuantReLU) for module in training.model.modules())
+        integers = (
+            recipe.side_precision == SAME
+            and training.method.adversarial
+            and has_codes
+            and has_integer_convolution(training.device)
+        )
         note(f"note    {compile_hint(integers=integers)}")
     needed = found.disk_bytes + found.spare_bytes
     existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
@@ -132,21 +142,6 @@ def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None 
             except OSError:
                 continue  # a lock of another user
     return lines
-
-
-def _has_codes(training: Training) -> bool:
-    """Whether integer convolutions would save time (docs/results/training-cost.md)."""
-    quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    return quantized and has_integer_convolution(training.device)
-
-
-def _parameters(training: Training) -> int:
-    return sum(parameter.numel() for parameter in training.model.parameters())
-
-
-def _short(count: int) -> str:
-    """``272 k``, ``11.7 M``."""
-    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
 
 
 _NOT_COMPARED = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")

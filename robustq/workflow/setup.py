@@ -116,11 +116,7 @@ def data_for(
 
 
 def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
-    """Check that classes, channels and image size are the model's.
-
-    Raises:
-        DataError: they differ.
-    """
+    """DataError if classes, channels or image size are not the model's."""
     for what, wanted, got in (
         ("classes", spec.classes, data.classes),
         ("channels", spec.channels, data.channels),
@@ -225,9 +221,6 @@ def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> Model
     return replace(source, normalisation=wanted)
 
 
-LayerBits = tuple[tuple[str, int], ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WidthOptions:
     """Bit widths of the options; None: as in the recipe or model.
@@ -255,7 +248,7 @@ class WidthOptions:
         if self.bits is not None or (self.weight_bits is not None and self.act_bits is not None):
             Widths(self.weight_bits or self.bits or 0, self.act_bits or self.bits or 0)
 
-    def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, LayerBits]:
+    def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, tuple[tuple[str, int], ...]]:
         """The widths of the network and of single layers: option, else recipe, else source.
 
         Args:

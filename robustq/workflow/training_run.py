@@ -33,7 +33,7 @@ from robustq.hardening.metrics import check_tensorboard
 from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
-from robustq.hardening.trainer import Training, TrainingSummary
+from robustq.hardening.trainer import Training
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
@@ -300,9 +300,9 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
     command, recipe = folder.resume_command, training.recipe
     hardened = folder.config["command"] == "harden"
 
-    def work() -> TrainingSummary:
+    def work() -> None:
         with StopRequest() as stop:
-            return training.run(folder, stop)
+            training.run(folder, stop)
 
     def advice() -> str:
         return (
@@ -313,23 +313,25 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
     with folder:
         note(f"stop    Ctrl-C saves the run. Resume it with: {command}")
         try:
-            trained = within_memory(work, advice)
-            restore(training.model, training.state.best_weights)
+            within_memory(work, advice)
+            state, collapse = training.state, training.collapse
+            assert state.best is not None  # a recipe has at least one epoch
+            restore(training.model, state.best_weights)
             result = TrainResult.of(
                 folder.path,
                 spec,
                 recipe,
                 accuracy_on_test(training.model, data, device=training.device),
                 hardened=hardened,
-                epochs_done=training.state.epoch,
-                best_epoch=trained.best_epoch,
-                holdout_clean_accuracy=trained.best.clean,
-                holdout_pgd10_accuracy=trained.best.robust,
-                seconds_per_epoch=trained.seconds_per_epoch,
+                epochs_done=state.epoch,
+                best_epoch=state.best_epoch,
+                holdout_clean_accuracy=state.best.clean,
+                holdout_pgd10_accuracy=state.best.robust,
+                seconds_per_epoch=state.seconds / state.epoch,
                 size_bytes=(folder.path / "best.pt").stat().st_size,
                 seed=training.seed,
-                collapsed=trained.collapse,
-                shortfalls=() if trained.collapse is None else (f"{folder.path}: {trained.collapse}",),
+                collapsed=collapse,
+                shortfalls=() if collapse is None else (f"{folder.path}: {collapse}",),
             )
             folder.finish(result.to_dict())
         except RunStoppedError as error:
