@@ -31,18 +31,12 @@ SAME = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """The first layer whose values differ from the network's.
+    """The first layer whose values differ from the network's."""
 
-    Args:
-        layer: module name in the network, or ``logits``.
-        values, of: number of values that differ, and of all.
-        on_ties: each differs by one step of its quantizer, and the network's value is on the boundary of the two.
-    """
-
-    layer: str
-    values: int
+    layer: str  # module name in the network, or ``logits``
+    values: int  # that differ
     of: int
-    on_ties: bool
+    on_ties: bool  # each differs by one step of its quantizer; the network's value is on the boundary of the two
 
     def __str__(self) -> str:
         return f"{self.values:,} of {self.of:,} values of {self.layer} differ"
@@ -50,12 +44,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Input and output of one layer of the network; ``step`` is that of a quantizer of 2 bits or more."""
+    """Input and output of one layer of the network."""
 
     name: str
     entering: Tensor
     output: Tensor
-    step: float | None
+    step: float | None  # of a quantizer of 2 bits or more
 
 
 @torch.no_grad()
@@ -65,10 +59,9 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
     Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers.
 
     Args:
-        path: an .onnx file that onnxruntime loads.
+        path: an .onnx file that onnxruntime loads, with its optimisations (``optimise``) or without.
         network: its network, on the CPU, in eval mode.
         x: a few images: all values are kept in memory.
-        optimise: run the file with onnxruntime's optimisations.
     """
     layers, logits = _network_values(network, x)
     values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers), optimise=optimise)

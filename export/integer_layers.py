@@ -28,8 +28,8 @@ NOT_LAYERS = frozenset(
         "MaxPool",
         "NhwcMaxPool",
     }
-    | {"Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"}
-    | {"Unsqueeze", "ReorderInput", "ReorderOutput"}
+    | {"Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze"}
+    | {"Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput"}
 )
 """Operators that move, convert or compare values. Operators in neither set count as float layers."""
 

@@ -23,21 +23,13 @@ QONNX_DOMAIN = "qonnx.custom_op"
 
 @dataclass(frozen=True)
 class Contents:
-    """The properties of a file that decide where it runs.
+    """The properties of a file that decide where it runs."""
 
-    Args:
-        operators: of all nodes.
-        of_bytes: operators with an input of 8-bit integers.
-        is_qonnx: whether it has operators of QONNX.
-        is_binary: whether activations have 1 bit.
-        is_for_hls4ml: whether it is a QONNX file that was written for hls4ml.
-    """
-
-    operators: frozenset[str]
-    of_bytes: frozenset[str]
-    is_qonnx: bool
-    is_binary: bool
-    is_for_hls4ml: bool
+    operators: frozenset[str]  # of all nodes
+    of_bytes: frozenset[str]  # operators with an input of 8-bit integers
+    is_qonnx: bool  # has operators of QONNX
+    is_binary: bool  # activations have 1 bit
+    is_for_hls4ml: bool  # a QONNX file that was written for hls4ml
 
     @property
     def is_quantized(self) -> bool:

@@ -40,19 +40,12 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the new graph.
+    """A tensor of the new graph."""
 
-    Args:
-        name: in the new graph.
-        step: value of one integer step, () or (C,) float64; 1 where it holds the values themselves.
-        largest: bound of the magnitudes, in steps, () or (C,) float64.
-        shape: without the batch axis.
-    """
-
-    name: str
-    step: Floats
-    largest: Floats
-    shape: Shape
+    name: str  # in the new graph
+    step: Floats  # value of one integer step, () or (C,) float64; 1 where it holds the values themselves
+    largest: Floats  # bound of the magnitudes, in steps, () or (C,) float64
+    shape: Shape  # without the batch axis
 
 
 def fixed_point_multipliers(model: onnx.ModelProto) -> None:

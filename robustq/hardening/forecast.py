@@ -19,19 +19,12 @@ TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """The rest of a run.
+    """The rest of a run."""
 
-    Args:
-        seconds: training and monitor until the last epoch.
-        memory_bytes: peak so far: of the GPU, or of this process on a CPU.
-        disk_bytes: files of the run folder during the run.
-        spare_bytes: on top, while the state is written.
-    """
-
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
-    spare_bytes: int
+    seconds: float  # training and monitor until the last epoch
+    memory_bytes: int  # peak so far: of the GPU, or of this process on a CPU
+    disk_bytes: int  # files of the run folder during the run
+    spare_bytes: int  # on top, while the state is written
 
 
 def forecast(training: Training) -> Forecast:

@@ -33,18 +33,12 @@ class Inspection:
 
     Growing features and margins saturate the loss; gradients vanish, and attacks that follow them fail on a network
     that is not robust (arXiv:1802.00420; the flags ``zero gradient`` and ``logit scale`` of docs/flags.md).
-
-    Args:
-        feature_norm: L2 norm of the average-pooled features in front of global pooling; None if the network has none.
-        logit_margin: logit of the label minus the highest other one; negative for a wrong answer.
-        input_gradient_norm: L2 norm of the gradient of one image's cross-entropy with respect to its pixels in [0, 1].
-        zero_gradients: share of images in [0, 1] whose gradient is exactly zero in every pixel.
     """
 
-    feature_norm: float | None
-    logit_margin: float
-    input_gradient_norm: float
-    zero_gradients: float
+    feature_norm: float | None  # L2 norm of the average-pooled features in front of global pooling
+    logit_margin: float  # logit of the label minus the highest other one; negative for a wrong answer
+    input_gradient_norm: float  # L2 norm of the gradient of one image's cross-entropy by its pixels in [0, 1]
+    zero_gradients: float  # share of images in [0, 1] whose gradient is exactly zero in every pixel
 
 
 def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = BATCH) -> Inspection:
@@ -77,20 +71,13 @@ def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int =
 
 @dataclass(frozen=True)
 class Collapse:
-    """A collapse of robust accuracy.
+    """A collapse of robust accuracy."""
 
-    Args:
-        epoch: the epoch after which it was certain, counted from 1.
-        robust: PGD-10 accuracy on the held-out images after it, in [0, 1].
-        best_epoch, best: of the highest accuracy before.
-        planned: epochs of the recipe.
-    """
-
-    epoch: int
-    robust: float
+    epoch: int  # after which it was certain, counted from 1
+    robust: float  # PGD-10 accuracy on the held-out images after it, in [0, 1]
     best_epoch: int
-    best: float
-    planned: int
+    best: float  # the highest accuracy before
+    planned: int  # epochs of the recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -52,36 +52,23 @@ class CurvePoint(Result):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RobustnessResult(Result):
-    """Result of attack.
-
-    Args:
-        model: the file or folder under attack.
-        judge: ``onnxruntime`` or ``pytorch``.
-        label: of the network, such as ``resnet20-w4a4``.
-        file_failures: failed checks of the file's export.
-        compiled: whether attack generation was compiled.
-        evaluation: counts, flags and verdict at the main radius.
-        curve: accuracies at all radii, smallest first; empty without ``epsilons``.
-        surrogates: their names.
-        control: whether there was a natural control.
-        adversarial: file of the adversarial images.
-    """
+    """Result of attack."""
 
     FLAT = ("evaluation",)
 
-    model: Path
-    judge: str
-    label: str
+    model: Path  # the file or folder under attack
+    judge: str  # ``onnxruntime`` or ``pytorch``
+    label: str  # of the network, such as ``resnet20-w4a4``
     data: str
     suite: str
     seed: int
-    file_failures: tuple[str, ...]
-    compiled: bool
-    evaluation: Evaluation
-    curve: tuple[CurvePoint, ...]
-    surrogates: tuple[str, ...]
-    control: bool
-    adversarial: Path | None
+    file_failures: tuple[str, ...]  # failed checks of the file's export
+    compiled: bool  # whether attack generation was
+    evaluation: Evaluation  # counts, flags and verdict at the main radius
+    curve: tuple[CurvePoint, ...]  # accuracies at all radii, smallest first; empty without ``epsilons``
+    surrogates: tuple[str, ...]  # their names
+    control: bool  # whether there was a natural control
+    adversarial: Path | None  # file of the adversarial images
     seconds: float
 
 

@@ -24,19 +24,13 @@ from robustq.workflow import Result
 
 @dataclass(frozen=True, eq=False)
 class FileDescription(Result):
-    """Description of a file or folder.
-
-    Args:
-        path: as given.
-        kind: ``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``.
-        content: as that kind has: ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
-    """
+    """Description of a file or folder."""
 
     FLAT = ("content",)
 
     path: Path
-    kind: str
-    content: dict[str, Any]
+    kind: str  # ``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``
+    content: dict[str, Any]  # ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
 
 
 def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDescription:

@@ -29,27 +29,16 @@ DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQua
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model file or an export folder, ready to be attacked.
+    """A model file or an export folder, ready to be attacked."""
 
-    Args:
-        path: as given.
-        network: as trained, on the CPU, in eval mode.
-        gradient_model: the network that gives the gradients, on the device; of a deployed file the folded one.
-        judge: gives the answers that count.
-        deployed: the .onnx for onnxruntime, or None.
-        spec: of the network.
-        checkpoint: the model.pt.
-        failures: failed checks of the deployed file's export, a line each.
-    """
-
-    path: Path
-    network: nn.Module
-    gradient_model: nn.Module
-    judge: Model
-    deployed: Path | None
+    path: Path  # as given
+    network: nn.Module  # as trained, on the CPU, in eval mode
+    gradient_model: nn.Module  # gives the gradients, on the device; of a deployed file the folded network
+    judge: Model  # gives the answers that count
+    deployed: Path | None  # the .onnx for onnxruntime
     spec: ModelSpec
-    checkpoint: Path
-    failures: list[str]
+    checkpoint: Path  # the model.pt
+    failures: list[str]  # failed checks of the deployed file's export, a line each
 
     @property
     def judge_name(self) -> str:

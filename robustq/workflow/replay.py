@@ -28,15 +28,7 @@ REPLAY = "replay"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReplayResult(Result):
-    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply.
-
-    Args:
-        replayed: the .npz.
-        found_on: model, suite, seed and accuracies of the attack that found the images.
-        ball_checked: whether the clean images were available; else the clean accuracy is None.
-        attacks: ``replay``: share of right answers to the adversarial images.
-        same_as_recorded: share of images that are robust here and there, or broken here and there.
-    """
+    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply."""
 
     model: Path
     judge: str
@@ -44,17 +36,17 @@ class ReplayResult(Result):
     data: str
     suite: str = REPLAY
     file_failures: tuple[str, ...]
-    replayed: Path
-    found_on: dict[str, Any]
+    replayed: Path  # the .npz
+    found_on: dict[str, Any]  # model, suite, seed and accuracies of the attack that found the images
     images: int
     epsilon: float
-    ball_checked: bool
+    ball_checked: bool  # whether the clean images were available; else the clean accuracy is None
     clean_accuracy: float | None
     clean_interval: tuple[float, float] | None
     robust_accuracy: float
     interval: tuple[float, float]
-    attacks: dict[str, float]
-    same_as_recorded: float
+    attacks: dict[str, float]  # ``replay``: share of right answers to the adversarial images
+    same_as_recorded: float  # share of images that are robust here and there, or broken here and there
     twin_agreement: float = 1.0
     flags: tuple[Check, ...] = ()
     verdict: str = NOT_JUDGED

@@ -223,18 +223,12 @@ def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> Model
 
 @dataclass(frozen=True, kw_only=True)
 class WidthOptions:
-    """Bit widths of the options; None: as in the recipe or model.
+    """Bit widths of the options; None: as in the recipe or model."""
 
-    Args:
-        bits: of weights and activations.
-        weight_bits, act_bits: override ``bits``.
-        bits_per_layer: TOML file, layer name -> bits.
-    """
-
-    bits: int | None = None
-    weight_bits: int | None = None
+    bits: int | None = None  # of weights and activations
+    weight_bits: int | None = None  # overrides ``bits``, as the next
     act_bits: int | None = None
-    bits_per_layer: Path | None = None
+    bits_per_layer: Path | None = None  # TOML file, layer name -> bits
 
     def check(self) -> None:
         """Check the widths before any file is read.

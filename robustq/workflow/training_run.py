@@ -106,25 +106,16 @@ def _check_teacher(path: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The inputs of a run, checked and loaded.
-
-    Args:
-        spec, data, recipe: network, images and settings.
-        seed: of order, augmentation and the method's draws.
-        device: of the training.
-        out: run folder, checked to be free; None: ``runs/<label>-<method>``.
-        source: the model file that is fine-tuned; None: from scratch.
-        skip_bad_images: how ``data`` was loaded, for a later resume.
-    """
+    """The inputs of a run, checked and loaded."""
 
     spec: ModelSpec
     data: Dataset
     recipe: Recipe
-    seed: int
+    seed: int  # of order, augmentation and the method's draws
     device: torch.device
-    out: Path | None
-    source: Path | None
-    skip_bad_images: bool = False
+    out: Path | None  # run folder, checked to be free; None: ``runs/<label>-<method>``
+    source: Path | None  # the model file that is fine-tuned; None: from scratch
+    skip_bad_images: bool = False  # how the data were loaded, for a later resume
 
     @property
     def default_folder(self) -> Path:
@@ -151,40 +142,31 @@ class Job:
 class TrainResult(Result):
     """Result of train and harden, and the content of result.json.
 
-    Args:
-        checkpoint: the best epoch's model file, in the run folder ``run``.
-        model: label of the network, such as ``resnet20-w4a4``.
-        clean_accuracy, clean_interval, test_images: on the test images, with the 95% interval.
-        epochs, epochs_done, best_epoch: planned, trained, and that of ``checkpoint``.
-        holdout_clean_accuracy, holdout_pgd10_accuracy: of the best epoch, on held-out images; None: not measured.
-        seconds: of post-training quantization.
-        collapsed: the collapse of robust accuracy that ended the run.
-        shortfalls: failed checks, in words.
-        bits, method: of harden.
+    Accuracies of the hold-out are those of the best epoch; None: not measured.
     """
 
     OPTIONAL = ("seconds", "bits", "method")
 
-    checkpoint: Path
+    checkpoint: Path  # the best epoch's model file, in the run folder
     run: Path
-    model: str
+    model: str  # label of the network, such as ``resnet20-w4a4``
     recipe: str
-    clean_accuracy: float
-    clean_interval: tuple[float, float]
+    clean_accuracy: float  # on the test images
+    clean_interval: tuple[float, float]  # 95%
     test_images: int
-    epochs: int
+    epochs: int  # planned
     epochs_done: int = 0
-    best_epoch: int = 0
+    best_epoch: int = 0  # that of the checkpoint
     holdout_clean_accuracy: float
     holdout_pgd10_accuracy: float | None = None
     seconds_per_epoch: float = 0.0
-    seconds: float | None = None
+    seconds: float | None = None  # of post-training quantization
     size_bytes: int
     epsilon: float | None
     seed: int
-    collapsed: Collapse | None = None
-    shortfalls: tuple[str, ...] = ()
-    bits: int | None = None
+    collapsed: Collapse | None = None  # the collapse of robust accuracy that ended the run
+    shortfalls: tuple[str, ...] = ()  # failed checks, in words
+    bits: int | None = None  # of harden, as the next
     method: str | None = None
 
     @classmethod

@@ -23,7 +23,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
     batch_norm_mode,
 )
@@ -151,6 +150,3 @@ class FgsmMep(AdversarialTraining):
         with batch_norm_mode(self.model, self.settings.batch_norm):
             logits: Tensor = self.model(self._start)
         return logits
-
-
-METHOD = MethodEntry(FgsmMepSettings, FgsmMep)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.hardening.methods.method import Method, MethodContext, MethodEntry
+from robustq.hardening.methods.method import Method, MethodContext
 from robustq.hardening.methods.settings import MethodSettings, number
 
 
@@ -73,6 +73,3 @@ class Free(Method):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore delta."""
         self.perturbation.copy_(state["perturbation"])
-
-
-METHOD = MethodEntry(FreeSettings, Free)

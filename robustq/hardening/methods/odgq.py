@@ -18,7 +18,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
     batch_norm_mode,
 )
@@ -190,6 +189,3 @@ class Odgq(AdversarialTraining):
                 return self._tap(x)[1]
             with torch.no_grad():
                 return self._tap(x)[1]
-
-
-METHOD = MethodEntry(OdgqSettings, Odgq)

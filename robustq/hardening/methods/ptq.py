@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.methods.method import MethodEntry
 from robustq.hardening.methods.settings import MethodSettings
 from robustq.models.batch_norm import running_statistics
 
@@ -32,9 +31,6 @@ class PtqSettings(MethodSettings):
     defends = False
 
     bias_correction: bool = True
-
-
-METHOD = MethodEntry(PtqSettings, None)
 
 
 @torch.no_grad()

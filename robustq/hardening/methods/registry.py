@@ -1,6 +1,7 @@
 """Finds the training methods by name and builds them from a recipe.
 
-A method is a module of this package with a constant ``METHOD`` (:class:`.method.MethodEntry`).
+A method is a module of this package with its own subclasses of :class:`robustq.recipe.schema.MethodSettings` and
+:class:`.method.Method`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,22 @@ from typing import Any
 from robustq.data import SIDES, usual_augment
 from robustq.errors import UsageError
 from robustq.hardening import methods
-from robustq.hardening.methods.method import Method, MethodContext, MethodEntry
+from robustq.hardening.methods.method import Method, MethodContext
 from robustq.recipe import Recipe
 from robustq.recipe.schema import MethodSettings, check_settings
 
-
-def _find_methods() -> dict[str, MethodEntry]:
-    modules = (
-        importlib.import_module(f"{methods.__name__}.{one.name}") for one in pkgutil.iter_modules(methods.__path__)
-    )
-    entries = (getattr(module, "METHOD", None) for module in modules)
-    return {entry.settings.method: entry for entry in entries if isinstance(entry, MethodEntry)}
-
-
-METHODS = _find_methods()
-"""Name -> method, ``ptq`` included, which does not train."""
-
-SETTINGS: dict[str, type[MethodSettings]] = {name: entry.settings for name, entry in METHODS.items()}
+SETTINGS: dict[str, type[MethodSettings]] = {}
 """Name -> the dataclass of the method's own table in a recipe."""
+
+METHODS: dict[str, type[Method]] = {}
+"""Name -> method, of those that train."""
+
+for _found in pkgutil.iter_modules(methods.__path__):
+    _module = importlib.import_module(f"{methods.__name__}.{_found.name}")
+    _own = [kind for kind in vars(_module).values() if isinstance(kind, type) and kind.__module__ == _module.__name__]
+    for _settings in [kind for kind in _own if issubclass(kind, MethodSettings)]:
+        SETTINGS[_settings.method] = _settings
+        METHODS.update((_settings.method, kind) for kind in _own if issubclass(kind, Method))
 
 
 def resolved_settings(recipe: Recipe) -> dict[str, Any]:
@@ -63,7 +62,6 @@ def build_method(recipe: Recipe, context: MethodContext) -> Method:
         UsageError: ``rslad`` without a teacher, or a method that does not train.
     """
     settings = check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method)
-    build = METHODS[recipe.method].build
-    if build is None:
+    if recipe.method not in METHODS:
         raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")
-    return build(context, settings)
+    return METHODS[recipe.method](context, settings)

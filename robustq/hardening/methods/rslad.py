@@ -23,7 +23,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
 )
 from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, choice, number, path, size
@@ -194,6 +193,3 @@ class Rslad(AdversarialTraining):
                 f"{self.settings.teacher}: is not the teacher any more that the run began with; put that file back"
             )
         super().load_state_dict(state)
-
-
-METHOD = MethodEntry(RsladSettings, Rslad)

@@ -1,4 +1,4 @@
-"""Settings of training methods: dataclasses whose fields declare their ranges and choices."""
+"""Fields of training methods' settings, which declare their ranges and choices."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 PLANTED = """
 from dataclasses import dataclass
 
-from robustq.hardening.methods.method import AdversarialTraining, MethodEntry
+from robustq.hardening.methods.method import AdversarialTraining
 from robustq.hardening.methods.settings import MethodSettings, number
 
 
@@ -23,9 +23,6 @@ class PlantedSettings(MethodSettings):
 class Planted(AdversarialTraining):
     def perturb(self, x, y, indices):
         return (x + self.settings.shift * self.epsilon).clamp(0, 1)
-
-
-METHOD = MethodEntry(PlantedSettings, Planted)
 """
 
 RECIPE = """
