@@ -37,11 +37,7 @@ class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class _OddThresholds(nn.Module):
-    """``thresholds`` with distances that are odd numbers.
-
-    Args:
-        thresholds: of a folded binary block.
-    """
+    """``thresholds`` of a folded binary block, with distances that are odd numbers."""
 
     gain: Tensor
     threshold: Tensor

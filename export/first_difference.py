@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,10 @@ def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor
     chosen = {name: module for name, module in modules.items() if quantizes(module)}
     chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
     layers: list[_Layer] = []
-    handles = [module.register_forward_hook(_recorder(name, layers)) for name, module in chosen.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, module in chosen.items():
+            hooks.enter_context(module.register_forward_hook(_recorder(name, layers)))
         logits: Tensor = network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return layers, logits
 
 

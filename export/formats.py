@@ -149,9 +149,7 @@ def build(
     """The ONNX model of ``network`` in format ``name``, with metadata.
 
     Args:
-        name: a key of :data:`FORMATS`.
         network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
-        spec: its specification.
         pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
         consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
 

@@ -31,23 +31,14 @@ from robustq.export.lowering.short_names import module_name
 LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22}
 """Largest step of the operator's output, in steps of the quantizer behind it."""
 
-GLOBAL_AVERAGE = (2.0**-32, 2.0**8)
-"""Range of the same for a global average, divided by the number of pixels."""
-
-LARGEST_SUM = 2.0**32
-"""Largest sum of a layer, in steps of the quantizer behind it."""
-
-LAYERS = ("Conv", "Gemm")
-
+GLOBAL_AVERAGE = (2.0**-32, 2.0**8)  # range of the same for a global average, divided by the number of pixels
+LARGEST_SUM = 2.0**32  # of a layer, in steps of the quantizer behind it
 LARGEST_CODE = 255
+LAYERS = ("Conv", "Gemm")
 
 
 def check_ranges(model: onnx.ModelProto) -> None:
-    """Check all layers, sums, products and averages of a model in QCDQ form.
-
-    Raises:
-        ExportError: one is out of range.
-    """
+    """Check all layers, sums, products and averages of a model in QCDQ form; ExportError where one is out of range."""
     index = GraphIndex(model.graph)
     for node in model.graph.node:
         if node.op_type in LAYERS:

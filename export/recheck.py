@@ -30,17 +30,10 @@ from robustq.export.runtime_limits import not_for
 from robustq.export.session import OnnxModel
 from robustq.models.spec import ModelSpec
 
-QONNX_EXECUTOR = "qonnx_executor"
-"""Name of the run by the qonnx package, beside those of :data:`robustq.export.parity.RUNS`."""
-
-EXECUTOR_IMAGES = 100
-"""Number of images for qonnx's executor, which takes seconds for them."""
-
-STAND_IN = "qcdq"
-"""The format that onnxruntime runs in place of QONNX."""
-
-SEARCHED_IMAGES = 8
-"""Number of images in the search for the first differing layer."""
+QONNX_EXECUTOR = "qonnx_executor"  # the run by the qonnx package, beside those of robustq.export.parity.RUNS
+EXECUTOR_IMAGES = 100  # qonnx's executor takes seconds for them
+STAND_IN = "qcdq"  # the format that onnxruntime runs in place of QONNX
+SEARCHED_IMAGES = 8  # in the search for the first differing layer
 
 
 @dataclass(frozen=True)

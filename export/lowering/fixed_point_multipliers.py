@@ -49,11 +49,7 @@ class _Tensor:
 
 
 def fixed_point_multipliers(model: onnx.ModelProto) -> None:
-    """Rewrite ``model``.
-
-    Raises:
-        ExportError: an operator that hls4ml cannot hold.
-    """
+    """Rewrite ``model``; ExportError for an operator that hls4ml cannot hold."""
     _Rewriting(model.graph).run()
     del model.graph.quantization_annotation[:]
     model.opset_import.append(helper.make_opsetid(CHANNELS_LAST, model.opset_import[0].version))

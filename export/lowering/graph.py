@@ -13,10 +13,8 @@ from onnx import helper, numpy_helper
 
 
 class GraphIndex:
-    """Makers, readers and constants of one graph as it was when the index was made.
-
-    Args:
-        graph: the graph; a pass that adds or removes nodes makes a new index afterwards.
+    """Makers, readers and constants of one graph as it was when the index was made: a pass that adds or removes nodes
+    makes a new index afterwards.
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:

@@ -116,12 +116,8 @@ def console_output() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt(3), from glibc's malloc.h."""
-
-_MMAP_THRESHOLD = 32 * 1024 * 1024
-"""The largest that glibc accepts on 64-bit machines."""
-
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), from glibc's malloc.h
+_MMAP_THRESHOLD = 32 * 1024 * 1024  # the largest that glibc accepts on 64-bit machines
 _NEVER_TRIM = 2**31 - 1
 
 _SPIN_COUNT = 2000

@@ -51,13 +51,11 @@ def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
     def hook(name: str) -> Callable[..., None]:
         return lambda _, __, output: check(name, output)
 
-    handles = [model.register_forward_pre_hook(lambda _, inputs: check(INPUT, inputs))]
-    handles += [layer.register_forward_hook(hook(name)) for name, layer in _layers(model)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(lambda _, inputs: check(INPUT, inputs)))
+        for name, layer in _layers(model):
+            hooks.enter_context(layer.register_forward_hook(hook(name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_nonfinite(
@@ -73,7 +71,6 @@ def find_nonfinite(
 
     Args:
         model: the network that ``take_step`` trains, in its state before the first step.
-        batches: at least as many as there are steps.
         take_step: trains on a batch and returns the loss.
         epoch, first, last: numbers of the epoch and of the first and last step, counted from 1, for the message.
 
@@ -133,11 +130,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def runs_out_of_memory(work: Callable[[], object]) -> bool:
-    """Do ``work``; True if memory ran out, after freeing what it had allocated.
-
-    Raises:
-        Exception: any other error of ``work``.
-    """
+    """Do ``work``; True if memory ran out, after freeing what it had allocated. Other errors pass through."""
     try:
         work()
     except Exception as error:
@@ -165,10 +158,8 @@ def within_memory(work: Callable[[], T], message: Callable[[], str]) -> T:
 
 
 def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: int = 1) -> int | None:
-    """The first of too_large / 2, too_large / 4, ... for which ``work`` does not run out of memory.
-
-    Returns:
-        None if not even ``least`` fits.
+    """The first of too_large / 2, too_large / 4, ... for which ``work`` does not run out of memory; None if not even
+    ``least`` fits.
     """
     size = too_large // 2
     while size >= least:

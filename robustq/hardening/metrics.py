@@ -50,11 +50,7 @@ class RunningMeans:
 
 
 def check_tensorboard() -> None:
-    """Check that TensorBoard's writer is installed.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """UsageError if TensorBoard's writer is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "tensorboard = true needs the package tensorboard, which is not installed: pip install tensorboard, or "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,8 @@ from robustq.attacks import pgd
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.features import FeatureTap
 
-BATCH = 64
-"""Images per backward pass of an inspection, so that it needs no more memory than a small training batch."""
-
-COLLAPSED_EPOCHS = 2
-"""Consecutive epochs that make a collapse."""
-
+BATCH = 64  # images per backward pass of an inspection: no more memory than a small training batch
+COLLAPSED_EPOCHS = 2  # consecutive epochs that make a collapse
 PGD_STEPS = 10
 
 
@@ -142,70 +138,64 @@ class HoldoutAccuracy:
         return (self.clean if self.robust is None else self.robust, self.clean)
 
 
+@dataclass(frozen=True, eq=False)
 class Monitor:
-    """Evaluates a network on the same images, from the same random start, after each epoch.
+    """Evaluates a network on the same images, from the same random start, after each epoch."""
 
-    Args:
-        x: (N, C, H, W) float32 in [0, 1] on the model's device.
-        y: (N,) int64.
-        epsilon: radius; None: clean accuracy only.
-        batch_size: images per pass.
-        seed: of the random start of PGD-10.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, *, epsilon: float | None, batch_size: int, seed: int) -> None:
-        self._x, self._y = x, y
-        self._epsilon = epsilon
-        self._batch_size = batch_size
-        self._seed = seed
+    x: Tensor  # (N, C, H, W) float32 in [0, 1] on the model's device
+    y: Tensor  # (N,) int64
+    _: KW_ONLY
+    epsilon: float | None  # radius; None: clean accuracy only
+    batch_size: int  # images per pass
+    seed: int  # of the random start of PGD-10
 
     @property
     def images(self) -> int:
         """The number of held-out images."""
-        return len(self._x)
+        return len(self.x)
 
     @property
     def chance(self) -> float:
         """Accuracy in [0, 1] of the best constant answer."""
-        return int(self._y.bincount().max()) / len(self._y)
+        return int(self.y.bincount().max()) / len(self.y)
 
     def evaluate(self, model: nn.Module) -> HoldoutAccuracy:
         """Accuracies of ``model`` in eval mode; its mode is restored."""
         with _eval_mode(model):
-            clean = correct(model, self._x, self._y, batch_size=self._batch_size)
-            robust = None if self._epsilon is None else self._robust(model, clean, self._epsilon)
+            clean = correct(model, self.x, self.y, batch_size=self.batch_size)
+            robust = None if self.epsilon is None else self._robust(model, clean, self.epsilon)
         return HoldoutAccuracy(clean.float().mean().item(), robust)
 
     def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
         """:func:`inspect_network` on the same images in eval mode; the mode is restored."""
         with _eval_mode(model):
-            return inspect_network(model, self._x, self._y, batch_size=batch_size)
+            return inspect_network(model, self.x, self.y, batch_size=batch_size)
 
     def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
         """Do one batch of the work of :meth:`evaluate` and :meth:`inspect`, to measure time and memory.
 
         ``images`` is its size; None: that of :meth:`evaluate`. Returns the whole work as a multiple of it.
         """
-        count = min(images or self._batch_size, self._batch_size, len(self._x))
-        x, y = self._x[:count], self._y[:count]
+        count = min(images or self.batch_size, self.batch_size, len(self.x))
+        x, y = self.x[:count], self.y[:count]
         with _eval_mode(model):
             inspect_network(model, x, y)
-            if self._epsilon is None:
+            if self.epsilon is None:
                 correct(model, x, y, batch_size=count)
-                return len(self._x) / count
-            pgd(model, x, y, epsilon=self._epsilon, step_size=self._epsilon, steps=1, generator=torch.Generator())
+                return len(self.x) / count
+            pgd(model, x, y, epsilon=self.epsilon, step_size=self.epsilon, steps=1, generator=torch.Generator())
             # The inspection and PGD did one forward and one backward pass each.
-            return (PGD_STEPS + 1) / 2 * len(self._x) / count
+            return (PGD_STEPS + 1) / 2 * len(self.x) / count
 
     def _robust(self, model: nn.Module, clean: Tensor, epsilon: float) -> float:
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(self.seed)
         robust = 0
-        right = clean.nonzero().flatten().to(self._x.device)  # misclassified images need no attack
-        for indices in torch.split(right, self._batch_size) if len(right) else ():
-            x, y = self._x[indices], self._y[indices]
+        right = clean.nonzero().flatten().to(self.x.device)  # misclassified images need no attack
+        for indices in torch.split(right, self.batch_size) if len(right) else ():
+            x, y = self.x[indices], self.y[indices]
             x_adv = pgd(model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator)
-            robust += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
-        return robust / len(self._x)
+            robust += int(correct(model, x_adv, y, batch_size=self.batch_size).sum())
+        return robust / len(self.x)
 
 
 @contextmanager

@@ -62,14 +62,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
 
 
 class TrainStep:
-    """Optimizer steps on batches.
+    """Optimizer steps on batches, which train ``model`` in place.
 
-    Args:
-        model: trained in place.
-        method: built for ``model``.
-        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``,
-            ``side_precision``, ``compile``, ``cuda_graphs`` and the keys of the optimizer. With the defaults each step
-            is one step of the optimizer on the method's loss, and nothing else is computed.
+    With the recipe's defaults each step is one step of the optimizer on the method's loss, and nothing else is
+    computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:

@@ -60,17 +60,6 @@ def compile_notes(device: torch.device, *, cuda_graphs: bool) -> list[str]:
     return [*lines, f"{device} has no CUDA graphs; cuda_graphs has no effect"] if cuda_graphs else lines
 
 
-def compile_pays_off(device: torch.device, *, seconds: float) -> bool:
-    """Whether compiling saves more than it costs in a run of ``seconds``; False on GPUs, where it was not measured."""
-    return device.type == "cpu" and seconds >= WORTH_COMPILING
-
-
-def compile_hint(*, integers: bool) -> str:
-    """The advice to compile; ``integers``: auxiliary passes could use integer convolutions too, and do not."""
-    share, more = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
-    return f"so long a run may be a {share} shorter with --compile{more}, which takes a C++ compiler and some minutes"
-
-
 @contextmanager
 def in_precision(model: nn.Module, precision: str, *, side: str = SAME) -> Iterator[None]:
     """Within it every call of ``model`` computes in ``precision``, its backward pass too, and returns float32.

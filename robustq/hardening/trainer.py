@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,52 +26,34 @@ from robustq.hardening.state import Checkpointer, StopRequest, TrainState, resto
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
-CHECK_EVERY = 20
-"""Batches between two checks for NaN and Inf: a GPU waits for each check."""
-
-SAVE_EVERY_SECONDS = 600.0
-"""Longest training time without a saved state, for long epochs."""
+CHECK_EVERY = 20  # batches between two checks for NaN and Inf: a GPU waits for each check
+SAVE_EVERY_SECONDS = 600.0  # longest training time without a saved state, for long epochs
 
 
+@dataclass(eq=False, repr=False)
 class Training:
     """One run of a recipe.
 
     :meth:`state_dict` is everything that the rest of the run depends on. Order and augmentation of the images are not
     in it: they are a pure function of seed and epoch. On the CPU a restored run continues bit for bit.
-
-    Args:
-        model: on ``device``; trained in place.
-        method: built for ``model``.
-        split, augment, seed: training images, their augmentation, and the seed of order and augmentation.
-        monitor: evaluates each epoch.
-        recipe: epochs, batch size, learning rate and options of a step.
-        device: of the batches.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        split: Split,
-        monitor: Monitor,
-        recipe: Recipe,
-        *,
-        augment: Augment,
-        seed: int,
-        device: torch.device,
-    ) -> None:
+    model: nn.Module  # on ``device``; trained in place
+    method: Method  # built for ``model``
+    split: Split  # training images
+    monitor: Monitor  # evaluates each epoch
+    recipe: Recipe
+    _: KW_ONLY
+    augment: Augment
+    seed: int  # of order and augmentation
+    device: torch.device  # of the batches
+
+    def __post_init__(self) -> None:
         # The fastest convolutions of CPUs and GPUs use this memory format.
-        self.model = model.to(memory_format=torch.channels_last)
-        self.method = method
-        self.split = split
-        self.monitor = monitor
-        self.recipe = recipe
-        self.augment = augment
-        self.seed = seed
-        self.device = device
-        self.train_step = TrainStep(model, method, recipe)
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.train_step = TrainStep(self.model, self.method, self.recipe)
         self.state = TrainState()
-        self.means = RunningMeans(device)
+        self.means = RunningMeans(self.device)
         self._averaged_weights: dict[str, Tensor] | None = None
         self._clock = 0.0
 

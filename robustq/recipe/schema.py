@@ -15,12 +15,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hint
 from robustq.errors import RecipeError, UsageError
 
 FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
-PRECISIONS = (FLOAT32, TF32, BFLOAT16)
-"""Precisions of a training pass (:mod:`robustq.hardening.precision`)."""
-
+PRECISIONS = (FLOAT32, TF32, BFLOAT16)  # of a training pass (robustq.hardening.precision)
 SAME, INTEGER = "same", "integer"
-SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)
-"""Precisions allowed for the auxiliary passes; TF32 is one switch for a whole step."""
+SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)  # of the auxiliary passes; TF32 is one switch for a whole step
 
 METADATA = ("paper_rows", "evidence")
 """Keys that describe a recipe; no run depends on them (:mod:`robustq.recipe.paper`)."""

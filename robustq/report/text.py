@@ -10,11 +10,8 @@ from robustq.recipe import format_epsilon
 if TYPE_CHECKING:
     from robustq.evaluation.suites import Suite
 
-Result = Mapping[str, Any]
-"""By the keys of ``--json``."""
-
-NO_DEFENCE = 0.005
-"""Robust accuracy up to which a model counts as undefended."""
+Result = Mapping[str, Any]  # by the keys of ``--json``
+NO_DEFENCE = 0.005  # robust accuracy up to which a model counts as undefended
 
 
 def percent(share: float | None) -> str:
@@ -67,8 +64,7 @@ def training_lines(result: Result, *, next_command: str) -> list[str]:
 def attack_lines(result: Result) -> list[str]:
     """Accuracy after each attack, the worst case, and how far that number can be trusted.
 
-    Args:
-        result: of attack, of its replay, or the re-check of a file.
+    ``result`` is that of attack, of its replay, or the re-check of a file.
     """
     from robustq.evaluation.suites import SUITES
 

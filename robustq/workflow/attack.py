@@ -145,8 +145,8 @@ def attack_model(
         )
         curve = _curve(attack, found, epsilons)
     seconds = time.perf_counter() - start
-    if not compiled:
-        suggest_compiling(seconds, place)
+    if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
+        note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
     result = RobustnessResult(
         model=opened.path.absolute(),
         judge=opened.judge_name,
@@ -170,16 +170,13 @@ def attack_model(
 
 @contextmanager
 def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
-    """Make the target's networks faster within the block, where they must not change.
+    """Yield the target with faster networks, which must not change within the block.
 
     Args:
         network: the network under attack, in eval mode, on its device.
         images: uint8 (N, C, H, W), one or more of the images to attack.
-        compiled: compile a copy of the network for the target's ``sources``, and for gradient-free attacks on a
+        compiled: compile a copy of the network for the target's gradient models, and for gradient-free attacks on a
             PyTorch judge.
-
-    Yields:
-        The target to attack.
     """
     copied = deepcopy(network) if compiled else None
     others = [*target.surrogates.values(), *([] if target.control is None else [target.control])]
@@ -195,12 +192,6 @@ def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compi
             rules = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
             target = replace(target, gradient_models=rules, proxy=fast if target.judge is network else None)
         yield target
-
-
-def suggest_compiling(seconds: float, device: torch.device) -> None:
-    """Print the hint at --compile after a long eager attack; on GPUs its gain was not measured."""
-    if device.type == "cpu" and seconds >= WORTH_COMPILING:
-        note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
 
 
 def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> None:

@@ -56,11 +56,7 @@ class OpenedModel:
 
 
 def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> OpenedModel:
-    """Open a .pt of robustq, or an export folder.
-
-    Raises:
-        RobustqError: it cannot be read, or not be attacked.
-    """
+    """Open a .pt of robustq, or an export folder; RobustqError if it cannot be read or attacked."""
     path = check_attackable(Path(model))
     deployed, checkpoint, failures = None, path, []
     if path.is_dir() or path.suffix == ".onnx":

@@ -13,7 +13,7 @@ from robustq.data import Dataset
 from robustq.errors import OutputError, RunLockedError, UsageError
 from robustq.hardening.diagnosis import within_memory
 from robustq.hardening.forecast import fitting_setting, forecast
-from robustq.hardening.precision import advice, compile_hint, compile_notes, compile_pays_off, has_integer_convolution
+from robustq.hardening.precision import WORTH_COMPILING, advice, compile_notes, has_integer_convolution
 from robustq.hardening.run_folder import (
     CONFIG,
     RESULT,
@@ -28,7 +28,7 @@ from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
-from robustq.recipe.schema import FLOAT32, SAME
+from robustq.recipe.schema import FLOAT32, INTEGER, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
 from robustq.workflow.setup import radius_of
@@ -90,16 +90,15 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         f"{size(found.disk_bytes)} disk: {count} parameters, {len(training.split):,} images, "
         f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
     )
-    if not recipe.compile and not begun and compile_pays_off(training.device, seconds=found.seconds):
+    on_cpu = training.device.type == "cpu"  # on GPUs the gain was not measured
+    if not recipe.compile and not begun and on_cpu and found.seconds >= WORTH_COMPILING:
         # Where integer convolutions would save time (docs/results/training-cost.md).
         has_codes = any(isinstance(module, QuantReLU) for module in training.model.modules())
-        integers = (
-            recipe.side_precision == SAME
-            and training.method.adversarial
-            and has_codes
-            and has_integer_convolution(training.device)
-        )
-        note(f"note    {compile_hint(integers=integers)}")
+        integers = recipe.side_precision == SAME and training.method.adversarial and has_codes
+        integers = integers and has_integer_convolution(training.device)
+        share, more = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
+        advised = f"a {share} shorter with --compile{more}, which takes a C++ compiler and some minutes"
+        note(f"note    so long a run may be {advised}")
     needed = found.disk_bytes + found.spare_bytes
     existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free

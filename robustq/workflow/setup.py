@@ -76,10 +76,8 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, completed by :func:`robustq.data.usual_augment`.
-
-    Raises:
-        RecipeError: a crop could contain padding only.
+    """The recipe's augmentation, completed by :func:`robustq.data.usual_augment`; RecipeError if a crop could contain
+    padding only.
     """
     usual = usual_augment(data.name, data.image_size)
     padding = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
@@ -129,12 +127,9 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
 
 
 def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Recipe) -> None:
-    """Refuse a batch size whose last batch is one image, if the network cannot be trained on one image.
+    """RecipeError for a last batch of one image, if BatchNorm would get one value per channel.
 
     Dropping that image instead would change every other run.
-
-    Raises:
-        RecipeError: BatchNorm would get one value per channel.
     """
     shape = (spec.channels, spec.image_size, spec.image_size)
     if images % recipe.batch_size == 1 and needs_two_images(model, shape):
@@ -209,8 +204,7 @@ def open_source(
 def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:
     """``source`` with the normalisation ``text`` of ``--normalisation``, which its weights were trained with.
 
-    Raises:
-        UsageError: ``text`` is no normalisation, or contradicts the model file.
+    UsageError if that is no normalisation, or contradicts the model file.
     """
     wanted = source.normalisation if text is None else parse_normalisation(text, channels=source.channels)
     if wanted == source.normalisation:
@@ -231,11 +225,7 @@ class WidthOptions:
     bits_per_layer: Path | None = None  # TOML file, layer name -> bits
 
     def check(self) -> None:
-        """Check the widths before any file is read.
-
-        Raises:
-            UsageError: an unknown width, or float weights with quantized activations or the reverse.
-        """
+        """UsageError for an unknown width, or float weights with quantized activations or the reverse."""
         given = [one for one in (self.bits, self.weight_bits, self.act_bits) if one is not None]
         for one in given:
             Widths(one, one)

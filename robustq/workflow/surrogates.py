@@ -30,11 +30,9 @@ from robustq.workflow.setup import check_fit
 from robustq.workflow.train import train_model
 
 SURROGATES = RUNS / "surrogates"
-SEED = 1000
-"""Of the trained networks; unlikely to be that of the user's model."""
+SEED = 1000  # of the trained networks; unlikely to be that of the user's model
 EPOCHS, IMAGES = 10, 10_000
-LARGE = 64
-"""Image side above which the second architecture is one for photographs."""
+LARGE = 64  # image side above which the second architecture is one for photographs
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,7 @@ class OtherNetworks:
         return made
 
     def load(self, path: Path) -> nn.Module:
-        """A network of the user.
-
-        Raises:
-            ModelFileError, DataError: it cannot be read, or is for another task.
-        """
+        """A network of the user; ModelFileError or DataError if it cannot be read or is for another task."""
         return self._load(path, self.own_model)
 
     def of_the_paper(self, spec: ModelSpec) -> dict[str, nn.Module]:

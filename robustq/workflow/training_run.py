@@ -62,7 +62,10 @@ def with_absolute_teacher(recipe: Recipe) -> Recipe:
             f"recipe {recipe.name} needs a robust teacher; add --set {recipe.method}.teacher=FILE, a model file of "
             "robustq with the same classes"
         )
-    _check_teacher(path)
+    try:
+        check_model_file(Path(path))
+    except ModelFileError as error:
+        raise ModelFileError(f"{recipe.method}.teacher: {error}") from error
     return replace(recipe, settings={**recipe.settings, "teacher": str(Path(path).absolute())})
 
 
@@ -76,17 +79,18 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     if not SETTINGS[recipe.method].needs_teacher:
         return None
     settings = resolved_settings(recipe)
-    path = _check_teacher(str(settings["teacher"]))
+    path, key = Path(settings["teacher"]), f"{recipe.method}.teacher"
     try:
+        check_model_file(path)
         network, spec, _ = load_model(path)
         check_fit(spec, data, path)
     except (ModelFileError, DataError) as error:
-        raise type(error)(f"rslad.teacher: {error}") from error
+        raise type(error)(f"{key}: {error}") from error
     if spec.class_names and data.class_names and tuple(spec.class_names) != tuple(data.class_names):
         pairs = enumerate(zip(spec.class_names, data.class_names, strict=True))
         first = next(index for index, (ours, theirs) in pairs if ours != theirs)
         raise DataError(
-            f"rslad.teacher: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
+            f"{key}: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
             f"'{data.class_names[first]}'; give a teacher of the same classes in the same order"
         )
     radius = "trained without a defence" if spec.epsilon is None else f"epsilon {format_epsilon(spec.epsilon)}"
@@ -95,13 +99,6 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     if settings["teacher_sees"] == "augmented" and augment != NO_AUGMENT:
         return OnlineTeacher(network)
     return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
-
-
-def _check_teacher(path: str) -> Path:
-    try:
-        return check_model_file(Path(path))
-    except ModelFileError as error:
-        raise ModelFileError(f"rslad.teacher: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,21 +344,13 @@ def _new_folder(job: Job, config: dict[str, Any], training: Training) -> RunFold
 
 
 def calibrate_on(model: nn.Module, job: Job, *, from_scratch: bool) -> None:
-    """Calibrate the activation scales of ``model`` on the recipe's number of unaugmented training images.
-
-    Raises:
-        OutOfMemoryError: so many images do not fit at once.
-    """
+    """Calibrate the activation scales of ``model`` on the recipe's number of unaugmented training images."""
     work = partial(calibrate, model, from_scratch=from_scratch)
     with_calibration_images(job, work, purpose="calibrate the activation scales")
 
 
 def with_calibration_images(job: Job, work: Callable[[Tensor], T], *, purpose: str) -> T:
-    """``work`` of the calibration images, float32 in [0, 1] on the job's device.
-
-    Raises:
-        OutOfMemoryError: they do not fit at once.
-    """
+    """``work`` of the calibration images, float32 in [0, 1] on the job's device; OutOfMemoryError if too many."""
     wanted = job.recipe.calibration_images
     return within_memory(
         lambda: work(to_float(job.data.train.take(wanted)[0].to(job.device))),

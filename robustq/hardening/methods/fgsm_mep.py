@@ -65,6 +65,8 @@ class FgsmMep(AdversarialTraining):
 
     settings: FgsmMepSettings
 
+    carried = ("perturbations", "momenta")  # delta and m, each (N, C, H, W) float32
+
     def __init__(self, context: MethodContext, settings: FgsmMepSettings) -> None:
         super().__init__(context, settings)
         shape = (context.samples, *context.image_shape)
@@ -120,16 +122,6 @@ class FgsmMep(AdversarialTraining):
             return LossOutput.of(task, logits)
         gap = functional.mse_loss(logits, self._prior_logits())
         return LossOutput.of(task, logits, weight=self.settings.mse_weight, mse=gap)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Delta and m, each (N, C, H, W) float32, and the generator's state."""
-        return {**super().state_dict(), "perturbations": self.perturbations, "momenta": self.momenta}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        super().load_state_dict(state)
-        self.perturbations.copy_(state["perturbations"])
-        self.momenta.copy_(state["momenta"])
 
     @property
     def _through_prior(self) -> bool:

@@ -120,6 +120,9 @@ class Method:
     repeats: int = 1
     """Optimizer steps on each batch."""
 
+    carried: tuple[str, ...] = ()
+    """Names of the tensors that the method keeps between batches; their shapes do not change."""
+
     settings: Any
 
     def __init__(self, context: MethodContext, settings: Any) -> None:
@@ -167,10 +170,12 @@ class Method:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the method keeps between batches, including random generators: what a resumed run needs."""
-        return {}
+        return {name: getattr(self, name) for name in self.carried}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`begin_epoch` is not called again in mid-epoch."""
+        for name in self.carried:
+            getattr(self, name).copy_(state[name])
 
 
 class AdversarialTraining(Method):
@@ -197,9 +202,10 @@ class AdversarialTraining(Method):
         return min(1.0, 2.5 / steps) * self.epsilon if size == AUTO else parse_epsilon(size)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator."""
-        return {"generator": self.generator.get_state()}
+        """The generator and the tensors."""
+        return {"generator": self.generator.get_state(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the generator's state."""
+        """Restore them."""
+        super().load_state_dict(state)
         self.generator.set_state(state["generator"].cpu())

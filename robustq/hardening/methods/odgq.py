@@ -81,6 +81,8 @@ class Odgq(AdversarialTraining):
 
     settings: OdgqSettings
 
+    carried = ("perturbations",)
+
     def __init__(self, context: MethodContext, settings: OdgqSettings) -> None:
         super().__init__(context, settings)
         self.domain = 0
@@ -148,17 +150,12 @@ class Odgq(AdversarialTraining):
 
     def state_dict(self) -> dict[str, Tensor]:
         """P, (N_k, slots, C, H, W) as stored; k; whether an epoch has just begun; the generator of ``noise``."""
-        return {
-            **super().state_dict(),
-            "perturbations": self.perturbations,
-            "domain": torch.tensor(self.domain),
-            "first_batch_of_epoch": torch.tensor(self._first_batch_of_epoch),
-        }
+        epoch = {"domain": torch.tensor(self.domain), "first_batch_of_epoch": torch.tensor(self._first_batch_of_epoch)}
+        return {**super().state_dict(), **epoch}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         super().load_state_dict(state)
-        self.perturbations.copy_(state["perturbations"])
         self.domain = int(state["domain"])
         self._first_batch_of_epoch = bool(state["first_batch_of_epoch"])
 

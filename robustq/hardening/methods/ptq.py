@@ -8,6 +8,7 @@ section 4.2), measured on images by Brevitas' ``bias_correction_mode``. The resu
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +73,11 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
 def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]:
     """Convolution name -> the BatchNorm whose input is its output, found by tracing one forward pass.
 
-    Args:
-        model: any network; its mode and statistics do not change.
-        example: (1, C, H, W) float32 in [0, 1], on the model's device.
+    ``example`` is (1, C, H, W) float32 in [0, 1]; mode and statistics of the model do not change.
     """
     made_by: dict[int, str] = {}
     keep: list[Tensor] = []  # an id is only unique while its tensor lives
     found: dict[str, nn.BatchNorm2d] = {}
-    handles = []
 
     def after(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
@@ -95,15 +93,11 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]
 
         return hook
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(before(module)))
-    try:
-        with torch.no_grad(), running_statistics(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), running_statistics(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(after(name)))
+            elif isinstance(module, nn.BatchNorm2d):
+                hooks.enter_context(module.register_forward_pre_hook(before(module)))
+        model(example)
     return found

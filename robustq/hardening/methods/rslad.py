@@ -36,8 +36,7 @@ BATCH = 500
 class OnlineTeacher:
     """Gets the augmented images that the student gets: one forward pass of the teacher for each batch.
 
-    Args:
-        network: on the device of the batches; set to eval mode.
+    ``network`` is on the device of the batches, and is set to eval mode.
     """
 
     passes = 1
@@ -65,10 +64,8 @@ class CachedTeacher:
     each class of each training image (CIFAR-10: 1.8 MB, ImageNet: 5.1 GB), on the device.
 
     Args:
-        network: on ``device``; set to eval mode.
-        split: the training images.
-        mirrored: whether training flips them.
-        device: where the network and the batches are.
+        network: on ``device``, as the batches; set to eval mode.
+        split: the training images, which are ``mirrored`` if training flips them.
     """
 
     passes = 0
