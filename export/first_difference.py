@@ -7,9 +7,9 @@ their order: the exporter writes layers in the order in which the network runs t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,21 +84,18 @@ def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor
     chosen = {name: module for name, module in modules.items() if quantizes(module)}
     chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
     layers: list[_Layer] = []
-    with ExitStack() as hooks:
-        for name, module in chosen.items():
-            hooks.enter_context(module.register_forward_hook(_recorder(name, layers)))
-        logits: Tensor = network(x)
-    return layers, logits
 
-
-def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         entering = getattr(inputs[0], "value", inputs[0])
         proxy: Any = getattr(module, "act_quant", None)
         step = float(proxy.scale()) if quantizes(module) and int(proxy.bit_width()) > 1 else None
         layers.append(_Layer(name, entering.clone(), getattr(output, "value", output).clone(), step))
 
-    return hook
+    with ExitStack() as hooks:
+        for name, module in chosen.items():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        logits: Tensor = network(x)
+    return layers, logits
 
 
 def _differing(layer: _Layer, found: Tensor) -> Tensor:

@@ -43,10 +43,9 @@ def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixel
 def add_results(
     path: Path, *, accuracy: dict[str, Any], equal_in: list[str], not_for: list[str], failed: list[str]
 ) -> None:
-    """Add the results of the checks to the metadata of the file at ``path``.
+    """Add the results of the checks to the metadata of the file at ``path``, which :func:`describe` has begun.
 
     Args:
-        path: a file with metadata of :func:`describe`.
         accuracy: plain values: images, clean accuracy and, if attacked, robust accuracy, epsilon, suite, verdict.
         equal_in: runtimes with their versions in which the answers were proved equal to the network's.
         not_for: runtimes and settings in which the file may not be used, in sentences.

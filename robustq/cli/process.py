@@ -145,8 +145,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory: a training step frees and allocates the same gigabyte each time, and new memory
     costs a page fault per 4 KB (docs/results/training-cost.md).
 
-    Returns:
-        Whether it was set: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
+    Returns whether it was set: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
     """
     if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False

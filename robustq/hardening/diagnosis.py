@@ -6,6 +6,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -44,17 +45,14 @@ def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
     """
     found: list[str] = []
 
-    def check(name: str, value: Any) -> None:
-        if not _all_finite(value):
+    def check(name: str, *called: Any) -> None:
+        if not _all_finite(called[-1]):  # the output, or the inputs before the call
             found.append(name)
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, __, output: check(name, output)
-
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(lambda _, inputs: check(INPUT, inputs)))
+        hooks.enter_context(model.register_forward_pre_hook(partial(check, INPUT)))
         for name, layer in _layers(model):
-            hooks.enter_context(layer.register_forward_hook(hook(name)))
+            hooks.enter_context(layer.register_forward_hook(partial(check, name)))
         yield found
 
 

@@ -28,11 +28,7 @@ class Forecast:
 
 
 def forecast(training: Training) -> Forecast:
-    """Rehearse a few steps and a part of the monitor's work; ``training`` is then restored bit for bit.
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: memory runs out (see :mod:`robustq.hardening.diagnosis`).
-    """
+    """Rehearse a few steps and a part of the monitor's work; ``training`` is then restored bit for bit."""
     before = copied(training.state_dict())
     epochs_left = training.recipe.epochs - training.state.epoch
     steps_left = epochs_left * training.batches_per_epoch - training.state.step
@@ -77,11 +73,9 @@ def fitting_setting(training: Training) -> str:
         for batch, _ in zip(batches, range(2), strict=False):
             training.take_step(batch)
 
-    def steps_with_reserve(count: int) -> None:
-        steps(count + count // 4)  # fragmentation grows during a run
-
     if runs_out_of_memory(lambda: steps(size)):
-        fitting = largest_that_fits(steps_with_reserve, too_large=size, least=2)
+        # With a reserve: fragmentation grows during a run.
+        fitting = largest_that_fits(lambda count: steps(count + count // 4), too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"

@@ -38,13 +38,12 @@ class Inspection:
 
 
 def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = BATCH) -> Inspection:
-    """One forward and one backward pass over the images, without gradients of weights.
+    """One forward and one backward pass over the images, ``batch_size`` at a time, without gradients of weights.
 
     Args:
         model: images -> logits (n, K), K > 1, in eval mode.
         x: (N, C, H, W) float32 in [0, 1] on the model's device, N at least 1.
         y: (N,) int64.
-        batch_size: images per pass.
     """
     tap = FeatureTap.of_pooling(model)
     sums = dict.fromkeys(("feature_norm", "logit_margin", "input_gradient_norm", "zero_gradients"), 0.0)

@@ -98,7 +98,11 @@ class TrainStep:
         """One repeat of a batch after ``epoch`` finished epochs: new images, new weights; their loss and logits."""
         recipe = self.recipe
         if recipe.side_precision == INTEGER and self._integers is None:
-            self._integers = _integer_convolutions(self.model, batch.x)
+            # Imported on demand: it registers an operator with torch, which takes a moment.
+            from robustq.models.quant.integer_convolution import IntegerConvolutions
+
+            is_available = has_integer_convolution(batch.x.device)
+            self._integers = IntegerConvolutions(self.model, batch.x[:2]) if is_available else ()
         compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
         with compiled, in_precision(self.model, recipe.precision, side=recipe.side_precision):
             output = self._compute_gradient(batch, epoch=epoch)
@@ -130,11 +134,3 @@ class TrainStep:
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)
         return output
-
-
-def _integer_convolutions(model: nn.Module, images: Tensor) -> Any:
-    """The network's integer convolutions; none if the device has no kernel for them."""
-    # Imported on demand: it registers an operator with torch, which takes a moment.
-    from robustq.models.quant.integer_convolution import IntegerConvolutions
-
-    return IntegerConvolutions(model, images[:2]) if has_integer_convolution(images.device) else ()

@@ -36,12 +36,8 @@ class Choices(NamedTuple):
     words: tuple[str, ...]
 
 
-TRAINING = "training"
-"""Marks keys without a meaning for methods that do not train."""
-
-
-DEFAULT_EPSILON = 8 / 255
-"""Radius without an option, recipe or model that sets one: the usual one for CIFAR-10."""
+TRAINING = "training"  # marks keys without a meaning for methods that do not train
+DEFAULT_EPSILON = 8 / 255  # without an option, recipe or model that sets a radius: the usual one for CIFAR-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +139,10 @@ TRAINING_KEYS = tuple(key for key, declared in _DECLARED.items() if declared.is_
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """Base of a method's own table of a recipe, and its properties.
+    """Base of a method's own table of a recipe, and the method's properties.
 
-    A field may have a check as metadata (``errors``, see :mod:`robustq.hardening.methods.settings`).
-
-    Raises:
-        RecipeError: with all invalid values.
+    A field may have a check as metadata (``errors``, see :mod:`robustq.hardening.methods.settings`); RecipeError with
+    all invalid values.
     """
 
     method: ClassVar[str]
@@ -246,12 +240,7 @@ def _type_errors(key: str, value: Any, types: tuple[type, ...]) -> list[str]:
 
 
 def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> Any:
-    """Build the settings dataclass ``kind`` from a method's table.
-
-    Raises:
-        RecipeError: a key that ``kind`` does not have (the message names the nearest), a value of another type than the
-            default's, or one that ``kind`` itself refuses.
-    """
+    """Build the settings dataclass ``kind`` from a method's table; RecipeError as :func:`settings_errors` says."""
     errors = settings_errors(settings, kind, table=table)
     if errors:
         raise RecipeError("; ".join(errors))
@@ -259,7 +248,9 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
 
 
 def settings_errors(settings: Mapping[str, Any], kind: type, *, table: str) -> list[str]:
-    """Validation errors of a method's table; empty when :func:`check_settings` takes it."""
+    """Validation errors of a method's table: a key that ``kind`` does not have (with the nearest), a value of another
+    type than the default's, or one that ``kind`` itself refuses.
+    """
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(kind)}
     errors = []
     for key, value in settings.items():

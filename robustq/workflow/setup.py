@@ -235,10 +235,8 @@ class WidthOptions:
     def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, tuple[tuple[str, int], ...]]:
         """The widths of the network and of single layers: option, else recipe, else source.
 
-        Args:
-            recipe: used where no option is given.
-            source: the network to quantize; a quantized one also gives the widths of its single layers. None: trained
-                from scratch, float by default.
+        ``source`` is the network to quantize; a quantized one also gives the widths of its single layers. None: trained
+        from scratch, float by default.
 
         Raises:
             UsageError: no width is given, or the file of single layers cannot be used.

@@ -50,9 +50,7 @@ T = TypeVar("T")
 def with_absolute_teacher(recipe: Recipe) -> Recipe:
     """``recipe`` with an absolute path of its teacher, if it has one, so that a run can be resumed from any folder.
 
-    Raises:
-        UsageError: it names no teacher.
-        ModelFileError: the file is missing or empty.
+    UsageError if it needs a teacher and names none, ModelFileError if the file is missing or empty.
     """
     if not SETTINGS[recipe.method].needs_teacher:
         return recipe

@@ -7,9 +7,9 @@ section 4.2), measured on images by Brevitas' ``bias_correction_mode``. The resu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,25 +79,19 @@ def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]
     keep: list[Tensor] = []  # an id is only unique while its tensor lives
     found: dict[str, nn.BatchNorm2d] = {}
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            keep.append(output)
-            made_by[id(output)] = name
+    def after(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        keep.append(output)
+        made_by[id(output)] = name
 
-        return hook
-
-    def before(norm: nn.BatchNorm2d) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if id(inputs[0]) in made_by:
-                found[made_by[id(inputs[0])]] = norm
-
-        return hook
+    def before(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        if id(inputs[0]) in made_by:
+            found[made_by[id(inputs[0])]] = norm
 
     with ExitStack() as hooks, torch.no_grad(), running_statistics(model):
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
-                hooks.enter_context(module.register_forward_hook(after(name)))
+                hooks.enter_context(module.register_forward_hook(partial(after, name)))
             elif isinstance(module, nn.BatchNorm2d):
-                hooks.enter_context(module.register_forward_pre_hook(before(module)))
+                hooks.enter_context(module.register_forward_pre_hook(before))
         model(example)
     return found
