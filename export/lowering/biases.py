@@ -34,8 +34,10 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
         if steps > 1:
             _multiply(index, node, weight, steps)
             changed += 1
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [one for one in graph.node if one.op_type == "Clip" and one.output[0] not in used]:
+        graph.node.remove(node)
     drop_unused_initializers(graph)
-    _drop_unused_clips(graph)
     return changed
 
 
@@ -69,15 +71,6 @@ def _multiply(index: GraphIndex, node: onnx.NodeProto, weight: onnx.NodeProto, s
     weight.input[0] = add_initializer(index.graph, f"{node.name}_codes", multiplied.astype(np.int8))
     finer = (scale.astype(np.float64) / steps).astype(np.float32)
     weight.input[1] = add_initializer(index.graph, f"{node.name}_weight_scale", finer)
-
-
-def _drop_unused_clips(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [node for node in graph.node if node.op_type != "Clip" or node.output[0] in used]
-    if len(kept) < len(graph.node):
-        del graph.node[:]
-        graph.node.extend(kept)
-        drop_unused_initializers(graph)
 
 
 def implied_zero_points(model: onnx.ModelProto) -> int:

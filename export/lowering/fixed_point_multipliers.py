@@ -33,9 +33,7 @@ CHANNELS_LAST = "qonnx.custom_op.channels_last"
 """Domain of channels-last convolutions and pooling; weights are (O, H, W, I)."""
 
 Floats = NDArray[np.float64]
-
-Shape = tuple[int, int, int]
-"""(C, H, W)"""
+Shape = tuple[int, int, int]  # (C, H, W)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,6 @@ def in_precision(model: nn.Module, precision: str, *, side: str = SAME) -> Itera
     """Within it every call of ``model`` computes in ``precision``, its backward pass too, and returns float32.
 
     Args:
-        model: on its device.
         precision: one of :data:`robustq.recipe.schema.PRECISIONS`.
         side: of auxiliary passes, one of :data:`robustq.recipe.schema.SIDE_PRECISIONS`. ``integer`` means float32
             here; the caller replaces the convolutions.

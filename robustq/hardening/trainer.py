@@ -115,9 +115,8 @@ class Training:
         weights of the last epoch.
 
         Args:
-            checkpointer: saves the state after each epoch, when the run stops, and every ten minutes in long epochs; it
-                must already have saved the current state.
-            stop: checked after each batch.
+            checkpointer: saves the state after each epoch, when the run stops (``stop`` is checked after each batch),
+                and every ten minutes in long epochs; it must already have saved the current state.
 
         Raises:
             NotFiniteError: loss, weights or images are NaN or Inf; names the step and the first layer. The states saved

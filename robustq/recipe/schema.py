@@ -131,9 +131,7 @@ def _declared() -> dict[str, _Key]:
 
 _DECLARED = _declared()
 
-KEYS = tuple(_DECLARED)
-"""Keys of a recipe, without the methods' own tables."""
-
+KEYS = tuple(_DECLARED)  # of a recipe, without the methods' own tables
 TRAINING_KEYS = tuple(key for key, declared in _DECLARED.items() if declared.is_training)
 
 

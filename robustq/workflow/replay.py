@@ -22,8 +22,7 @@ from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, pick_device
 
 BATCH = 256
-REPLAY = "replay"
-"""Stands in the place of a suite."""
+REPLAY = "replay"  # in the place of a suite
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -158,8 +158,7 @@ def open_source(
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
-        own_model: the ``module:function`` whose code may run.
-        trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+        own_model, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.

@@ -45,8 +45,7 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
         model: quantized and calibrated; its mode does not change.
         images: (N, C, H, W) float32 in [0, 1], on the model's device.
 
-    Returns:
-        The number of corrected layers; 0 for a float network.
+    Returns the number of corrected layers; 0 for a float network.
     """
     from brevitas.graph.calibrate import bias_correction_mode
 

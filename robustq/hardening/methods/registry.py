@@ -18,11 +18,8 @@ from robustq.hardening.methods.method import Method, MethodContext
 from robustq.recipe import Recipe
 from robustq.recipe.schema import MethodSettings, check_settings
 
-SETTINGS: dict[str, type[MethodSettings]] = {}
-"""Name -> the dataclass of the method's own table in a recipe."""
-
-METHODS: dict[str, type[Method]] = {}
-"""Name -> method, of those that train."""
+SETTINGS: dict[str, type[MethodSettings]] = {}  # name -> the dataclass of the method's own table in a recipe
+METHODS: dict[str, type[Method]] = {}  # name -> method, of those that train
 
 for _found in pkgutil.iter_modules(methods.__path__):
     _module = importlib.import_module(f"{methods.__name__}.{_found.name}")
