@@ -31,7 +31,7 @@ from robustq.export.session import OnnxModel
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.training_run import run_recipe
+from robustq.workflow.training_run import Job, run_recipe
 
 COLUMNS = ("finer", "accumulator", "float, unoptimised", "float, optimised")
 
@@ -61,7 +61,8 @@ def _cells(options: argparse.Namespace, bits: int, seed: int) -> list[str]:
     recipe = load_recipe("natural", (f"epochs={options.epochs}",))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        run_recipe(model, spec, data, recipe, seed=seed, device=torch.device("cpu"), out=out, source=None)
+        device = torch.device("cpu")
+        run_recipe(model, Job(spec=spec, data=data, recipe=recipe, seed=seed, device=device, out=out, source=None))
     images, labels = data.test.take(0)
     x = to_float(images)
     expected = logits_of(model, x, label="unfolded")

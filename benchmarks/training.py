@@ -33,10 +33,12 @@ from robustq.cli.process import prepare
 prepare()  # before torch is loaded, as in the program
 
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from benchmarks.output import make_parser, ratio  # noqa: E402
 from robustq.data import Batch  # noqa: E402
+from robustq.hardening.methods.method import MethodContext  # noqa: E402
 from robustq.hardening.methods.registry import build_method  # noqa: E402
 from robustq.hardening.metrics import peak_memory, reset_peak_memory  # noqa: E402
 from robustq.hardening.optimization import TrainStep  # noqa: E402
@@ -186,9 +188,17 @@ def _trainer_step(name: str, spec: ModelSpec, x: torch.Tensor, y: torch.Tensor, 
     model = build_model(spec).to(x.device)
     calibrate(model, x, from_scratch=True)
     model = model.to(memory_format=torch.channels_last).train()
-    method = build_method(
-        recipe, model, epsilon=8 / 255, image_shape=(3, x.shape[2], x.shape[3]), samples=len(x), device=x.device, seed=0
+    context = MethodContext(
+        model=model,
+        epsilon=8 / 255,
+        batch_size=len(x),
+        image_shape=(3, x.shape[2], x.shape[3]),
+        samples=len(x),
+        device=x.device,
+        generator=torch.Generator().manual_seed(0),
+        cross_entropy=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
     )
+    method = build_method(recipe, context)
     descent = TrainStep(model, method, recipe)
     batch = Batch(x, y, torch.arange(len(x), device=x.device))
     return lambda: [descent.step(batch, epoch=0) for _ in range(method.repeats)]

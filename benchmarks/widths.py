@@ -22,7 +22,7 @@ from robustq.data import load_dataset
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.training_run import run_recipe
+from robustq.workflow.training_run import Job, run_recipe
 
 ROWS = {
     "float": (32, 32),
@@ -70,7 +70,8 @@ def _train(name: str, data: Any, recipe: Any, *, architecture: str, seed: int) -
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-        return run_recipe(model, spec, data, recipe, seed=seed, device=device, out=out, source=None).to_dict()
+        job = Job(spec=spec, data=data, recipe=recipe, seed=seed, device=device, out=out, source=None)
+        return run_recipe(model, job).to_dict()
 
 
 if __name__ == "__main__":

@@ -37,11 +37,7 @@ class _ClippedSign(NarrowIntQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class _OddThresholds(nn.Module):
-    """``thresholds`` with distances that are odd numbers.
-
-    Args:
-        thresholds: of a folded binary block.
-    """
+    """``thresholds`` of a folded binary block, with distances that are odd numbers."""
 
     gain: Tensor
     threshold: Tensor
@@ -76,7 +72,10 @@ def without_binary_quantizers(folded: nn.Module) -> nn.Module:
             if isinstance(child, ChannelThresholds):
                 module.add_module(child_name, _OddThresholds(child))
             elif _is_binary(child, "act_quant"):
-                if not _follows_thresholds(module, child_name):
+                # A block runs its modules in their order.
+                names = [each for each, _ in module.named_children()]
+                before = module.get_submodule(names[names.index(child_name) - 1])
+                if not isinstance(before, _OddThresholds | ChannelThresholds):
                     raise ExportError(f"{name}.{child_name}: has no thresholds in front of it; QCDQ cannot hold it")
                 module.add_module(child_name, qnn.QuantIdentity(act_quant=_ClippedSign, return_quant_tensor=True))
             elif _is_binary(child, "weight_quant"):
@@ -84,16 +83,13 @@ def without_binary_quantizers(folded: nn.Module) -> nn.Module:
     return twin.eval()
 
 
+def quantizes(module: nn.Module, quantizer: str = "act_quant") -> bool:
+    """Whether ``module`` has a quantizer of this name; a custom module may have another part of it."""
+    return bool(getattr(getattr(module, quantizer, None), "is_quant_enabled", False))
+
+
 def _is_binary(module: nn.Module, quantizer: str) -> bool:
-    proxy: Any = getattr(module, quantizer, None)
-    # A custom module may have a part of this name that is no quantizer.
-    return bool(getattr(proxy, "is_quant_enabled", False)) and int(proxy.bit_width()) == 1
-
-
-def _follows_thresholds(block: nn.Module, name: str) -> bool:
-    """Whether thresholds stand before ``name`` in ``block``, which runs its modules in their order."""
-    names = [each for each, _ in block.named_children()]
-    return isinstance(block.get_submodule(names[names.index(name) - 1]), _OddThresholds | ChannelThresholds)
+    return quantizes(module, quantizer) and int(getattr(module, quantizer).bit_width()) == 1
 
 
 @torch.no_grad()

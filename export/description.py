@@ -13,6 +13,7 @@ from onnx import numpy_helper
 
 from robustq.errors import ModelFileError
 from robustq.export.lowering.constants import folded_constants
+from robustq.export.lowering.graph import attributes
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
@@ -46,6 +47,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
     metadata = {entry.key: entry.value for entry in model.metadata_props}
+    spec = _json(metadata.get("robustq.spec"))
     return {
         "format": metadata.get("robustq.format"),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -54,39 +56,30 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "outputs": [_tensor(value) for value in graph.output],
         "operators": dict(sorted(counts.items())),
         "layers": [_layer(node, makers, values) for node in graph.node if node.op_type in LAYERS],
-        "spec": _spec(metadata.get("robustq.spec")),
+        "spec": spec if isinstance(spec, dict) else None,
         "not_for": _texts(metadata.get("robustq.not_for")),
         "failed": _texts(metadata.get("robustq.failed")),
         "metadata": metadata,
     }
 
 
-def _spec(text: str | None) -> dict[str, Any] | None:
+def _json(text: str | None) -> Any:
     try:
-        spec = json.loads(text) if text is not None else None
+        return json.loads(text or "null")
     except ValueError:
-        return None
-    return spec if isinstance(spec, dict) else None
+        return text
 
 
 def _texts(text: str | None) -> list[str]:
     """A JSON list of texts; other content counts as one text."""
-    if text is None:
-        return []
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return [text]
-    return [str(one) for one in found] if isinstance(found, list) else [text]
+    found = _json(text)
+    return [str(one) for one in found] if isinstance(found, list) else [] if text is None else [text]
 
 
 def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    shape = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
-    return {
-        "name": value.name,
-        "type": onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type),
-        "shape": shape,
-    }
+    kind = value.type.tensor_type
+    shape = [axis.dim_param or axis.dim_value for axis in kind.shape.dim]
+    return {"name": value.name, "type": onnx.TensorProto.DataType.Name(kind.elem_type), "shape": shape}
 
 
 def _layer(
@@ -113,8 +106,7 @@ def _channel_axis(node: onnx.NodeProto) -> int:
     """The axis of output channels."""
     if "MatMul" in node.op_type:
         return 1
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return 1 if node.op_type in ("Gemm", "QGemm") and not transposed else 0
+    return 1 if node.op_type in ("Gemm", "QGemm") and not attributes(node).get("transB") else 0
 
 
 def _needed_bits(codes: np.ndarray[Any, Any], *, axis: int) -> int | None:

@@ -7,8 +7,9 @@ their order: the exporter writes layers in the order in which the network runs t
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from robustq.export.binary_qcdq import quantizes
 from robustq.export.lowering.graph import GraphIndex
 from robustq.export.lowering.requantize import MOVES
 from robustq.export.session import OnnxModel
@@ -30,18 +32,12 @@ SAME = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """The first layer whose values differ from the network's.
+    """The first layer whose values differ from the network's."""
 
-    Args:
-        layer: module name in the network, or ``logits``.
-        values, of: number of values that differ, and of all.
-        on_ties: each differs by one step of its quantizer, and the network's value is on the boundary of the two.
-    """
-
-    layer: str
-    values: int
+    layer: str  # module name in the network, or ``logits``
+    values: int  # that differ
     of: int
-    on_ties: bool
+    on_ties: bool  # each differs by one step of its quantizer; the network's value is on the boundary of the two
 
     def __str__(self) -> str:
         return f"{self.values:,} of {self.of:,} values of {self.layer} differ"
@@ -49,12 +45,12 @@ class Difference:
 
 @dataclass(frozen=True)
 class _Layer:
-    """Input and output of one layer of the network; ``step`` is that of a quantizer of 2 bits or more."""
+    """Input and output of one layer of the network."""
 
     name: str
     entering: Tensor
     output: Tensor
-    step: float | None
+    step: float | None  # of a quantizer of 2 bits or more
 
 
 @torch.no_grad()
@@ -64,10 +60,9 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
     Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers.
 
     Args:
-        path: an .onnx file that onnxruntime loads.
+        path: an .onnx file that onnxruntime loads, with its optimisations (``optimise``) or without.
         network: its network, on the CPU, in eval mode.
         x: a few images: all values are kept in memory.
-        optimise: run the file with onnxruntime's optimisations.
     """
     layers, logits = _network_values(network, x)
     values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers), optimise=optimise)
@@ -86,32 +81,21 @@ def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: boo
 
 def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
     modules = dict(network.named_modules())
-    chosen = {name: module for name, module in modules.items() if _quantizes(module)}
+    chosen = {name: module for name, module in modules.items() if quantizes(module)}
     chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
     layers: list[_Layer] = []
-    handles = [module.register_forward_hook(_recorder(name, layers)) for name, module in chosen.items()]
-    try:
-        logits: Tensor = network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return layers, logits
 
-
-def _quantizes(module: nn.Module) -> bool:
-    proxy: Any = getattr(module, "act_quant", None)
-    # A custom module may have a part of this name, in front of its quantizer.
-    return bool(getattr(proxy, "is_quant_enabled", False))
-
-
-def _recorder(name: str, layers: list[_Layer]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         entering = getattr(inputs[0], "value", inputs[0])
         proxy: Any = getattr(module, "act_quant", None)
-        step = float(proxy.scale()) if _quantizes(module) and int(proxy.bit_width()) > 1 else None
+        step = float(proxy.scale()) if quantizes(module) and int(proxy.bit_width()) > 1 else None
         layers.append(_Layer(name, entering.clone(), getattr(output, "value", output).clone(), step))
 
-    return hook
+    with ExitStack() as hooks:
+        for name, module in chosen.items():
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        logits: Tensor = network(x)
+    return layers, logits
 
 
 def _differing(layer: _Layer, found: Tensor) -> Tensor:
@@ -160,26 +144,25 @@ def quantized_values(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:
     for node in model.graph.node:
         if node.op_type != "DequantizeLinear" or _is_constant(index, node.input[0]) or node.input[0] in found:
             continue
-        quantizer = index.made_by.get(node.input[0])
-        origin = index.made_by.get(quantizer.input[0]) if quantizer is not None else None
-        if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer, origin):
+        quantizer = index.maker(node)
+        if quantizer is not None and quantizer.op_type == "QuantizeLinear" and _repeats(index, quantizer):
             continue
-        scale: Any = index.constant(node.input[1])
-        zero_point: Any = index.constant(node.input[2]) if len(node.input) > 2 else 0
+        scale: Any = index.input(node, 1)
+        zero_point: Any = index.input(node, 2) if len(node.input) > 2 else 0
         if scale is not None and zero_point is not None and scale.size == 1:
             found[node.input[0]] = float(scale), int(zero_point)
     return found
 
 
-def _repeats(index: GraphIndex, quantizer: onnx.NodeProto, origin: onnx.NodeProto | None) -> bool:
+def _repeats(index: GraphIndex, quantizer: onnx.NodeProto) -> bool:
     """Whether the quantizer is one that the passes of :mod:`robustq.export.lowering.requantize` added."""
-    if origin is None:
-        return False
-    source = index.made_by.get(origin.input[0]) if origin.op_type in MOVES else origin
+    source = index.maker(quantizer)
+    if source is not None and source.op_type in MOVES:
+        source = index.maker(source)
     if source is None or source.op_type != "DequantizeLinear":
         return False
-    scales = [index.constant(node.input[1]) for node in (source, quantizer)]
-    return scales[0] is not None and scales[1] is not None and bool((scales[0] == scales[1]).all())
+    before, after = index.input(source, 1), index.input(quantizer, 1)
+    return before is not None and after is not None and bool((before == after).all())
 
 
 def _is_constant(index: GraphIndex, name: str) -> bool:

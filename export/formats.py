@@ -34,22 +34,15 @@ CONSUMERS = (FINN, HLS4ML)
 class Format:
     """A way to write a network.
 
-    Args:
-        make: (folded network, specification) -> ONNX model. QONNX takes unfolded networks as well.
-        is_float: for 32-bit networks instead of quantized ones.
-        promises_integers: whether onnxruntime must run every convolution as integers.
-        runs: runs of :data:`robustq.export.parity.RUNS` that must agree with the network; none where onnxruntime cannot
-            load it.
-        pixels: allowed inputs.
-        batch_norm: allowed treatments of BatchNorm.
+    ``runs`` of :data:`robustq.export.parity.RUNS` must agree with the network; none where onnxruntime cannot load it.
     """
 
-    make: Callable[[nn.Module, ModelSpec], onnx.ModelProto]
-    is_float: bool = False
-    promises_integers: bool = False
+    make: Callable[[nn.Module, ModelSpec], onnx.ModelProto]  # of the folded network; QONNX takes unfolded ones as well
+    is_float: bool = False  # for 32-bit networks instead of quantized ones
+    promises_integers: bool = False  # onnxruntime must run every convolution as integers
     runs: tuple[str, ...] = ("optimised", "unoptimised", "exact")
-    pixels: tuple[str, ...] = ("float", "uint8")
-    batch_norm: tuple[str, ...] = ("fold",)
+    pixels: tuple[str, ...] = ("float", "uint8")  # allowed inputs
+    batch_norm: tuple[str, ...] = ("fold",)  # allowed treatments of BatchNorm
 
 
 def _qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
@@ -156,9 +149,7 @@ def build(
     """The ONNX model of ``network`` in format ``name``, with metadata.
 
     Args:
-        name: a key of :data:`FORMATS`.
         network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
-        spec: its specification.
         pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
         consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
 

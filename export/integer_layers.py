@@ -16,20 +16,9 @@ INTEGER_LAYERS = frozenset(
 )
 
 NOT_LAYERS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "Cast",
-        "Identity",
-        "Clip",
-        "Relu",
-        "Less",
-        "Where",
-        "MaxPool",
-        "NhwcMaxPool",
-    }
-    | {"Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split", "Squeeze", "Transpose"}
-    | {"Unsqueeze", "ReorderInput", "ReorderOutput"}
+    {"QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Clip", "Relu", "Less", "Where", "MaxPool"}
+    | {"NhwcMaxPool", "Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split"}
+    | {"Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput"}
 )
 """Operators that move, convert or compare values. Operators in neither set count as float layers."""
 
@@ -44,11 +33,9 @@ class Layers:
 
 
 def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:
-    """Which layers onnxruntime runs as integers and which in float, read from the graph it would execute.
+    """Which layers of the .onnx file onnxruntime runs as integers and which in float, read from the graph it executes.
 
-    Args:
-        path: the .onnx file.
-        arm_defaults: decide as onnxruntime does on ARM, where layers with int8 activations stay in float.
+    ``arm_defaults``: as onnxruntime decides on ARM, where layers with int8 activations stay in float.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import helper
 
 from robustq.models.spec import ModelSpec
 
@@ -26,40 +27,33 @@ def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixel
     """Replace the metadata of ``model``: format, input, classes, data, widths, versions."""
     # The name of the data, not its folder on somebody's disk.
     public = {**spec.to_dict(), "data": Path(spec.data).name}
-    del model.metadata_props[:]
-    _set(model, "version", version("robustq"))
-    _set(model, "format", format_name)
-    _set(model, "spec", json.dumps(public))
-    _set(model, "input", INPUT_RANGE[pixels])
-    _set(model, "data", public["data"])
-    _set(model, "classes", json.dumps(list(spec.class_names or map(str, range(spec.classes)))))
-    _set(model, "bits", f"weights {spec.weight_bits}, activations {spec.act_bits}")
-    _set(model, "made_with", json.dumps({name: version(name) for name in PACKAGES}))
+    texts = {
+        "version": version("robustq"),
+        "format": format_name,
+        "spec": json.dumps(public),
+        "input": INPUT_RANGE[pixels],
+        "data": public["data"],
+        "classes": json.dumps(list(spec.class_names or map(str, range(spec.classes)))),
+        "bits": f"weights {spec.weight_bits}, activations {spec.act_bits}",
+        "made_with": json.dumps({name: version(name) for name in PACKAGES}),
+    }
+    helper.set_model_props(model, {PREFIX + key: text for key, text in texts.items()})
 
 
 def add_results(
     path: Path, *, accuracy: dict[str, Any], equal_in: list[str], not_for: list[str], failed: list[str]
 ) -> None:
-    """Add the results of the checks to the metadata of the file at ``path``.
+    """Add the results of the checks to the metadata of the file at ``path``, which :func:`describe` has begun.
 
     Args:
-        path: a file with metadata of :func:`describe`.
         accuracy: plain values: images, clean accuracy and, if attacked, robust accuracy, epsilon, suite, verdict.
         equal_in: runtimes with their versions in which the answers were proved equal to the network's.
         not_for: runtimes and settings in which the file may not be used, in sentences.
         failed: checks that the file did not pass, in sentences.
     """
     model = onnx.load(path)
-    _set(model, "accuracy", json.dumps(accuracy))
-    _set(model, "equal_in", json.dumps(equal_in))
-    _set(model, "not_for", json.dumps(not_for))
-    _set(model, "failed", json.dumps(failed))
+    results = {"accuracy": accuracy, "equal_in": equal_in, "not_for": not_for, "failed": failed}
+    texts = {entry.key: entry.value for entry in model.metadata_props}
+    texts |= {PREFIX + key: json.dumps(result) for key, result in results.items()}
+    helper.set_model_props(model, texts)
     onnx.save(model, path)
-
-
-def _set(model: onnx.ModelProto, key: str, value: str) -> None:
-    for entry in model.metadata_props:
-        if entry.key == PREFIX + key:
-            entry.value = value
-            return
-    model.metadata_props.add(key=PREFIX + key, value=value)

@@ -30,23 +30,14 @@ APART = 1e-4
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of one run with the reference.
+    """Agreement of one run with the reference; differences of logits are shares of the reference's logit range."""
 
-    Args:
-        images: number of compared images.
-        different_top1: images put into another class.
-        max_difference, mean_difference: absolute, of the logits, as a share of the reference's logit range over all
-            images.
-        images_apart: images with a logit that differs by more than :data:`APART` of that range.
-        bound: the largest mean difference that holds.
-    """
-
-    images: int
-    different_top1: int
+    images: int  # compared
+    different_top1: int  # images put into another class
     max_difference: float
     mean_difference: float
-    images_apart: int = 0
-    bound: float = LARGEST_MEAN_DIFFERENCE
+    images_apart: int = 0  # with a logit that differs by more than APART
+    bound: float = LARGEST_MEAN_DIFFERENCE  # the largest mean difference that holds
 
     @property
     def same_answers(self) -> bool:
@@ -115,11 +106,7 @@ def bound_of(spec: ModelSpec) -> float:
 def parity(
     path: Path, folded: nn.Module, x: Tensor, *, runs: tuple[str, ...], bound: float = LARGEST_MEAN_DIFFERENCE
 ) -> dict[str, Agreement]:
-    """Compare the file with the folded network on ``x`` (N, C, H, W) float32 in [0, 1], in each of ``runs``.
-
-    Args:
-        bound: of :func:`bound_of`.
-    """
+    """Compare the file with the folded network on ``x`` (N, C, H, W) float32 in [0, 1], in each of ``runs``."""
     reference = logits_of(folded, x, label="parity: PyTorch")
     return {
         run: compare(reference, logits_of(OnnxModel(path, **RUNS[run]), x, label=f"parity: {run}"), bound=bound)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -29,13 +28,17 @@ def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
     """Logits (N, K) of ``images`` (N, C, H, W) float32 by qonnx's executor, slow: seconds for a hundred images."""
+    import onnxruntime as ort
     import qonnx.core.onnx_exec
 
     size = min(EXECUTOR_BATCH, len(images))
     concrete = _with_batch(model, size)
     source, sink = concrete.graph.input[0].name, concrete.graph.output[0].name
     logits = []
-    with bar("qonnx executor", len(images)) as progress, _without_opset_warnings():
+    with bar("qonnx executor", len(images)) as progress, ExitStack() as afterwards:
+        # onnxruntime warns of channels-last layers, which qonnx declares as opset 1; the default severity is 2.
+        ort.set_default_logger_severity(3)
+        afterwards.callback(ort.set_default_logger_severity, 2)
         for part in torch.split(images.detach().cpu().float(), size):
             # The executor needs a fixed batch size: a short last batch is filled up with black images.
             full = np.zeros((size, *part.shape[1:]), np.float32)
@@ -63,15 +66,3 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
         if value.name in computed:
             value.type.tensor_type.shape.dim[0].dim_value = size
     return wrapped
-
-
-@contextmanager
-def _without_opset_warnings() -> Iterator[None]:
-    """Silence onnxruntime, which warns of channels-last layers: qonnx declares them as opset 1."""
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(3)
-    try:
-        yield
-    finally:
-        ort.set_default_logger_severity(2)  # the default

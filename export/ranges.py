@@ -31,23 +31,14 @@ from robustq.export.lowering.short_names import module_name
 LARGEST_RATIO = {"Add": 2.0**8, "Mul": 2.0**15, "AveragePool": 2.0**22}
 """Largest step of the operator's output, in steps of the quantizer behind it."""
 
-GLOBAL_AVERAGE = (2.0**-32, 2.0**8)
-"""Range of the same for a global average, divided by the number of pixels."""
-
-LARGEST_SUM = 2.0**32
-"""Largest sum of a layer, in steps of the quantizer behind it."""
-
-LAYERS = ("Conv", "Gemm")
-
+GLOBAL_AVERAGE = (2.0**-32, 2.0**8)  # range of the same for a global average, divided by the number of pixels
+LARGEST_SUM = 2.0**32  # of a layer, in steps of the quantizer behind it
 LARGEST_CODE = 255
+LAYERS = ("Conv", "Gemm")
 
 
 def check_ranges(model: onnx.ModelProto) -> None:
-    """Check all layers, sums, products and averages of a model in QCDQ form.
-
-    Raises:
-        ExportError: one is out of range.
-    """
+    """Check all layers, sums, products and averages of a model in QCDQ form; ExportError where one is out of range."""
     index = GraphIndex(model.graph)
     for node in model.graph.node:
         if node.op_type in LAYERS:
@@ -62,10 +53,10 @@ def check_ranges(model: onnx.ModelProto) -> None:
 
 
 def _check_quantizer(index: GraphIndex, quantizer: onnx.NodeProto) -> None:
-    node, own = _origin(index, quantizer), index.constant(quantizer.input[1])
+    node, own = index.maker(quantizer, through=MOVES | {"Relu", "Clip"}), index.input(quantizer, 1)
     if node is None or own is None or own.size != 1:
         return
-    steps = [_step(index, name) for name in (node.input[:2] if node.op_type in LAYERS else node.input)]
+    steps = [_step(index, node, place) for place in range(2 if node.op_type in LAYERS else len(node.input))]
     if not steps or any(step is None for step in steps):
         return  # a function in float
     combine = np.maximum if node.op_type in ("Add", "Concat") else np.multiply
@@ -73,10 +64,10 @@ def _check_quantizer(index: GraphIndex, quantizer: onnx.NodeProto) -> None:
     if node.op_type in LAYERS:
         ratios = ratios * _largest_sums(index, node)
         low, high = 0.0, LARGEST_SUM
+    elif node.op_type == "GlobalAveragePool":
+        low, high = (limit * _pixels(index, node.input[0]) for limit in GLOBAL_AVERAGE)
     else:
         low, high = 0.0, LARGEST_RATIO.get(node.op_type, np.inf)
-    if node.op_type == "GlobalAveragePool":
-        low, high = (limit * _pixels(index, node.input[0]) for limit in GLOBAL_AVERAGE)
     ratio = float(ratios.max(initial=0.0))
     if not low <= ratio < high:
         what = "its largest sum" if node.op_type in LAYERS else "one step of what enters"
@@ -94,41 +85,29 @@ def _pixels(index: GraphIndex, name: str) -> int:
     return max(int(np.prod([axis.dim_value for axis in shapes[0][2:]])), 1) if shapes else 1
 
 
-def _origin(index: GraphIndex, quantizer: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The operator in front of ``quantizer``, through ReLU, Clip and moves."""
-    node = index.made_by.get(quantizer.input[0])
-    while node is not None and node.op_type in MOVES | {"Relu", "Clip"}:
-        node = index.made_by.get(node.input[0])
-    return node
-
-
-def _step(index: GraphIndex, name: str) -> NDArray[np.float64] | None:
-    """The scales (C,) or (1,) of dequantized values, through moves."""
-    dequantizer = index.made_by.get(name)
-    while dequantizer is not None and dequantizer.op_type in MOVES:
-        dequantizer = index.made_by.get(dequantizer.input[0])
+def _step(index: GraphIndex, node: onnx.NodeProto, place: int) -> NDArray[np.float64] | None:
+    """The scales (C,) or (1,) of dequantized values that ``node`` takes, through moves."""
+    dequantizer = index.maker(node, place, through=MOVES)
     quantized = dequantizer is not None and dequantizer.op_type == "DequantizeLinear"
-    scale = index.constant(dequantizer.input[1]) if dequantizer is not None and quantized else None
+    scale = index.input(dequantizer, 1) if quantized else None
     return None if scale is None else scale.astype(np.float64).flatten()
 
 
-def _codes(index: GraphIndex, name: str) -> Any:
-    """The constant codes of dequantized values in float64."""
-    dequantizer = index.made_by.get(name)
-    if dequantizer is None or dequantizer.op_type != "DequantizeLinear":
-        return None
-    clip = index.made_by.get(dequantizer.input[0])
-    codes = index.constant(clip.input[0] if clip is not None and clip.op_type == "Clip" else dequantizer.input[0])
+def _codes(index: GraphIndex, layer: onnx.NodeProto, place: int) -> Any:
+    """The constant codes of dequantized values that ``layer`` takes, in float64."""
+    dequantizer = index.maker(layer, place)
+    quantized = dequantizer is not None and dequantizer.op_type == "DequantizeLinear"
+    codes = index.codes(dequantizer) if quantized else None
     return None if codes is None else codes.astype(np.float64)
 
 
 def _largest_sums(index: GraphIndex, layer: onnx.NodeProto) -> NDArray[np.float64]:
     """Bounds of a layer's accumulators (C,); (0,) where it runs in float."""
-    weight = _codes(index, layer.input[1])
+    weight = _codes(index, layer, 1)
     if weight is None:
         return np.zeros(0)
     by_output = layer.op_type == "Conv" or attributes(layer).get("transB")
     rows = (weight if by_output else weight.T).reshape(weight.shape[0 if by_output else 1], -1)
-    bias = _codes(index, layer.input[2]) if len(layer.input) > 2 else None
+    bias = _codes(index, layer, 2)
     sums: NDArray[np.float64] = np.abs(rows).sum(axis=1) * LARGEST_CODE + (0.0 if bias is None else np.abs(bias))
     return sums

@@ -30,41 +30,27 @@ from robustq.export.runtime_limits import not_for
 from robustq.export.session import OnnxModel
 from robustq.models.spec import ModelSpec
 
-QONNX_EXECUTOR = "qonnx_executor"
-"""Name of the run by the qonnx package, beside those of :data:`robustq.export.parity.RUNS`."""
-
-EXECUTOR_IMAGES = 100
-"""Number of images for qonnx's executor, which takes seconds for them."""
-
-STAND_IN = "qcdq"
-"""The format that onnxruntime runs in place of QONNX."""
-
-SEARCHED_IMAGES = 8
-"""Number of images in the search for the first differing layer."""
+QONNX_EXECUTOR = "qonnx_executor"  # the run by the qonnx package, beside those of robustq.export.parity.RUNS
+EXECUTOR_IMAGES = 100  # qonnx's executor takes seconds for them
+STAND_IN = "qcdq"  # the format that onnxruntime runs in place of QONNX
+SEARCHED_IMAGES = 8  # in the search for the first differing layer
 
 
 @dataclass(frozen=True)
 class Proof:
     """Results of the checks of a file.
 
-    Args:
-        judged_file: the format that onnxruntime ran: the file's own, or ``qcdq`` for QONNX.
-        agreements: run -> agreement with the folded network.
-        layers: of the optimised graph.
-        must_be_integer: whether the format promises integer convolutions.
-        first_difference: the first layer that differs, in words; None where parity holds.
-        on_ties: runs whose logits differ by more than the bound, but only after rounding ties: most images agree, and
-            those furthest apart have an inner value on a tie, either code of which is right.
-        not_for: runtimes and settings in which the file may not be used, in sentences.
+    ``on_ties`` are runs whose logits differ by more than the bound, but only after rounding ties: most images agree,
+    and those furthest apart have an inner value on a tie, either code of which is right.
     """
 
-    judged_file: str
-    agreements: dict[str, Agreement]
-    layers: Layers
-    must_be_integer: bool
-    first_difference: str | None = None
+    judged_file: str  # the format that onnxruntime ran: the file's own, or ``qcdq`` for QONNX
+    agreements: dict[str, Agreement]  # run -> agreement with the folded network
+    layers: Layers  # of the optimised graph
+    must_be_integer: bool  # the format promises integer convolutions
+    first_difference: str | None = None  # the first layer that differs, in words; None where parity holds
     on_ties: tuple[str, ...] = ()
-    not_for: tuple[str, ...] = ()
+    not_for: tuple[str, ...] = ()  # runtimes and settings in which the file may not be used, in sentences
 
     @property
     def parity_failures(self) -> list[str]:
@@ -122,13 +108,10 @@ def prove(
     *,
     unfolded: nn.Module | None = None,
 ) -> Proof:
-    """Parity and layers of the file at ``path``.
+    """Parity and layers of the .onnx file at ``path``.
 
     Args:
-        path: the .onnx file.
-        format_name: its format.
         folded: the reference, on the CPU.
-        spec: its specification.
         images: uint8 (N, C, H, W), real test images.
         unfolded: the reference of a QONNX file that kept BatchNorm.
     """
@@ -190,12 +173,10 @@ def attack_file(
     """Accuracy under attack of the file's answers; ``folded`` gives the gradients.
 
     Args:
-        path, format_name, spec: the file.
-        folded: its differentiable twin; moved to ``device``.
+        folded: moved to ``device``, where the attacks run; onnxruntime runs on the CPU.
         images, labels: uint8 (N, C, H, W) and int64 (N,).
         attacks: none for clean accuracy alone.
         epsilon: radius in [0, 1].
-        device: where the attacks run; onnxruntime runs on the CPU.
         seed: of the random starts.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -23,21 +23,13 @@ QONNX_DOMAIN = "qonnx.custom_op"
 
 @dataclass(frozen=True)
 class Contents:
-    """The properties of a file that decide where it runs.
+    """The properties of a file that decide where it runs."""
 
-    Args:
-        operators: of all nodes.
-        of_bytes: operators with an input of 8-bit integers.
-        is_qonnx: whether it has operators of QONNX.
-        is_binary: whether activations have 1 bit.
-        is_for_hls4ml: whether it is a QONNX file that was written for hls4ml.
-    """
-
-    operators: frozenset[str]
-    of_bytes: frozenset[str]
-    is_qonnx: bool
-    is_binary: bool
-    is_for_hls4ml: bool
+    operators: frozenset[str]  # of all nodes
+    of_bytes: frozenset[str]  # operators with an input of 8-bit integers
+    is_qonnx: bool  # has operators of QONNX
+    is_binary: bool  # activations have 1 bit
+    is_for_hls4ml: bool  # a QONNX file that was written for hls4ml
 
     @property
     def is_quantized(self) -> bool:
@@ -103,7 +95,12 @@ def contents(model: onnx.ModelProto, spec: ModelSpec) -> Contents:
     """Read them from the graph (operators, element types) and from ``spec`` (widths)."""
     nodes = model.graph.node
     is_qonnx = any(node.domain.startswith(QONNX_DOMAIN) for node in nodes)
-    types = {} if is_qonnx else _element_types(model)  # QONNX computes in float throughout
+    types: dict[str, int] = {}
+    if not is_qonnx:  # which computes in float throughout
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        for value in [*graph.input, *graph.value_info, *graph.output]:
+            types[value.name] = value.type.tensor_type.elem_type
     return Contents(
         operators=frozenset(node.op_type for node in nodes),
         of_bytes=frozenset(node.op_type for node in nodes if any(types.get(name) in BYTES for name in node.input)),
@@ -111,11 +108,3 @@ def contents(model: onnx.ModelProto, spec: ModelSpec) -> Contents:
         is_binary=spec.act_bits == 1,
         is_for_hls4ml=any(node.domain == CHANNELS_LAST for node in nodes),
     )
-
-
-def _element_types(model: onnx.ModelProto) -> dict[str, int]:
-    graph = onnx.shape_inference.infer_shapes(model).graph
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        types[value.name] = value.type.tensor_type.elem_type
-    return types

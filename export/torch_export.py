@@ -31,9 +31,7 @@ def export_qcdq(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 def export_qonnx(network: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     """QONNX (arXiv:2206.07527): every quantizer is a Quant or BipolarQuant node of qonnx.custom_op.general.
 
-    Args:
-        network: folded, or unfolded in eval mode: then BatchNormalization stays a node.
-        spec: its specification.
+    ``network`` is folded, or unfolded in eval mode: then BatchNormalization stays a node.
     """
     from brevitas.export import export_qonnx as brevitas_export_qonnx
 

@@ -17,6 +17,7 @@ from robustq.checkpoint import save_model
 from robustq.data import Dataset, TensorSplit, to_float, usual_augment
 from robustq.errors import RecipeError, UsageError
 from robustq.hardening.methods.odgq import OdgqSettings
+from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.state import restore
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec, build_model
@@ -39,7 +40,7 @@ def test_all_errors_come_at_once(tmp_path: Path) -> None:
     bad = tmp_path / "bad.toml"
     bad.write_text('method = "odgq"\nepoch = 3\nbatch_size = 1\nlr = "high"\nschedule = "linear"\n[natural]\nx = 1\n')
     with pytest.raises(RecipeError) as raised:
-        load_recipe(str(bad))
+        load_recipe(str(bad), vocabulary=Vocabulary(SETTINGS))
     message = str(raised.value)
     for part in ("unknown key 'epoch' (nearest: epochs)", "batch_size = 1", "lr = 'high'", "epochs is missing"):
         assert part in message
@@ -70,6 +71,8 @@ def test_overrides_lie_over_the_recipe() -> None:
         ("domains=2", "unknown key 'domains' (nearest: odgq.domains)"),
         ("odgq.domans=2", "unknown key 'odgq.domans' (nearest: odgq.domains)"),
         ("odgq.domains=x", "odgq.domains = 'x' is not a number"),
+        ("method=odqg", "method = 'odqg' is unknown; known: odgq (nearest: odgq)"),
+        ("method=3", "method = 3 is not a word"),
         ("weight_bits=5", "weight_bits = 5 is unknown; known: 4, 32"),
         ("architecture=resnet81", "architecture = 'resnet81' is unknown; known: resnet18 (nearest: resnet18)"),
         ("=3", "write --set key=value"),
@@ -85,9 +88,9 @@ def test_errors_name_key_value_and_what_is_allowed(override: str, message: str) 
 
 def test_methods_without_training_or_labels_refuse_their_keys() -> None:
     with pytest.raises(RecipeError, match=r"lr has no meaning for method 'ptq', which does not train"):
-        load_recipe("ptq", ("lr=0.1",))
+        load_recipe("ptq", ("lr=0.1",), vocabulary=Vocabulary(SETTINGS))
     with pytest.raises(RecipeError, match=r"label_smoothing has no meaning for method 'rslad'"):
-        load_recipe("rslad", ("label_smoothing=0.1",))
+        load_recipe("rslad", ("label_smoothing=0.1",), vocabulary=Vocabulary(SETTINGS))
     assert not {"lr", "flip", "compile"} & load_recipe("ptq").to_dict().keys()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx
 
@@ -29,30 +27,27 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
     for node in graph.node:
         if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
             continue
-        weight, bias = (index.made_by.get(name) for name in node.input[1:3])
+        weight, bias = index.maker(node, 1), index.maker(node, 2)
         if any(one is None or one.op_type != "DequantizeLinear" for one in (weight, bias)):
             continue
-        steps = _steps(index, node, _entering(index, node), weight, bias)
-        if weight is not None and steps > 1:
+        steps = _steps(index, node, weight, bias)
+        if steps > 1:
             _multiply(index, node, weight, steps)
             changed += 1
+    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    for node in [one for one in graph.node if one.op_type == "Clip" and one.output[0] not in used]:
+        graph.node.remove(node)
     drop_unused_initializers(graph)
-    _drop_unused_clips(graph)
     return changed
 
 
-def _entering(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto:
-    """The DequantizeLinear in front of the layer, through operators that move or choose values."""
-    source: onnx.NodeProto | None = index.made_by.get(node.input[0])
-    while source is not None and source.op_type != "DequantizeLinear":
-        source = index.made_by.get(source.input[0]) if source.input else None
-    if source is None:
+def _steps(index: GraphIndex, node: onnx.NodeProto, weight: onnx.NodeProto, bias: onnx.NodeProto) -> int:
+    entering = index.maker(node)
+    while entering is not None and entering.op_type != "DequantizeLinear":  # moves and choices of values
+        entering = index.maker(entering)
+    if entering is None:
         raise ExportError(f"{node.name}: its input is not quantized; the unit of its bias is not known")
-    return source
-
-
-def _steps(index: GraphIndex, node: onnx.NodeProto, entering: Any, weight: Any, bias: Any) -> int:
-    scales = [index.constant(one.input[1]) for one in (entering, weight, bias)]
+    scales = [index.input(one, 1) for one in (entering, weight, bias)]
     if any(scale is None for scale in scales):
         raise ExportError(f"{node.name}: a scale is computed, not constant; the unit of its bias is not known")
     x_scale, w_scale, b_scale = (np.asarray(scale, dtype=np.float64) for scale in scales)
@@ -67,9 +62,7 @@ def _steps(index: GraphIndex, node: onnx.NodeProto, entering: Any, weight: Any, 
 
 
 def _multiply(index: GraphIndex, node: onnx.NodeProto, weight: onnx.NodeProto, steps: int) -> None:
-    clip = index.made_by.get(weight.input[0])
-    codes = index.constant(clip.input[0] if clip is not None and clip.op_type == "Clip" else weight.input[0])
-    scale = index.constant(weight.input[1])
+    codes, scale = index.codes(weight), index.input(weight, 1)
     if codes is None or codes.dtype != np.int8 or scale is None:
         raise ExportError(f"{node.name}: its weights are not constant int8 codes; cannot make its accumulator finer")
     multiplied = codes.astype(np.int32) * steps
@@ -78,15 +71,6 @@ def _multiply(index: GraphIndex, node: onnx.NodeProto, weight: onnx.NodeProto, s
     weight.input[0] = add_initializer(index.graph, f"{node.name}_codes", multiplied.astype(np.int8))
     finer = (scale.astype(np.float64) / steps).astype(np.float32)
     weight.input[1] = add_initializer(index.graph, f"{node.name}_weight_scale", finer)
-
-
-def _drop_unused_clips(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
-    kept = [node for node in graph.node if node.op_type != "Clip" or node.output[0] in used]
-    if len(kept) < len(graph.node):
-        del graph.node[:]
-        graph.node.extend(kept)
-        drop_unused_initializers(graph)
 
 
 def implied_zero_points(model: onnx.ModelProto) -> int:

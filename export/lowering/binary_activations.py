@@ -68,15 +68,13 @@ def binary_activations(model: onnx.ModelProto) -> int:
 
 
 def _chain_from(index: GraphIndex, clip: onnx.NodeProto) -> _Chain | None:
-    made_by = index.made_by
-    quantize = made_by.get(clip.input[0])
-    difference = made_by.get(quantize.input[0]) if quantize is not None else None
-    product = made_by.get(difference.input[0]) if difference is not None else None
-    if quantize is None or difference is None or product is None:
+    quantize = index.maker(clip)
+    difference = index.maker(quantize)
+    product = index.maker(difference)
+    kinds = [one.op_type for one in (quantize, difference, product) if one is not None]
+    if kinds != ["QuantizeLinear", "Sub", "Mul"]:
         return None
-    if (quantize.op_type, difference.op_type, product.op_type) != ("QuantizeLinear", "Sub", "Mul"):
-        return None
-    values = next((made_by[name] for name in product.input if name in made_by), None)
+    values = index.maker(product) or index.maker(product, 1)
     readers = index.used_by[clip.output[0]]
     if values is None or values.op_type != "DequantizeLinear" or [one.op_type for one in readers] != [values.op_type]:
         return None
@@ -87,7 +85,7 @@ def _steps(index: GraphIndex, chain: _Chain) -> tuple[NDArray[np.uint8], NDArray
     """The first code of each channel's upper side (C,), 0 without a lower side; and whether that side is +1 (C,)."""
 
     def constant(node: onnx.NodeProto, place: int) -> NDArray[Any]:
-        found = index.constant(node.input[place])
+        found = index.input(node, place)
         if found is None:
             raise ExportError(
                 f"{node.name}: input {place} is computed, not constant; cannot make its binary activations integers"
@@ -114,12 +112,11 @@ def _steps(index: GraphIndex, chain: _Chain) -> tuple[NDArray[np.uint8], NDArray
 def _negate_weights(index: GraphIndex, conv: onnx.NodeProto, activations: str, negated: NDArray[np.bool_]) -> None:
     """Negate the weights of ``conv`` that read a ``negated`` channel."""
     group = attributes(conv).get("group", 1)
-    weight = index.made_by.get(conv.input[1]) if len(conv.input) > 1 else None
-    if conv.op_type != "Conv" or group != 1 or activations in conv.input[1:] or weight is None:
+    holder = index.maker(conv, 1)
+    if conv.op_type != "Conv" or group != 1 or activations in conv.input[1:] or holder is None:
         raise ExportError(f"{conv.name} ({conv.op_type}) reads binary activations; only convolutions of one group can")
-    holder = weight
-    while holder.input[0] in index.made_by:
-        holder = index.made_by[holder.input[0]]
+    while index.maker(holder) is not None:
+        holder = index.maker(holder)
     codes = index.constant(holder.input[0])
     if codes is None or codes.dtype != np.int8 or codes.min(initial=0) == -128:
         raise ExportError(f"{conv.name}: its weights are not constant int8 codes from -127 on; cannot negate them")

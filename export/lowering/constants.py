@@ -52,14 +52,11 @@ FOLDABLE = frozenset(
 
 
 def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset()) -> int:
-    """Replace nodes of :data:`FOLDABLE` whose inputs are constants by initializers; returns how many.
+    """Replace nodes of :data:`FOLDABLE`, ``but`` some, whose inputs are constants by initializers; returns how many.
 
-    The exporter writes a padding's amounts as seven nodes and derives zero points from one another. Quantized weights
-    and biases stay integers, since DequantizeLinear is not foldable.
-
-    Args:
-        model: changed in place, in order of execution, so that a chain folds completely.
-        but: operators that stay.
+    In order of execution, so that a chain folds completely: the exporter writes a padding's amounts as seven nodes and
+    derives zero points from one another. Quantized weights and biases stay integers, since DequantizeLinear is not
+    foldable.
     """
     foldable = FOLDABLE - but
     graph = model.graph

@@ -33,34 +33,21 @@ CHANNELS_LAST = "qonnx.custom_op.channels_last"
 """Domain of channels-last convolutions and pooling; weights are (O, H, W, I)."""
 
 Floats = NDArray[np.float64]
-
-Shape = tuple[int, int, int]
-"""(C, H, W)"""
+Shape = tuple[int, int, int]  # (C, H, W)
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the new graph.
+    """A tensor of the new graph."""
 
-    Args:
-        name: in the new graph.
-        step: value of one integer step, () or (C,) float64; 1 where it holds the values themselves.
-        largest: bound of the magnitudes, in steps, () or (C,) float64.
-        shape: without the batch axis.
-    """
-
-    name: str
-    step: Floats
-    largest: Floats
-    shape: Shape
+    name: str  # in the new graph
+    step: Floats  # value of one integer step, () or (C,) float64; 1 where it holds the values themselves
+    largest: Floats  # bound of the magnitudes, in steps, () or (C,) float64
+    shape: Shape  # without the batch axis
 
 
 def fixed_point_multipliers(model: onnx.ModelProto) -> None:
-    """Rewrite ``model``.
-
-    Raises:
-        ExportError: an operator that hls4ml cannot hold.
-    """
+    """Rewrite ``model``; ExportError for an operator that hls4ml cannot hold."""
     _Rewriting(model.graph).run()
     del model.graph.quantization_annotation[:]
     model.opset_import.append(helper.make_opsetid(CHANNELS_LAST, model.opset_import[0].version))

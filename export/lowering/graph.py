@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import onnx
@@ -13,10 +13,8 @@ from onnx import helper, numpy_helper
 
 
 class GraphIndex:
-    """Makers, readers and constants of one graph as it was when the index was made.
-
-    Args:
-        graph: the graph; a pass that adds or removes nodes makes a new index afterwards.
+    """Makers, readers and constants of one graph as it was when the index was made: a pass that adds or removes nodes
+    makes a new index afterwards.
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
@@ -36,6 +34,18 @@ class GraphIndex:
     def input(self, node: onnx.NodeProto, place: int) -> NDArray[Any] | None:
         """The constant input of ``node`` at ``place``; None where it is computed or missing."""
         return self.constant(node.input[place]) if len(node.input) > place else None
+
+    def maker(self, node: onnx.NodeProto | None, place: int = 0, *, through: Container[str] = ()) -> Any:
+        """The node that makes the input of ``node`` at ``place``, seen through the first inputs of operators
+        ``through``; None where there is none.
+        """
+        found = self.made_by.get(node.input[place]) if node is not None and len(node.input) > place else None
+        return self.maker(found, through=through) if found is not None and found.op_type in through else found
+
+    def codes(self, dequantizer: onnx.NodeProto) -> NDArray[Any] | None:
+        """The constant codes that a DequantizeLinear takes, in front of a Clip that marks their width."""
+        clip = self.maker(dequantizer)
+        return self.input(clip if clip is not None and clip.op_type == "Clip" else dequantizer, 0)
 
 
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:

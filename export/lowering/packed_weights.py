@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -88,14 +89,16 @@ def _unpacked(
     graph: onnx.GraphProto, dequantize: onnx.NodeProto, shape: tuple[int, ...], fields: Fields, tables: dict[bytes, str]
 ) -> str:
     """Insert the unpacking in front of ``dequantize``; returns the tensor of int8 codes."""
-    name = dequantize.name
-    size = math.prod(shape)
+    name, size, below = dequantize.name, math.prod(shape), fields.bits
     nodes: list[onnx.NodeProto] = []
     summands = []
-    below = fields.bits
-    widths = parts_of(fields.bits)
+
+    def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
     wanted = _constant(graph, "shape_" + "x".join(map(str, shape)), np.array(shape, np.int64))
-    for place, width in enumerate(widths):
+    for place, width in enumerate(parts_of(fields.bits)):
         below -= width
         values = (fields.values >> np.uint8(below)) & np.uint8(2**width - 1)
         content = pack(values, width)
@@ -105,37 +108,22 @@ def _unpacked(
         key = table.tobytes() + bytes([width])
         if key not in tables:
             tables[key] = add_initializer(graph, f"bytes_of_{width}", table)
-        index_name, part = f"{name}_index_{width}", f"{name}_part_{width}"
-        nodes.append(helper.make_node("Cast", [stored], [index_name], to=TensorProto.INT32))
-        nodes.append(helper.make_node("Gather", [tables[key], index_name], [part]))
-        if content.size * (BYTE // width) != size:
-            part = _cut(graph, nodes, part, size)
-        nodes.append(helper.make_node("Reshape", [part, wanted], [f"{name}_shaped_{width}"]))
-        summands.append(f"{name}_shaped_{width}")
-    codes = summands[0] if len(summands) == 1 else _sum(nodes, name, summands)
+        index = add("Cast", [stored], f"{name}_index_{width}", to=TensorProto.INT32)
+        part = add("Gather", [tables[key], index], f"{name}_part_{width}")
+        if content.size * (BYTE // width) != size:  # cut the fill of the last byte off
+            flat = _constant(graph, "flat", np.array([-1], np.int64))
+            start, end = _constant(graph, "start", np.array([0])), _constant(graph, f"end_{size}", np.array([size]))
+            part = add("Slice", [add("Reshape", [part, flat], f"{part}_flat"), start, end], f"{part}_cut")
+        summands.append(add("Reshape", [part, wanted], f"{name}_shaped_{width}"))
+    codes = summands[0]
+    if len(summands) > 1:  # in int32, since onnxruntime before 1.23 has no sum of bytes
+        wide = [add("Cast", [one], f"{name}_wide_{at}", to=TensorProto.INT32) for at, one in enumerate(summands)]
+        codes = wide[0]
+        for at in range(1, len(wide)):
+            codes = add("Add", [codes, wide[at]], f"{name}_sum_{at}")
+        codes = add("Cast", [codes], f"{name}_codes", to=TensorProto.INT8)
     insert_nodes(graph, list(graph.node).index(dequantize), nodes)
     return codes
-
-
-def _sum(nodes: list[onnx.NodeProto], name: str, summands: list[str]) -> str:
-    """In int32, since onnxruntime before 1.23 has no sum of bytes."""
-    for place, summand in enumerate(summands):
-        nodes.append(helper.make_node("Cast", [summand], [f"{name}_wide_{place}"], to=TensorProto.INT32))
-    whole = f"{name}_wide_0"
-    for place in range(1, len(summands)):
-        nodes.append(helper.make_node("Add", [whole, f"{name}_wide_{place}"], [f"{name}_sum_{place}"]))
-        whole = f"{name}_sum_{place}"
-    nodes.append(helper.make_node("Cast", [whole], [f"{name}_codes"], to=TensorProto.INT8))
-    return f"{name}_codes"
-
-
-def _cut(graph: onnx.GraphProto, nodes: list[onnx.NodeProto], part: str, size: int) -> str:
-    """Flatten, and cut the fill of the last byte off."""
-    flat = _constant(graph, "flat", np.array([-1], np.int64))
-    start, end = _constant(graph, "start", np.array([0], np.int64)), _constant(graph, f"end_{size}", np.array([size]))
-    nodes.append(helper.make_node("Reshape", [part, flat], [f"{part}_flat"]))
-    nodes.append(helper.make_node("Slice", [f"{part}_flat", start, end], [f"{part}_cut"]))
-    return f"{part}_cut"
 
 
 def _table(width: int, *, factor: int, offset: int) -> NDArray[np.int8]:

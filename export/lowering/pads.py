@@ -49,8 +49,14 @@ def padding_in_convolutions(model: onnx.ModelProto) -> int:
     merged = 0
     for pad in [node for node in graph.node if node.op_type == "Pad"]:
         amounts = _spatial_zeros(index, pad)
-        readers = index.used_by[pad.output[0]]
-        if amounts is None or not readers or not all(_can_take(reader, pad.output[0]) for reader in readers):
+        readers, padded = index.used_by[pad.output[0]], pad.output[0]
+        can_take = [
+            reader.op_type == "Conv"
+            and [place for place, name in enumerate(reader.input) if name == padded] == [0]
+            and attributes(reader).get("auto_pad", b"NOTSET") == b"NOTSET"
+            for reader in readers
+        ]
+        if amounts is None or not readers or not all(can_take):
             continue
         for conv in readers:
             before = attributes(conv).get("pads", [0, 0, 0, 0])
@@ -75,8 +81,3 @@ def _spatial_zeros(index: GraphIndex, pad: onnx.NodeProto) -> list[int] | None:
     if any(numbers[place] for place in (0, 1, 4, 5)) or min(numbers) < 0:
         return None
     return [numbers[2], numbers[3], numbers[6], numbers[7]]
-
-
-def _can_take(reader: onnx.NodeProto, name: str) -> bool:
-    automatic = attributes(reader).get("auto_pad", b"NOTSET") != b"NOTSET"
-    return reader.op_type == "Conv" and reader.input[0] == name and name not in reader.input[1:] and not automatic

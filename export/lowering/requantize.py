@@ -29,10 +29,10 @@ def quantized_moves(model: onnx.ModelProto) -> int:
         if node.op_type not in MOVES:
             continue
         index = GraphIndex(graph)
-        source = index.made_by.get(node.input[0])
+        source = index.maker(node)
         if source is None or source.op_type != "DequantizeLinear":
             continue
-        scale = index.constant(source.input[1])
+        scale = index.input(source, 1)
         if scale is None or scale.size != 1:
             continue
         for number, moved in enumerate(node.output):
@@ -41,7 +41,7 @@ def quantized_moves(model: onnx.ModelProto) -> int:
                 continue  # wrapped already, or not used
             name = node.name if len(node.output) == 1 else f"{node.name}_{number}"
             _requantize(
-                graph, node, moved, source, readers, codes=f"{moved}_codes", values=f"{moved}_values", name=name
+                graph, node, moved, source, readers, name=name, values=f"{moved}_values", codes=f"{moved}_codes"
             )
             wrapped += 1
     return wrapped
@@ -61,10 +61,14 @@ def rounded_sums(model: onnx.ModelProto) -> int:
     index = GraphIndex(graph)
     doubled = 0
     for node in list(graph.node):
-        if node.op_type != "DequantizeLinear" or not _has_zero_point(index, node):
+        zero_point = index.input(node, 2)
+        if node.op_type != "DequantizeLinear" or zero_point is None or zero_point.size != 1 or not zero_point.any():
             continue
         sums = [reader for reader in index.used_by[node.output[0]] if reader.op_type == "Add"]
-        if sums and _quantizes_convolution(index, node):
+        quantizer = index.maker(node, through=PASSED)
+        layer = index.maker(quantizer, through=PASSED)
+        kinds = [one.op_type for one in (quantizer, layer) if one is not None]
+        if sums and kinds == ["QuantizeLinear", "Conv"]:
             values = f"{node.output[0]}_again"
             name = f"{node.name}_again"
             _requantize(graph, node, node.output[0], node, sums, codes=f"{values}_codes", values=values, name=name)
@@ -91,24 +95,3 @@ def _requantize(
         helper.make_node("DequantizeLinear", [codes, *grid], [values], name=f"{name}_dequantize"),
     ]
     insert_nodes(graph, list(graph.node).index(maker) + 1, pair)
-
-
-def _has_zero_point(index: GraphIndex, node: onnx.NodeProto) -> bool:
-    zero_point = index.input(node, 2)
-    return zero_point is not None and zero_point.size == 1 and bool(zero_point.any())
-
-
-def _quantizes_convolution(index: GraphIndex, dequantizer: onnx.NodeProto) -> bool:
-    quantizer = _origin(index, dequantizer)
-    if quantizer is None or quantizer.op_type != "QuantizeLinear":
-        return False
-    layer = _origin(index, quantizer)
-    return layer is not None and layer.op_type == "Conv"
-
-
-def _origin(index: GraphIndex, node: onnx.NodeProto) -> onnx.NodeProto | None:
-    """The maker of a node's first input, seen through :data:`PASSED`."""
-    maker = index.made_by.get(node.input[0])
-    while maker is not None and maker.op_type in PASSED:
-        maker = index.made_by.get(maker.input[0])
-    return maker

@@ -62,7 +62,7 @@ def _shift_consumers(index: GraphIndex, graph: onnx.GraphProto, codes: str, orig
                 consumer.input[place] = add_initializer(graph, f"{consumer.name}_bound_{place}", _shifted(bound))
             _shift_consumers(index, graph, consumer.output[0], origin)
         elif consumer.op_type == "DequantizeLinear":
-            zero_point = index.constant(consumer.input[2]) if len(consumer.input) > 2 else np.zeros((), np.int8)
+            zero_point = index.input(consumer, 2) if len(consumer.input) > 2 else np.zeros((), np.int8)
             if zero_point is None or zero_point.dtype != np.int8:
                 raise ExportError(f"{consumer.name}: reads int8 codes of {origin} without an int8 zero point")
             del consumer.input[2:]
@@ -101,8 +101,8 @@ def uint8_pixels(model: onnx.ModelProto) -> bool:
 def _keeps_pixels(index: GraphIndex, node: onnx.NodeProto) -> bool:
     if node.op_type != "QuantizeLinear":
         return False
-    scale = index.constant(node.input[1])
-    zero_point = index.constant(node.input[2]) if len(node.input) > 2 else np.zeros((), np.uint8)
+    scale = index.input(node, 1)
+    zero_point = index.input(node, 2) if len(node.input) > 2 else np.zeros((), np.uint8)
     if scale is None or zero_point is None or zero_point.dtype != np.uint8 or zero_point.any():
         return False
     return scale.size == 1 and bool(np.abs(scale - PIXEL_SCALE).max() <= np.spacing(PIXEL_SCALE))

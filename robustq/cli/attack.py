@@ -32,7 +32,7 @@ def attack(
         typer.Option(
             help="standard: five stages and masking checks; full: adds AutoAttack's attacks, 5,000 queries and RayS; "
             "paper: GN, FGSM, PGD-20, BIM-20, TPGD-20; recheck: FGSM, PGD-20, margin-PGD-40.",
-            autocompletion=one_of(SUITES),
+            autocompletion=one_of(*SUITES),
         ),
     ] = "standard",
     options: Judging,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import robustq
 from robustq.cli.options import (
-    BATCH_NORM,
-    CONSUMERS,
     FORMATS,
-    PIXELS,
     FileOut,
     Judging,
     Printing,
@@ -35,7 +31,7 @@ def export(
             "--format",
             help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers integer), packed "
             "(integer, smallest file) or float (32-bit networks).",
-            autocompletion=one_of(FORMATS),
+            autocompletion=one_of(*FORMATS),
         ),
     ] = "integer",
     pixels: Annotated[
@@ -43,7 +39,7 @@ def export(
         typer.Option(
             "--input",
             help="float (pixel / 255) or uint8 (raw pixels; not for qonnx).",
-            autocompletion=one_of(PIXELS),
+            autocompletion=one_of("float", "uint8"),
         ),
     ] = "float",
     recheck: Annotated[
@@ -53,12 +49,14 @@ def export(
     out: Annotated[Path | None, typer.Option(help="New export folder. Default: export-out/NAME.")] = None,
     printing: Printing,
     batch_norm: Annotated[
-        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of(BATCH_NORM))
+        str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of("fold", "keep"))
     ] = "fold",
     consumer: Annotated[
         str | None,
         rare(
-            "--for", help="Tool that reads the qonnx file: finn (default) or hls4ml.", autocompletion=one_of(CONSUMERS)
+            "--for",
+            help="Tool that reads the qonnx file: finn (default) or hls4ml.",
+            autocompletion=one_of("finn", "hls4ml"),
         ),
     ] = None,
 ) -> None:
@@ -76,20 +74,13 @@ def export(
     if model is not None:
         check_model_file(model)
     keywords = options.keywords()
-
-    def job() -> Mapping[str, Any]:
-        return robustq.export_model(
-            model,
-            format_name=format_name,
-            pixels=pixels,
-            batch_norm=batch_norm,
-            consumer=consumer,
-            recheck=recheck,
-            out=out,
-            **keywords,
-        )
-
-    run_job(job, printing.as_json, export_lines, failure=failed_checks)
+    keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
+    run_job(
+        lambda: robustq.export_model(model, recheck=recheck, out=out, **keywords),
+        printing.as_json,
+        export_lines,
+        failure=failed_checks,
+    )
 
 
 @with_groups

@@ -70,9 +70,10 @@ def recipes(
         if name is None:
             known = [load_recipe(one) for one in recipe_names()]
             return {"recipes": [{**one.to_dict(), **one.metadata()} for one in known], "tables": by_table(known)}
-        from robustq.hardening.methods.registry import resolved_recipe
+        from robustq.hardening.methods.registry import SETTINGS, resolved_recipe
+        from robustq.recipe.schema import Vocabulary
 
-        found = load_recipe(name)
+        found = load_recipe(name, vocabulary=Vocabulary(SETTINGS))
         return {"recipes": [{**resolved_recipe(found), **found.metadata()}]}
 
     def lines(result: Mapping[str, Any]) -> list[str]:
@@ -101,7 +102,9 @@ def quickstart(
     """
     from robustq.report.text import quickstart_lines
 
-    def job() -> Mapping[str, Any]:
-        return robustq.quickstart(seed=seed, device=device, out=out)
-
-    run_job(job, printing.as_json, quickstart_lines, failure=failed_checks)
+    run_job(
+        lambda: robustq.quickstart(seed=seed, device=device, out=out),
+        printing.as_json,
+        quickstart_lines,
+        failure=failed_checks,
+    )

@@ -1,11 +1,8 @@
-"""Options that several commands share, and the end of every command: run the job, print the result, set the exit code.
-
-Names for the shell's completion are listed here, since the modules that define them load torch;
-tests/cli/test_completion.py compares them.
-"""
+"""Options that several commands share, and the end of a command: run the job, print the result, set the exit code."""
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import os
@@ -13,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -21,14 +19,25 @@ import typer
 from robustq.cli.process import Quiet, Verbose, console_output
 from robustq.errors import CheckFailedError
 
-ARCHITECTURES = ("resnet8", "resnet20", "resnet20-a", "resnet18")
-FORMATS = ("qonnx", "qcdq", "integer", "packed", "float")
-PIXELS = ("float", "uint8")
-BATCH_NORM = ("fold", "keep")
-CONSUMERS = ("finn", "hls4ml")
-SUITES = ("paper", "recheck", "standard", "full")
-DATA = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet")
-DEVICES = ("cpu", "cuda", "cuda:0")
+
+def registered(module: str, registry: str) -> tuple[str, ...]:
+    """The keys of the dict literal ``registry`` in a module of robustq, for help and completion.
+
+    The source is read and not imported: modules with registries load torch, which takes seconds.
+    """
+    source = files("robustq").joinpath(f"{module}.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if isinstance(target, ast.Name) and target.id == registry:
+            keys = next(part.keys for part in ast.walk(node) if isinstance(part, ast.Dict))
+            return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+    raise LookupError(f"{module}.py has no dict {registry}")
+
+
+ARCHITECTURES = registered("models/spec", "ARCHITECTURES")
+FORMATS = registered("export/formats", "FORMATS")
+SUITES = registered("evaluation/suites", "SUITES")
+DATA = registered("data/load", "SIDES")
 
 
 def rare(*names: str, **settings: Any) -> Any:
@@ -36,7 +45,7 @@ def rare(*names: str, **settings: Any) -> Any:
     return typer.Option(*names, rich_help_panel="Rare options", **settings)
 
 
-def one_of(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+def one_of(*names: str) -> Callable[[str], list[str]]:
     """A completer of fixed names; where none fits, the shell completes file names."""
 
     def complete(incomplete: str) -> list[str]:
@@ -65,9 +74,8 @@ RecipeName = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="digits, mnist, fashion-mnist, cifar10, cifar100, imagenet, an image folder or an .npz file. "
-        "Default: as in the model or recipe.",
-        autocompletion=one_of(DATA),
+        help=f"{', '.join(DATA)}, an image folder or an .npz file. Default: as in the model or recipe.",
+        autocompletion=one_of(*DATA),
     ),
 ]
 OwnModel = Annotated[
@@ -85,7 +93,9 @@ Epsilon = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0, max=2**32 - 1)]
 Device = Annotated[
     str | None,
-    typer.Option(help="cpu, cuda or cuda:0. Default: a GPU if there is one.", autocompletion=one_of(DEVICES)),
+    typer.Option(
+        help="cpu, cuda or cuda:0. Default: a GPU if there is one.", autocompletion=one_of("cpu", "cuda", "cuda:0")
+    ),
 ]
 FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]
 _UNUSED = "Not used by this command."
@@ -137,7 +147,7 @@ class Network:
             "--architecture",
             "--arch",
             help=f"{', '.join(ARCHITECTURES)} or torchvision:NAME. Default: as in the recipe or file.",
-            autocompletion=one_of(ARCHITECTURES),
+            autocompletion=one_of(*ARCHITECTURES),
         ),
     ] = None
     bits: Annotated[

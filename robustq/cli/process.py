@@ -116,12 +116,8 @@ def console_output() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Parameters of mallopt(3), from glibc's malloc.h."""
-
-_MMAP_THRESHOLD = 32 * 1024 * 1024
-"""The largest that glibc accepts on 64-bit machines."""
-
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), from glibc's malloc.h
+_MMAP_THRESHOLD = 32 * 1024 * 1024  # the largest that glibc accepts on 64-bit machines
 _NEVER_TRIM = 2**31 - 1
 
 _SPIN_COUNT = 2000
@@ -149,8 +145,7 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory: a training step frees and allocates the same gigabyte each time, and new memory
     costs a page fault per 4 KB (docs/results/training-cost.md).
 
-    Returns:
-        Whether it was set: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
+    Returns whether it was set: not without glibc, nor where MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ is set.
     """
     if not sys.platform.startswith("linux") or {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
         return False

@@ -22,24 +22,19 @@ from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
 PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", "numpy")
 
 
-def version_lines() -> list[str]:
-    """The versions of robustq, Python and the packages that results depend on; none of them is imported."""
-    packages = [f"{name} {_version(name)}" for name in PACKAGES]
-    return [f"robustq {_version('robustq')}", " · ".join([f"python {platform.python_version()}", *packages])]
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
-
-
 def show_version(wanted: bool) -> None:
-    """The option's callback: print and stop."""
-    if wanted:
-        typer.echo("\n".join(version_lines()))
-        raise typer.Exit
+    """The option's callback: print the versions of robustq, Python and the packages, without importing them."""
+    if not wanted:
+        return
+    found = {}
+    for name in ("robustq", *PACKAGES):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    typer.echo(f"robustq {found.pop('robustq')}")
+    typer.echo(" · ".join(f"{name} {one}" for name, one in {"python": platform.python_version(), **found}.items()))
+    raise typer.Exit
 
 
 _FULL, _FORBIDDEN = "free space or name another place", "name a place that can be read and written"
@@ -98,10 +93,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            help="Print the versions that results depend on.",
-            callback=show_version,
-            is_eager=True,
+            "--version", help="Print the versions that results depend on.", callback=show_version, is_eager=True
         ),
     ] = False,
     quiet: Quiet = False,

@@ -21,7 +21,6 @@ from robustq.cli.options import (
     with_groups,
 )
 from robustq.errors import UsageError
-from robustq.recipe import UNDEFENDED
 
 WITH_RESUME = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
 """Parameters that may be given together with --resume."""
@@ -35,11 +34,7 @@ def train(context: typer.Context, *, recipe: RecipeName = "natural", options: Tr
       robustq train --data cifar10 --architecture resnet20
       robustq train --resume runs/resnet20-float-natural
     """
-
-    def job() -> Mapping[str, Any]:
-        return robustq.train_model(recipe, **options.keywords())
-
-    _run(context, options, recipe, job, as_json=printing.as_json)
+    _run(context, options, recipe, lambda: robustq.train_model(recipe, **options.keywords()), as_json=printing.as_json)
 
 
 @with_groups
@@ -91,19 +86,18 @@ def _run(
     from robustq.recipe import check_name
     from robustq.report.text import training_lines
 
-    run = options.resume
-    if run is not None:
-        check_resume_options(context)
+    check_resume_options(context, options.resume)
     check_name(recipe)
 
-    def resume() -> Mapping[str, Any]:
-        assert run is not None  # else not called
-        return robustq.resume_run(run, data=options.data, device=options.device, own_model=options.own_model)
+    def begin_or_resume() -> Mapping[str, Any]:
+        if options.resume is None:
+            return job()
+        return robustq.resume_run(options.resume, data=options.data, device=options.device, own_model=options.own_model)
 
     def lines(result: Mapping[str, Any]) -> list[str]:
         return training_lines(result, next_command=next_command(result, options.own_model))
 
-    run_job(job if run is None else resume, as_json, lines, failure=failed_checks)
+    run_job(begin_or_resume, as_json, lines, failure=failed_checks)
 
 
 def next_command(result: Mapping[str, Any], own_model: str | None) -> str:
@@ -111,24 +105,22 @@ def next_command(result: Mapping[str, Any], own_model: str | None) -> str:
     custom = "" if own_model is None else f" --model {own_model}"
     if "bits" not in result:
         return f"robustq harden {result['checkpoint']} --bits 4{custom}"
+    from robustq.hardening.methods.registry import SETTINGS
+
     # Without a file, export takes the last hardened model.
-    model = f"{result['checkpoint']} " if result["method"] in UNDEFENDED else ""
+    model = "" if SETTINGS[result["method"]].defends else f"{result['checkpoint']} "
     return f"robustq export {model}--format integer{custom}"
 
 
-def check_resume_options(context: typer.Context) -> None:
-    """Refuse options that have no effect with --resume.
-
-    Raises:
-        UsageError: names them.
-    """
+def check_resume_options(context: typer.Context, run: Path | None) -> None:
+    """Refuse options that have no effect on a run that is resumed (UsageError)."""
     typed = [
         param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
         for param in context.command.params
         if param.name not in WITH_RESUME
         and getattr(context.get_parameter_source(str(param.name)), "name", "") == "COMMANDLINE"
     ]
-    if typed:
+    if run is not None and typed:
         raise UsageError(
             f"{', '.join(typed)} cannot be changed with --resume; leave it out, or start a new run without --resume"
         )

@@ -30,9 +30,7 @@ class WeightAverage:
     ``torch.optim.swa_utils.AveragedModel`` copies the network, and with it Brevitas' quantizers, which state dicts and
     calibration then do not find (see :func:`robustq.hardening.state.restore`).
 
-    Args:
-        model: its parameters are averaged, learned activation thresholds (as logarithms) included.
-        decay: d of a long run, in (0, 1).
+    Learned activation thresholds are averaged too, as logarithms. ``decay`` in (0, 1) is d of a long run.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

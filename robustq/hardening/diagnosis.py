@@ -6,12 +6,16 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from robustq.data import Batch
+from robustq.errors import OutOfMemoryError
+
+T = TypeVar("T")
 
 INPUT = "the network's input"
 """Listed among the layers if the images that the method generated are not finite."""
@@ -33,11 +37,6 @@ class FiniteCheck:
         return bool(torch.stack([self._finite, *(value.isfinite().all() for value in tensors)]).all())
 
 
-def first_nonfinite_tensor(model: nn.Module) -> str | None:
-    """Name of the first weight or running statistic of ``model`` that is NaN or Inf."""
-    return next((name for name, value in model.state_dict().items() if not _all_finite(value)), None)
-
-
 @contextlib.contextmanager
 def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
     """Collects the names of the layers whose output is NaN or Inf (and :data:`INPUT`), in the order of computation.
@@ -46,20 +45,15 @@ def nonfinite_layers(model: nn.Module) -> Iterator[list[str]]:
     """
     found: list[str] = []
 
-    def check(name: str, value: Any) -> None:
-        if not _all_finite(value):
+    def check(name: str, *called: Any) -> None:
+        if not _all_finite(called[-1]):  # the output, or the inputs before the call
             found.append(name)
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _, __, output: check(name, output)
-
-    handles = [model.register_forward_pre_hook(lambda _, inputs: check(INPUT, inputs))]
-    handles += [layer.register_forward_hook(hook(name)) for name, layer in _layers(model)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(partial(check, INPUT)))
+        for name, layer in _layers(model):
+            hooks.enter_context(layer.register_forward_hook(partial(check, name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def find_nonfinite(
@@ -75,7 +69,6 @@ def find_nonfinite(
 
     Args:
         model: the network that ``take_step`` trains, in its state before the first step.
-        batches: at least as many as there are steps.
         take_step: trains on a batch and returns the loss.
         epoch, first, last: numbers of the epoch and of the first and last step, counted from 1, for the message.
 
@@ -93,7 +86,7 @@ def find_nonfinite(
             return f"{what} became NaN or Inf in {step} (loss {loss:g}); everything before it was finite"
         if not math.isfinite(loss):
             return f"the loss became {loss:g} in {step}; every layer's output was finite"
-        tensor = first_nonfinite_tensor(model)
+        tensor = next((name for name, value in model.state_dict().items() if not _all_finite(value)), None)
         if tensor is not None:
             return f"{tensor} became NaN or Inf in the update of {step} (loss {loss:g})"
     return f"loss or weights became NaN or Inf between steps {first:,} and {last:,} of epoch {epoch}, not when repeated"
@@ -135,11 +128,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def runs_out_of_memory(work: Callable[[], object]) -> bool:
-    """Do ``work``; True if memory ran out, after freeing what it had allocated.
-
-    Raises:
-        Exception: any other error of ``work``.
-    """
+    """Do ``work``; True if memory ran out, after freeing what it had allocated. Other errors pass through."""
     try:
         work()
     except Exception as error:
@@ -154,11 +143,21 @@ def runs_out_of_memory(work: Callable[[], object]) -> bool:
     return True
 
 
-def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: int = 1) -> int | None:
-    """The first of too_large / 2, too_large / 4, ... for which ``work`` does not run out of memory.
+def within_memory(work: Callable[[], T], message: Callable[[], str]) -> T:
+    """The result of ``work``.
 
-    Returns:
-        None if not even ``least`` fits.
+    Raises:
+        OutOfMemoryError: with ``message``, which is asked for once the memory of ``work`` is free again.
+    """
+    results: list[T] = []
+    if runs_out_of_memory(lambda: results.append(work())):
+        raise OutOfMemoryError(message())
+    return results[0]
+
+
+def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: int = 1) -> int | None:
+    """The first of too_large / 2, too_large / 4, ... for which ``work`` does not run out of memory; None if not even
+    ``least`` fits.
     """
     size = too_large // 2
     while size >= least:

@@ -55,6 +55,11 @@ class FeatureTap:
             return
         weakref.finalize(self, handle.remove)
 
+    @classmethod
+    def of_pooling(cls, model: nn.Module) -> FeatureTap | None:
+        """The tap of ``pooled`` features; None where the global pooling is not known."""
+        return None if feature_layer_of(model) is None else cls(model, "pooled")
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> logits (B, K) and features (B, D), both with gradient."""
         captured = self._captured

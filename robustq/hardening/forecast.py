@@ -19,27 +19,16 @@ TIMED_STEPS = 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """The rest of a run.
+    """The rest of a run."""
 
-    Args:
-        seconds: training and monitor until the last epoch.
-        memory_bytes: peak so far: of the GPU, or of this process on a CPU.
-        disk_bytes: files of the run folder during the run.
-        spare_bytes: on top, while the state is written.
-    """
-
-    seconds: float
-    memory_bytes: int
-    disk_bytes: int
-    spare_bytes: int
+    seconds: float  # training and monitor until the last epoch
+    memory_bytes: int  # peak so far: of the GPU, or of this process on a CPU
+    disk_bytes: int  # files of the run folder during the run
+    spare_bytes: int  # on top, while the state is written
 
 
 def forecast(training: Training) -> Forecast:
-    """Rehearse a few steps and a part of the monitor's work; ``training`` is then restored bit for bit.
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: memory runs out (see :mod:`robustq.hardening.diagnosis`).
-    """
+    """Rehearse a few steps and a part of the monitor's work; ``training`` is then restored bit for bit."""
     before = copied(training.state_dict())
     epochs_left = training.recipe.epochs - training.state.epoch
     steps_left = epochs_left * training.batches_per_epoch - training.state.step
@@ -50,7 +39,8 @@ def forecast(training: Training) -> Forecast:
         times = training.monitor.rehearse(training.model)
         _synchronize(training.device)
         monitor_seconds = (time.perf_counter() - start) * times
-        memory = _peak_memory(training.device)
+        on_gpu = training.device.type == "cuda"
+        memory = torch.cuda.max_memory_reserved(training.device) if on_gpu else process_peak_memory()
     finally:
         training.load_state_dict(before)
     weights = _bytes(before["model"])
@@ -83,11 +73,9 @@ def fitting_setting(training: Training) -> str:
         for batch, _ in zip(batches, range(2), strict=False):
             training.take_step(batch)
 
-    def steps_with_reserve(count: int) -> None:
-        steps(count + count // 4)  # fragmentation grows during a run
-
     if runs_out_of_memory(lambda: steps(size)):
-        fitting = largest_that_fits(steps_with_reserve, too_large=size, least=2)
+        # With a reserve: fragmentation grows during a run.
+        fitting = largest_that_fits(lambda count: steps(count + count // 4), too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"
@@ -131,7 +119,3 @@ def _bytes(state: dict[str, Any]) -> int:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else process_peak_memory()

@@ -1,11 +1,10 @@
-"""Metrics of an epoch: running means, the row of metrics.jsonl, TensorBoard."""
+"""Metrics of an epoch: running means, peak memory, TensorBoard."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.hardening.monitor import HoldoutAccuracy, Inspection
 
 FOLDER = "tensorboard"
 
@@ -52,11 +50,7 @@ class RunningMeans:
 
 
 def check_tensorboard() -> None:
-    """Check that TensorBoard's writer is installed.
-
-    Raises:
-        UsageError: it is not.
-    """
+    """UsageError if TensorBoard's writer is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError(
             "tensorboard = true needs the package tensorboard, which is not installed: pip install tensorboard, or "
@@ -96,46 +90,6 @@ class TensorBoardLogger:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def epoch_row(
-    epoch: int,
-    means: Mapping[str, float],
-    accuracy: HoldoutAccuracy,
-    inspection: Inspection,
-    *,
-    lr: float,
-    seconds: float,
-    training_seconds: float,
-    loading_seconds: float,
-    images: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """An epoch's row of metrics.jsonl: plain JSON types.
-
-    Args:
-        epoch: counted from 1.
-        means: the loss, its terms before weighting and ``train_accuracy``, over the epoch's batches.
-        accuracy, inspection: of the held-out images after the epoch, in eval mode.
-        lr: learning rate of the last step.
-        seconds: of the epoch, with the monitor.
-        training_seconds: of its training steps, in all processes of the run.
-        loading_seconds: waiting for the next batch, a part of them.
-        images: training images.
-        device: whose memory is measured.
-    """
-    return {
-        "epoch": epoch,
-        **means,
-        "holdout_clean_accuracy": accuracy.clean,
-        "holdout_pgd10_accuracy": accuracy.robust,
-        **asdict(inspection),
-        "lr": lr,
-        "seconds": seconds,
-        "images_per_second": images / max(training_seconds, 1e-9),
-        "loading_share": loading_seconds / max(training_seconds, 1e-9),
-        **peak_memory(device),
-    }
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,16 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustq.attacks import pgd
-from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.hardening.features import FeatureTap
 
-BATCH = 64
-"""Images per backward pass of an inspection, so that it needs no more memory than a small training batch."""
-
-COLLAPSED_EPOCHS = 2
-"""Consecutive epochs that make a collapse."""
-
+BATCH = 64  # images per backward pass of an inspection: no more memory than a small training batch
+COLLAPSED_EPOCHS = 2  # consecutive epochs that make a collapse
 PGD_STEPS = 10
 
 
@@ -34,30 +29,23 @@ class Inspection:
 
     Growing features and margins saturate the loss; gradients vanish, and attacks that follow them fail on a network
     that is not robust (arXiv:1802.00420; the flags ``zero gradient`` and ``logit scale`` of docs/flags.md).
-
-    Args:
-        feature_norm: L2 norm of the average-pooled features in front of global pooling; None if the network has none.
-        logit_margin: logit of the label minus the highest other one; negative for a wrong answer.
-        input_gradient_norm: L2 norm of the gradient of one image's cross-entropy with respect to its pixels in [0, 1].
-        zero_gradients: share of images in [0, 1] whose gradient is exactly zero in every pixel.
     """
 
-    feature_norm: float | None
-    logit_margin: float
-    input_gradient_norm: float
-    zero_gradients: float
+    feature_norm: float | None  # L2 norm of the average-pooled features in front of global pooling
+    logit_margin: float  # logit of the label minus the highest other one; negative for a wrong answer
+    input_gradient_norm: float  # L2 norm of the gradient of one image's cross-entropy by its pixels in [0, 1]
+    zero_gradients: float  # share of images in [0, 1] whose gradient is exactly zero in every pixel
 
 
 def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = BATCH) -> Inspection:
-    """One forward and one backward pass over the images, without gradients of weights.
+    """One forward and one backward pass over the images, ``batch_size`` at a time, without gradients of weights.
 
     Args:
         model: images -> logits (n, K), K > 1, in eval mode.
         x: (N, C, H, W) float32 in [0, 1] on the model's device, N at least 1.
         y: (N,) int64.
-        batch_size: images per pass.
     """
-    tap = _tap(model)
+    tap = FeatureTap.of_pooling(model)
     sums = dict.fromkeys(("feature_norm", "logit_margin", "input_gradient_norm", "zero_gradients"), 0.0)
     for images, labels in zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True):
         images = images.detach().requires_grad_()
@@ -76,29 +64,15 @@ def inspect_network(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int =
     return Inspection(**{**means, "feature_norm": None if tap is None else means["feature_norm"]})
 
 
-def _tap(model: nn.Module) -> FeatureTap | None:
-    try:
-        return FeatureTap(model, "pooled")
-    except UsageError:
-        return None
-
-
 @dataclass(frozen=True)
 class Collapse:
-    """A collapse of robust accuracy.
+    """A collapse of robust accuracy."""
 
-    Args:
-        epoch: the epoch after which it was certain, counted from 1.
-        robust: PGD-10 accuracy on the held-out images after it, in [0, 1].
-        best_epoch, best: of the highest accuracy before.
-        planned: epochs of the recipe.
-    """
-
-    epoch: int
-    robust: float
+    epoch: int  # after which it was certain, counted from 1
+    robust: float  # PGD-10 accuracy on the held-out images after it, in [0, 1]
     best_epoch: int
-    best: float
-    planned: int
+    best: float  # the highest accuracy before
+    planned: int  # epochs of the recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -138,14 +112,12 @@ def find_collapse(robust: Sequence[float | None], *, images: int, chance: float,
         return None
     before, recent = counted[:-COLLAPSED_EPOCHS], counted[-COLLAPSED_EPOCHS:]
     best = max(before)
-    if _interval(best, images)[0] <= chance or not all(_is_down(accuracy, best, images) for accuracy in recent):
+    lowest, _ = _interval(best, images)
+    is_down = [accuracy < best / 2 and _interval(accuracy, images)[1] < lowest for accuracy in recent]
+    if lowest <= chance or not all(is_down):
         return None
     best_epoch = len(before) - before[::-1].index(best)  # of equal ones the last, as for best.pt
     return Collapse(len(counted), recent[-1], best_epoch, best, planned)
-
-
-def _is_down(accuracy: float, best: float, images: int) -> bool:
-    return accuracy < best / 2 and _interval(accuracy, images)[1] < _interval(best, images)[0]
 
 
 def _interval(accuracy: float, images: int) -> tuple[float, float]:
@@ -165,70 +137,64 @@ class HoldoutAccuracy:
         return (self.clean if self.robust is None else self.robust, self.clean)
 
 
+@dataclass(frozen=True, eq=False)
 class Monitor:
-    """Evaluates a network on the same images, from the same random start, after each epoch.
+    """Evaluates a network on the same images, from the same random start, after each epoch."""
 
-    Args:
-        x: (N, C, H, W) float32 in [0, 1] on the model's device.
-        y: (N,) int64.
-        epsilon: radius; None: clean accuracy only.
-        batch_size: images per pass.
-        seed: of the random start of PGD-10.
-    """
-
-    def __init__(self, x: Tensor, y: Tensor, *, epsilon: float | None, batch_size: int, seed: int) -> None:
-        self._x, self._y = x, y
-        self._epsilon = epsilon
-        self._batch_size = batch_size
-        self._seed = seed
+    x: Tensor  # (N, C, H, W) float32 in [0, 1] on the model's device
+    y: Tensor  # (N,) int64
+    _: KW_ONLY
+    epsilon: float | None  # radius; None: clean accuracy only
+    batch_size: int  # images per pass
+    seed: int  # of the random start of PGD-10
 
     @property
     def images(self) -> int:
         """The number of held-out images."""
-        return len(self._x)
+        return len(self.x)
 
     @property
     def chance(self) -> float:
         """Accuracy in [0, 1] of the best constant answer."""
-        return int(self._y.bincount().max()) / len(self._y)
+        return int(self.y.bincount().max()) / len(self.y)
 
     def evaluate(self, model: nn.Module) -> HoldoutAccuracy:
         """Accuracies of ``model`` in eval mode; its mode is restored."""
         with _eval_mode(model):
-            clean = correct(model, self._x, self._y, batch_size=self._batch_size)
-            robust = None if self._epsilon is None else self._robust(model, clean, self._epsilon)
+            clean = correct(model, self.x, self.y, batch_size=self.batch_size)
+            robust = None if self.epsilon is None else self._robust(model, clean, self.epsilon)
         return HoldoutAccuracy(clean.float().mean().item(), robust)
 
     def inspect(self, model: nn.Module, *, batch_size: int) -> Inspection:
         """:func:`inspect_network` on the same images in eval mode; the mode is restored."""
         with _eval_mode(model):
-            return inspect_network(model, self._x, self._y, batch_size=batch_size)
+            return inspect_network(model, self.x, self.y, batch_size=batch_size)
 
     def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
         """Do one batch of the work of :meth:`evaluate` and :meth:`inspect`, to measure time and memory.
 
         ``images`` is its size; None: that of :meth:`evaluate`. Returns the whole work as a multiple of it.
         """
-        count = min(images or self._batch_size, self._batch_size, len(self._x))
-        x, y = self._x[:count], self._y[:count]
+        count = min(images or self.batch_size, self.batch_size, len(self.x))
+        x, y = self.x[:count], self.y[:count]
         with _eval_mode(model):
             inspect_network(model, x, y)
-            if self._epsilon is None:
+            if self.epsilon is None:
                 correct(model, x, y, batch_size=count)
-                return len(self._x) / count
-            pgd(model, x, y, epsilon=self._epsilon, step_size=self._epsilon, steps=1, generator=torch.Generator())
+                return len(self.x) / count
+            pgd(model, x, y, epsilon=self.epsilon, step_size=self.epsilon, steps=1, generator=torch.Generator())
             # The inspection and PGD did one forward and one backward pass each.
-            return (PGD_STEPS + 1) / 2 * len(self._x) / count
+            return (PGD_STEPS + 1) / 2 * len(self.x) / count
 
     def _robust(self, model: nn.Module, clean: Tensor, epsilon: float) -> float:
-        generator = torch.Generator().manual_seed(self._seed)
+        generator = torch.Generator().manual_seed(self.seed)
         robust = 0
-        right = clean.nonzero().flatten().to(self._x.device)  # misclassified images need no attack
-        for indices in torch.split(right, self._batch_size) if len(right) else ():
-            x, y = self._x[indices], self._y[indices]
+        right = clean.nonzero().flatten().to(self.x.device)  # misclassified images need no attack
+        for indices in torch.split(right, self.batch_size) if len(right) else ():
+            x, y = self.x[indices], self.y[indices]
             x_adv = pgd(model, x, y, epsilon=epsilon, step_size=epsilon / 4, steps=PGD_STEPS, generator=generator)
-            robust += int(correct(model, x_adv, y, batch_size=self._batch_size).sum())
-        return robust / len(self._x)
+            robust += int(correct(model, x_adv, y, batch_size=self.batch_size).sum())
+        return robust / len(self.x)
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from inspect import unwrap
 from typing import Any
 
@@ -15,7 +14,8 @@ from robustq.data import Batch
 from robustq.hardening.averaging import WeightAverage
 from robustq.hardening.awp import adversarial_weights
 from robustq.hardening.methods.method import LossOutput, Method
-from robustq.hardening.precision import CompiledForward, has_integer_convolution, in_precision
+from robustq.hardening.precision import has_integer_convolution, in_precision
+from robustq.models.compiled import CompiledForward
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.recipe import Recipe
@@ -62,14 +62,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> SGD:
 
 
 class TrainStep:
-    """Optimizer steps on batches.
+    """Optimizer steps on batches, which train ``model`` in place.
 
-    Args:
-        model: trained in place.
-        method: built for ``model``.
-        recipe: ``awp_gamma``, ``awp_warmup_epochs``, ``clip_gradient``, ``ema_decay``, ``precision``,
-            ``side_precision``, ``compile``, ``cuda_graphs`` and the keys of the optimizer. With the defaults each step
-            is one step of the optimizer on the method's loss, and nothing else is computed.
+    With the recipe's defaults each step is one step of the optimizer on the method's loss, and nothing else is
+    computed.
     """
 
     def __init__(self, model: nn.Module, method: Method, recipe: Recipe) -> None:
@@ -102,7 +98,11 @@ class TrainStep:
         """One repeat of a batch after ``epoch`` finished epochs: new images, new weights; their loss and logits."""
         recipe = self.recipe
         if recipe.side_precision == INTEGER and self._integers is None:
-            self._integers = _integer_convolutions(self.model, batch.x)
+            # Imported on demand: it registers an operator with torch, which takes a moment.
+            from robustq.models.quant.integer_convolution import IntegerConvolutions
+
+            is_available = has_integer_convolution(batch.x.device)
+            self._integers = IntegerConvolutions(self.model, batch.x[:2]) if is_available else ()
         compiled = nullcontext() if self._compiled is None else self._compiled.in_place(len(batch.y))
         with compiled, in_precision(self.model, recipe.precision, side=recipe.side_precision):
             output = self._compute_gradient(batch, epoch=epoch)
@@ -116,7 +116,8 @@ class TrainStep:
     def _compute_gradient(self, batch: Batch, *, epoch: int) -> LossOutput:
         x, y, indices = batch.x, batch.y, batch.indices
         gamma = self.recipe.awp_gamma if epoch >= self.recipe.awp_warmup_epochs else 0.0
-        with self._quantized_once():
+        integers = nullcontext() if not self._integers else self._integers.in_place()
+        with self._weights.quantized_once(), integers:
             x_adv = self.method.perturb(x, y, indices)
             if not gamma:
                 return self._backward(batch, x_adv)
@@ -127,22 +128,9 @@ class TrainStep:
         with adversarial_weights(self.model, loss, gamma=gamma):
             return self._backward(batch, x_adv)
 
-    @contextmanager
-    def _quantized_once(self) -> Iterator[None]:
-        with self._weights.quantized_once(), self._integers.in_place() if self._integers else nullcontext():
-            yield
-
     def _backward(self, batch: Batch, x_adv: Tensor) -> LossOutput:
         output = self.method.loss(batch.x, x_adv, batch.y, batch.indices)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.method.after_backward(x_adv)
         return output
-
-
-def _integer_convolutions(model: nn.Module, images: Tensor) -> Any:
-    """The network's integer convolutions; none if the device has no kernel for them."""
-    # Imported on demand: it registers an operator with torch, which takes a moment.
-    from robustq.models.quant.integer_convolution import IntegerConvolutions
-
-    return IntegerConvolutions(model, images[:2]) if has_integer_convolution(images.device) else ()

@@ -15,14 +15,14 @@ may have a precision of their own, also integer convolutions of codes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.models.compiled import compile_forward, compiler_errors
+from robustq.models.compiled import replaced_forward
 from robustq.models.quant.integer_convolution import lacks_bfloat16, slows_bfloat16
 from robustq.recipe.schema import BFLOAT16, FLOAT32, INTEGER, PRECISIONS, SAME, SIDE_PRECISIONS, TF32
 
@@ -52,54 +52,6 @@ def _allow(*, convolutions: bool, products: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = products
 
 
-@contextmanager
-def _replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(model).get("forward")
-    model.forward = forward
-    try:
-        yield
-    finally:
-        del model.forward  # the instance's attribute; the method of its class is visible again
-        if own is not None:
-            model.forward = own
-
-
-class CompiledForward:
-    """The compiled forward pass of one network, for batches of one size.
-
-    It is compiled once for every kind of pass (attack generation, clean features, training), a minute or more each. A
-    short last batch is not worth that and runs eager.
-
-    Args:
-        model: on its device; its modules must stay the same objects.
-        batch_size: images of a compiled batch.
-        cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
-        backend: of torch.compile.
-    """
-
-    def __init__(self, model: nn.Module, *, batch_size: int, cuda_graphs: bool, backend: Any = "inductor") -> None:
-        self._model = model
-        self._batch_size = batch_size
-        self._cuda_graphs = cuda_graphs
-        self._forward = compile_forward(model.forward, dynamic=False, cuda_graphs=cuda_graphs, backend=backend)
-
-    @contextmanager
-    def in_place(self, images: int) -> Iterator[None]:
-        """Within it every call of the network is compiled, if ``images`` is the compiled batch size.
-
-        Raises:
-            UsageError: torch.compile does not work on this machine.
-        """
-        if images != self._batch_size:
-            yield
-            return
-        if self._cuda_graphs:
-            # Outputs of the last step's replays are not read any more.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        with _replaced_forward(self._model, self._forward), compiler_errors(advice="train without it: --no-compile"):
-            yield
-
-
 def compile_notes(device: torch.device, *, cuda_graphs: bool) -> list[str]:
     """Lines for the log of a run that compiles for ``device``."""
     if device.type == "cuda":
@@ -108,23 +60,11 @@ def compile_notes(device: torch.device, *, cuda_graphs: bool) -> list[str]:
     return [*lines, f"{device} has no CUDA graphs; cuda_graphs has no effect"] if cuda_graphs else lines
 
 
-def compile_pays_off(device: torch.device, *, seconds: float) -> bool:
-    """Whether compiling saves more than it costs in a run of ``seconds``; False on GPUs, where it was not measured."""
-    return device.type == "cpu" and seconds >= WORTH_COMPILING
-
-
-def compile_hint(*, integers: bool) -> str:
-    """The advice to compile; ``integers``: auxiliary passes could use integer convolutions too, and do not."""
-    share, more = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
-    return f"so long a run may be a {share} shorter with --compile{more}, which takes a C++ compiler and some minutes"
-
-
 @contextmanager
 def in_precision(model: nn.Module, precision: str, *, side: str = SAME) -> Iterator[None]:
     """Within it every call of ``model`` computes in ``precision``, its backward pass too, and returns float32.
 
     Args:
-        model: on its device.
         precision: one of :data:`robustq.recipe.schema.PRECISIONS`.
         side: of auxiliary passes, one of :data:`robustq.recipe.schema.SIDE_PRECISIONS`. ``integer`` means float32
             here; the caller replaces the convolutions.
@@ -149,7 +89,7 @@ def _in_bfloat16(model: nn.Module, training: bool, auxiliary: bool) -> Iterator[
 
     # Only around each forward pass: autocast caches converted weights, which weight perturbation makes invalid. The
     # backward pass uses the types of the forward pass.
-    with _replaced_forward(model, forward):
+    with replaced_forward(model, forward):
         yield
 
 
@@ -160,12 +100,14 @@ def advice(precision: str, device: torch.device, *, key: str = "precision") -> s
     """
     if precision == INTEGER and not has_integer_convolution(device):
         return f"torch has no integer convolutions for this {device}; auxiliary passes compute in {FLOAT32}"
-    if precision == BFLOAT16 and _lacks_bfloat16(device):
+    on_gpu = device.type == "cuda"
+    lacks_on_gpu = on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == BFLOAT16 and (lacks_on_gpu if on_gpu else lacks_bfloat16()):
         return f"this processor has no instructions for {BFLOAT16}; faster: --set {key}={FLOAT32}"
-    if precision == BFLOAT16 and device.type == "cpu" and slows_bfloat16():
+    if precision == BFLOAT16 and not on_gpu and slows_bfloat16():
         return f"this processor multiplies {BFLOAT16} at half the pace of {FLOAT32}; faster: --set {key}={FLOAT32}"
     # Ampere, compute capability 8.0, was the first.
-    if precision == TF32 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+    if precision == TF32 and (not on_gpu or torch.cuda.get_device_capability(device) < (8, 0)):
         return f"only newer GPUs have {TF32}; {device} computes in {FLOAT32}"
     return None
 
@@ -175,9 +117,3 @@ def has_integer_convolution(device: torch.device) -> bool:
     from robustq.models.quant.integer_convolution import is_available
 
     return device.type == "cpu" and is_available()
-
-
-def _lacks_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return not torch.cuda.is_bf16_supported(including_emulation=False)
-    return lacks_bfloat16()

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,71 +19,41 @@ from robustq.errors import NotFiniteError, RunStoppedError
 from robustq.hardening.averaging import IMAGES
 from robustq.hardening.diagnosis import FiniteCheck, find_nonfinite
 from robustq.hardening.methods.method import Method
-from robustq.hardening.metrics import RunningMeans, epoch_row, reset_peak_memory
+from robustq.hardening.metrics import RunningMeans, peak_memory, reset_peak_memory
 from robustq.hardening.monitor import BATCH, Collapse, HoldoutAccuracy, Monitor, find_collapse
 from robustq.hardening.optimization import TrainStep, learning_rate
 from robustq.hardening.state import Checkpointer, StopRequest, TrainState, restore, snapshot
 from robustq.progress import bar, note
 from robustq.recipe import Recipe
 
-CHECK_EVERY = 20
-"""Batches between two checks for NaN and Inf: a GPU waits for each check."""
-
-SAVE_EVERY_SECONDS = 600.0
-"""Longest training time without a saved state, for long epochs."""
+CHECK_EVERY = 20  # batches between two checks for NaN and Inf: a GPU waits for each check
+SAVE_EVERY_SECONDS = 600.0  # longest training time without a saved state, for long epochs
 
 
-@dataclass(frozen=True)
-class TrainingSummary:
-    """Result of a run: the best epoch and its held-out accuracy, the mean training time of an epoch, and the collapse
-    that ended the run early, if any.
-    """
-
-    best_epoch: int
-    best: HoldoutAccuracy
-    seconds_per_epoch: float
-    collapse: Collapse | None = None
-
-
+@dataclass(eq=False, repr=False)
 class Training:
     """One run of a recipe.
 
     :meth:`state_dict` is everything that the rest of the run depends on. Order and augmentation of the images are not
     in it: they are a pure function of seed and epoch. On the CPU a restored run continues bit for bit.
-
-    Args:
-        model: on ``device``; trained in place.
-        method: built for ``model``.
-        split, augment, seed: training images, their augmentation, and the seed of order and augmentation.
-        monitor: evaluates each epoch.
-        recipe: epochs, batch size, learning rate and options of a step.
-        device: of the batches.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: Method,
-        split: Split,
-        monitor: Monitor,
-        recipe: Recipe,
-        *,
-        augment: Augment,
-        seed: int,
-        device: torch.device,
-    ) -> None:
+    model: nn.Module  # on ``device``; trained in place
+    method: Method  # built for ``model``
+    split: Split  # training images
+    monitor: Monitor  # evaluates each epoch
+    recipe: Recipe
+    _: KW_ONLY
+    augment: Augment
+    seed: int  # of order and augmentation
+    device: torch.device  # of the batches
+
+    def __post_init__(self) -> None:
         # The fastest convolutions of CPUs and GPUs use this memory format.
-        self.model = model.to(memory_format=torch.channels_last)
-        self.method = method
-        self.split = split
-        self.monitor = monitor
-        self.recipe = recipe
-        self.augment = augment
-        self.seed = seed
-        self.device = device
-        self.train_step = TrainStep(model, method, recipe)
+        self.model = self.model.to(memory_format=torch.channels_last)
+        self.train_step = TrainStep(self.model, self.method, self.recipe)
         self.state = TrainState()
-        self.means = RunningMeans(device)
+        self.means = RunningMeans(self.device)
         self._averaged_weights: dict[str, Tensor] | None = None
         self._clock = 0.0
 
@@ -140,14 +110,13 @@ class Training:
         if self.device.type == "cuda" and state["device_random"] is not None:
             torch.cuda.set_rng_state(state["device_random"].cpu(), self.device)
 
-    def run(self, checkpointer: Checkpointer, stop: StopRequest) -> TrainingSummary:
+    def run(self, checkpointer: Checkpointer, stop: StopRequest) -> None:
         """Train to the last epoch, or until robust accuracy collapses; the network is left in eval mode with the
         weights of the last epoch.
 
         Args:
-            checkpointer: saves the state after each epoch, when the run stops, and every ten minutes in long epochs; it
-                must already have saved the current state.
-            stop: checked after each batch.
+            checkpointer: saves the state after each epoch, when the run stops (``stop`` is checked after each batch),
+                and every ten minutes in long epochs; it must already have saved the current state.
 
         Raises:
             NotFiniteError: loss, weights or images are NaN or Inf; names the step and the first layer. The states saved
@@ -185,8 +154,6 @@ class Training:
                 if stop.requested:
                     raise RunStoppedError(f"stopped after epoch {state.epoch} of {recipe.epochs}")
         self.model.eval()
-        assert state.best is not None  # a recipe has at least one epoch
-        return TrainingSummary(state.best_epoch, state.best, state.seconds / state.epoch, self.collapse)
 
     def epoch_batches(self) -> Iterator[Batch]:
         """Begin or continue the current epoch; its remaining batches."""
@@ -245,18 +212,18 @@ class Training:
         with self._averaged():
             accuracy = self.monitor.evaluate(self.model)
             inspection = self.monitor.inspect(self.model, batch_size=min(BATCH, self.recipe.batch_size))
-            row = epoch_row(
-                state.epoch + 1,
-                means,
-                accuracy,
-                inspection,
-                lr=self.train_step.lr,
-                seconds=seconds + time.perf_counter() - start,
-                training_seconds=seconds,
-                loading_seconds=state.loading_seconds,
-                images=len(self.split),
-                device=self.device,
-            )
+            row = {
+                "epoch": state.epoch + 1,
+                **means,
+                "holdout_clean_accuracy": accuracy.clean,
+                "holdout_pgd10_accuracy": accuracy.robust,
+                **asdict(inspection),
+                "lr": self.train_step.lr,
+                "seconds": seconds + time.perf_counter() - start,
+                "images_per_second": len(self.split) / max(seconds, 1e-9),
+                "loading_share": state.loading_seconds / max(seconds, 1e-9),
+                **peak_memory(self.device),
+            }
             is_best = state.end_epoch(row, accuracy, self.model)
             self._averaged_weights = None if self.train_step.average is None else snapshot(self.model)
         checkpointer.save(self.state_dict(), epoch_ended=True, is_best=is_best)

@@ -86,6 +86,55 @@ class CompiledNetwork:
         return run
 
 
+class CompiledForward:
+    """The compiled forward pass of one network, for batches of one size.
+
+    It is compiled once for every kind of pass (attack generation, clean features, training), a minute or more each. A
+    short last batch is not worth that and runs eager.
+
+    Args:
+        model: on its device; its modules must stay the same objects.
+        batch_size: images of a compiled batch.
+        cuda_graphs: on a GPU, record the kernels of a pass once and replay them together.
+        backend: of torch.compile.
+    """
+
+    def __init__(self, model: nn.Module, *, batch_size: int, cuda_graphs: bool, backend: Any = "inductor") -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._cuda_graphs = cuda_graphs
+        self._forward = compile_forward(model.forward, dynamic=False, cuda_graphs=cuda_graphs, backend=backend)
+
+    @contextmanager
+    def in_place(self, images: int) -> Iterator[None]:
+        """Within it every call of the network is compiled, if ``images`` is the compiled batch size.
+
+        Raises:
+            UsageError: torch.compile does not work on this machine.
+        """
+        if images != self._batch_size:
+            yield
+            return
+        if self._cuda_graphs:
+            # Outputs of the last step's replays are not read any more.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        with replaced_forward(self._model, self._forward), compiler_errors(advice="train without it: --no-compile"):
+            yield
+
+
+@contextmanager
+def replaced_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within it calls of ``model`` run ``forward``."""
+    own = vars(model).get("forward")
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward  # the instance's attribute; the method of its class is visible again
+        if own is not None:
+            model.forward = own
+
+
 def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     """Logits of the compiled network; None once torch has reached its limit of recompilations.
 

@@ -8,12 +8,11 @@ method's own settings.
 from __future__ import annotations
 
 from robustq.recipe.files import check_name, load_recipe, recipe_names
-from robustq.recipe.schema import DEFAULT_EPSILON, METADATA, UNDEFENDED, Recipe, format_epsilon, parse_epsilon
+from robustq.recipe.schema import DEFAULT_EPSILON, METADATA, Recipe, format_epsilon, parse_epsilon
 
 __all__ = [
     "DEFAULT_EPSILON",
     "METADATA",
-    "UNDEFENDED",
     "Recipe",
     "check_name",
     "format_epsilon",

@@ -10,22 +10,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType, NoneType
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 from robustq.errors import RecipeError, UsageError
 
-METHODS = ("natural", "odgq", "pgd", "free", "dq", "fgsm-rs", "n-fgsm", "fgsm-mep", "trades", "rslad", "ptq")
-
-UNDEFENDED = frozenset({"natural", "ptq"})
-"""Methods without adversarial images."""
-
 FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
-PRECISIONS = (FLOAT32, TF32, BFLOAT16)
-"""Precisions of a training pass (:mod:`robustq.hardening.precision`)."""
-
+PRECISIONS = (FLOAT32, TF32, BFLOAT16)  # of a training pass (robustq.hardening.precision)
 SAME, INTEGER = "same", "integer"
-SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)
-"""Precisions allowed for the auxiliary passes; TF32 is one switch for a whole step."""
+SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)  # of the auxiliary passes; TF32 is one switch for a whole step
 
 METADATA = ("paper_rows", "evidence")
 """Keys that describe a recipe; no run depends on them (:mod:`robustq.recipe.paper`)."""
@@ -44,12 +36,8 @@ class Choices(NamedTuple):
     words: tuple[str, ...]
 
 
-TRAINING = "training"
-"""Marks keys without a meaning for method ``ptq``, which does not train."""
-
-
-DEFAULT_EPSILON = 8 / 255
-"""Radius without an option, recipe or model that sets one: the usual one for CIFAR-10."""
+TRAINING = "training"  # marks keys without a meaning for methods that do not train
+DEFAULT_EPSILON = 8 / 255  # without an option, recipe or model that sets a radius: the usual one for CIFAR-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +46,7 @@ class Recipe:
 
     name: str  # path below recipes/, or the .toml file
     summary: str = ""  # one sentence for `robustq recipes`
-    method: Annotated[str, Choices(METHODS)]
+    method: str
     data: str | None = None
     architecture: str | None = None
     weight_bits: int | None = None
@@ -94,11 +82,16 @@ class Recipe:
     paper_rows: Mapping[str, int] = field(default_factory=dict)
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains the network; recipes of others have no epochs."""
+        return self.epochs > 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types: every value that a run depends on, as kept in its config.json."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in METADATA}
         values |= {"milestones": list(self.milestones), "settings": dict(self.settings)}
-        return {key: value for key, value in values.items() if self.method != "ptq" or key not in TRAINING_KEYS}
+        return {key: value for key, value in values.items() if self.trains or key not in TRAINING_KEYS}
 
     def metadata(self) -> dict[str, Any]:
         """Plain JSON types: the keys that no run depends on."""
@@ -138,44 +131,75 @@ def _declared() -> dict[str, _Key]:
 
 _DECLARED = _declared()
 
-KEYS = tuple(_DECLARED)
-"""Keys of a recipe, without the methods' own tables."""
-
+KEYS = tuple(_DECLARED)  # of a recipe, without the methods' own tables
 TRAINING_KEYS = tuple(key for key, declared in _DECLARED.items() if declared.is_training)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """Base of a method's own table of a recipe, and the method's properties.
+
+    A field may have a check as metadata (``errors``, see :mod:`robustq.hardening.methods.settings`); RecipeError with
+    all invalid values.
+    """
+
+    method: ClassVar[str]
+    """The method's name in a recipe, which is also the name of its table."""
+
+    trains: ClassVar[bool] = True
+    defends: ClassVar[bool] = True  # against attacks
+    reads_labels: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False  # has the keys of :class:`robustq.hardening.methods.rslad.RsladSettings`
+
+    def __post_init__(self) -> None:
+        checks = [(entry.name, entry.metadata["errors"]) for entry in fields(self) if "errors" in entry.metadata]
+        found = [error for name, errors in checks for error in errors(f"{self.method}.{name}", getattr(self, name))]
+        if found:
+            raise RecipeError("; ".join(found))
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The registries of models and methods, for checks that need them."""
+    """The registries of methods and models; an empty one is not checked."""
 
-    settings: Mapping[str, type]  # method -> dataclass of its own table
-    architectures: Sequence[str]
-    bits: Sequence[int]  # widths
+    settings: Mapping[str, type[MethodSettings]]  # method -> dataclass of its own table
+    architectures: Sequence[str] = ()
+    bits: Sequence[int] = ()  # widths
+
+    def choices(self, key: str) -> Sequence[Any]:
+        """The allowed values of a recipe's key; empty: not checked."""
+        registries = {"method": tuple(self.settings), "architecture": self.architectures}
+        return registries.get(key, self.bits if key in ("weight_bits", "act_bits") else _DECLARED[key].choices)
 
 
 def validation_errors(values: dict[str, Any], vocabulary: Vocabulary | None) -> list[str]:
     """All errors of a recipe's values, except those of the radius epsilon."""
+    known = Vocabulary({}) if vocabulary is None else vocabulary
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     flat = {key: value for key, value in values.items() if key not in tables}
     method = flat.get("method")
-    kind = None if vocabulary is None or not isinstance(method, str) else vocabulary.settings.get(method)
+    kind = known.settings.get(method) if isinstance(method, str) else None
+    trains = vocabulary is not None if kind is None else kind.trains
     # Suggests `odgq.domains` where `domains` was written.
     inner = {} if kind is None else {entry.name: f"{method}.{entry.name}" for entry in fields(kind)}
     errors = []
     for key, value in flat.items():
-        errors += _value_errors(key, value) if key in KEYS else [_unknown(key, [*KEYS, *METHODS], inner)]
-    if method == "ptq":
+        if key in KEYS:
+            errors += _value_errors(key, value, known.choices(key))
+        else:
+            errors.append(_unknown(key, [*KEYS, *known.settings], inner))
+    if kind is not None and not kind.trains:
         errors += [
-            f"{key} has no meaning for method 'ptq', which does not train; leave it out"
+            f"{key} has no meaning for method '{method}', which does not train; leave it out"
             for key in flat
             if key in TRAINING_KEYS
         ]
-    if method == "rslad" and flat.get("label_smoothing"):
-        errors.append("label_smoothing has no meaning for method 'rslad', which reads no labels; leave it out")
+    if kind is not None and not kind.reads_labels and flat.get("label_smoothing"):
+        errors.append(f"label_smoothing has no meaning for method '{method}', which reads no labels; leave it out")
     errors += [
         f"{key} is missing"
         for key, declared in _DECLARED.items()
-        if declared.is_required and key not in flat and not (declared.is_training and method == "ptq")
+        if declared.is_required and key not in flat and (trains or not declared.is_training)
     ]
     if flat.get("cuda_graphs") is True and flat.get("compile") is not True:
         errors.append("cuda_graphs needs compile = true, whose passes it records")
@@ -187,18 +211,10 @@ def validation_errors(values: dict[str, Any], vocabulary: Vocabulary | None) -> 
         for key in tables
         if key != method
     ]
-    if vocabulary is not None:
-        architecture = flat.get("architecture")
-        # A colon names a custom model, which is known only once it is built.
-        if isinstance(architecture, str) and ":" not in architecture and architecture not in vocabulary.architectures:
-            errors.append(unknown_value("architecture", architecture, vocabulary.architectures))
-        for key in ("weight_bits", "act_bits"):
-            if type(flat.get(key)) is int and flat[key] not in vocabulary.bits:
-                errors.append(unknown_value(key, flat[key], vocabulary.bits))
     return errors if kind is None else errors + settings_errors(tables.get(str(method), {}), kind, table=str(method))
 
 
-def _value_errors(key: str, value: Any) -> list[str]:
+def _value_errors(key: str, value: Any, choices: Sequence[Any]) -> list[str]:
     """Type, range and choices of a known key."""
     declared = _DECLARED[key]
     if errors := _type_errors(key, value, declared.types):
@@ -208,7 +224,9 @@ def _value_errors(key: str, value: Any) -> list[str]:
         return [f"{key} = {shown(value)} must be at least {span.low:g}"]
     if span is not None and value > span.high:
         return [f"{key} = {shown(value)} must be at most {f'{span.high:.4f}'.rstrip('0').rstrip('.')}"]
-    return [unknown_value(key, value, declared.choices)] if declared.choices and value not in declared.choices else []
+    # A colon names a custom model, which is known only once it is built.
+    is_custom = key == "architecture" and ":" in value
+    return [unknown_value(key, value, choices)] if choices and value not in choices and not is_custom else []
 
 
 def _type_errors(key: str, value: Any, types: tuple[type, ...]) -> list[str]:
@@ -220,12 +238,7 @@ def _type_errors(key: str, value: Any, types: tuple[type, ...]) -> list[str]:
 
 
 def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> Any:
-    """Build the settings dataclass ``kind`` from a method's table.
-
-    Raises:
-        RecipeError: a key that ``kind`` does not have (the message names the nearest), a value of another type than the
-            default's, or one that ``kind`` itself refuses.
-    """
+    """Build the settings dataclass ``kind`` from a method's table; RecipeError as :func:`settings_errors` says."""
     errors = settings_errors(settings, kind, table=table)
     if errors:
         raise RecipeError("; ".join(errors))
@@ -233,7 +246,9 @@ def check_settings(settings: Mapping[str, Any], kind: type, *, table: str) -> An
 
 
 def settings_errors(settings: Mapping[str, Any], kind: type, *, table: str) -> list[str]:
-    """Validation errors of a method's table; empty when :func:`check_settings` takes it."""
+    """Validation errors of a method's table: a key that ``kind`` does not have (with the nearest), a value of another
+    type than the default's, or one that ``kind`` itself refuses.
+    """
     known: dict[str, Any] = {entry.name: entry.default for entry in fields(kind)}
     errors = []
     for key, value in settings.items():

@@ -130,12 +130,7 @@ _OPEN = {
 
 
 def list_lines(recipes: Sequence[dict[str, Any]], tables: Mapping[str, Sequence[str]]) -> list[str]:
-    """A name and a sentence for each recipe: the rows of the paper's tables first, then the others.
-
-    Args:
-        recipes: as in the JSON.
-        tables: table -> names of its rows; a recipe may be in several tables.
-    """
+    """A name and a sentence for each recipe: the rows of the paper's tables (table -> names) first, then the others."""
     summaries = {recipe["name"]: recipe["summary"] for recipe in recipes}
     sections = {
         f"Table {table} of arXiv:2210.08701: {PAPER_TABLES[table][0]}": names for table, names in tables.items()

@@ -10,11 +10,8 @@ from robustq.recipe import format_epsilon
 if TYPE_CHECKING:
     from robustq.evaluation.suites import Suite
 
-Result = Mapping[str, Any]
-"""By the keys of ``--json``."""
-
-NO_DEFENCE = 0.005
-"""Robust accuracy up to which a model counts as undefended."""
+Result = Mapping[str, Any]  # by the keys of ``--json``
+NO_DEFENCE = 0.005  # robust accuracy up to which a model counts as undefended
 
 
 def percent(share: float | None) -> str:
@@ -67,8 +64,7 @@ def training_lines(result: Result, *, next_command: str) -> list[str]:
 def attack_lines(result: Result) -> list[str]:
     """Accuracy after each attack, the worst case, and how far that number can be trusted.
 
-    Args:
-        result: of attack, of its replay, or the re-check of a file.
+    ``result`` is that of attack, of its replay, or the re-check of a file.
     """
     from robustq.evaluation.suites import SUITES
 
@@ -81,10 +77,7 @@ def attack_lines(result: Result) -> list[str]:
         *_undefended(result, suite),
         *_not_judged(result, suite),
         *(f"note    {note}" for note in result.get("notes", ())),
-        *_twin(result),
-        *_curve(result),
-        *_cost(result),
-        *_replay(result),
+        *_additions(result),
     ]
 
 
@@ -155,41 +148,30 @@ def _not_judged(result: Result, suite: Suite | None) -> list[str]:
     return lines
 
 
-def _twin(result: Result) -> list[str]:
-    if result["twin_agreement"] >= 0.999 or any(flag["name"] in ("twin", "randomness") for flag in result["flags"]):
-        return []
-    return [f"WARNING the model that gives the gradients agrees with the judge on {result['twin_agreement']:.1%} only"]
-
-
-def _curve(result: Result) -> list[str]:
-    points = [
-        f"{format_epsilon(point['epsilon'])} {percent(point['robust_accuracy'])}" for point in result.get("curve", ())
-    ]
-    return [f"curve   {' · '.join(points)}"] if points else []
-
-
-def _cost(result: Result) -> list[str]:
+def _additions(result: Result) -> list[str]:
+    """What some attacks have: an unlike gradient model, radii, costs, files, the attack that is replayed."""
     lines = []
+    is_flagged = any(flag["name"] in ("twin", "randomness") for flag in result["flags"])
+    if not (is_flagged or result["twin_agreement"] >= 0.999):
+        agreement = f"{result['twin_agreement']:.1%}"
+        lines.append(f"WARNING the model that gives the gradients agrees with the judge on {agreement} only")
+    if result.get("curve"):
+        points = (f"{format_epsilon(one['epsilon'])} {percent(one['robust_accuracy'])}" for one in result["curve"])
+        lines.append(f"curve   {' · '.join(points)}")
     if result.get("gradient_steps"):
-        lines.append(
-            f"cost    {result['gradient_steps']:,} gradient steps, {result['queries']:,} queries, "
-            f"{duration(result['seconds'])}"
-        )
+        counts = f"{result['gradient_steps']:,} gradient steps, {result['queries']:,} queries"
+        lines.append(f"cost    {counts}, {duration(result['seconds'])}")
     if result.get("adversarial"):
         lines.append(f"saved   {result['adversarial']}")
         lines.append(f"next    robustq attack MODEL --replay {result['adversarial']}")
+    if "found_on" in result:
+        unchecked = "" if result["ball_checked"] else "; the ball was not checked: the clean images are not available"
+        origin = result["found_on"]
+        lines.append(
+            f"replay  {result['same_as_recorded']:.1%} of the answers are those of {origin.get('label')} (robust "
+            f"accuracy {percent(origin.get('robust_accuracy'))}){unchecked}"
+        )
     return lines
-
-
-def _replay(result: Result) -> list[str]:
-    if "found_on" not in result:
-        return []
-    unchecked = "" if result["ball_checked"] else "; the ball was not checked: the clean images are not available"
-    origin = result["found_on"]
-    return [
-        f"replay  {result['same_as_recorded']:.1%} of the answers are those of {origin.get('label')} (robust accuracy "
-        f"{percent(origin.get('robust_accuracy'))}){unchecked}"
-    ]
 
 
 def export_lines(result: Result) -> list[str]:
@@ -199,15 +181,18 @@ def export_lines(result: Result) -> list[str]:
         f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
         f"drift   folding BatchNorm changed the class of {drift['different_top1']} of {drift['images']:,} images "
         f"(mean {scientific(drift['mean_difference'])} of the logit range)",
-        *drift_warning(drift),
-        *_proof_lines(result),
     ]
+    if not drift["same_answers"]:  # more than one answer in a thousand
+        lines.append(
+            "WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"
+        )
+    lines += _proof_lines(result)
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
-    lines += equal_lines(result)
-    lines += not_for_lines(result)
-    lines.append(f"next    robustq recheck {result['bundle']}")
-    return lines
+    lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
+    if not result["equal_in"]:
+        lines.append("equal   answers proved in no runtime: do not use this file")
+    return [*lines, *not_for_lines(result), f"next    robustq recheck {result['bundle']}"]
 
 
 def recheck_lines(result: Result) -> list[str]:
@@ -243,23 +228,9 @@ def _proof_lines(result: Result) -> list[str]:
     return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
 
 
-def equal_lines(result: Result) -> list[str]:
-    """The runtimes in which the file gave the network's answers."""
-    return [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]] or [
-        "equal   answers proved in no runtime: do not use this file"
-    ]
-
-
 def not_for_lines(result: Result) -> list[str]:
     """Runtimes and settings that an exported file is not for; older files do not name them."""
     return [f"not for {limit}" for limit in result.get("not_for", [])]
-
-
-def drift_warning(drift: Result) -> list[str]:
-    """A line when rounded biases changed more than one answer in a thousand."""
-    if drift["same_answers"]:
-        return []
-    return ["WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"]
 
 
 def quickstart_lines(result: Result) -> list[str]:

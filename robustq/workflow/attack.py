@@ -7,10 +7,11 @@ judge of a model file stays eager.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from robustq.recipe import format_epsilon
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
-from robustq.workflow.surrogates import load_surrogates, natural_network, paper_surrogates, requantized_copies
+from robustq.workflow.surrogates import OtherNetworks
 
 WORTH_COMPILING = 300.0
 """Seconds of an eager attack on a CPU that deserve the hint at --compile: compiling takes about a quarter of them and
@@ -51,36 +52,23 @@ class CurvePoint(Result):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RobustnessResult(Result):
-    """Result of attack.
-
-    Args:
-        model: the file or folder under attack.
-        judge: ``onnxruntime`` or ``pytorch``.
-        label: of the network, such as ``resnet20-w4a4``.
-        file_failures: failed checks of the file's export.
-        compiled: whether attack generation was compiled.
-        evaluation: counts, flags and verdict at the main radius.
-        curve: accuracies at all radii, smallest first; empty without ``epsilons``.
-        surrogates: their names.
-        control: whether there was a natural control.
-        adversarial: file of the adversarial images.
-    """
+    """Result of attack."""
 
     FLAT = ("evaluation",)
 
-    model: Path
-    judge: str
-    label: str
+    model: Path  # the file or folder under attack
+    judge: str  # ``onnxruntime`` or ``pytorch``
+    label: str  # of the network, such as ``resnet20-w4a4``
     data: str
     suite: str
     seed: int
-    file_failures: tuple[str, ...]
-    compiled: bool
-    evaluation: Evaluation
-    curve: tuple[CurvePoint, ...]
-    surrogates: tuple[str, ...]
-    control: bool
-    adversarial: Path | None
+    file_failures: tuple[str, ...]  # failed checks of the file's export
+    compiled: bool  # whether attack generation was
+    evaluation: Evaluation  # counts, flags and verdict at the main radius
+    curve: tuple[CurvePoint, ...]  # accuracies at all radii, smallest first; empty without ``epsilons``
+    surrogates: tuple[str, ...]  # their names
+    control: bool  # whether there was a natural control
+    adversarial: Path | None  # file of the adversarial images
     seconds: float
 
 
@@ -142,22 +130,23 @@ def attack_model(
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
         opened,
-        loaded,
+        OtherNetworks(loaded, own_model, place),
         chosen,
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),
         # At radius 0 there is no attack.
         train=train_surrogates and (chosen.checks_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
-        own_model=own_model,
-        device=place,
     )
     start = time.perf_counter()
     with prepared_target(target, opened.gradient_model, x, compiled=compiled) as prepared:
         found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
-        curve = _curve(prepared, x, y, chosen, found, epsilons, device=place, seed=seed)
+        attack = partial(
+            run_suite, prepared, x, y, suite=replace(chosen, checks_masking=False), device=place, seed=seed
+        )
+        curve = _curve(attack, found, epsilons)
     seconds = time.perf_counter() - start
-    if not compiled:
-        suggest_compiling(seconds, place)
+    if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
+        note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
     result = RobustnessResult(
         model=opened.path.absolute(),
         judge=opened.judge_name,
@@ -181,16 +170,13 @@ def attack_model(
 
 @contextmanager
 def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
-    """Make the target's networks faster within the block, where they must not change.
+    """Yield the target with faster networks, which must not change within the block.
 
     Args:
         network: the network under attack, in eval mode, on its device.
         images: uint8 (N, C, H, W), one or more of the images to attack.
-        compiled: compile a copy of the network for the target's ``sources``, and for gradient-free attacks on a
+        compiled: compile a copy of the network for the target's gradient models, and for gradient-free attacks on a
             PyTorch judge.
-
-    Yields:
-        The target to attack.
     """
     copied = deepcopy(network) if compiled else None
     others = [*target.surrogates.values(), *([] if target.control is None else [target.control])]
@@ -202,20 +188,10 @@ def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compi
                 kinds = len(target.gradient_models) + 1
                 note(f"note    {kinds} kinds of passes are compiled at their first use, about half a minute each")
             _convolve_codes(copied, images, stack)
-            target = _compiled(target, copied, judged=target.judge is network)
+            fast = CompiledNetwork(copied)
+            rules = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
+            target = replace(target, gradient_models=rules, proxy=fast if target.judge is network else None)
         yield target
-
-
-def suggest_compiling(seconds: float, device: torch.device) -> None:
-    """Print the hint at --compile after a long eager attack; on GPUs its gain was not measured."""
-    if device.type == "cpu" and seconds >= WORTH_COMPILING:
-        note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
-
-
-def _compiled(target: Target, network: nn.Module, *, judged: bool) -> Target:
-    fast = CompiledNetwork(network)
-    sources = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
-    return replace(target, gradient_models=sources, proxy=fast if judged else None)
 
 
 def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> None:
@@ -230,54 +206,38 @@ def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> Non
 
 def _add_networks(
     opened: OpenedModel,
-    data: Dataset,
+    networks: OtherNetworks,
     suite: Suite,
     *,
     surrogates: list[Path],
     control: Path | None,
     train: bool,
-    own_model: str | None,
-    device: torch.device,
 ) -> Target:
     """The target with surrogates and control; those not given are made if ``train``."""
-    others = load_surrogates(surrogates, data, own_model=own_model, device=device)
-    natural = None
-    if control is not None:
-        (natural,) = load_surrogates([control], data, own_model=own_model, device=device).values()
+    others = {str(path): networks.load(path) for path in surrogates}
+    natural = None if control is None else networks.load(control)
     if train and suite.transfers:
-        others |= {} if others else paper_surrogates(opened.spec, data, own_model=own_model, device=device)
+        others = others or networks.of_the_paper(opened.spec)
     elif train:
-        others |= requantized_copies(opened, data, own_model=own_model, device=device)
+        others |= networks.requantized(opened)
         if natural is None:
-            trained = natural_network(opened.spec, data, own_model=own_model, device=device)
+            trained = networks.natural(opened.spec)
             others |= trained
             (natural,) = trained.values()
     return replace(opened.target(), surrogates=others, control=natural)
 
 
-def _curve(
-    target: Target,
-    x: Tensor,
-    y: Tensor,
-    suite: Suite,
-    found: Evaluation,
-    epsilons: Sequence[float],
-    *,
-    device: torch.device,
-    seed: int,
-) -> tuple[CurvePoint, ...]:
+def _curve(attack: Callable[..., Evaluation], found: Evaluation, epsilons: Sequence[float]) -> tuple[CurvePoint, ...]:
     """Accuracies over radii, smallest first: an image broken in a ball is broken in every larger one."""
     points: list[CurvePoint] = []
     strongest: Evaluation | None = None  # of the smaller balls
-    plain = replace(suite, checks_masking=False)
     for epsilon in sorted({*epsilons, found.epsilon}) if epsilons else ():
         if epsilon == found.epsilon:
             here = found
         else:
             note(f"curve   epsilon {format_epsilon(epsilon)}")
             smaller = [one for one in (strongest, found) if one is not None and one.epsilon < epsilon]
-            known = min(smaller, key=lambda one: one.robust_accuracy, default=None)
-            here = run_suite(target, x, y, suite=plain, epsilon=epsilon, device=device, seed=seed, known=known)
+            here = attack(epsilon=epsilon, known=min(smaller, key=lambda one: one.robust_accuracy, default=None))
         if strongest is None or here.robust_accuracy <= strongest.robust_accuracy:
             strongest = here
         interval = wilson_interval(int(here.robust.sum()), here.images)

@@ -11,7 +11,7 @@ from torch import nn
 
 from robustq.checkpoint import FORMAT, describe_state_dict, load_model
 from robustq.errors import ModelFileError
-from robustq.export.bundle import MODEL, open_bundle
+from robustq.export.bundle import open_bundle
 from robustq.export.description import describe_onnx
 from robustq.files import check_model_file, sha256
 from robustq.hardening.run_folder import CONFIG, RESULT
@@ -24,19 +24,13 @@ from robustq.workflow import Result
 
 @dataclass(frozen=True, eq=False)
 class FileDescription(Result):
-    """Description of a file or folder.
-
-    Args:
-        path: as given.
-        kind: ``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``.
-        content: as that kind has: ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
-    """
+    """Description of a file or folder."""
 
     FLAT = ("content",)
 
     path: Path
-    kind: str
-    content: dict[str, Any]
+    kind: str  # ``model``, ``state dict``, ``onnx``, ``export folder`` or ``run folder``
+    content: dict[str, Any]  # ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
 
 
 def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDescription:
@@ -50,8 +44,7 @@ def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDesc
         ModelFileError: nothing there, or nothing that robustq knows.
     """
     path = Path(path)
-    kind, content = _describe(path, own_model)
-    return FileDescription(path.absolute(), kind, content)
+    return FileDescription(path.absolute(), *_describe(path, own_model))
 
 
 def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
@@ -59,7 +52,10 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         if (path / CONFIG).is_file():
             return "run folder", _run(path, own_model)
-        return "export folder", _bundle(path, own_model)
+        bundle = open_bundle(path)
+        network, spec, _ = load_model(bundle.model, own_model=own_model)
+        about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
+        return "export folder", {**_network(network, spec), **bundle.record, **about}
     check_model_file(path)
     size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".onnx":
@@ -94,13 +90,6 @@ def _is_plain(value: Any) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _bundle(path: Path, own_model: str | None) -> dict[str, Any]:
-    bundle = open_bundle(path)
-    network, spec, _ = load_model(path / MODEL, own_model=own_model)
-    about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
-    return {**_network(network, spec), **bundle.record, **about}
 
 
 def _run(path: Path, own_model: str | None) -> dict[str, Any]:

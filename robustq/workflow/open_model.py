@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from robustq.attacks.base import Model
-from robustq.attacks.feature_space import Features
 from robustq.checkpoint import load_model
-from robustq.errors import ModelFileError, UsageError
+from robustq.errors import ModelFileError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
@@ -30,27 +29,16 @@ DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQua
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model file or an export folder, ready to be attacked.
+    """A model file or an export folder, ready to be attacked."""
 
-    Args:
-        path: as given.
-        network: as trained, on the CPU, in eval mode.
-        gradient_model: the network that gives the gradients, on the device; of a deployed file the folded one.
-        judge: gives the answers that count.
-        deployed: the .onnx for onnxruntime, or None.
-        spec: of the network.
-        checkpoint: the model.pt.
-        failures: failed checks of the deployed file's export, a line each.
-    """
-
-    path: Path
-    network: nn.Module
-    gradient_model: nn.Module
-    judge: Model
-    deployed: Path | None
+    path: Path  # as given
+    network: nn.Module  # as trained, on the CPU, in eval mode
+    gradient_model: nn.Module  # gives the gradients, on the device; of a deployed file the folded network
+    judge: Model  # gives the answers that count
+    deployed: Path | None  # the .onnx for onnxruntime
     spec: ModelSpec
-    checkpoint: Path
-    failures: list[str]
+    checkpoint: Path  # the model.pt
+    failures: list[str]  # failed checks of the deployed file's export, a line each
 
     @property
     def judge_name(self) -> str:
@@ -62,17 +50,13 @@ class OpenedModel:
         return Target(
             judge=self.judge,
             gradient_models=_gradient_models(self.gradient_model),
-            features=_features(self.gradient_model),
+            features=FeatureTap.of_pooling(self.gradient_model),
             image_by_image=self.deployed is not None and is_dynamic(self.deployed),
         )
 
 
 def open_attackable(model: Path | str, *, own_model: str | None = None, device: torch.device) -> OpenedModel:
-    """Open a .pt of robustq, or an export folder.
-
-    Raises:
-        RobustqError: it cannot be read, or not be attacked.
-    """
+    """Open a .pt of robustq, or an export folder; RobustqError if it cannot be read or attacked."""
     path = check_attackable(Path(model))
     deployed, checkpoint, failures = None, path, []
     if path.is_dir() or path.suffix == ".onnx":
@@ -109,11 +93,3 @@ def _gradient_models(network: nn.Module) -> dict[str, Model]:
 def is_dynamic(path: Path) -> bool:
     """Whether an .onnx file quantizes activations with a scale of the batch."""
     return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
-
-
-def _features(network: nn.Module) -> Features | None:
-    """The features that training aligns, if the network has a layer for them."""
-    try:
-        return FeatureTap(network, "pooled")
-    except UsageError:
-        return None

@@ -47,20 +47,14 @@ class QuickstartRow(Result):
 
 @dataclass(frozen=True, eq=False)
 class QuickstartResult(Result):
-    """Result of quickstart.
+    """Result of quickstart."""
 
-    Args:
-        steps: results of ``train``, ``harden``, ``export`` (by format) and ``recheck``.
-        rows: one per model.
-        shortfalls: failed checks, in words.
-    """
-
-    steps: dict[str, Any]
-    rows: tuple[QuickstartRow, ...]
+    steps: dict[str, Any]  # results of ``train``, ``harden``, ``export`` (by format) and ``recheck``
+    rows: tuple[QuickstartRow, ...]  # one per model
     epsilon: float
     test_images: int
     folder: Path
-    shortfalls: tuple[str, ...]
+    shortfalls: tuple[str, ...]  # failed checks, in words
     seconds: float
 
 

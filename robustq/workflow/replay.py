@@ -16,28 +16,18 @@ from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
 from robustq.evaluation.flags import NOT_JUDGED, Check
 from robustq.evaluation.target import one_by_one
-from robustq.models.spec import ModelSpec
 from robustq.progress import note
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, pick_device
 
 BATCH = 256
-REPLAY = "replay"
-"""Stands in the place of a suite."""
+REPLAY = "replay"  # in the place of a suite
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ReplayResult(Result):
-    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply.
-
-    Args:
-        replayed: the .npz.
-        found_on: model, suite, seed and accuracies of the attack that found the images.
-        ball_checked: whether the clean images were available; else the clean accuracy is None.
-        attacks: ``replay``: share of right answers to the adversarial images.
-        same_as_recorded: share of images that are robust here and there, or broken here and there.
-    """
+    """Result of a replay, with the keys of :class:`robustq.workflow.attack.RobustnessResult` that apply."""
 
     model: Path
     judge: str
@@ -45,17 +35,17 @@ class ReplayResult(Result):
     data: str
     suite: str = REPLAY
     file_failures: tuple[str, ...]
-    replayed: Path
-    found_on: dict[str, Any]
+    replayed: Path  # the .npz
+    found_on: dict[str, Any]  # model, suite, seed and accuracies of the attack that found the images
     images: int
     epsilon: float
-    ball_checked: bool
+    ball_checked: bool  # whether the clean images were available; else the clean accuracy is None
     clean_accuracy: float | None
     clean_interval: tuple[float, float] | None
     robust_accuracy: float
     interval: tuple[float, float]
-    attacks: dict[str, float]
-    same_as_recorded: float
+    attacks: dict[str, float]  # ``replay``: share of right answers to the adversarial images
+    same_as_recorded: float  # share of images that are robust here and there, or broken here and there
     twin_agreement: float = 1.0
     flags: tuple[Check, ...] = ()
     verdict: str = NOT_JUDGED
@@ -89,7 +79,12 @@ def replay_pictures(
     images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)
-    _check_size(images, opened.spec, file)
+    spec = opened.spec
+    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])
+    if got != wanted:
+        raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
+    if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < spec.classes:
+        raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
     clean = _clean_images(images, file, opened, data, skip_bad_images=skip_bad_images)
     start = time.perf_counter()
     judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
@@ -120,14 +115,6 @@ def replay_pictures(
         same_as_recorded=int((~robust == images.broken).sum()) / count,
         seconds=time.perf_counter() - start,
     )
-
-
-def _check_size(found: AdversarialImages, spec: ModelSpec, file: Path) -> None:
-    wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(found.x_adv.shape[1:])
-    if got != wanted:
-        raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
-    if not 0 <= int(found.labels.min()) <= int(found.labels.max()) < spec.classes:
-        raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
 
 
 def _clean_images(

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 
 from robustq.data import Dataset
-from robustq.errors import OutOfMemoryError, OutputError, RunLockedError, UsageError
-from robustq.hardening.diagnosis import runs_out_of_memory
-from robustq.hardening.forecast import Forecast, fitting_setting, forecast
-from robustq.hardening.precision import advice, compile_hint, compile_notes, compile_pays_off, has_integer_convolution
+from robustq.errors import OutputError, RunLockedError, UsageError
+from robustq.hardening.diagnosis import within_memory
+from robustq.hardening.forecast import fitting_setting, forecast
+from robustq.hardening.precision import WORTH_COMPILING, advice, compile_notes, has_integer_convolution
 from robustq.hardening.run_folder import (
     CONFIG,
     RESULT,
     RESUME,
     RUNS,
-    RunFolder,
     check_not_running,
     read_config,
     resume_command,
@@ -28,10 +27,11 @@ from robustq.hardening.trainer import Training
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
-from robustq.recipe import UNDEFENDED, format_epsilon
-from robustq.recipe.schema import DEFAULT_EPSILON, FLOAT32, SAME
+from robustq.recipe import format_epsilon
+from robustq.recipe.schema import FLOAT32, INTEGER, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
+from robustq.workflow.setup import radius_of
 
 
 def log_run(
@@ -48,9 +48,9 @@ def log_run(
         inner += f", {len(spec.layer_bits)} layers of their own width"
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
-    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    radius = "" if recipe.method in UNDEFENDED else f" (epsilon {format_epsilon(epsilon)})"
-    note(f"{spec.architecture} · {_parameters(training):,} parameters · {inner}")
+    radius = f" (epsilon {format_epsilon(radius_of(spec))})" if training.method.settings.defends else ""
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    note(f"{spec.architecture} · {parameters:,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):
         computing += f" · auxiliary passes in {recipe.side_precision}"
@@ -72,24 +72,33 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         OutOfMemoryError: a batch does not fit; names one that does.
         OutputError: the files do not fit on the disk.
     """
-    outcome: list[Forecast] = []
-    if runs_out_of_memory(lambda: outcome.append(forecast(training))):
-        raise OutOfMemoryError(
-            f"out of memory on {training.device} with batches of {training.recipe.batch_size:,} images; "
+    recipe, state = training.recipe, training.state
+    found = within_memory(
+        lambda: forecast(training),
+        lambda: (
+            f"out of memory on {training.device} with batches of {recipe.batch_size:,} images; "
             f"{fitting_setting(training)}"
-        )
-    found, recipe, state = outcome[0], training.recipe, training.state
+        ),
+    )
     begun = bool(state.epoch or state.step)
     epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    count = f"{parameters / 1e6:.1f} M" if parameters >= 1_000_000 else f"{parameters / 1000:.0f} k"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "
-        f"{size(found.disk_bytes)} disk: {_short(_parameters(training))} parameters, {len(training.split):,} images, "
+        f"{size(found.disk_bytes)} disk: {count} parameters, {len(training.split):,} images, "
         f"{epochs}, {passes} a batch{' (AWP: one more of each)' if recipe.awp_gamma else ''}"
     )
-    if not recipe.compile and not begun and compile_pays_off(training.device, seconds=found.seconds):
-        integers = recipe.side_precision == SAME and training.method.adversarial and _has_codes(training)
-        note(f"note    {compile_hint(integers=integers)}")
+    on_cpu = training.device.type == "cpu"  # on GPUs the gain was not measured
+    if not recipe.compile and not begun and on_cpu and found.seconds >= WORTH_COMPILING:
+        # Where integer convolutions would save time (docs/results/training-cost.md).
+        has_codes = any(isinstance(module, QuantReLU) for module in training.model.modules())
+        integers = recipe.side_precision == SAME and training.method.adversarial and has_codes
+        integers = integers and has_integer_convolution(training.device)
+        share, more = ("third", f" --set side_precision={INTEGER}") if integers else ("fifth", "")
+        advised = f"a {share} shorter with --compile{more}, which takes a C++ compiler and some minutes"
+        note(f"note    so long a run may be {advised}")
     needed = found.disk_bytes + found.spare_bytes
     existing = next(folder for folder in (parent.absolute(), *parent.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
@@ -97,11 +106,6 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         raise OutputError(
             f"{parent}: has {size(free)} free, the run writes {size(needed)}; free space or name another --out"
         )
-
-
-def log_resume_command(folder: RunFolder) -> None:
-    """Print how to resume the run."""
-    note(f"stop    Ctrl-C saves the run. Resume it with: {folder.resume_command}")
 
 
 def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None = None) -> list[str]:
@@ -137,21 +141,6 @@ def hints(config: dict[str, Any], device: torch.device, *, resumed: Path | None 
             except OSError:
                 continue  # a lock of another user
     return lines
-
-
-def _has_codes(training: Training) -> bool:
-    """Whether integer convolutions would save time (docs/results/training-cost.md)."""
-    quantized = any(isinstance(module, QuantReLU) for module in training.model.modules())
-    return quantized and has_integer_convolution(training.device)
-
-
-def _parameters(training: Training) -> int:
-    return sum(parameter.numel() for parameter in training.model.parameters())
-
-
-def _short(count: int) -> str:
-    """``272 k``, ``11.7 M``."""
-    return f"{count / 1e6:.1f} M" if count >= 1_000_000 else f"{count / 1000:.0f} k"
 
 
 _NOT_COMPARED = ("name", "summary", "data", "tensorboard", "compile", "cuda_graphs")

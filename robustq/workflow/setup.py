@@ -50,7 +50,7 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def radius_of(spec: ModelSpec, epsilon: float | None) -> float:
+def radius_of(spec: ModelSpec, epsilon: float | None = None) -> float:
     """``epsilon``, by default the radius that the model was trained for, else 8/255."""
     known = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
     return known if epsilon is None else epsilon
@@ -76,10 +76,8 @@ def versions() -> dict[str, str]:
 
 
 def augmentation(recipe: Recipe, data: Dataset) -> Augment:
-    """The recipe's augmentation, completed by :func:`robustq.data.usual_augment`.
-
-    Raises:
-        RecipeError: a crop could contain padding only.
+    """The recipe's augmentation, completed by :func:`robustq.data.usual_augment`; RecipeError if a crop could contain
+    padding only.
     """
     usual = usual_augment(data.name, data.image_size)
     padding = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
@@ -116,11 +114,7 @@ def data_for(
 
 
 def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
-    """Check that classes, channels and image size are the model's.
-
-    Raises:
-        DataError: they differ.
-    """
+    """DataError if classes, channels or image size are not the model's."""
     for what, wanted, got in (
         ("classes", spec.classes, data.classes),
         ("channels", spec.channels, data.channels),
@@ -133,12 +127,9 @@ def check_fit(spec: ModelSpec, data: Dataset, path: Path) -> None:
 
 
 def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Recipe) -> None:
-    """Refuse a batch size whose last batch is one image, if the network cannot be trained on one image.
+    """RecipeError for a last batch of one image, if BatchNorm would get one value per channel.
 
     Dropping that image instead would change every other run.
-
-    Raises:
-        RecipeError: BatchNorm would get one value per channel.
     """
     shape = (spec.channels, spec.image_size, spec.image_size)
     if images % recipe.batch_size == 1 and needs_two_images(model, shape):
@@ -167,8 +158,7 @@ def open_source(
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
-        own_model: the ``module:function`` whose code may run.
-        trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+        own_model, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.
@@ -213,8 +203,7 @@ def open_source(
 def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:
     """``source`` with the normalisation ``text`` of ``--normalisation``, which its weights were trained with.
 
-    Raises:
-        UsageError: ``text`` is no normalisation, or contradicts the model file.
+    UsageError if that is no normalisation, or contradicts the model file.
     """
     wanted = source.normalisation if text is None else parse_normalisation(text, channels=source.channels)
     if wanted == source.normalisation:
@@ -225,43 +214,28 @@ def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> Model
     return replace(source, normalisation=wanted)
 
 
-LayerBits = tuple[tuple[str, int], ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class WidthOptions:
-    """Bit widths of the options; None: as in the recipe or model.
+    """Bit widths of the options; None: as in the recipe or model."""
 
-    Args:
-        bits: of weights and activations.
-        weight_bits, act_bits: override ``bits``.
-        bits_per_layer: TOML file, layer name -> bits.
-    """
-
-    bits: int | None = None
-    weight_bits: int | None = None
+    bits: int | None = None  # of weights and activations
+    weight_bits: int | None = None  # overrides ``bits``, as the next
     act_bits: int | None = None
-    bits_per_layer: Path | None = None
+    bits_per_layer: Path | None = None  # TOML file, layer name -> bits
 
     def check(self) -> None:
-        """Check the widths before any file is read.
-
-        Raises:
-            UsageError: an unknown width, or float weights with quantized activations or the reverse.
-        """
+        """UsageError for an unknown width, or float weights with quantized activations or the reverse."""
         given = [one for one in (self.bits, self.weight_bits, self.act_bits) if one is not None]
         for one in given:
             Widths(one, one)
         if self.bits is not None or (self.weight_bits is not None and self.act_bits is not None):
             Widths(self.weight_bits or self.bits or 0, self.act_bits or self.bits or 0)
 
-    def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, LayerBits]:
+    def resolve(self, recipe: Recipe, *, source: ModelSpec | None) -> tuple[Widths, tuple[tuple[str, int], ...]]:
         """The widths of the network and of single layers: option, else recipe, else source.
 
-        Args:
-            recipe: used where no option is given.
-            source: the network to quantize; a quantized one also gives the widths of its single layers. None: trained
-                from scratch, float by default.
+        ``source`` is the network to quantize; a quantized one also gives the widths of its single layers. None: trained
+        from scratch, float by default.
 
         Raises:
             UsageError: no width is given, or the file of single layers cannot be used.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,112 +30,102 @@ from robustq.workflow.setup import check_fit
 from robustq.workflow.train import train_model
 
 SURROGATES = RUNS / "surrogates"
-SEED = 1000
-"""Of the trained networks; unlikely to be that of the user's model."""
+SEED = 1000  # of the trained networks; unlikely to be that of the user's model
 EPOCHS, IMAGES = 10, 10_000
-LARGE = 64
-"""Image side above which the second architecture is one for photographs."""
+LARGE = 64  # image side above which the second architecture is one for photographs
 
 
-def requantized_copies(
-    opened: OpenedModel, data: Dataset, *, own_model: str | None, device: torch.device
-) -> dict[str, nn.Module]:
-    """The network under attack without quantizers, and at 8 bits where it has fewer; with the same weights, untrained.
+@dataclass(frozen=True)
+class OtherNetworks:
+    """Makes and loads other networks for the task of ``data``, on ``device``, without gradients of weights.
 
-    None of a float network, nor of a binary one, whose weights mean nothing at another width.
+    ``own_model`` is the custom model whose code may run.
     """
-    spec = opened.spec
-    if spec.widths.is_float or spec.widths.is_binary:
-        return {}
-    made: dict[str, nn.Module] = {}
-    for name, bits in (("its float twin", FLOAT_BITS), ("its 8-bit twin", 8)):
-        if bits == 8 and min(spec.weight_bits, spec.act_bits) >= 8:
-            continue
-        wanted = replace(spec, weight_bits=bits, act_bits=bits, layer_bits=())
-        network = build_model(wanted, own_model=own_model)
-        load_weights(network, opened.network.state_dict(), opened.path)
-        if bits == 8:
-            images, _ = data.train.take(512)
-            calibrate(network, to_float(images))
-        made[name] = frozen(network, device)
-    return made
 
+    data: Dataset
+    own_model: str | None
+    device: torch.device
 
-def load_surrogates(
-    paths: list[Path], data: Dataset, *, own_model: str | None, device: torch.device
-) -> dict[str, nn.Module]:
-    """Networks of the user, by file name.
+    def requantized(self, opened: OpenedModel) -> dict[str, nn.Module]:
+        """The network under attack without quantizers, and at 8 bits where it has fewer; with the same weights,
+        untrained.
 
-    Raises:
-        ModelFileError, DataError: one cannot be read, or is for another task.
-    """
-    made: dict[str, nn.Module] = {}
-    for path in paths:
+        None of a float network, nor of a binary one, whose weights mean nothing at another width.
+        """
+        spec = opened.spec
+        if spec.widths.is_float or spec.widths.is_binary:
+            return {}
+        made: dict[str, nn.Module] = {}
+        for name, bits in (("its float twin", FLOAT_BITS), ("its 8-bit twin", 8)):
+            if bits == 8 and min(spec.weight_bits, spec.act_bits) >= 8:
+                continue
+            wanted = replace(spec, weight_bits=bits, act_bits=bits, layer_bits=())
+            network = build_model(wanted, own_model=self.own_model)
+            load_weights(network, opened.network.state_dict(), opened.path)
+            if bits == 8:
+                images, _ = self.data.train.take(512)
+                calibrate(network, to_float(images))
+            made[name] = frozen(network, self.device)
+        return made
+
+    def load(self, path: Path) -> nn.Module:
+        """A network of the user; ModelFileError or DataError if it cannot be read or is for another task."""
+        return self._load(path, self.own_model)
+
+    def of_the_paper(self, spec: ModelSpec) -> dict[str, nn.Module]:
+        """Surrogates for the columns "(B)": natural networks of the same and of another architecture.
+
+        The paper does not name its surrogate (arXiv:2210.08701).
+        """
+        if spec.image_size > LARGE:
+            other = "resnet18" if "mobilenet_v2" in spec.architecture else "torchvision:mobilenet_v2"
+        else:
+            other = "resnet20" if spec.architecture == "resnet8" else "resnet8"
+        return self.natural(spec) | self.natural(replace(spec, architecture=other))
+
+    def natural(self, spec: ModelSpec) -> dict[str, nn.Module]:
+        """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
+        architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
+        owned = self.own_model if runs_user_code(spec.architecture) else None
+        folder = SURROGATES / _folder_name(spec.architecture, self.data)
+        if not (folder / RESULT).is_file():
+            note(
+                f"control a natural {architecture} is trained once and kept in {folder} "
+                "(or give --control FILE, or --no-surrogates)"
+            )
+            start = time.perf_counter()
+            with only_notes("takes"):
+                self._train(spec, folder, owned)
+            note(f"control trained in {duration(time.perf_counter() - start)}")
+        try:
+            network = self._load(folder / "best.pt", owned)
+        except ModelFileError as error:
+            raise ModelFileError(f"{error}; or remove {folder} to train it again") from error
+        return {f"a natural {architecture}": network}
+
+    def _load(self, path: Path, own_model: str | None) -> nn.Module:
         network, spec, _ = load_model(path, own_model=own_model)
-        check_fit(spec, data, path)
-        made[str(path)] = frozen(network, device)
-    return made
+        check_fit(spec, self.data, path)
+        return frozen(network, self.device)
 
-
-def paper_surrogates(
-    spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
-) -> dict[str, nn.Module]:
-    """Surrogates for the columns "(B)": natural networks of the same and of another architecture.
-
-    The paper does not name its surrogate (arXiv:2210.08701).
-    """
-    if spec.image_size > LARGE:
-        other = "resnet18" if "mobilenet_v2" in spec.architecture else "torchvision:mobilenet_v2"
-    else:
-        other = "resnet20" if spec.architecture == "resnet8" else "resnet8"
-    made: dict[str, nn.Module] = {}
-    for architecture in (spec.architecture, other):
-        made |= natural_network(replace(spec, architecture=architecture), data, own_model=own_model, device=device)
-    return made
-
-
-def natural_network(
-    spec: ModelSpec, data: Dataset, *, own_model: str | None, device: torch.device
-) -> dict[str, nn.Module]:
-    """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
-    architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
-    owned = own_model if runs_user_code(spec.architecture) else None
-    folder = SURROGATES / _folder_name(spec.architecture, data)
-    if not (folder / RESULT).is_file():
-        note(
-            f"control a natural {architecture} is trained once and kept in {folder} "
-            "(or give --control FILE, or --no-surrogates)"
+    def _train(self, spec: ModelSpec, folder: Path, own_model: str | None) -> None:
+        if folder.exists():
+            resume_run(folder, device=str(self.device), own_model=own_model)
+            return
+        settings = [f"epochs={EPOCHS}", f"train_images={IMAGES if len(self.data.train) > IMAGES else 0}"]
+        if self.data.name == "imagenet" or Path(self.data.name).is_dir():
+            settings.append(f"image_size={spec.image_size}")
+        train_model(
+            "natural",
+            overrides=tuple(settings),
+            data=self.data.name,
+            architecture=None if own_model else spec.architecture,
+            own_model=own_model,
+            bits=FLOAT_BITS,
+            seed=SEED,
+            device=str(self.device),
+            out=folder,
         )
-        start = time.perf_counter()
-        with only_notes("takes"):
-            _train(spec, data, folder, own_model=owned, device=device)
-        note(f"control trained in {duration(time.perf_counter() - start)}")
-    try:
-        network, kept, _ = load_model(folder / "best.pt", own_model=owned)
-    except ModelFileError as error:
-        raise ModelFileError(f"{error}; or remove {folder} to train it again") from error
-    check_fit(kept, data, folder / "best.pt")
-    return {f"a natural {architecture}": frozen(network, device)}
-
-
-def _train(spec: ModelSpec, data: Dataset, folder: Path, *, own_model: str | None, device: torch.device) -> None:
-    if folder.exists():
-        resume_run(folder, device=str(device), own_model=own_model)
-        return
-    settings = [f"epochs={EPOCHS}", f"train_images={IMAGES if len(data.train) > IMAGES else 0}"]
-    if data.name == "imagenet" or Path(data.name).is_dir():
-        settings.append(f"image_size={spec.image_size}")
-    train_model(
-        "natural",
-        overrides=tuple(settings),
-        data=data.name,
-        architecture=None if own_model else spec.architecture,
-        own_model=own_model,
-        bits=FLOAT_BITS,
-        seed=SEED,
-        device=str(device),
-        out=folder,
-    )
 
 
 def _folder_name(architecture: str, data: Dataset) -> str:

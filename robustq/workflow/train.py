@@ -10,16 +10,17 @@ import torch
 from robustq.data import load_dataset
 from robustq.errors import UsageError
 from robustq.files import check_output
+from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import RUNS, check_new_run
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
-from robustq.recipe import UNDEFENDED, Recipe
+from robustq.recipe import Recipe
 from robustq.recipe.schema import DEFAULT_EPSILON
-from robustq.workflow.quantize import is_post_training, quantize, quantize_only
+from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
-from robustq.workflow.training_run import TrainResult, run_recipe, with_absolute_teacher
+from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher
 
 
 def train_model(
@@ -60,7 +61,7 @@ def train_model(
         RobustqError: bad input; nothing is written.
     """
     settings = with_absolute_teacher(read_recipe(recipe, overrides))
-    if is_post_training(settings):
+    if not settings.trains:
         raise UsageError(f"recipe {recipe} quantizes a trained network; use robustq harden MODEL --recipe {recipe}")
     place = pick_device(device)
     wanted_data = data or settings.data
@@ -99,17 +100,17 @@ def train_model(
     )
     torch.manual_seed(seed)
     model = build_model(spec, own_model=own_model).to(place)
-    return run_recipe(
-        model,
-        spec,
-        loaded,
-        settings,
+    job = Job(
+        spec=spec,
+        data=loaded,
+        recipe=settings,
         seed=seed,
         device=place,
         out=out,
         source=None,
         skip_bad_images=skip_bad_images,
     )
+    return run_recipe(model, job)
 
 
 def harden_model(
@@ -177,7 +178,7 @@ def harden_model(
     source = with_normalisation(source, normalisation, model)
     widths, layer_bits = options.resolve(settings, source=source)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
-    if is_post_training(settings):
+    if not settings.trains:
         if widths.is_float:
             raise UsageError(f"recipe {recipe} at 32 bits leaves nothing to quantize; add --bits 4 (or 8, 3, 2)")
     elif widths.is_float and not source.widths.is_float:
@@ -194,19 +195,18 @@ def harden_model(
         shared_sum_scale=(source.shared_sum_scale if settings.shared_sum_scale is None else settings.shared_sum_scale),
     )
     torch.manual_seed(seed)
-    network = quantize(weights, source, spec, loaded, settings, device=place, path=model, own_model=own_model)
-    finish = quantize_only if is_post_training(settings) else run_recipe
-    return finish(
-        network,
-        spec,
-        loaded,
-        settings,
+    job = Job(
+        spec=spec,
+        data=loaded,
+        recipe=settings,
         seed=seed,
         device=place,
         out=out,
         source=model,
         skip_bad_images=skip_bad_images,
     )
+    network = quantize(weights, source, job, path=model, own_model=own_model)
+    return run_recipe(network, job) if settings.trains else quantize_only(network, job)
 
 
 def chosen_architecture(architecture: str | None, own_model: str | None) -> str | None:
@@ -229,4 +229,4 @@ def _epsilon(recipe: Recipe, known: float | None) -> float | None:
         return recipe.epsilon
     if known is not None:
         return known
-    return None if recipe.method in UNDEFENDED else DEFAULT_EPSILON
+    return DEFAULT_EPSILON if SETTINGS[recipe.method].defends else None

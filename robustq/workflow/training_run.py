@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.checkpoint import load_model
 from robustq.data import NO_AUGMENT, Augment, Dataset, to_float
@@ -15,7 +17,6 @@ from robustq.errors import (
     DataError,
     ModelFileError,
     NotFiniteError,
-    OutOfMemoryError,
     OutputError,
     OutputExistsError,
     RunStoppedError,
@@ -23,49 +24,46 @@ from robustq.errors import (
 )
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import check_model_file, free_path, sha256
-from robustq.hardening.diagnosis import runs_out_of_memory
+from robustq.hardening.diagnosis import within_memory
 from robustq.hardening.forecast import fitting_setting
-from robustq.hardening.methods.method import Teacher
+from robustq.hardening.methods.method import MethodContext, Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher, RsladSettings
+from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
 from robustq.hardening.metrics import check_tensorboard
 from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
-from robustq.hardening.trainer import Training, TrainingSummary
+from robustq.hardening.trainer import Training
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
-from robustq.recipe import UNDEFENDED, Recipe, format_epsilon
-from robustq.recipe.schema import DEFAULT_EPSILON
+from robustq.recipe import Recipe, format_epsilon
 from robustq.workflow import Result
-from robustq.workflow.run_log import check_forecast, log_resume_command, log_run
-from robustq.workflow.setup import augmentation, check_fit, check_last_batch, versions
+from robustq.workflow.run_log import check_forecast, log_run
+from robustq.workflow.setup import augmentation, check_fit, check_last_batch, radius_of, versions
 
 EVALUATION_BATCH = 500
 
-
-def needs_teacher(recipe: Recipe) -> bool:
-    """Whether the recipe's method learns from a robust teacher (RSLAD)."""
-    return SETTINGS[recipe.method] is RsladSettings
+T = TypeVar("T")
 
 
 def with_absolute_teacher(recipe: Recipe) -> Recipe:
     """``recipe`` with an absolute path of its teacher, if it has one, so that a run can be resumed from any folder.
 
-    Raises:
-        UsageError: it names no teacher.
-        ModelFileError: the file is missing or empty.
+    UsageError if it needs a teacher and names none, ModelFileError if the file is missing or empty.
     """
-    if not needs_teacher(recipe):
+    if not SETTINGS[recipe.method].needs_teacher:
         return recipe
     path = str(resolved_settings(recipe)["teacher"])
     if not path:
         raise UsageError(
-            f"recipe {recipe.name} needs a robust teacher; add --set rslad.teacher=FILE, a model file of robustq with "
-            "the same classes"
+            f"recipe {recipe.name} needs a robust teacher; add --set {recipe.method}.teacher=FILE, a model file of "
+            "robustq with the same classes"
         )
-    _check_teacher(path)
+    try:
+        check_model_file(Path(path))
+    except ModelFileError as error:
+        raise ModelFileError(f"{recipe.method}.teacher: {error}") from error
     return replace(recipe, settings={**recipe.settings, "teacher": str(Path(path).absolute())})
 
 
@@ -76,20 +74,21 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
         ModelFileError: the file is missing, or no model file of robustq.
         DataError: it was made for other classes or images.
     """
-    if not needs_teacher(recipe):
+    if not SETTINGS[recipe.method].needs_teacher:
         return None
     settings = resolved_settings(recipe)
-    path = _check_teacher(str(settings["teacher"]))
+    path, key = Path(settings["teacher"]), f"{recipe.method}.teacher"
     try:
+        check_model_file(path)
         network, spec, _ = load_model(path)
         check_fit(spec, data, path)
     except (ModelFileError, DataError) as error:
-        raise type(error)(f"rslad.teacher: {error}") from error
+        raise type(error)(f"{key}: {error}") from error
     if spec.class_names and data.class_names and tuple(spec.class_names) != tuple(data.class_names):
         pairs = enumerate(zip(spec.class_names, data.class_names, strict=True))
         first = next(index for index, (ours, theirs) in pairs if ours != theirs)
         raise DataError(
-            f"rslad.teacher: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
+            f"{key}: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
             f"'{data.class_names[first]}'; give a teacher of the same classes in the same order"
         )
     radius = "trained without a defence" if spec.epsilon is None else f"epsilon {format_epsilon(spec.epsilon)}"
@@ -100,77 +99,101 @@ def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: tor
     return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
 
 
-def _check_teacher(path: str) -> Path:
-    try:
-        return check_model_file(Path(path))
-    except ModelFileError as error:
-        raise ModelFileError(f"rslad.teacher: {error}") from error
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The inputs of a run, checked and loaded."""
+
+    spec: ModelSpec
+    data: Dataset
+    recipe: Recipe
+    seed: int  # of order, augmentation and the method's draws
+    device: torch.device
+    out: Path | None  # run folder, checked to be free; None: ``runs/<label>-<method>``
+    source: Path | None  # the model file that is fine-tuned; None: from scratch
+    skip_bad_images: bool = False  # how the data were loaded, for a later resume
+
+    @property
+    def default_folder(self) -> Path:
+        """The run folder without ``out``."""
+        return RUNS / f"{self.spec.label}-{self.recipe.method}"
+
+    def config(self, augment: Augment | None = None) -> dict[str, Any]:
+        """The content of config.json."""
+        source, data = self.source, self.data
+        return {
+            "command": "train" if source is None else "harden",
+            "recipe": {**self.recipe.to_dict(), "settings": resolved_settings(self.recipe)},
+            "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
+            "spec": self.spec.to_dict(),
+            "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": self.skip_bad_images},
+            **({} if augment is None else {"augment": asdict(augment)}),
+            "seed": self.seed,
+            "device": str(self.device),
+            "versions": versions(),
+        }
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainResult(Result):
     """Result of train and harden, and the content of result.json.
 
-    Args:
-        checkpoint: the best epoch's model file, in the run folder ``run``.
-        model: label of the network, such as ``resnet20-w4a4``.
-        clean_accuracy, clean_interval, test_images: on the test images, with the 95% interval.
-        epochs, epochs_done, best_epoch: planned, trained, and that of ``checkpoint``.
-        holdout_clean_accuracy, holdout_pgd10_accuracy: of the best epoch, on held-out images; None: not measured.
-        seconds: of post-training quantization.
-        collapsed: the collapse of robust accuracy that ended the run.
-        shortfalls: failed checks, in words.
-        bits, method: of harden.
+    Accuracies of the hold-out are those of the best epoch; None: not measured.
     """
 
     OPTIONAL = ("seconds", "bits", "method")
 
-    checkpoint: Path
+    checkpoint: Path  # the best epoch's model file, in the run folder
     run: Path
-    model: str
+    model: str  # label of the network, such as ``resnet20-w4a4``
     recipe: str
-    clean_accuracy: float
-    clean_interval: tuple[float, float]
+    clean_accuracy: float  # on the test images
+    clean_interval: tuple[float, float]  # 95%
     test_images: int
-    epochs: int
-    epochs_done: int
-    best_epoch: int
+    epochs: int  # planned
+    epochs_done: int = 0
+    best_epoch: int = 0  # that of the checkpoint
     holdout_clean_accuracy: float
-    holdout_pgd10_accuracy: float | None
-    seconds_per_epoch: float
-    seconds: float | None = None
+    holdout_pgd10_accuracy: float | None = None
+    seconds_per_epoch: float = 0.0
+    seconds: float | None = None  # of post-training quantization
     size_bytes: int
     epsilon: float | None
     seed: int
-    collapsed: Collapse | None = None
-    shortfalls: tuple[str, ...] = ()
-    bits: int | None = None
+    collapsed: Collapse | None = None  # the collapse of robust accuracy that ended the run
+    shortfalls: tuple[str, ...] = ()  # failed checks, in words
+    bits: int | None = None  # of harden, as the next
     method: str | None = None
 
+    @classmethod
+    def of(
+        cls, run: Path, spec: ModelSpec, recipe: Recipe, answers: tuple[int, int], *, hardened: bool, **others: Any
+    ) -> TrainResult:
+        """The result of a run of ``recipe`` in the folder ``run``; ``answers``: see :func:`accuracy_on_test`."""
+        run, (right, count) = run.absolute(), answers
+        return cls(
+            checkpoint=run / "best.pt",
+            run=run,
+            model=spec.label,
+            recipe=recipe.name,
+            clean_accuracy=right / count,
+            clean_interval=wilson_interval(right, count),
+            test_images=count,
+            epochs=recipe.epochs,
+            epsilon=spec.epsilon,
+            bits=spec.weight_bits if hardened else None,
+            method=recipe.method if hardened else None,
+            **others,
+        )
 
-def run_recipe(
-    model: nn.Module,
-    spec: ModelSpec,
-    data: Dataset,
-    recipe: Recipe,
-    *,
-    seed: int,
-    device: torch.device,
-    out: Path | None,
-    source: Path | None,
-    skip_bad_images: bool = False,
-) -> TrainResult:
-    """Train ``model`` by ``recipe`` in a run folder, then count clean accuracy.
+
+def run_recipe(model: nn.Module, job: Job) -> TrainResult:
+    """Train ``model`` by the job's recipe in a run folder, then count clean accuracy.
+
+    From scratch the activation scales are calibrated first, with batch statistics, since the running ones are
+    meaningless.
 
     Args:
-        model: built from ``spec``, on ``device``; left with the best epoch's weights, in eval mode.
-        spec, data, recipe: network, images and settings.
-        seed: of order, augmentation and the method's draws.
-        device: of the training.
-        out: run folder, checked to be free; None: ``runs/<label>-<method>``.
-        source: the model file that is fine-tuned. None: from scratch; the activation scales are then calibrated first,
-            with batch statistics, since the running ones are meaningless.
-        skip_bad_images: how ``data`` was loaded, for a later resume.
+        model: built from the job's ``spec``, on its device; left with the best epoch's weights, in eval mode.
 
     Raises:
         UsageError: TensorBoard is requested and not installed.
@@ -179,45 +202,18 @@ def run_recipe(
         NotFiniteError: NaN or Inf; saved states are kept.
         RunStoppedError: by Ctrl-C or SIGTERM; names the command that resumes the run.
     """
+    spec, data, recipe = job.spec, job.data, job.recipe
     check_last_batch(model, spec, len(data.train), recipe)
     if recipe.tensorboard:
         check_tensorboard()
-    if source is None:
-        calibrate_on(model, data, recipe, device=device, from_scratch=True)
+    if job.source is None:
+        calibrate_on(model, job, from_scratch=True)
     augment = augmentation(recipe, data)
-    config = run_config(
-        spec, data, recipe, seed=seed, device=device, source=source, skip_bad_images=skip_bad_images, augment=augment
-    )
-    training = prepare(model, spec, data, recipe, augment=augment, seed=seed, device=device)
+    config = job.config(augment)
+    training = prepare(model, spec, data, recipe, augment=augment, seed=job.seed, device=job.device)
     log_run(spec, data, training, config)
-    check_forecast(training, parent=(RUNS if out is None else out.parent))
-    folder = _new_folder(out, RUNS / f"{spec.label}-{recipe.method}", config, training)
-    return complete_run(folder, training, spec, data)
-
-
-def run_config(
-    spec: ModelSpec,
-    data: Dataset,
-    recipe: Recipe,
-    *,
-    seed: int,
-    device: torch.device,
-    source: Path | None,
-    skip_bad_images: bool,
-    augment: Augment | None = None,
-) -> dict[str, Any]:
-    """The content of config.json; arguments as :func:`run_recipe`."""
-    return {
-        "command": "train" if source is None else "harden",
-        "recipe": {**recipe.to_dict(), "settings": resolved_settings(recipe)},
-        "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
-        "spec": spec.to_dict(),
-        "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": skip_bad_images},
-        **({} if augment is None else {"augment": asdict(augment)}),
-        "seed": seed,
-        "device": str(device),
-        "versions": versions(),
-    }
+    check_forecast(training, parent=(RUNS if job.out is None else job.out.parent))
+    return complete_run(_new_folder(job, config, training), training, spec, data)
 
 
 def prepare(
@@ -236,21 +232,21 @@ def prepare(
         OutOfMemoryError: the method's own tensors (the perturbation set of ODG-Q) or the data do not fit.
         RobustqError: the recipe's teacher cannot be used.
     """
-    epsilon = DEFAULT_EPSILON if spec.epsilon is None else spec.epsilon
-    prepared: list[Training] = []
+    epsilon = radius_of(spec)
 
-    def work() -> None:
-        teacher = open_teacher(recipe, data, augment=augment, device=device)
-        method = build_method(
-            recipe,
-            model,
+    def work() -> Training:
+        context = MethodContext(
+            model=model,
             epsilon=epsilon,
+            batch_size=recipe.batch_size,
             image_shape=(spec.channels, spec.image_size, spec.image_size),
             samples=len(data.train),
             device=device,
-            seed=seed,
-            teacher=teacher,
+            generator=torch.Generator().manual_seed(seed),
+            cross_entropy=nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing),
+            teacher=open_teacher(recipe, data, augment=augment, device=device),
         )
+        method = build_method(recipe, context)
         images, labels = data.holdout.take(recipe.monitor_images)
         monitor = Monitor(
             to_float(images.to(device)),
@@ -259,14 +255,15 @@ def prepare(
             batch_size=EVALUATION_BATCH,
             seed=seed,
         )
-        prepared.append(Training(model, method, data.train, monitor, recipe, augment=augment, seed=seed, device=device))
+        return Training(model, method, data.train, monitor, recipe, augment=augment, seed=seed, device=device)
 
-    if runs_out_of_memory(work):
-        raise OutOfMemoryError(
+    return within_memory(
+        work,
+        lambda: (
             f"out of memory on {device} before the first batch; lower --set batch_size={recipe.batch_size} or "
             f"--set monitor_images={recipe.monitor_images}"
-        )
-    return prepared[0]
+        ),
+    )
 
 
 def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: Dataset) -> TrainResult:
@@ -277,22 +274,42 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
     Raises:
         OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
     """
-    command = folder.resume_command
-    outcome: list[TrainingSummary] = []
+    command, recipe = folder.resume_command, training.recipe
+    hardened = folder.config["command"] == "harden"
+
+    def work() -> None:
+        with StopRequest() as stop:
+            training.run(folder, stop)
+
+    def advice() -> str:
+        return (
+            f"out of memory in epoch {training.state.epoch + 1} with batches of {recipe.batch_size:,} on "
+            f"{training.device}; {fitting_setting(training)}, as a new run; or free memory and resume: {command}"
+        )
+
     with folder:
-        log_resume_command(folder)
+        note(f"stop    Ctrl-C saves the run. Resume it with: {command}")
         try:
-            with StopRequest() as stop:
-                out_of_memory = runs_out_of_memory(lambda: outcome.append(training.run(folder, stop)))
-            if out_of_memory:
-                raise OutOfMemoryError(
-                    f"out of memory in epoch {training.state.epoch + 1} with batches of "
-                    f"{training.recipe.batch_size:,} on {training.device}; {fitting_setting(training)}, as a new run; "
-                    f"or free memory and resume: {command}"
-                )
-            restore(training.model, training.state.best_weights)
-            correct, images = accuracy_on_test(training.model, data, device=training.device)
-            result = _result(folder, spec, training, outcome[0], correct, images)
+            within_memory(work, advice)
+            state, collapse = training.state, training.collapse
+            assert state.best is not None  # a recipe has at least one epoch
+            restore(training.model, state.best_weights)
+            result = TrainResult.of(
+                folder.path,
+                spec,
+                recipe,
+                accuracy_on_test(training.model, data, device=training.device),
+                hardened=hardened,
+                epochs_done=state.epoch,
+                best_epoch=state.best_epoch,
+                holdout_clean_accuracy=state.best.clean,
+                holdout_pgd10_accuracy=state.best.robust,
+                seconds_per_epoch=state.seconds / state.epoch,
+                size_bytes=(folder.path / "best.pt").stat().st_size,
+                seed=training.seed,
+                collapsed=collapse,
+                shortfalls=() if collapse is None else (f"{folder.path}: {collapse}",),
+            )
             folder.finish(result.to_dict())
         except RunStoppedError as error:
             raise RunStoppedError(f"{error}; resume with: {command}") from error
@@ -307,68 +324,39 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
                 f"{error.filename or folder.path}: {error.strerror or error}; saved states are kept: free space, "
                 f"then {command}"
             ) from error
-    if folder.config["command"] == "harden" and training.recipe.method not in UNDEFENDED:
+    if hardened and training.method.settings.defends:
         remember_hardened(folder.path)  # export without a model takes this one
     return result
 
 
-def _new_folder(out: Path | None, default: Path, config: dict[str, Any], training: Training) -> RunFolder:
+def _new_folder(job: Job, config: dict[str, Any], training: Training) -> RunFolder:
     while True:
-        path = out or free_path(default)
+        path = job.out or free_path(job.default_folder)
         try:
             return RunFolder.create(path, config, training.state_dict())
         except OutputExistsError:
-            if out is not None:
+            if job.out is not None:
                 raise  # else another run has just taken the default name: try the next one
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror or error}; free space or name another place") from error
 
 
-def _result(
-    folder: RunFolder, spec: ModelSpec, training: Training, trained: TrainingSummary, correct: int, images: int
-) -> TrainResult:
-    checkpoint = folder.path.absolute() / "best.pt"
-    hardened = folder.config["command"] == "harden"
-    return TrainResult(
-        checkpoint=checkpoint,
-        run=checkpoint.parent,
-        model=spec.label,
-        recipe=training.recipe.name,
-        clean_accuracy=correct / images,
-        clean_interval=wilson_interval(correct, images),
-        test_images=images,
-        epochs=training.recipe.epochs,
-        epochs_done=training.state.epoch,
-        best_epoch=trained.best_epoch,
-        holdout_clean_accuracy=trained.best.clean,
-        holdout_pgd10_accuracy=trained.best.robust,
-        seconds_per_epoch=trained.seconds_per_epoch,
-        size_bytes=checkpoint.stat().st_size,
-        epsilon=spec.epsilon,
-        seed=training.seed,
-        collapsed=trained.collapse,
-        shortfalls=() if trained.collapse is None else (f"{folder.path}: {trained.collapse}",),
-        bits=spec.weight_bits if hardened else None,
-        method=training.recipe.method if hardened else None,
+def calibrate_on(model: nn.Module, job: Job, *, from_scratch: bool) -> None:
+    """Calibrate the activation scales of ``model`` on the recipe's number of unaugmented training images."""
+    work = partial(calibrate, model, from_scratch=from_scratch)
+    with_calibration_images(job, work, purpose="calibrate the activation scales")
+
+
+def with_calibration_images(job: Job, work: Callable[[Tensor], T], *, purpose: str) -> T:
+    """``work`` of the calibration images, float32 in [0, 1] on the job's device; OutOfMemoryError if too many."""
+    wanted = job.recipe.calibration_images
+    return within_memory(
+        lambda: work(to_float(job.data.train.take(wanted)[0].to(job.device))),
+        lambda: (
+            f"out of memory on {job.device} while {wanted:,} images {purpose}; "
+            f"use fewer: --set calibration_images={max(wanted // 4, 2)}"
+        ),
     )
-
-
-def calibrate_on(model: nn.Module, data: Dataset, recipe: Recipe, *, device: torch.device, from_scratch: bool) -> None:
-    """Calibrate the activation scales of ``model`` on the recipe's number of unaugmented training images.
-
-    Raises:
-        OutOfMemoryError: so many images do not fit at once.
-    """
-
-    def work() -> None:
-        images, _ = data.train.take(recipe.calibration_images)
-        calibrate(model, to_float(images.to(device)), from_scratch=from_scratch)
-
-    if runs_out_of_memory(work):
-        raise OutOfMemoryError(
-            f"out of memory on {device} while {recipe.calibration_images:,} images calibrate the activation scales; "
-            f"use fewer: --set calibration_images={max(recipe.calibration_images // 4, 2)}"
-        )
 
 
 def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:

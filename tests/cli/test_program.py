@@ -23,7 +23,7 @@ from robustq.cli import options
 from robustq.data import DATASET_NAMES
 from robustq.errors import RobustqWarning
 from robustq.evaluation.suites import SUITES
-from robustq.export.formats import CONSUMERS, FORMATS
+from robustq.export.formats import FORMATS
 from robustq.models.spec import ARCHITECTURES
 from robustq.recipe import recipe_names
 from robustq.recipe.schema import KEYS
@@ -162,7 +162,6 @@ done
 def test_completed_names_are_those_of_the_rooms() -> None:
     assert tuple(ARCHITECTURES) == options.ARCHITECTURES
     assert tuple(FORMATS) == options.FORMATS
-    assert CONSUMERS == options.CONSUMERS
     assert tuple(SUITES) == options.SUITES
     assert options.DATA == DATASET_NAMES
     assert options.complete_setting("") == [f"{key}=" for key in KEYS]

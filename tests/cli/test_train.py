@@ -15,9 +15,10 @@ from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.data import Batch
-from robustq.hardening import optimization, precision
+from robustq.hardening import optimization
 from robustq.hardening.monitor import HoldoutAccuracy, Monitor
 from robustq.hardening.trainer import Training
+from robustq.models.compiled import CompiledForward
 from robustq.models.spec import ModelSpec, build_model
 from tests.cli.conftest import FAST_TRAIN, Run, check_refused
 
@@ -147,7 +148,7 @@ def test_a_wrong_architecture_is_one_line(run: Run, own: str, words: str, messag
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     torch.compiler.reset()
-    forward = functools.partial(precision.CompiledForward, backend=backend)
+    forward = functools.partial(CompiledForward, backend=backend)
     monkeypatch.setattr(optimization, "CompiledForward", forward)
 
 

@@ -24,8 +24,8 @@ from robustq.hardening.diagnosis import (
 from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import LossOutput
 from robustq.hardening.methods.natural import Natural
-from robustq.hardening.precision import CompiledForward
 from robustq.hardening.state import StopRequest
+from robustq.models.compiled import CompiledForward
 from tests.hardening.tiny import MemoryCheckpointer, ScriptedMonitor, begin, natural, recipe, training
 
 IMAGES, BATCH = 40, 8  # five steps an epoch

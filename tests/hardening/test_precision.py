@@ -17,11 +17,10 @@ from robustq.hardening import optimization
 from robustq.hardening.features import FEATURES, FeatureTap
 from robustq.hardening.optimization import TrainStep
 from robustq.hardening.precision import (
-    CompiledForward,
     advice,
     in_precision,
 )
-from robustq.models.compiled import EXACT_DIVISION
+from robustq.models.compiled import EXACT_DIVISION, CompiledForward
 from robustq.models.quant import integer_convolution
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import BranchQuant, QuantReLU, learned_thresholds

@@ -157,19 +157,19 @@ def test_stopped_and_resumed_is_the_same_run(case: str) -> None:
     assert checkpointer.saved[-1][:2] == (1, 1)  # what the last stop saved: the batches since are lost
     running, _ = begun(method, bits, keys, init=9, **options)
     running.load_state_dict(checkpointer.load())
-    result = running.run(checkpointer, StopRequest())
+    running.run(checkpointer, StopRequest())
     same(checkpointer.load(), expected)
-    assert result.best_epoch == expected["standing"]["best_epoch"]
+    assert running.state.best_epoch == expected["standing"]["best_epoch"]
     # A run that died after its last epoch has nothing left to do.
     running, _ = begun(method, bits, keys, init=10, **options)
     running.load_state_dict(checkpointer.load())
     assert running.finished
-    assert running.run(checkpointer, StopRequest()).best == result.best
+    running.run(checkpointer, StopRequest())
     same(checkpointer.load(), expected)
 
 
 def test_every_method_that_trains_is_resumed_here() -> None:
-    assert {method for method, *_ in CASES.values()} == {name for name, entry in METHODS.items() if entry.build}
+    assert {method for method, *_ in CASES.values()} == set(METHODS)
 
 
 def test_another_teacher_is_refused() -> None:

@@ -113,9 +113,9 @@ def test_the_monitor_chooses_the_best_epoch(answers: list[Any], flags: list[bool
     monitor = ScriptedMonitor(*[HoldoutAccuracy(*answer) for answer in answers])
     running = training(model, recipe(epochs=3), monitor=monitor)
     checkpointer = begin(running)
-    result = running.run(checkpointer, StopRequest())
+    running.run(checkpointer, StopRequest())
     assert [is_best for *_, epoch_ended, is_best in checkpointer.saved if epoch_ended] == flags
-    assert result.best_epoch == best and result.best == HoldoutAccuracy(*answers[best - 1])
+    assert running.state.best_epoch == best and running.state.best == HoldoutAccuracy(*answers[best - 1])
     # The best weights are those that were evaluated, and the run ends on the last epoch's.
     same(running.state.best_weights, monitor.weights[best - 1])
     same(dict(model.state_dict()), monitor.weights[-1])

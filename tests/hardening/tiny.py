@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import Augment, TensorSplit
-from robustq.hardening.methods.method import CrossEntropy, Method, MethodContext
+from robustq.hardening.methods.method import Method, MethodContext
 from robustq.hardening.methods.natural import Natural, NaturalSettings
 from robustq.hardening.methods.registry import build_method
 from robustq.hardening.metrics import MACHINE_KEYS
@@ -48,18 +48,20 @@ def recipe(method: str = "natural", **keys: Any) -> Recipe:
 
 
 def build(recipe: Recipe, model: nn.Module, **keys: Any) -> Any:
-    shape = {"image_shape": (1, 8, 8), "samples": IMAGES}
-    return build_method(recipe, model, **{"epsilon": EPSILON, **shape, "device": CPU, "seed": 3, **keys})
+    random: dict[str, Any] = {"generator": torch.Generator().manual_seed(keys.pop("seed", 3))}
+    task = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+    common: dict[str, Any] = {"batch_size": recipe.batch_size, "cross_entropy": task, **random}
+    return build_method(recipe, context(model, **{**common, **keys}))
 
 
 def context(model: nn.Module, **keys: Any) -> MethodContext:
     common: dict[str, Any] = {"epsilon": EPSILON, "batch_size": BATCH, "image_shape": (1, 8, 8), "samples": IMAGES}
-    random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "cross_entropy": CrossEntropy()}
+    random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "cross_entropy": nn.CrossEntropyLoss()}
     return MethodContext(model=model, **{**common, **random, "device": CPU, **keys})
 
 
 def natural(model: nn.Module, kind: type[Natural] = Natural, *, label_smoothing: float = 0.0) -> Any:
-    return kind(context(model, cross_entropy=CrossEntropy(label_smoothing)), NaturalSettings())
+    return kind(context(model, cross_entropy=nn.CrossEntropyLoss(label_smoothing=label_smoothing)), NaturalSettings())
 
 
 class ScriptedMonitor:

@@ -39,7 +39,7 @@ def predicted(model: torch.nn.Module) -> torch.Tensor:
 
 def test_the_control_is_trained_once_and_kept(cheap: Path, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, data = opened(digits_w4a4).spec, load_dataset("digits")
-    (first,) = surrogates.natural_network(spec, data, own_model=None, device=CPU).values()
+    (first,) = surrogates.OtherNetworks(data, None, CPU).natural(spec).values()
     (folder,) = (cheap / "runs" / "surrogates").iterdir()
     assert folder.name == f"digits-{data.digest()[:8]}-resnet8-natural-{surrogates.SEED}"
 
@@ -47,7 +47,7 @@ def test_the_control_is_trained_once_and_kept(cheap: Path, digits_w4a4: Path, mo
         raise AssertionError("it was trained again")
 
     monkeypatch.setattr(surrogates, "train_model", never)
-    again = surrogates.natural_network(spec, data, own_model=None, device=CPU)
+    again = surrogates.OtherNetworks(data, None, CPU).natural(spec)
     assert list(again) == ["a natural resnet8"]
     for one, other in zip(first.state_dict().values(), again["a natural resnet8"].state_dict().values(), strict=True):
         assert torch.equal(one, other)
@@ -64,16 +64,16 @@ def test_training_that_was_stopped_goes_on(cheap: Path, digits_w4a4: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("robustq.workflow.training_run.restore", stopped)  # after the last epoch, before result.json
         with pytest.raises(RunStoppedError, match=r"--resume runs/surrogates"):
-            surrogates.natural_network(spec, data, own_model=None, device=CPU)
+            surrogates.OtherNetworks(data, None, CPU).natural(spec)
     (folder,) = (cheap / "runs" / "surrogates").iterdir()
     assert not (folder / "result.json").exists()
-    surrogates.natural_network(spec, data, own_model=None, device=CPU)
+    surrogates.OtherNetworks(data, None, CPU).natural(spec)
     assert (folder / "result.json").is_file()
 
 
 def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float: Path) -> None:
     data, model = load_dataset("digits"), opened(digits_w4a4)
-    found = surrogates.requantized_copies(model, data, own_model=None, device=CPU)
+    found = surrogates.OtherNetworks(data, None, CPU).requantized(model)
     assert list(found) == ["its float twin", "its 8-bit twin"]
     for network in found.values():
         assert torch.equal(network.state_dict()["conv1.weight"], model.network.state_dict()["conv1.weight"])
@@ -82,14 +82,14 @@ def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float
     to_eight = (predicted(found["its float twin"]) == predicted(found["its 8-bit twin"])).float().mean()
     to_four = (predicted(found["its float twin"]) == predicted(model.network)).float().mean()
     assert to_eight > 0.9 and to_eight > to_four
-    assert surrogates.requantized_copies(opened(digits_float), data, own_model=None, device=CPU) == {}
+    assert surrogates.OtherNetworks(data, None, CPU).requantized(opened(digits_float)) == {}
 
 
 def test_networks_that_are_handed_in_must_fit(digits_float: Path, tmp_path: Path) -> None:
     data = load_dataset("digits")
-    found = surrogates.load_surrogates([digits_float], data, own_model=None, device=CPU)
-    assert list(found) == [str(digits_float)]
+    found = surrogates.OtherNetworks(data, None, CPU).load(digits_float)
+    assert not found.training and not any(weight.requires_grad for weight in found.parameters())
     spec = small_spec(32, channels=3)
     save_model(tmp_path / "colour.pt", build_model(spec), spec)
     with pytest.raises(DataError, match="3 channels"):
-        surrogates.load_surrogates([tmp_path / "colour.pt"], data, own_model=None, device=CPU)
+        surrogates.OtherNetworks(data, None, CPU).load(tmp_path / "colour.pt")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.methods.method import LossOutput, Method, MethodEntry
+from robustq.hardening.methods.method import LossOutput, Method
 from robustq.hardening.methods.settings import MethodSettings, number
 
 
@@ -62,6 +62,3 @@ class Dq(Method):
         logits = self.model(x_adv)
         task, penalty = self.cross_entropy(logits, y), orthogonality(self.model)
         return LossOutput.of(task, logits, weight=self.settings.orthogonality_weight / 2, orthogonality=penalty)
-
-
-METHOD = MethodEntry(DqSettings, Dq)

@@ -8,7 +8,7 @@ Every training image has a perturbation delta and a momentum m of its gradients.
 4. loss = CE(x_adv) + lambda mean (f(x_adv) - f(x_0))^2           the mean is over the batch and the logits
 
 Every 40 epochs delta restarts from random corners of the ball, and m from 0. The paper's label smoothing gives the
-label a share of 0.6; with ten classes that is a smoothing of 0.4444 (see :class:`.method.CrossEntropy`).
+label a share of 0.6; with ten classes that is a smoothing of 0.4444 (see :class:`.method.MethodContext`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
     batch_norm_mode,
 )
@@ -65,6 +64,8 @@ class FgsmMep(AdversarialTraining):
     """
 
     settings: FgsmMepSettings
+
+    carried = ("perturbations", "momenta")  # delta and m, each (N, C, H, W) float32
 
     def __init__(self, context: MethodContext, settings: FgsmMepSettings) -> None:
         super().__init__(context, settings)
@@ -122,16 +123,6 @@ class FgsmMep(AdversarialTraining):
         gap = functional.mse_loss(logits, self._prior_logits())
         return LossOutput.of(task, logits, weight=self.settings.mse_weight, mse=gap)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Delta and m, each (N, C, H, W) float32, and the generator's state."""
-        return {**super().state_dict(), "perturbations": self.perturbations, "momenta": self.momenta}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore them."""
-        super().load_state_dict(state)
-        self.perturbations.copy_(state["perturbations"])
-        self.momenta.copy_(state["momenta"])
-
     @property
     def _through_prior(self) -> bool:
         return self.settings.prior_gradient and self.settings.mse_weight != 0
@@ -151,6 +142,3 @@ class FgsmMep(AdversarialTraining):
         with batch_norm_mode(self.model, self.settings.batch_norm):
             logits: Tensor = self.model(self._start)
         return logits
-
-
-METHOD = MethodEntry(FgsmMepSettings, FgsmMep)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustq.attacks import pgd
-from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.method import AdversarialTraining
 from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 
@@ -42,8 +42,4 @@ class FgsmRs(AdversarialTraining):
         """One projected step from a uniform point: PGD-1 with a long step."""
         # Two images differ by at most 1, so a longer step would be projected to the same image.
         step_size = min(self.settings.step_scale * self.epsilon, 1.0)
-        with attack_generation(self.model, self.settings.batch_norm):
-            return pgd(self.model, x, y, epsilon=self.epsilon, step_size=step_size, steps=1, generator=self.generator)
-
-
-METHOD = MethodEntry(FgsmRsSettings, FgsmRs)
+        return self.generate(pgd, x, y, step_size=step_size, steps=1)

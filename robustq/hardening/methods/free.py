@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustq.hardening.methods.method import Method, MethodContext, MethodEntry
+from robustq.hardening.methods.method import Method, MethodContext
 from robustq.hardening.methods.settings import MethodSettings, number
 
 
@@ -42,6 +42,7 @@ class Free(Method):
     settings: FreeSettings
 
     adversarial = True
+    carried = ("perturbation",)  # delta, (slots, C, H, W) float32
 
     def __init__(self, context: MethodContext, settings: FreeSettings) -> None:
         super().__init__(context, settings)
@@ -65,14 +66,3 @@ class Free(Method):
         step = self.settings.step_scale * self.epsilon * x_adv.grad.sign()
         moved = self.perturbation[: len(x_adv)] + step
         self.perturbation[: len(x_adv)] = moved.clamp(-self.epsilon, self.epsilon)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The perturbation delta, (slots, C, H, W) float32."""
-        return {"perturbation": self.perturbation}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore delta."""
-        self.perturbation.copy_(state["perturbation"])
-
-
-METHOD = MethodEntry(FreeSettings, Free)

@@ -24,9 +24,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from robustq.hardening.methods.settings import AUTO, MethodSettings
+from robustq.hardening.methods.settings import AUTO
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe import parse_epsilon
 
@@ -62,34 +61,12 @@ def only_input_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """The task loss of a run, shared by all methods.
-
-    Args:
-        label_smoothing: s in [0, 1): the target of the label is 1 - s + s/K of K classes, of every other class s/K
-            (Szegedy et al., arXiv:1512.00567, section 7).
-    """
-
-    label_smoothing: float = 0.0
-
-    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Mean over the batch: logits (B, K), labels (B,) int64 -> scalar with gradient."""
-        return functional.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
-
-
-@dataclass(frozen=True)
 class LossOutput:
-    """The result of one computation of the loss.
+    """The result of one computation of the loss."""
 
-    Args:
-        loss: scalar to minimise, with gradient.
-        terms: its parts before weighting, detached, by name (for metrics.jsonl).
-        logits: (B, K) of the images that the weights are trained on, detached.
-    """
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    logits: Tensor
+    loss: Tensor  # scalar to minimise, with gradient
+    terms: dict[str, Tensor]  # its parts before weighting, detached, by name (for metrics.jsonl)
+    logits: Tensor  # (B, K) of the images that the weights are trained on, detached
 
     @classmethod
     def of(cls, task: Tensor, logits: Tensor, *, weight: float = 0.0, **term: Tensor) -> LossOutput:
@@ -118,44 +95,33 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodContext:
-    """What a method gets beside its settings.
+    """What a method gets beside its settings."""
 
-    Args:
-        model: network in train mode, images in [0, 1] -> logits.
-        epsilon: radius of the threat model, in [0, 1].
-        batch_size: images of a full batch.
-        image_shape: (C, H, W).
-        samples: number of training images.
-        device: where training runs.
-        generator: of the method's random draws; on the CPU, so that they do not depend on the device.
-        cross_entropy: the task loss.
-        teacher: only for ``rslad``.
-    """
-
-    model: nn.Module
-    epsilon: float
-    batch_size: int
-    image_shape: tuple[int, int, int]
-    samples: int
+    model: nn.Module  # in train mode: images in [0, 1] -> logits
+    epsilon: float  # radius of the threat model, in [0, 1]
+    batch_size: int  # images of a full batch
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    samples: int  # training images
     device: torch.device
-    generator: torch.Generator
-    cross_entropy: CrossEntropy
-    teacher: Teacher | None = None
+    generator: torch.Generator  # of the method's draws; on the CPU, so that they do not depend on the device
+    cross_entropy: nn.CrossEntropyLoss
+    """The task loss of all methods: mean over the batch of logits (B, K) and labels (B,) int64. With label smoothing s
+    the target of the label is 1 - s + s/K, that of every other class s/K (arXiv:1512.00567, section 7).
+    """
+    teacher: Teacher | None = None  # of methods that need one
 
 
 class Method:
-    """A training method. This base trains on clean images with cross-entropy and has no state between batches.
-
-    Args:
-        context: network, data and random numbers.
-        settings: the method's own table of a recipe.
-    """
+    """A training method. This base trains on clean images with cross-entropy and has no state between batches."""
 
     adversarial: bool = False
     """Whether best.pt is chosen by robust accuracy on the held-out images (else by clean accuracy)."""
 
     repeats: int = 1
     """Optimizer steps on each batch."""
+
+    carried: tuple[str, ...] = ()
+    """Names of the tensors that the method keeps between batches; their shapes do not change."""
 
     settings: Any
 
@@ -204,10 +170,12 @@ class Method:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the method keeps between batches, including random generators: what a resumed run needs."""
-        return {}
+        return {name: getattr(self, name) for name in self.carried}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what :meth:`state_dict` returned; :meth:`begin_epoch` is not called again in mid-epoch."""
+        for name in self.carried:
+            getattr(self, name).copy_(state[name])
 
 
 class AdversarialTraining(Method):
@@ -223,28 +191,21 @@ class AdversarialTraining(Method):
         """One attack pass and the training pass."""
         return "2 forward + 2 backward passes"
 
+    def generate(self, attack: Callable[..., Tensor], x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        """The images of an ``attack`` of :mod:`robustq.attacks`, with the settings' BatchNorm mode."""
+        with attack_generation(self.model, self.settings.batch_norm):
+            return attack(self.model, x, y, epsilon=self.epsilon, generator=self.generator, **options)
+
     def step_size(self) -> float:
         """``step_size`` of the settings, for their number of ``steps``, in the unit of the images."""
         size, steps = self.settings.step_size, int(self.settings.steps)
         return min(1.0, 2.5 / steps) * self.epsilon if size == AUTO else parse_epsilon(size)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The generator."""
-        return {"generator": self.generator.get_state()}
+        """The generator and the tensors."""
+        return {"generator": self.generator.get_state(), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the generator's state."""
+        """Restore them."""
+        super().load_state_dict(state)
         self.generator.set_state(state["generator"].cpu())
-
-
-@dataclass(frozen=True)
-class MethodEntry:
-    """A method as the registry finds it, in the constant ``METHOD`` of its module.
-
-    Args:
-        settings: dataclass of its own table in a recipe, which names it.
-        build: makes the method from context and settings; None for a method that does not train.
-    """
-
-    settings: type[MethodSettings]
-    build: Callable[[MethodContext, Any], Method] | None

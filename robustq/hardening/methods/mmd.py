@@ -15,11 +15,8 @@ from robustq.errors import UsageError
 ESTIMATORS = ("root", "squared")
 BANDWIDTHS = ("median", "mean", "mixture")
 
-ROOT_OFFSET = 1e-8
-"""Added under the square root, whose slope at 0 is infinite; so the smallest root MMD is 1e-4."""
-
-MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Factors on the median squared distance, one kernel each."""
+ROOT_OFFSET = 1e-8  # under the square root, whose slope at 0 is infinite; so the smallest root MMD is 1e-4
+MIXTURE = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors on the median squared distance, one kernel each
 
 BANDWIDTH_FLOOR = 1e-4
 """Smallest data-driven sigma^2, as a share of the mean squared distance.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustq.attacks.base import input_gradient
 from robustq.attacks.losses import cross_entropy as per_image
-from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.method import AdversarialTraining, attack_generation
 from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 
 
@@ -47,6 +47,3 @@ class NFgsm(AdversarialTraining):
         with attack_generation(self.model, self.settings.batch_norm):
             gradient = input_gradient(self.model, noisy, lambda logits: per_image(logits, y)).gradient
         return (noisy + self.settings.step_scale * self.epsilon * gradient.sign()).clamp(0.0, 1.0)
-
-
-METHOD = MethodEntry(NFgsmSettings, NFgsm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from robustq.hardening.methods.method import Method, MethodEntry
+from robustq.hardening.methods.method import Method
 from robustq.hardening.methods.settings import MethodSettings
 
 
@@ -13,10 +13,10 @@ class NaturalSettings(MethodSettings):
     """The ``[natural]`` table of a recipe: it has no keys."""
 
     method = "natural"
+    defends = False
 
 
 class Natural(Method):
     """Minimises the mean cross-entropy of clean images. best.pt is chosen by clean accuracy."""
 
-
-METHOD = MethodEntry(NaturalSettings, Natural)
+    settings: NaturalSettings

@@ -18,7 +18,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
     batch_norm_mode,
 )
@@ -81,6 +80,8 @@ class Odgq(AdversarialTraining):
     """Algorithm 1, one batch at a time. L_task, with its label smoothing, is the loss of line 6 and of line 10."""
 
     settings: OdgqSettings
+
+    carried = ("perturbations",)
 
     def __init__(self, context: MethodContext, settings: OdgqSettings) -> None:
         super().__init__(context, settings)
@@ -149,17 +150,12 @@ class Odgq(AdversarialTraining):
 
     def state_dict(self) -> dict[str, Tensor]:
         """P, (N_k, slots, C, H, W) as stored; k; whether an epoch has just begun; the generator of ``noise``."""
-        return {
-            **super().state_dict(),
-            "perturbations": self.perturbations,
-            "domain": torch.tensor(self.domain),
-            "first_batch_of_epoch": torch.tensor(self._first_batch_of_epoch),
-        }
+        epoch = {"domain": torch.tensor(self.domain), "first_batch_of_epoch": torch.tensor(self._first_batch_of_epoch)}
+        return {**super().state_dict(), **epoch}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore them."""
         super().load_state_dict(state)
-        self.perturbations.copy_(state["perturbations"])
         self.domain = int(state["domain"])
         self._first_batch_of_epoch = bool(state["first_batch_of_epoch"])
 
@@ -190,6 +186,3 @@ class Odgq(AdversarialTraining):
                 return self._tap(x)[1]
             with torch.no_grad():
                 return self._tap(x)[1]
-
-
-METHOD = MethodEntry(OdgqSettings, Odgq)

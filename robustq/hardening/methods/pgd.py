@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustq.attacks import pgd
-from robustq.hardening.methods.method import AdversarialTraining, MethodEntry, attack_generation
+from robustq.hardening.methods.method import AdversarialTraining
 from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size
 
 
@@ -48,17 +48,5 @@ class Pgd(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """PGD-K inside the ball and inside [0, 1]."""
-        with attack_generation(self.model, self.settings.batch_norm):
-            return pgd(
-                self.model,
-                x,
-                y,
-                epsilon=self.epsilon,
-                step_size=self.step_size(),
-                steps=int(self.settings.steps),
-                random_start=self.settings.random_start,
-                generator=self.generator,
-            )
-
-
-METHOD = MethodEntry(PgdSettings, Pgd)
+        steps, random_start = int(self.settings.steps), self.settings.random_start
+        return self.generate(pgd, x, y, step_size=self.step_size(), steps=steps, random_start=random_start)

@@ -7,14 +7,14 @@ section 4.2), measured on images by Brevitas' ``bias_correction_mode``. The resu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robustq.hardening.methods.method import MethodEntry
 from robustq.hardening.methods.settings import MethodSettings
 from robustq.models.batch_norm import running_statistics
 
@@ -28,11 +28,10 @@ class PtqSettings(MethodSettings):
     """
 
     method = "ptq"
+    trains = False
+    defends = False
 
     bias_correction: bool = True
-
-
-METHOD = MethodEntry(PtqSettings, None)
 
 
 @torch.no_grad()
@@ -46,8 +45,7 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
         model: quantized and calibrated; its mode does not change.
         images: (N, C, H, W) float32 in [0, 1], on the model's device.
 
-    Returns:
-        The number of corrected layers; 0 for a float network.
+    Returns the number of corrected layers; 0 for a float network.
     """
     from brevitas.graph.calibrate import bias_correction_mode
 
@@ -74,38 +72,25 @@ def correct_biases(model: nn.Module, images: Tensor) -> int:
 def norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.BatchNorm2d]:
     """Convolution name -> the BatchNorm whose input is its output, found by tracing one forward pass.
 
-    Args:
-        model: any network; its mode and statistics do not change.
-        example: (1, C, H, W) float32 in [0, 1], on the model's device.
+    ``example`` is (1, C, H, W) float32 in [0, 1]; mode and statistics of the model do not change.
     """
     made_by: dict[int, str] = {}
     keep: list[Tensor] = []  # an id is only unique while its tensor lives
     found: dict[str, nn.BatchNorm2d] = {}
-    handles = []
 
-    def after(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            keep.append(output)
-            made_by[id(output)] = name
+    def after(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        keep.append(output)
+        made_by[id(output)] = name
 
-        return hook
+    def before(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
+        if id(inputs[0]) in made_by:
+            found[made_by[id(inputs[0])]] = norm
 
-    def before(norm: nn.BatchNorm2d) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if id(inputs[0]) in made_by:
-                found[made_by[id(inputs[0])]] = norm
-
-        return hook
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            handles.append(module.register_forward_hook(after(name)))
-        elif isinstance(module, nn.BatchNorm2d):
-            handles.append(module.register_forward_pre_hook(before(module)))
-    try:
-        with torch.no_grad(), running_statistics(model):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad(), running_statistics(model):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                hooks.enter_context(module.register_forward_hook(partial(after, name)))
+            elif isinstance(module, nn.BatchNorm2d):
+                hooks.enter_context(module.register_forward_pre_hook(before))
+        model(example)
     return found

@@ -1,6 +1,7 @@
 """Finds the training methods by name and builds them from a recipe.
 
-A method is a module of this package with a constant ``METHOD`` (:class:`.method.MethodEntry`).
+A method is a module of this package with its own subclasses of :class:`robustq.recipe.schema.MethodSettings` and
+:class:`.method.Method`.
 """
 
 from __future__ import annotations
@@ -10,30 +11,22 @@ import pkgutil
 from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import nn
-
 from robustq.data import SIDES, usual_augment
 from robustq.errors import UsageError
 from robustq.hardening import methods
-from robustq.hardening.methods.method import CrossEntropy, Method, MethodContext, MethodEntry, Teacher
+from robustq.hardening.methods.method import Method, MethodContext
 from robustq.recipe import Recipe
-from robustq.recipe.schema import check_settings
+from robustq.recipe.schema import MethodSettings, check_settings
 
+SETTINGS: dict[str, type[MethodSettings]] = {}  # name -> the dataclass of the method's own table in a recipe
+METHODS: dict[str, type[Method]] = {}  # name -> method, of those that train
 
-def _find_methods() -> dict[str, MethodEntry]:
-    modules = (
-        importlib.import_module(f"{methods.__name__}.{one.name}") for one in pkgutil.iter_modules(methods.__path__)
-    )
-    entries = (getattr(module, "METHOD", None) for module in modules)
-    return {entry.settings.method: entry for entry in entries if isinstance(entry, MethodEntry)}
-
-
-METHODS = _find_methods()
-"""Name -> method, ``ptq`` included, which does not train."""
-
-SETTINGS: dict[str, type] = {name: entry.settings for name, entry in METHODS.items()}
-"""Name -> the dataclass of the method's own table in a recipe."""
+for _found in pkgutil.iter_modules(methods.__path__):
+    _module = importlib.import_module(f"{methods.__name__}.{_found.name}")
+    _own = [kind for kind in vars(_module).values() if isinstance(kind, type) and kind.__module__ == _module.__name__]
+    for _settings in [kind for kind in _own if issubclass(kind, MethodSettings)]:
+        SETTINGS[_settings.method] = _settings
+        METHODS.update((_settings.method, kind) for kind in _own if issubclass(kind, Method))
 
 
 def resolved_settings(recipe: Recipe) -> dict[str, Any]:
@@ -51,48 +44,21 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     # One bit width applies to both.
     values["weight_bits"] = recipe.weight_bits or recipe.act_bits
     values["act_bits"] = recipe.act_bits or recipe.weight_bits
-    if recipe.data in SIDES and METHODS[recipe.method].build is not None:
+    if recipe.data in SIDES and recipe.trains:
         usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
         values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
         values["flip"] = usual.flip if recipe.flip is None else recipe.flip
     return values
 
 
-def build_method(
-    recipe: Recipe,
-    model: nn.Module,
-    *,
-    epsilon: float,
-    image_shape: tuple[int, int, int],
-    samples: int,
-    device: torch.device,
-    seed: int,
-    teacher: Teacher | None = None,
-) -> Method:
-    """The method that ``recipe`` names, for ``model``.
-
-    Args:
-        recipe: checked recipe.
-        model, epsilon, image_shape, samples, device, teacher: see :class:`.method.MethodContext`.
-        seed: of the method's own random draws.
+def build_method(recipe: Recipe, context: MethodContext) -> Method:
+    """The method that ``recipe`` names.
 
     Raises:
         RecipeError: an invalid value in the method's own table.
         UsageError: ``rslad`` without a teacher, or a method that does not train.
     """
     settings = check_settings(recipe.settings, SETTINGS[recipe.method], table=recipe.method)
-    build = METHODS[recipe.method].build
-    if build is None:
+    if recipe.method not in METHODS:
         raise UsageError(f"method '{recipe.method}' does not train; it has no batches to build it for")
-    context = MethodContext(
-        model=model,
-        epsilon=epsilon,
-        batch_size=recipe.batch_size,
-        image_shape=image_shape,
-        samples=samples,
-        device=device,
-        generator=torch.Generator().manual_seed(seed),
-        cross_entropy=CrossEntropy(recipe.label_smoothing),
-        teacher=teacher,
-    )
-    return build(context, settings)
+    return METHODS[recipe.method](context, settings)

@@ -23,7 +23,6 @@ from robustq.hardening.methods.method import (
     AdversarialTraining,
     LossOutput,
     MethodContext,
-    MethodEntry,
     attack_generation,
 )
 from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, choice, number, path, size
@@ -37,8 +36,7 @@ BATCH = 500
 class OnlineTeacher:
     """Gets the augmented images that the student gets: one forward pass of the teacher for each batch.
 
-    Args:
-        network: on the device of the batches; set to eval mode.
+    ``network`` is on the device of the batches, and is set to eval mode.
     """
 
     passes = 1
@@ -66,10 +64,8 @@ class CachedTeacher:
     each class of each training image (CIFAR-10: 1.8 MB, ImageNet: 5.1 GB), on the device.
 
     Args:
-        network: on ``device``; set to eval mode.
-        split: the training images.
-        mirrored: whether training flips them.
-        device: where the network and the batches are.
+        network: on ``device``, as the batches; set to eval mode.
+        split: the training images, which are ``mirrored`` if training flips them.
     """
 
     passes = 0
@@ -120,6 +116,8 @@ class RsladSettings(MethodSettings):
     """
 
     method = "rslad"
+    reads_labels = False
+    needs_teacher = True
 
     teacher: str = path()
     teacher_sees: str = choice("augmented", ("augmented", "original"))
@@ -192,6 +190,3 @@ class Rslad(AdversarialTraining):
                 f"{self.settings.teacher}: is not the teacher any more that the run began with; put that file back"
             )
         super().load_state_dict(state)
-
-
-METHOD = MethodEntry(RsladSettings, Rslad)

@@ -1,15 +1,16 @@
-"""Settings of training methods: dataclasses whose fields declare their ranges and choices."""
+"""Fields of training methods' settings, which declare their ranges and choices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from robustq.errors import RecipeError, UsageError
+from robustq.errors import UsageError
 from robustq.recipe import parse_epsilon
+from robustq.recipe.schema import MethodSettings as MethodSettings
 from robustq.recipe.schema import number_errors, shown, unknown_value
 
 BATCH_NORM_MODES = ("eval", "train", "separate")
@@ -28,66 +29,44 @@ def number(default: float, *, low: float, high: float, integer: bool = False, ab
 
 def size(default: str | float, *, words: tuple[str, ...] = (), least: float = 0.0) -> Any:
     """A settings field: one of ``words``, or a length such as ``2/255``, over 0 and at least ``least``."""
-    return _checked(default, partial(_size_errors, words=words, least=least))
+
+    def errors(key: str, value: str | float) -> list[str]:
+        if value in words:
+            return []
+        alternatives = "".join(f"'{word}' or " for word in words)
+        try:
+            found = parse_epsilon(value)
+        except UsageError:
+            return [f"{key} = {shown(value)} is not {alternatives}a number from 0 to 1, such as 2/255"]
+        # 1e-7: float32 images cannot resolve less.
+        if found == 0.0 or found < least - 1e-7:
+            wanted = f"at least {round(least * 255)}/255" if least else "over 0"
+            return [f"{key} = {shown(value)} must be {alternatives}{wanted}"]
+        return []
+
+    return _checked(default, errors)
 
 
 def choice(default: str, known: Sequence[str], *, positive_number: bool = False) -> Any:
     """A settings field: one of the ``known`` words, or a positive number if that is allowed."""
-    return _checked(default, partial(_choice_errors, known=known, positive_number=positive_number))
+
+    def errors(key: str, value: object) -> list[str]:
+        if positive_number and isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
+            return []
+        return [] if value in known else [unknown_value(key, value, known)]
+
+    return _checked(default, errors)
 
 
 def path() -> Any:
     """A settings field: the path of a file; empty: none."""
-    return _checked("", _path_errors)
+    return _checked("", lambda key, value: [] if isinstance(value, str) else [f"{key} = {shown(value)} is not a path"])
 
 
 def _checked(default: Any, errors: Callable[[str, Any], list[str]]) -> Any:
     return field(default=default, metadata={"errors": errors})
 
 
-def _choice_errors(key: str, value: object, *, known: Sequence[str], positive_number: bool) -> list[str]:
-    if positive_number and isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf:
-        return []
-    return [] if value in known else [unknown_value(key, value, known)]
-
-
-def _path_errors(key: str, value: object) -> list[str]:
-    return [] if isinstance(value, str) else [f"{key} = {shown(value)} is not a path"]
-
-
-def _size_errors(key: str, value: str | float, *, words: tuple[str, ...], least: float) -> list[str]:
-    if value in words:
-        return []
-    alternatives = "".join(f"'{word}' or " for word in words)
-    try:
-        found = parse_epsilon(value)
-    except UsageError:
-        return [f"{key} = {shown(value)} is not {alternatives}a number from 0 to 1, such as 2/255"]
-    # 1e-7: float32 images cannot resolve less.
-    if found == 0.0 or found < least - 1e-7:
-        wanted = f"at least {round(least * 255)}/255" if least else "over 0"
-        return [f"{key} = {shown(value)} must be {alternatives}{wanted}"]
-    return []
-
-
 def bn_mode(default: str) -> Any:
     """A settings field: BatchNorm's mode during attack generation, one of :data:`BATCH_NORM_MODES`."""
     return choice(default, BATCH_NORM_MODES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """A method's own table of a recipe; its fields are checked as :func:`number`, :func:`size`, :func:`choice` say.
-
-    Raises:
-        RecipeError: with all invalid values.
-    """
-
-    method: ClassVar[str]
-    """The method's name in a recipe, which is also the name of its table."""
-
-    def __post_init__(self) -> None:
-        checks = [(entry.name, entry.metadata["errors"]) for entry in fields(self) if "errors" in entry.metadata]
-        found = [error for name, errors in checks for error in errors(f"{self.method}.{name}", getattr(self, name))]
-        if found:
-            raise RecipeError("; ".join(found))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustq.attacks import tpgd
 from robustq.attacks.losses import kl
-from robustq.hardening.methods.method import AdversarialTraining, LossOutput, MethodEntry, attack_generation
+from robustq.hardening.methods.method import AdversarialTraining, LossOutput
 from robustq.hardening.methods.settings import AUTO, MethodSettings, bn_mode, number, size
 from robustq.recipe import parse_epsilon
 
@@ -53,17 +53,8 @@ class Trades(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """TPGD inside the ball and inside [0, 1]."""
-        with attack_generation(self.model, self.settings.batch_norm):
-            return tpgd(
-                self.model,
-                x,
-                y,
-                epsilon=self.epsilon,
-                step_size=self.step_size(),
-                steps=int(self.settings.steps),
-                start=parse_epsilon(self.settings.start_size),
-                generator=self.generator,
-            )
+        steps, start = int(self.settings.steps), parse_epsilon(self.settings.start_size)
+        return self.generate(tpgd, x, y, step_size=self.step_size(), steps=steps, start=start)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
         """Both terms, differentiated through both forward passes; in train mode each batch has its own statistics."""
@@ -71,6 +62,3 @@ class Trades(AdversarialTraining):
         logits = self.model(x_adv)
         task = self.cross_entropy(clean_logits, y)
         return LossOutput.of(task, logits, weight=self.settings.kl_weight, kl=kl(logits, clean_logits).mean())
-
-
-METHOD = MethodEntry(TradesSettings, Trades)
