@@ -62,7 +62,7 @@ def check_attackable(path: Path) -> Path:
                 f"{path}: is a run folder, not an export folder; give the model in it: {path / 'best.pt'}"
             )
         return path
-    return check_export_folder(path) if path.suffix == ".onnx" and path.exists() else check_model_file(path)
+    return check_model_file(path)
 
 
 PARTIAL = ".partial"

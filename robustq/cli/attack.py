@@ -26,7 +26,7 @@ from robustq.errors import UsageError
 @with_groups
 def attack(
     *,
-    model: Annotated[Path, typer.Argument(help="A .pt of robustq, or an export folder.")],
+    model: Annotated[Path, typer.Argument(help="A .pt of robustq, an export folder or an .onnx.")],
     suite: Annotated[
         str,
         typer.Option(
@@ -55,6 +55,11 @@ def attack(
     save_adversarial: Annotated[
         Path | None, rare(help="New .npz for the adversarial images. Default: next to --out.")
     ] = None,
+    pixels: Annotated[
+        str | None,
+        rare("--input", metavar="RANGE", help="Pixels of an .onnx: unit, uint8, imagenet or MEAN/STD."),
+    ] = None,
+    layout: Annotated[str | None, rare(help="Layout of an .onnx: nchw or nhwc.")] = None,
     compiled: Annotated[
         bool,
         rare(
@@ -66,11 +71,12 @@ def attack(
 ) -> None:
     """Measure accuracy under attack and check for gradient masking.
 
-    An export folder is judged on its deployed file, a .pt in PyTorch.
+    An export folder and an .onnx are judged in onnxruntime, a .pt in PyTorch.
 
     Examples:
       robustq attack export-out/resnet20-w4a4-odgq-integer
       robustq attack model.pt --suite full --epsilon 8/255 --out found.json
+      robustq attack theirs.onnx --data cifar10 --input unit
     """
     from robustq.files import check_attackable, check_model_file, check_new
     from robustq.report.text import attack_lines
@@ -104,6 +110,8 @@ def attack(
             train_surrogates=not no_surrogates,
             save_adversarial=save_adversarial,
             compiled=compiled,
+            pixels=pixels,
+            layout=layout,
             **keywords,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,11 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from robustq.attacks.base import Model
+from robustq.attacks.feature_space import Features
 from robustq.export.session import open_session, session_options
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH
-from robustq.twin.inputs import ImageForm, find_form
-from robustq.twin.network import Twin, load_twin
+from robustq.twin.inputs import ImageForm
+from robustq.twin.network import Twin
 
 _SAME, _MANY = 1e-3, 1e-2
 
@@ -45,17 +46,15 @@ class TwinOnImages(nn.Module):
         others = [rule for rule in RULES if rule != STRAIGHT_THROUGH] if self.twin.quantizes else []
         return {first: self, **{rule: self.under_rule(rule) for rule in others}}
 
-    def logits_and_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the output of the last global pooling."""
-        assert self.feature is not None
-        logits, features = self.twin.values(self.form.apply(x), [self.twin.graph.output, self.feature])
-        return logits, features
-
     @property
-    def feature(self) -> str | None:
-        """Name of the output of the last global pooling, if there is one."""
+    def features(self) -> Features | None:
+        """Images -> logits, and the output of the last global pooling; None without one."""
         found = [node.outputs[0] for node in self.twin.nodes if node.operator in POOLINGS]
-        return found[-1] if found else None
+        return partial(self._with_feature, name=found[-1]) if found else None
+
+    def _with_feature(self, x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+        logits, feature = self.twin.values(self.form.apply(x), [self.twin.graph.output, name])
+        return logits, feature.flatten(1)
 
 
 class Judge:
@@ -78,28 +77,6 @@ class Judge:
         images = images.to(torch.uint8) if self._integers else images
         batches = torch.split_with_sizes(images, [1] * len(images)) if self._form.single else [images]
         return torch.cat([torch.from_numpy(self._session.run(None, {self._name: one.numpy()})[0]) for one in batches])
-
-
-@dataclass(frozen=True)
-class DeployedFile:
-    """An .onnx file alone, ready to be attacked."""
-
-    path: Path
-    form: ImageForm
-    twin: TwinOnImages
-    judge: Judge
-
-
-def open_deployed(path: Path, *, pixels: str | None = None, layout: str | None = None) -> DeployedFile:
-    """Open an .onnx file that anybody may have made; options as of :func:`robustq.twin.inputs.find_form`.
-
-    Raises:
-        ModelFileError: the file cannot be read or computed.
-        UsageError: its input form is not known.
-    """
-    twin = load_twin(path)
-    form = find_form(path, twin.graph, pixels=pixels, layout=layout)
-    return DeployedFile(path, form, TwinOnImages(twin, form).eval(), Judge(path, form))
 
 
 @torch.no_grad()

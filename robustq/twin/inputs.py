@@ -16,7 +16,8 @@ from robustq.twin.graph import Graph
 
 LAYOUTS = ("nchw", "nhwc")
 _CHANNELS = (1, 3, 4)
-_OURS = "robustq.spec"
+SPEC = "robustq.spec"
+"""Metadata of a file of robustq: its spec. Such a file takes [0, 1] as float, or uint8."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def find_form(path: Path, graph: Graph, *, pixels: str | None = None, layout: st
     if height is not None and width is not None and height != width:
         raise ModelFileError(f"{path}: takes images of {height} x {width} pixels; only square images are supported")
     integers = graph.input_type == TensorProto.UINT8
-    if pixels is None and not integers and _OURS not in graph.metadata:
+    if pixels is None and not integers and SPEC not in graph.metadata:
         raise UsageError(
             f"{path}: does not say how it takes pixels; add --input unit ([0, 1]), uint8 (0 to 255), imagenet or "
             "MEAN/STD, as it was trained"

@@ -13,6 +13,8 @@ from robustq.twin.graph import MAX_ELEMENTS, Node
 
 MICROSOFT = "com.microsoft."
 QONNX = "qonnx.custom_op.general."
+DIALECTS = (QONNX, "onnx.brevitas.")
+"""Domains that onnxruntime does not have."""
 
 
 @dataclass(frozen=True)

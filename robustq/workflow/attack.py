@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import wilson_interval
+from robustq.evaluation.accuracy import predict, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
+from robustq.evaluation.flags import TWIN_SHARE
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.robust_accuracy import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite
@@ -31,10 +32,13 @@ from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
+from robustq.twin.deployed import TwinOnImages, first_difference
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
 from robustq.workflow.surrogates import OtherNetworks
+
+ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
 
 WORTH_COMPILING = 300.0
 """Seconds of an eager attack on a CPU that deserve the hint at --compile: compiling takes about a quarter of them and
@@ -87,13 +91,16 @@ def attack_model(
     own_model: str | None = None,
     skip_bad_images: bool = False,
     compiled: bool = False,
+    pixels: str | None = None,
+    layout: str | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> RobustnessResult:
-    """Attack a model file, or the deployed file of an export folder.
+    """Attack a model file, the deployed file of an export folder, or any .onnx classifier of images.
 
     Args:
-        model: a .pt of robustq, or an export folder: attack generation uses its model.pt, its .onnx is the judge.
+        model: a .pt of robustq, or an export folder: attack generation uses its model.pt, its .onnx is the judge. Or an
+            .onnx alone, which onnxruntime judges, and whose differentiable twin (docs/twin.md) gives the gradients.
         suite: a key of :data:`robustq.evaluation.suites.SUITES`.
         epsilon: radius; None: as the model was trained, else 8/255.
         epsilons: more radii for an accuracy curve, without masking checks.
@@ -106,7 +113,10 @@ def attack_model(
         save_adversarial: new .npz file for the adversarial images.
         own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
-        compiled: compile attack generation; the final count never uses compiled code.
+        compiled: compile attack generation; the final count never uses compiled code. Not of a lone .onnx.
+        pixels: range in which a lone .onnx takes pixels: ``unit`` ([0, 1]), ``uint8`` (0 to 255), ``imagenet`` or
+            ``MEAN/STD``; None: as the file says.
+        layout: of a lone .onnx, ``nchw`` or ``nhwc``; None: as its shape says.
         seed: of everything random.
         device: ``cpu``, ``cuda``; None: a GPU if there is one.
 
@@ -121,11 +131,15 @@ def attack_model(
     if save_adversarial is not None:
         check_new(save_adversarial)
     place = pick_device(device)
-    opened = open_attackable(model, own_model=own_model, device=place)
+    opened = open_attackable(model, own_model=own_model, device=place, data=data, pixels=pixels, layout=layout)
+    if compiled and opened.network is None:
+        raise UsageError(f"{opened.path}: --compile is for the network of a model.pt; leave it out")
     if compiled:
         check_compiler(place)  # before networks are trained for the attack
     loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
+    if opened.network is None:
+        _check_answers(opened, x, y)
     radius = radius_of(opened.spec, epsilon)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
@@ -150,7 +164,7 @@ def attack_model(
     result = RobustnessResult(
         model=opened.path.absolute(),
         judge=opened.judge_name,
-        label=opened.spec.label,
+        label=opened.label,
         data=loaded.name,
         suite=suite,
         seed=seed,
@@ -166,6 +180,28 @@ def attack_model(
     if save_adversarial is not None:
         _adversarial_images(result, x, y, loaded).save(save_adversarial)
     return result
+
+
+def _check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
+    """Compare a lone file with its twin, and with the labels.
+
+    Raises:
+        UsageError: it is right no more often than by chance, so that its input form or its classes are not as assumed.
+    """
+    place = evenly_spaced(len(x), ANSWERS)
+    images, labels = to_float(x[place]), y[place]
+    answers = predict(opened.judge, images, batch_size=100)
+    right = int((answers == labels).sum())
+    if wilson_interval(right, len(labels))[0] <= 1.0 / opened.spec.classes:
+        raise UsageError(
+            f"{opened.path}: {right} of {len(labels)} answers are right, no more than by chance; check --input, "
+            "--layout, --data and the order of its classes"
+        )
+    device = next(opened.gradient_model.buffers(), labels).device
+    same = float((predict(opened.gradient_model, images.to(device), batch_size=100).cpu() == answers).float().mean())
+    note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
+    if same < 1.0 - TWIN_SHARE and opened.deployed is not None and isinstance(opened.gradient_model, TwinOnImages):
+        note(f"twin    first difference: {first_difference(opened.path, opened.gradient_model, images[:8])}")
 
 
 @contextmanager
@@ -217,11 +253,11 @@ def _add_networks(
     others = {str(path): networks.load(path) for path in surrogates}
     natural = None if control is None else networks.load(control)
     if train and suite.transfers:
-        others = others or networks.of_the_paper(opened.spec)
+        others = others or networks.of_the_paper(opened.control_spec)
     elif train:
         others |= networks.requantized(opened)
         if natural is None:
-            trained = networks.natural(opened.spec)
+            trained = networks.natural(opened.control_spec)
             others |= trained
             (natural,) = trained.values()
     return replace(opened.target(), surrogates=others, control=natural)

@@ -99,7 +99,7 @@ def replay_pictures(
     return ReplayResult(
         model=opened.path.absolute(),
         judge=opened.judge_name,
-        label=opened.spec.label,
+        label=opened.label,
         data=images.data,
         file_failures=tuple(opened.failures),
         replayed=file.absolute(),

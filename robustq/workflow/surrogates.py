@@ -24,7 +24,7 @@ from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note, only_notes
 from robustq.report.text import duration
-from robustq.workflow.open_model import OpenedModel, frozen
+from robustq.workflow.open_model import LARGE, OpenedModel, frozen
 from robustq.workflow.resume import resume_run
 from robustq.workflow.setup import check_fit
 from robustq.workflow.train import train_model
@@ -32,7 +32,6 @@ from robustq.workflow.train import train_model
 SURROGATES = RUNS / "surrogates"
 SEED = 1000  # of the trained networks; unlikely to be that of the user's model
 EPOCHS, IMAGES = 10, 10_000
-LARGE = 64  # image side above which the second architecture is one for photographs
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ class OtherNetworks:
         """The network under attack without quantizers, and at 8 bits where it has fewer; with the same weights,
         untrained.
 
-        None of a float network, nor of a binary one, whose weights mean nothing at another width.
+        None of a lone .onnx, of a float network, nor of a binary one, whose weights mean nothing at another width.
         """
         spec = opened.spec
-        if spec.widths.is_float or spec.widths.is_binary:
+        if opened.network is None or spec.widths.is_float or spec.widths.is_binary:
             return {}
         made: dict[str, nn.Module] = {}
         for name, bits in (("its float twin", FLOAT_BITS), ("its 8-bit twin", 8)):
