@@ -47,7 +47,7 @@ class Twin(nn.Module):
         known = {name: to_tensor(values) for name, values in graph.constants.items()}
         nodes: list[Node] = []
         with torch.no_grad():
-            for node in _with_code_bounds(graph):
+            for node in _for_batches(_with_code_bounds(graph), graph):
                 if node.operator != "Shape" and all(name in known for name in node.inputs if name):
                     known |= _run(node, [known.get(name) for name in node.inputs], rule)
                 else:
@@ -145,6 +145,16 @@ def _run(node: Node, inputs: list[Tensor | None], rule: str) -> dict[str, Tensor
         raise ModelFileError(f"{node} cannot be computed ({first})") from error
     outputs = found if isinstance(found, tuple) else (found,)
     return {name: value for name, value in zip(node.outputs, outputs, strict=False) if name}
+
+
+def _for_batches(nodes: list[Node], graph: Graph) -> list[Node]:
+    """The nodes of a file that takes one image at a time, whose Reshape then takes any number of images."""
+    if graph.input_shape[:1] != (1,):
+        return nodes
+    return [
+        replace(node, attributes={**node.attributes, "single": True}) if node.operator == "Reshape" else node
+        for node in nodes
+    ]
 
 
 def _with_code_bounds(graph: Graph) -> list[Node]:

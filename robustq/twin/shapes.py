@@ -71,6 +71,8 @@ def reshape(call: Call, x: Tensor, shape: Tensor | None = None) -> Tensor:
     wanted = list(call.get("shape", [])) if shape is None else numbers(shape)
     if not call.get("allowzero", 0):
         wanted = [x.shape[place] if size == 0 else size for place, size in enumerate(wanted)]
+    if call.get("single", False) and wanted[:1] == [1] and len(x) != 1:
+        wanted[0] = len(x)
     return x.reshape(wanted)
 
 
