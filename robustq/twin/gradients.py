@@ -77,7 +77,10 @@ def to_codes(x: Tensor, *, lowest: float, highest: float, zero_point: Tensor | f
 
 def clip_codes(x: Tensor, lowest: float, highest: float, rule: str) -> Tensor:
     """Codes clipped to fewer; only under straight-through with a derivative of 0 outside."""
-    return x.clamp(lowest, highest) if rule == STRAIGHT_THROUGH else rounded(x, x.detach().clamp(lowest, highest))
+    with torch.no_grad():
+        value = x.clamp(lowest, highest)
+        inside = (value == x).to(x.dtype) if rule == STRAIGHT_THROUGH else None
+    return _replaced(x, value, inside) if _recorded(x) else value
 
 
 def rounded(x: Tensor, value: Tensor) -> Tensor:

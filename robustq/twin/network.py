@@ -158,7 +158,7 @@ def _for_batches(nodes: list[Node], graph: Graph) -> list[Node]:
 
 
 def _with_code_bounds(graph: Graph) -> list[Node]:
-    """The nodes, where a QuantizeLinear knows the bounds of the Clip that alone reads its codes.
+    """The nodes, where a QuantizeLinear has taken over the Clip that alone reads its codes.
 
     Quantizers of fewer bits than their type are written so. One node that knows its true codes has the gradient of the
     quantizer under every rule.
@@ -166,7 +166,7 @@ def _with_code_bounds(graph: Graph) -> list[Node]:
     readers = Counter(name for node in graph.nodes for name in node.inputs)
     made_by = {name: place for place, node in enumerate(graph.nodes) for name in node.outputs}
     nodes = list(graph.nodes)
-    for node in graph.nodes:
+    for place, node in enumerate(graph.nodes):
         source = made_by.get(node.inputs[0]) if node.operator == "Clip" and node.inputs else None
         if source is None or nodes[source].operator != "QuantizeLinear" or readers[node.inputs[0]] != 1:
             continue
@@ -176,4 +176,5 @@ def _with_code_bounds(graph: Graph) -> list[Node]:
         lowest, highest = (float(bound.reshape(-1)[0]) for bound in bounds if bound is not None)
         known = {**nodes[source].attributes, "lowest": lowest, "highest": highest}
         nodes[source] = replace(nodes[source], attributes=known)
+        nodes[place] = replace(node, operator="Identity", inputs=node.inputs[:1])
     return nodes

@@ -1,4 +1,5 @@
 """Model loading for attacks: judge and differentiable network of a model file, an export folder or a lone .onnx."""
+
 from __future__ import annotations
 
 import json
