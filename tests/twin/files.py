@@ -62,7 +62,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Batches of 16 images."""
 
     def __init__(self, x: Tensor) -> None:
-        self._rest: Iterator[Tensor] = iter(x.split(16))
+        self._rest: Iterator[Tensor] = iter([x[start : start + 16] for start in range(0, len(x), 16)])
 
     def get_next(self) -> dict[str, Any] | None:
         """The next batch."""

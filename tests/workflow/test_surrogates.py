@@ -73,6 +73,7 @@ def test_training_that_was_stopped_goes_on(cheap: Path, digits_w4a4: Path, monke
 
 def test_twins_share_the_weights_at_other_widths(digits_w4a4: Path, digits_float: Path) -> None:
     data, model = load_dataset("digits"), opened(digits_w4a4)
+    assert model.network is not None
     found = surrogates.OtherNetworks(data, None, CPU).requantized(model)
     assert list(found) == ["its float twin", "its 8-bit twin"]
     for network in found.values():
