@@ -186,6 +186,14 @@ def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:
     return {"weight_quant": FoldedWeightQuant if folded else WeightQuant, "weight_bit_width": bits}
 
 
+def same_shape(layer: Any, layer_type: Any, **options: Any) -> Any:
+    """A ``layer_type`` of the shape of a convolution or linear layer, with fresh weights."""
+    if isinstance(layer, nn.Linear):
+        return layer_type(layer.in_features, layer.out_features, **options)
+    options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return layer_type(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+
+
 def plain(x: Tensor) -> Tensor:
     """The tensor inside a Brevitas QuantTensor (sums and pooling need no scale), or ``x`` itself."""
     value: Tensor = getattr(x, "value", x)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
-from robustq.models.layers import weight_quantizer
+from robustq.models.layers import same_shape, weight_quantizer
 from robustq.models.quant.folded_layers import BiasQuant, FixedScaling
 from robustq.models.quant.quantizers import learned_thresholds
 
@@ -71,13 +71,8 @@ def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
 def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
     """A new layer of the same type with the same weights."""
     folded = isinstance(layer.weight_quant.tensor_quant.scaling_impl, FixedScaling)
-    options = {"bias": layer.bias is not None, "bias_quant": BiasQuant if folded else None}
-    options |= weight_quantizer(bits, folded=folded)
-    if isinstance(layer, qnn.QuantLinear):
-        made: Any = type(layer)(layer.in_features, layer.out_features, **options)
-    else:
-        options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        made = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+    options = {"bias_quant": BiasQuant if folded else None, **weight_quantizer(bits, folded=folded)}
+    made = same_shape(layer, type(layer), bias=layer.bias is not None, **options)
     with torch.no_grad():
         made.weight.copy_(layer.weight)
         if layer.bias is not None:
