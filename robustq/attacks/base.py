@@ -24,6 +24,9 @@ PerImage = TypeVar("PerImage")
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) float in [0, 1] -> logits (N, K) float. An nn.Module is one."""
 
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(logits (n, K), their rows in the batch (n,) int64) -> losses (n,)."""
+
 
 class Counted(Generic[Answer]):
     """A model that counts its queries and gradients per image; its answers are those of the model inside.
@@ -50,11 +53,7 @@ class Counted(Generic[Answer]):
         self._rows = torch.arange(images)
 
     def __call__(self, x: Tensor) -> Answer:
-        """(n, C, H, W) -> the model's answer; n is N, or the number of rows given to `for_rows`.
-
-        Raises:
-            UsageError: another number of images.
-        """
+        """(n, C, H, W) -> the model's answer; UsageError unless n is N, or the number of rows given to `for_rows`."""
         if len(x) != len(self._rows):
             raise UsageError(
                 f"the model got {len(x)} images and counts {len(self._rows)}; an attack that drops images from its "
@@ -83,12 +82,7 @@ def model_for(model: Callable[[Tensor], Answer], rows: Tensor) -> Callable[[Tens
 
 
 class LossAndGradient(NamedTuple):
-    """The result of one forward and backward pass; all detached.
-
-    gradient: (N, C, H, W), of each image's loss with respect to that image.
-    losses: (N,).
-    logits: (N, K).
-    """
+    """One pass, detached: the gradient (N, C, H, W) of each image's loss, the losses (N,), and the logits (N, K)."""
 
     gradient: Tensor
     losses: Tensor
@@ -136,12 +130,13 @@ def input_gradients(
         yield LossAndGradient(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
 
 
-def check_settings(*, epsilon: float, **counts: int) -> None:
-    """Check settings that attacks share.
+def gradient_of_rows(model: Model, rows: Tensor, x: Tensor, objective: Objective) -> LossAndGradient:
+    """`input_gradient` for images x (n, C, H, W) that are some rows (n,) of the batch."""
+    return input_gradient(model_for(model, rows), x, lambda logits: objective(logits, rows))
 
-    Raises:
-        UsageError: epsilon outside [0, 1], or one of the counts (steps, restarts, queries ...) below 1.
-    """
+
+def check_settings(*, epsilon: float, **counts: int) -> None:
+    """Raise UsageError for epsilon outside [0, 1], or one of the counts (steps, restarts, queries ...) below 1."""
     check_epsilon(epsilon)
     for name, count in counts.items():
         if count < 1:
@@ -201,15 +196,9 @@ class AttackState:
 
     @torch.no_grad()
     def record(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
-        """Record adversarial images and the model's answers to them.
+        """Record adversarial images (n, C, H, W) inside the ball, and the model's answers to them, logits (n, K).
 
-        Args:
-            rows: (n,) int64 of the batch, each at most once.
-            x_adv: (n, C, H, W), inside the ball.
-            logits: (n, K).
-
-        Returns:
-            (n,) bool, the rows to continue with.
+        ``rows`` are (n,) int64 of the batch, each at most once. Returns (n,) bool, the rows to continue with.
         """
         margins = _margins(logits, self.y[rows])
         breaks = self._breaks(rows, x_adv, logits)
@@ -229,24 +218,17 @@ class AttackState:
         self.margins[rows[~self.broken[rows]]] = -torch.inf
         self.record(rows, x_adv, self.query(rows, x_adv))
 
-    def model_for(self, rows: Tensor) -> Model:
-        """The model for these rows (see the function of this name)."""
-        return model_for(self.model, rows)
-
     @torch.no_grad()
     def query(self, rows: Tensor, images: Tensor) -> Tensor:
-        """The model's logits (n, K) for images (n, C, H, W), without gradient.
-
-        They are moved to the device of the images: a judge outside PyTorch answers on the CPU.
-        """
-        return self.model_for(rows)(images).to(self.x.device)
+        """The model's logits (n, K) for images (n, C, H, W), without gradient, on the device of the images."""
+        # A judge outside PyTorch answers on the CPU.
+        return model_for(self.model, rows)(images).to(self.x.device)
 
     def _breaks(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
         wrong = misclassified(logits, self.y[rows])
-        if self.criterion is None or not bool(wrong.any()):
-            return wrong
-        candidates = wrong.clone()
-        wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
+        if self.criterion is not None and bool(wrong.any()):
+            candidates = wrong.clone()
+            wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
         return wrong
 
 

@@ -21,18 +21,15 @@ from robustq.attacks.ball import LEVEL_TOLERANCE, project, uniform_start
 from robustq.attacks.base import (
     AttackState,
     Criterion,
-    LossAndGradient,
     Model,
+    Objective,
     check_settings,
-    input_gradient,
+    gradient_of_rows,
     misclassified,
 )
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy, kl, rescaled_cross_entropy
 from robustq.errors import UsageError
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits (n, K), their rows in the batch (n,) int64) -> losses (n,)."""
 
 Record = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows (n,), x_adv (n, C, H, W), logits (n, K)) -> (n,) bool, the rows to continue with."""
@@ -53,7 +50,7 @@ def default_step(step_size: float | None, *, epsilon: float, steps: int) -> floa
 
 
 def sign_ascent(
-    model_for: Callable[[Tensor], Model],
+    model: Model,
     x: Tensor,
     start: Tensor,
     objective: Objective,
@@ -67,7 +64,7 @@ def sign_ascent(
     """x_{t+1} = project(x_t + step_size * sign(grad_x objective(h(x_t)))), from x_0 = `start`.
 
     Args:
-        model_for: rows -> the model h for these images.
+        model: h.
         x: (N, C, H, W), the clean images of the whole batch.
         start: (n, C, H, W), for each of the rows.
         rows: (n,) int64, the images to attack; default: all.
@@ -81,17 +78,13 @@ def sign_ascent(
     for _ in range(steps):
         if not len(rows):
             break
-        gradient, _, logits = _gradient_for(rows, model_for(rows), x_adv, objective)
+        gradient, _, logits = gradient_of_rows(model, rows, x_adv, objective)
         if record is not None:
             kept = record(rows, x_adv, logits)
             rows, x_adv, gradient = rows[kept], x_adv[kept], gradient[kept]
         clean = x if record is None else x[rows]
         x_adv = project(x_adv + step_size * gradient.sign(), clean, epsilon=epsilon)
     return rows, x_adv
-
-
-def _gradient_for(rows: Tensor, model: Model, x_adv: Tensor, objective: Objective) -> LossAndGradient:
-    return input_gradient(model, x_adv, lambda logits: objective(logits, rows))
 
 
 def fgsm(model: Model, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
@@ -134,7 +127,7 @@ def pgd(
     start = uniform_start(x, epsilon=epsilon, generator=generator) if random_start else x.detach()
     best = _BestIterate(y, loss) if keep_best else None
     rows, x_adv = sign_ascent(
-        lambda rows: model,
+        model,
         x,
         start,
         lambda logits, rows: loss(logits, y),
@@ -199,7 +192,7 @@ def tpgd(
     with torch.no_grad():
         clean_logits = model(x)
     _, x_adv = sign_ascent(
-        lambda rows: model,
+        model,
         x,
         project(uniform_start(x, epsilon=start, generator=generator), x, epsilon=epsilon),
         lambda logits, rows: kl(logits, clean_logits),
@@ -238,7 +231,7 @@ def pgd_plus_plus(
     rows = state.remaining
     start = uniform_start(state.x[rows], epsilon=epsilon, generator=generators.child("pgd++")[rows])
     rows, x_adv = sign_ascent(
-        state.model_for,
+        model,
         state.x,
         start,
         lambda logits, rows: loss(logits, y[rows]),

@@ -46,15 +46,12 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 # no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
 @torch.no_grad()
 def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The logits of all images; put the model into eval mode first.
+    """The logits of all images, (N, K) on the CPU; (0, 0) for no images. Put the model into eval mode first.
 
     Args:
         model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
         x: (N, C, H, W) float32 in [0, 1], on the device of the model.
         batch_size: images per call, at least 1.
-
-    Returns:
-        (N, K) on the CPU; (0, 0) for no images.
 
     Raises:
         UsageError: a batch size below 1, or a model that does not answer with one row of logits per image.
@@ -83,23 +80,18 @@ def top_classes(logits: Tensor) -> Tensor:
     """
     if len(logits) == 0:
         return torch.empty(0, dtype=torch.int64)
-    found = logits.argmax(dim=1)
-    found[logits.isnan().any(dim=1)] = -1
-    return found
+    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The class of each image as in :func:`top_classes`: (N,) int64 on the CPU.
-
-    Args, Raises: as for :func:`all_logits`.
-    """
+    """:func:`top_classes` of :func:`all_logits`: (N,) int64 on the CPU."""
     return top_classes(all_logits(model, x, batch_size=batch_size))
 
 
 def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
     """Whether each image is classified as its label y (N,) int64: (N,) bool on the CPU; NaN logits count as wrong.
 
-    Args, Raises: as for :func:`all_logits`; also if the numbers of images and labels differ.
+    Args, Raises: of :func:`all_logits`; also UsageError if the numbers of images and labels differ.
     """
     if len(x) != len(y):
         raise UsageError(f"{len(x)} images and {len(y)} labels; give one label per image")

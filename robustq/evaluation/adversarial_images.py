@@ -99,23 +99,22 @@ class AdversarialImages:
         for name, kind in _TYPES.items():
             if arrays[name].dtype.kind != np.dtype(kind).kind:
                 raise UsageError(f"{path}: {name} is {arrays[name].dtype}; {advice}")
-        count = len(arrays["x_adv"]) if arrays["x_adv"].ndim == 4 else 0
-        rows = [
-            len(arrays[name]) if arrays[name].ndim == 1 else -1 for name in ("labels", "places", "attack", "broken")
-        ]
-        epsilon = float(arrays["epsilon"]) if arrays["epsilon"].ndim == 0 else math.nan
-        if count == 0 or rows != [count] * 4 or not 0.0 <= epsilon <= 1.0 or not isinstance(about, dict):
+        x_adv, labels, indices, attack, broken, epsilon, data, clean_sha256, _ = arrays.values()
+        count = len(x_adv) if x_adv.ndim == 4 else 0
+        one_per_image = all(array.shape == (count,) for array in (labels, indices, attack, broken))
+        is_radius = epsilon.ndim == 0 and 0.0 <= epsilon <= 1.0
+        if count == 0 or not one_per_image or not is_radius or not isinstance(about, dict):
             raise UsageError(f"{path}: its arrays do not fit together; {advice}")
         return cls(
-            torch.from_numpy(arrays["x_adv"]),
-            torch.from_numpy(arrays["labels"].astype(np.int64)),
-            torch.from_numpy(arrays["places"].astype(np.int64)),
-            tuple(arrays["attack"].tolist()),
-            torch.from_numpy(arrays["broken"]),
-            epsilon,
-            str(arrays["data"]),
-            str(arrays["clean_sha256"]),
-            about,
+            x_adv=torch.from_numpy(x_adv),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+            indices=torch.from_numpy(indices.astype(np.int64)),
+            attack=tuple(attack.tolist()),
+            broken=torch.from_numpy(broken),
+            epsilon=float(epsilon),
+            data=str(data),
+            clean_sha256=str(clean_sha256),
+            about=about,
         )
 
 

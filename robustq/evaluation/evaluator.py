@@ -94,8 +94,8 @@ class Evaluator:
         """
         start = time.perf_counter()
         name = label or attack.name
-        kept = torch.ones(len(indices), dtype=torch.bool)
-        self._judge_queries = queries = steps = done = 0
+        kept = [torch.ones(0, dtype=torch.bool)]
+        self._judge_queries = queries = steps = 0
         with bar(f"attack: {name}", len(indices)) as progress:
             for batch in torch.split(indices, self.batch_size) if len(indices) else ():
                 counted = Counted(model, images=len(batch))
@@ -104,17 +104,15 @@ class Evaluator:
                     inputs["features"] = counted.sharing(features)
                 if surrogate is not None:
                     inputs["surrogates"] = [counted.sharing(surrogate)]
-                kept[done : done + len(batch)] = self._attack(attack, counted, batch, name, inputs)
-                done += len(batch)
+                kept.append(self._attack(attack, counted, batch, name, inputs))
                 progress.advance(len(batch))
                 queries += int(counted.queries.sum())
                 steps += int(counted.gradient_steps.sum())
-        self.robust[indices[~kept]] = False
         result = AttackResult(
             name=name,
             stage=stage or attack.stage,
             indices=indices,
-            kept=kept,
+            kept=torch.cat(kept),
             remaining=int(self.robust.sum()),
             queries=queries + self._judge_queries,
             gradient_steps=steps,
@@ -162,7 +160,7 @@ class Evaluator:
         rounded = round_to_uint8(x_adv, self.x[rows], epsilon=self.epsilon)
         logits = all_logits(self.judge, rounded, batch_size=self.batch_size)
         self._judge_queries += len(indices)
-        right = (top_classes(logits) == y) if len(indices) else torch.ones(0, dtype=torch.bool)
+        right = top_classes(logits) == y
         if self.classes < 2 or not len(indices):
             return right
         margins = margin(logits, y).nan_to_num(nan=torch.inf)

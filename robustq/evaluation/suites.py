@@ -11,23 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from robustq.attacks import (
-    apgd,
-    apgd_targeted,
-    bim,
-    fab_targeted,
-    feature_space,
-    fgsm,
-    gaussian_noise,
-    pgd,
-    pgd_plus_plus,
-    random_corners,
-    rays,
-    square,
-    tpgd,
-    transfer,
-    uniform_noise,
-)
+from robustq import attacks
 from robustq.attacks.base import Criterion, Model
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
@@ -82,18 +66,18 @@ PAPER_STEP = 4 / 255
 _PAPER_STEPS = {"step_size": PAPER_STEP, "steps": 20}
 
 PAPER: tuple[NamedAttack, ...] = (
-    NamedAttack("gn", gaussian_noise),
-    NamedAttack("fgsm", fgsm),
-    NamedAttack("pgd20", pgd, _PAPER_STEPS),
-    NamedAttack("bim20", bim, _PAPER_STEPS),
-    NamedAttack("tpgd20", tpgd, _PAPER_STEPS),
+    NamedAttack("gn", attacks.gaussian_noise),
+    NamedAttack("fgsm", attacks.fgsm),
+    NamedAttack("pgd20", attacks.pgd, _PAPER_STEPS),
+    NamedAttack("bim20", attacks.bim, _PAPER_STEPS),
+    NamedAttack("tpgd20", attacks.tpgd, _PAPER_STEPS),
 )
 """The white-box columns of Tables I, II and V, with the paper's budgets; on surrogates they are the columns "(B)"."""
 
 RECHECK: tuple[NamedAttack, ...] = (
-    NamedAttack("fgsm", fgsm),
-    NamedAttack("pgd20", pgd, {"steps": 20, "keep_best": True}),
-    NamedAttack("margin_pgd40", pgd, {"steps": 40, "loss": margin, "keep_best": True}),
+    NamedAttack("fgsm", attacks.fgsm),
+    NamedAttack("pgd20", attacks.pgd, {"steps": 20, "keep_best": True}),
+    NamedAttack("margin_pgd40", attacks.pgd, {"steps": 40, "loss": margin, "keep_best": True}),
 )
 """The re-check of a deployed file: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
 
@@ -128,10 +112,10 @@ def _white_box(*, steps: int) -> tuple[NamedAttack, ...]:
     """APGD with three losses and PGD++; the last three on all that cross-entropy left, so that they compare with it."""
     targeted = {"steps": steps, "loss": targeted_dlr, "target_classes": 9}
     return (
-        NamedAttack(CROSS_ENTROPY, apgd, {"steps": steps, "loss": cross_entropy}),
-        NamedAttack("apgd-margin", apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
-        NamedAttack("apgd-t", apgd_targeted, targeted, after=CROSS_ENTROPY),
-        NamedAttack("pgd++", pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
+        NamedAttack(CROSS_ENTROPY, attacks.apgd, {"steps": steps, "loss": cross_entropy}),
+        NamedAttack("apgd-margin", attacks.apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
+        NamedAttack("apgd-t", attacks.apgd_targeted, targeted, after=CROSS_ENTROPY),
+        NamedAttack("pgd++", attacks.pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
     )
 
 
@@ -139,40 +123,38 @@ NOISE = "uniform noise"
 """The attack that gradient attacks must beat."""
 
 _NOISE = (
-    NamedAttack(NOISE, uniform_noise, stage="noise and corners", uses="queries"),
-    NamedAttack("corners", random_corners, {"corners": 20}, stage="noise and corners", uses="queries"),
+    NamedAttack(NOISE, attacks.uniform_noise, stage="noise and corners", uses="queries"),
+    NamedAttack("corners", attacks.random_corners, {"corners": 20}, stage="noise and corners", uses="queries"),
 )
 _INDIRECT = (
-    NamedAttack("features", feature_space, {"steps": 50}, stage="features", uses="features"),
-    NamedAttack("transfer", transfer, {"steps": 50}, stage="transfer", uses="surrogates"),
+    NamedAttack("features", attacks.feature_space, {"steps": 50}, stage="features", uses="features"),
+    NamedAttack("transfer", attacks.transfer, {"steps": 50}, stage="transfer", uses="surrogates"),
 )
 
 
-def _square(queries: int) -> NamedAttack:
-    return NamedAttack("square", square, {"queries": queries}, stage="square", uses="queries")
-
-
-STANDARD: tuple[NamedAttack, ...] = (*_NOISE, *_white_box(steps=50), *_INDIRECT, _square(1000))
+STANDARD: tuple[NamedAttack, ...] = (
+    *_NOISE,
+    *_white_box(steps=50),
+    *_INDIRECT,
+    NamedAttack("square", attacks.square, {"queries": 1000}, stage="square", uses="queries"),
+)
 """The five stages: noise and corners; white-box; the aligned features; transfer; Square."""
 
 FULL: tuple[NamedAttack, ...] = (
     *_NOISE,
     *_white_box(steps=100),
-    NamedAttack("fab-t", fab_targeted, {"steps": 100, "target_classes": 9}),
+    NamedAttack("fab-t", attacks.fab_targeted, {"steps": 100, "target_classes": 9}),
     *_INDIRECT,
-    _square(5000),
-    NamedAttack("rays", rays, {"queries": 1000}, stage="hard label", uses="queries"),
+    NamedAttack("square", attacks.square, {"queries": 5000}, stage="square", uses="queries"),
+    NamedAttack("rays", attacks.rays, {"queries": 1000}, stage="hard label", uses="queries"),
 )
-"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS, which sees only the
-predicted class.
-"""
+"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS."""
 
-SUITES: MappingProxyType[str, Suite] = MappingProxyType(
-    {
-        "paper": Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
-        "recheck": Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
-        "standard": Suite("standard", STANDARD),
-        "full": Suite("full", FULL),
-    }
+_SUITES = (
+    Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
+    Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
+    Suite("standard", STANDARD),
+    Suite("full", FULL),
 )
+SUITES: MappingProxyType[str, Suite] = MappingProxyType({suite.name: suite for suite in _SUITES})
 """Name -> suite (read-only)."""

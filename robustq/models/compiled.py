@@ -72,16 +72,15 @@ class CompiledNetwork:
         compiled: set[bool] = set()  # whether the passes that were compiled are differentiated
 
         def run(x: Tensor) -> Tensor:
-            differentiated = x.requires_grad and torch.is_grad_enabled()
             logits: Tensor | None = None
             if len(x) >= MIN_IMAGES:
+                differentiated = x.requires_grad and torch.is_grad_enabled()
                 first = differentiated not in compiled
                 with compiler_errors(advice=ADVICE, first=first):
                     logits = _call(forward, x, backward=differentiated and first)
                 compiled.add(differentiated)
-            if logits is None:
-                logits = self._model(x)
-            return logits
+            answer: Tensor = self._model(x) if logits is None else logits
+            return answer
 
         return run
 
@@ -92,8 +91,15 @@ def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     ``backward`` runs the backward pass too, so that it is compiled here and not in the middle of an attack.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._functorch import config as functorch_config
 
-    _keep_saved_tensors()
+    # FAB differentiates a graph once for each class, but by default compiled backward code overwrites saved tensors.
+    # torch reads the setting at compilation and at every backward pass, so it is set for the process; it only costs
+    # memory. The disk cache of compiled code ignores it (torch 2.15), and a second gradient would be garbage: hence the
+    # tag in the cache key.
+    functorch_config.donated_buffer = False
+    if _CACHE_TAG not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _CACHE_TAG
     torch._dynamo.mark_dynamic(x, 0)
     try:
         logits = forward(x)
@@ -102,20 +108,6 @@ def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     except FailOnRecompileLimitHit:
         return None
     return logits
-
-
-def _keep_saved_tensors() -> None:
-    """Let compiled graphs be differentiated more than once, as FAB does for each class.
-
-    By default compiled backward code overwrites saved tensors. torch reads the setting at compilation and at every
-    backward pass, so it is set for the process; it only costs memory. The disk cache of compiled code ignores it (torch
-    2.15), and a second gradient would be garbage: hence the tag in the cache key.
-    """
-    from torch._functorch import config
-
-    config.donated_buffer = False
-    if _CACHE_TAG not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += _CACHE_TAG
 
 
 def compile_forward(
@@ -130,11 +122,16 @@ def compile_forward(
 
     ``cuda_graphs`` records the kernels of a pass on a GPU once and replays them together.
     """
-    options: dict[str, Any] | None = None
-    if backend == "inductor":
-        options = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs}
+
+    def own(*inputs: Any, **named: Any) -> Any:
+        return forward(*inputs, **named)
+
+    # torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
+    # miss the feature hooks of ODG-Q.
+    own.__code__ = own.__code__.replace()
+    options = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs} if backend == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(
-        _with_own_code(forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
+        own, backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
     )
     return compiled
 
@@ -170,24 +167,6 @@ def compiler_errors(*, advice: str, first: bool = False) -> Iterator[None]:
     except Exception as error:
         if not (first or isinstance(error, TorchDynamoException)):
             raise
-        raise UsageError(f"torch.compile does not work here ({_first_line(error)}); {advice}") from error
-
-
-def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
-
-    torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
-    miss the feature hooks of ODG-Q.
-    """
-
-    def own(*inputs: Any, **named: Any) -> Any:
-        return forward(*inputs, **named)
-
-    own.__code__ = own.__code__.replace()
-    return own
-
-
-def _first_line(error: Exception) -> str:
-    cause: BaseException = getattr(error, "inner_exception", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[0].rstrip(".")
+        cause: BaseException = getattr(error, "inner_exception", None) or error
+        first_line = [*str(cause).strip().splitlines(), type(cause).__name__][0].rstrip(".")
+        raise UsageError(f"torch.compile does not work here ({first_line}); {advice}") from error

@@ -39,10 +39,9 @@ IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel, the first operation of a network that was trained on normalised images.
+    """(x - mean) / std per channel, in float: the first operation of a network that was trained on normalised images.
 
-    It stays in float, and epsilon stays a distance between pixels. Its constants are part of the spec, not of the
-    weights.
+    Epsilon stays a distance between pixels. The constants are part of the spec, not of the weights.
     """
 
     mean: Tensor
@@ -93,9 +92,8 @@ class Layers:
 
     Args:
         widths: bit widths of the inner layers.
-        folded: omit BatchNorm and give every convolution a bias (int32 when quantized), as
-            :func:`robustq.models.quant.folding.fold` needs it. Activations then are QuantTensors, whose scale the
-            folding reads.
+        folded: omit BatchNorm and give every convolution a bias (int32 when quantized), for
+            :func:`robustq.models.quant.folding.fold`. Activations then are QuantTensors, whose scale the folding reads.
         normalisation: mean and standard deviation that are applied first, in float.
         shared_sum_scale: quantize both inputs of a residual sum by one quantizer, so that FINN can move the scale
             behind the sum; not for binary activations.
@@ -108,12 +106,15 @@ class Layers:
 
     def pixels(self) -> nn.Module:
         """Input quantizer: constant scale 1/255, so that uint8 pixels are codes; learned after a normalisation."""
-        if self.normalisation is not None:
-            normalise = Normalise(self.normalisation)
-            return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
-        return nn.Identity() if self.widths.is_float else self._quantizer(PixelQuant)
+        if self.normalisation is None:
+            return self._quantizer(PixelQuant)
+        normalise = Normalise(self.normalisation)
+        return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
 
     def _quantizer(self, quantizer: Any, **options: int) -> nn.Module:
+        """Nothing in a float network."""
+        if self.widths.is_float:
+            return nn.Identity()
         layer: nn.Module = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=self.folded, **options)
         return layer
 
@@ -125,15 +126,21 @@ class Layers:
         ``outer`` makes it 8 bit in a quantized network of any width, as the first layer is.
         """
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
-        if self.widths.is_float:
-            return nn.Conv2d(*shape, bias=self.folded)
-        conv_type = ExactConv2d if self.folded else qnn.QuantConv2d
-        layer: nn.Module = conv_type(
-            *shape,
-            bias=self.folded,
-            bias_quant=BiasQuant if self.folded else None,
-            **weight_quantizer(OUTER_BITS if outer else self.widths.weight_bits, folded=self.folded),
-        )
+        bits = OUTER_BITS if outer else self.widths.weight_bits
+        return self._layer((nn.Conv2d, qnn.QuantConv2d, ExactConv2d), *shape, bias=self.folded, bits=bits)
+
+    def linear(self, in_features: int, out_features: int) -> nn.Module:
+        """The last layer, with a bias, which is int32 when folded."""
+        kinds = (nn.Linear, qnn.QuantLinear, ExactLinear)
+        return self._layer(kinds, in_features, out_features, bias=True, bits=OUTER_BITS)
+
+    def _layer(self, kinds: tuple[Any, Any, Any], *shape: int, bias: bool, bits: int) -> nn.Module:
+        """One of three kinds: float, quantized, or quantized and folded."""
+        layer_type, options = kinds[0], {}
+        if not self.widths.is_float:
+            layer_type = kinds[2] if self.folded else kinds[1]
+            options = {"bias_quant": BiasQuant if self.folded else None, **weight_quantizer(bits, folded=self.folded)}
+        layer: nn.Module = layer_type(*shape, bias=bias, **options)
         return layer
 
     def batch_norm(self, channels: int) -> nn.Module:
@@ -158,25 +165,11 @@ class Layers:
 
     def branch(self) -> nn.Module:
         """Signed 8-bit quantizer of an input of a residual sum, and in a binary network of the sum itself."""
-        return nn.Identity() if self.widths.is_float else self._quantizer(BranchQuant)
+        return self._quantizer(BranchQuant)
 
     def pooled(self) -> nn.Module:
         """Unsigned 8-bit quantizer of the pooled features, the input of the last layer."""
-        return nn.Identity() if self.widths.is_float else self._quantizer(ActQuant, bit_width=OUTER_BITS)
-
-    def linear(self, in_features: int, out_features: int) -> nn.Module:
-        """The last layer, with a bias, which is int32 when folded."""
-        if self.widths.is_float:
-            return nn.Linear(in_features, out_features)
-        linear_type = ExactLinear if self.folded else qnn.QuantLinear
-        layer: nn.Module = linear_type(
-            in_features,
-            out_features,
-            bias=True,
-            bias_quant=BiasQuant if self.folded else None,
-            **weight_quantizer(OUTER_BITS, folded=self.folded),
-        )
-        return layer
+        return self._quantizer(ActQuant, bit_width=OUTER_BITS)
 
 
 def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:

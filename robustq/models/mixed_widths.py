@@ -47,8 +47,7 @@ def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
     """
     if not layer_bits:
         return
-    known = adjustable_layers(model)
-    errors = []
+    known, errors = adjustable_layers(model), []
     for name, bits in layer_bits.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)

@@ -52,11 +52,7 @@ class ModelSpec:
 
     @property
     def widths(self) -> Widths:
-        """The bit widths.
-
-        Raises:
-            UsageError: a width outside the table.
-        """
+        """The bit widths; UsageError for a width outside the table."""
         return Widths(self.weight_bits, self.act_bits)
 
     @property
@@ -98,7 +94,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:
@@ -111,14 +107,8 @@ _REQUIREMENTS: dict[str, _Requirement] = {
     "architecture": (_is_text, "a text"),
     **dict.fromkeys(("weight_bits", "act_bits", "classes", "channels", "image_size"), _SIZE),
     "data": (_is_text, "a text"),
-    "epsilon": (
-        lambda value: value is None or (_is_number(value) and 0.0 <= value <= 1.0),
-        "a number in [0, 1], or None",
-    ),
-    "class_names": (
-        lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)),
-        "a list of texts",
-    ),
+    "epsilon": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number in [0, 1], or None"),
+    "class_names": (lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)), "a list of texts"),
     "layer_bits": (
         lambda bits: isinstance(bits, dict) and all(map(_is_text, bits)) and all(map(_is_integer, bits.values())),
         "a table of layer names and integers",
@@ -147,11 +137,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 
 def check_architecture(name: str) -> str:
-    """Return ``name`` if it is known, or the form of a custom network's.
-
-    Raises:
-        UsageError: neither; the nearest known name is given.
-    """
+    """Return ``name`` if it is known or has the form of a custom network's; else UsageError with the nearest name."""
     if name not in ARCHITECTURES and not is_custom(name):
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")

@@ -27,11 +27,9 @@ OUR_FEATURE_LAYER = "avgpool"
 
 def is_bare_state_dict(content: Any) -> bool:
     """Whether ``content`` is what ``torch.save(model.state_dict())`` writes."""
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor] | None:
@@ -64,14 +62,11 @@ def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Torchvision's names in place of :data:`ALIASES`; a network with both kinds of names stays as it is."""
     for alias, name in ALIASES.items():
-        if any(name in own for own in state):
-            continue
-        state = {own.replace(alias, name) if _has(own, alias) else own: value for own, value in state.items()}
+        if not any(name in own for own in state):
+            state = {
+                own.replace(alias, name) if f".{alias}" in f".{own}" else own: value for own, value in state.items()
+            }
     return state
-
-
-def _has(name: str, part: str) -> bool:
-    return name.startswith(part) or f".{part}" in name
 
 
 @dataclass(frozen=True)

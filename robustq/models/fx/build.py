@@ -1,4 +1,4 @@
-"""The whole way from a custom model to its quantized graph: traced, standardised and quantized at any width."""
+"""From a custom model to its quantized graph: traced, standardised and quantized at any width."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from robustq.models.fx.trace import called_module, free_name, shape_prop, trace
 from robustq.models.layers import Normalisation, Normalise
 from robustq.models.quant.quantizers import Widths
 from robustq.models.state_dict import FEATURE_LAYER
-
-NORMALISE = "normalise"
 
 
 def quantized_graph(
@@ -91,7 +89,7 @@ def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> 
     """
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
     if wanted is not None:
-        matching = [node for node in calls if str(node.target) == wanted or str(node.target).startswith(f"{wanted}.")]
+        matching = [node for node in calls if f"{node.target}.".startswith(f"{wanted}.")]
         if not matching:
             known = sorted({str(node.target) for node in calls})
             near = ", ".join(difflib.get_close_matches(wanted, known, n=2, cutoff=0.0))
@@ -103,21 +101,19 @@ def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> 
                 "name a layer that takes (images, channels, height, width)"
             )
         return str(matching[0].target)
-    pooling = [
-        node for node in calls if isinstance(called_module(model, node), _POOLING) and len(_input_shape(node)) == 4
-    ]
+    pooling = [node for node in calls if isinstance(called_module(model, node), _POOLING)]
+    pooling = [node for node in pooling if len(_input_shape(node)) == 4]
     chosen = [node for node in pooling if node.meta["shape"][2:] == (1, 1)] or pooling
     return str(chosen[-1].target) if chosen else None
 
 
 def _input_shape(node: Node) -> tuple[int, ...]:
-    sources = node.all_input_nodes
-    return tuple(sources[0].meta["shape"] or ()) if sources else ()
+    return next((tuple(source.meta["shape"] or ()) for source in node.all_input_nodes), ())
 
 
 def _normalise_first(model: GraphModule, normalisation: Normalisation) -> None:
     images = next(node for node in model.graph.nodes if node.op == "placeholder")
-    name = free_name(model, NORMALISE)
+    name = free_name(model, "normalise")
     model.add_module(name, Normalise(normalisation))
     with model.graph.inserting_after(images):
         normalised = model.graph.call_module(name, (images,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -29,11 +30,9 @@ def runs_user_code(architecture: str) -> bool:
 
 
 def check_permission(architecture: str, named: str | None) -> None:
-    """Check that the user named the code that a model file needs: a file must never decide which code runs.
+    """Check that ``named``, the value of ``--model`` or None, allows the code that a model file's architecture needs.
 
-    Args:
-        architecture: of the model file.
-        named: the value of ``--model``, or None.
+    A file must never decide which code runs.
 
     Raises:
         ModelFileError: the file needs code that the user did not name.
@@ -92,17 +91,14 @@ def _user_network(architecture: str, classes: int) -> nn.Module:
         )
     module = _import(module_name, architecture)
     try:
-        function: Any = module
-        for part in function_name.split("."):
-            function = getattr(function, part)
+        function: Any = operator.attrgetter(function_name)(module)
     except AttributeError as error:
         near = difflib.get_close_matches(function_name, dir(module), n=1)
         advice = f"; nearest: {near[0]}" if near else ""
         raise UsageError(f"{architecture}: {module_name} has no '{function_name}'{advice}") from error
     if not callable(function) or isinstance(function, nn.Module):
-        raise UsageError(
-            f"{architecture}: is a {type(function).__name__}, not a function or class that returns a network"
-        )
+        kind = type(function).__name__
+        raise UsageError(f"{architecture}: is a {kind}, not a function or class that returns a network")
     try:
         network = function(**_class_argument(function, classes))
     except Exception as error:  # the user's own code may raise anything

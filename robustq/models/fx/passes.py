@@ -93,8 +93,12 @@ def clamp_to_relu(model: GraphModule) -> None:
         UsageError: a clamp that does not start at 0, whose lower end is on no unsigned grid; it is named.
     """
     for node in list(model.graph.nodes):
-        function = node.op == "call_function" and node.target in (torch.clamp, torch.clip)
-        if not function and not (node.op == "call_method" and node.target in ("clamp", "clip")):
+        if node.op not in ("call_function", "call_method") or node.target not in (
+            torch.clamp,
+            torch.clip,
+            "clamp",
+            "clip",
+        ):
             continue
         bounds = call_arguments(node, "min", "max")
         low, high = bounds.get("min"), bounds.get("max")

@@ -104,8 +104,7 @@ def _adds_windows(node: Node, pool: nn.AvgPool2d | nn.MaxPool2d) -> bool:
     return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes) != tuple(after)
 
 
-_METHODS = ("view", "reshape", "squeeze", "flatten")
-_FUNCTIONS = (torch.reshape, torch.squeeze, torch.flatten)
+_RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squeeze, torch.flatten)
 
 
 def fix_reshapes(model: GraphModule) -> None:
@@ -124,18 +123,15 @@ def fix_reshapes(model: GraphModule) -> None:
             sizes = [min(size, length - start) for start in range(0, length, size)]
             replace_call(model, node, torch.split, source, sizes, arguments["dim"])
             continue
-        method = node.op == "call_method" and node.target in _METHODS
-        if not method and not (node.op == "call_function" and node.target in _FUNCTIONS):
+        if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
             continue
         source = node.all_input_nodes[0]
         before: tuple[int, ...] = source.meta["shape"] or ()
         after: tuple[int, ...] = node.meta["shape"] or ()
         if len(before) < 2 or len(after) < 2 or before[0] != BATCH or after[0] != BATCH:
             continue
-        if len(after) == 2:
-            replace_call(model, node, torch.flatten, source, 1)
-        else:
-            replace_call(model, node, torch.reshape, source, (-1, *after[1:]))
+        call = (torch.flatten, source, 1) if len(after) == 2 else (torch.reshape, source, (-1, *after[1:]))
+        replace_call(model, node, *call)
     model.graph.eliminate_dead_code()
     model.recompile()
 
@@ -155,13 +151,14 @@ def fix_adaptive_pooling(model: GraphModule) -> None:
         if not isinstance(called_module(model, node), nn.AdaptiveAvgPool2d):
             continue
         before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
+        sizes = list(zip(before, after, strict=True))
         if after == (1, 1):
             continue
         if before == after:
             fixed: nn.Module = nn.Identity()
-        elif all(old % new == 0 for old, new in zip(before, after, strict=True)):
-            fixed = nn.AvgPool2d(tuple(old // new for old, new in zip(before, after, strict=True)))
-        elif all(new % old == 0 for old, new in zip(before, after, strict=True)):
+        elif all(old % new == 0 for old, new in sizes):
+            fixed = nn.AvgPool2d(tuple(old // new for old, new in sizes))
+        elif all(new % old == 0 for old, new in sizes):
             fixed = nn.UpsamplingNearest2d(size=after)
         else:
             raise UsageError(

@@ -84,8 +84,8 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
     with ExitStack() as stack:
         # One hook for a quantizer that several layers share: more of them would multiply the derivatives.
         for quantizer, name in {quantizer: name for name, quantizer in activation_quantizers(model).items()}.items():
-            derivative = _derivative_of(name, quantizer, rule)
-            stack.enter_context(quantizer.register_forward_hook(partial(_replace_gradient, derivative=derivative)))
+            hook = partial(_replace_gradient, derivative=_derivative_of(name, quantizer, rule))
+            stack.enter_context(quantizer.register_forward_hook(hook))
         if plain_rounding:
             stack.enter_context(_PlainRounding(rule))
         yield
@@ -136,7 +136,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
-    """The derivative of a smooth staircase with one step per code, and smooth ends.
+    """The derivative of a smooth staircase with one step per code, and smooth ends; 0 to 1 + w.
 
     (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the soft
     rounding u - w sin(2 pi u) / (2 pi), steepest where a small change flips the code, and ends of width
@@ -146,9 +146,6 @@ def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Ten
     Args:
         codes: any shape, the activations in units of the scale, before rounding (zero point added).
         lowest, highest: codes of the quantizer.
-
-    Returns:
-        The same shape, 0 to 1 + w.
     """
     wave = WAVE * min(1.0, 4.0 / (highest - lowest + 1.0))
     width = max((highest - lowest) * EDGE, 0.5)
@@ -159,14 +156,9 @@ def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Ten
 def sign_derivative(x: Tensor) -> Tensor:
     """The derivative of tanh(x / t), where t is `SIGN_WIDTH` times the mean magnitude of the image's channel.
 
-    Like the sign it does not depend on the scale of x: with a fixed width, a network whose BatchNorm multiplies by
-    1,000 would have the same logits and no gradient.
-
-    Args:
-        x: (N, C, ...); with (N, C) or fewer dimensions the mean is over the image or over everything.
-
-    Returns:
-        The same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is.
+    (N, C, ...) -> the same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is. With (N, C) or fewer
+    dimensions the mean is over the image or over everything. Like the sign it does not depend on the scale of x: with a
+    fixed width, a network whose BatchNorm multiplies by 1,000 would have the same logits and no gradient.
     """
     own = tuple(range(2 if math.prod(x.shape[2:]) > 1 else 1, x.dim()))
     width = SIGN_WIDTH * (x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean())
@@ -180,12 +172,9 @@ def _derivative_of(name: str, quantizer: nn.Module, rule: str) -> Derivative:
         return _of_identity
     if isinstance(quantizer, BinaryQuant | ClampedBinaryQuant):
         return _of_sign
-    if isinstance(quantizer, FusedIntQuant):
-        return partial(_of_staircase, codes=quantizer.codes)
-    integers = getattr(quantizer, "int_quant", None)
-    if integers is None or not hasattr(integers, "min_int"):
+    if not hasattr(getattr(quantizer, "int_quant", None), "min_int"):
         raise UsageError(f"{name} is a {type(quantizer).__name__}, which has no smooth form here; use '{PASS_THROUGH}'")
-    return partial(_of_stock_staircase, integers=integers)
+    return partial(_of_staircase, quantizer=quantizer)
 
 
 def _of_identity(x: Tensor, answer: tuple[Any, ...]) -> None:
@@ -197,15 +186,14 @@ def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
     return derivative
 
 
-def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, codes: tuple[int, int]) -> Tensor:
-    _, scale, zero_point, _ = answer
-    return staircase_derivative(x / scale + zero_point, lowest=codes[0], highest=codes[1])
-
-
-def _of_stock_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
-    bit_width = answer[3]  # may be learned
-    codes = (int(integers.min_int(bit_width)), int(integers.max_int(bit_width)))
-    return _of_staircase(x, answer, codes=codes)
+def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, quantizer: Any) -> Tensor:
+    _, scale, zero_point, bit_width = answer
+    if isinstance(quantizer, FusedIntQuant):
+        lowest, highest = quantizer.codes
+    else:  # stock Brevitas, whose bit width may be learned
+        integers = quantizer.int_quant
+        lowest, highest = int(integers.min_int(bit_width)), int(integers.max_int(bit_width))
+    return staircase_derivative(x / scale + zero_point, lowest=lowest, highest=highest)
 
 
 def _replace_gradient(
@@ -251,12 +239,9 @@ class _PlainRounding(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function and replace the gradient of its result."""
         answer = func(*args, **(kwargs or {}))
-        if (func not in _ROUNDING and func not in _SIGNS) or not args or not isinstance(args[0], Tensor):
-            return answer
-        x = args[0]
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        x = args[0] if args and (func in _ROUNDING or func in _SIGNS) else None
+        if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad):
             return answer
         self.found = True
         factor = None

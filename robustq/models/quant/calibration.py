@@ -44,9 +44,11 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
         for module in model.modules():
             if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
                 hooks.enter_context(module.register_forward_pre_hook(_take_statistics))
-            threshold = _own_threshold(module)
-            if threshold is not None:
-                hooks.enter_context(module.register_forward_pre_hook(_setter(module, threshold)))
+            # Of an activation layer (QuantReLU, QuantIdentity).
+            fused: Any = getattr(getattr(module, "act_quant", None), "fused_activation_quant_proxy", None)
+            threshold = getattr(getattr(fused, "tensor_quant", None), "scaling_impl", None)
+            if isinstance(threshold, LearnedThreshold):
+                hooks.enter_context(module.register_forward_pre_hook(_setter(fused.activation_impl, threshold)))
         hooks.enter_context(batch_statistics(model) if from_scratch else running_statistics(model))
         model(images)
 
@@ -83,20 +85,11 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
     norm.running_var.copy_(x.var(dim=(0, 2, 3)))  # type: ignore[operator]
 
 
-def _own_threshold(module: nn.Module) -> LearnedThreshold | None:
-    """The learned threshold of an activation layer (QuantReLU, QuantIdentity), None for anything else."""
-    proxy = getattr(module, "act_quant", None)
-    fused = getattr(proxy, "fused_activation_quant_proxy", None)
-    scaling = getattr(getattr(fused, "tensor_quant", None), "scaling_impl", None)
-    return scaling if isinstance(scaling, LearnedThreshold) else None
-
-
-def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    fused: Any = module.act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
+def _setter(activation: Any, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(_samples(fused.activation_impl(inputs[0])))
+        seen.append(_samples(activation(inputs[0])))
         values = torch.cat(seen)
         threshold.set_threshold(best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed))
 

@@ -22,6 +22,8 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
+from robustq.models.quant.straight_through import per_channel
+
 EXACT_FLOAT32 = 2**24
 """Sums of integers are exact in float32 while they stay below this."""
 
@@ -134,7 +136,7 @@ class _ExactSums:
         layer: Any = self
         weights = (layer.weight.detach() / scale_of(layer.weight_quant)).round().double()
         steps, bias, _ = self.bias_codes()
-        return weights * _per_channel(steps, weights), bias
+        return weights * steps.reshape(per_channel(weights)), bias
 
     def inner_forward_impl(self, x: Tensor, quant_weight: Tensor, quant_bias: Tensor | None) -> Tensor:
         """(N, ...) multiples of the input scale -> the layer's float outputs."""
@@ -195,7 +197,7 @@ def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | Non
         target: the folded layer, on the CPU: gets weights, biases, and scales if it is quantized.
         grid: of the layer's inputs; None in a float network.
     """
-    channels = len(layer.weight)
+    channels, shape = len(layer.weight), per_channel(layer.weight)
     shift = torch.zeros(channels).double() if layer.bias is None else layer.bias.detach().cpu().double()
     gain = torch.ones(channels).double()
     if norm is not None:
@@ -203,7 +205,7 @@ def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | Non
         shift = norm_shift + gain * shift  # BatchNorm scales the layer's bias too
     if grid is None:
         weight = layer.weight.detach().cpu().double()
-        target.weight.copy_(weight * _per_channel(gain, weight))
+        target.weight.copy_(weight * gain.reshape(shape))
         target.bias.copy_(shift)
         return
     quantized = layer.quant_weight()
@@ -225,17 +227,12 @@ def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | Non
     nothing = torch.full_like(scale, NO_BIAS_SCALE if bits == 1 else 1.0)
     scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, nothing), scale)
     weight_scale, bias_scale = scale_of(target.weight_quant), scale_of(target.bias_quant)
-    weight_scale.copy_(_per_channel(scale, codes))
+    weight_scale.copy_(scale.reshape(shape))
     bias_scale.copy_(grid.scale * scale / steps)
-    signs = torch.where(constant, 1.0, gain.sign())
-    target.weight.copy_((codes * _per_channel(signs, codes)).float() * weight_scale)
+    signs = torch.where(constant, 1.0, gain.sign()).reshape(shape)
+    target.weight.copy_((codes * signs).float() * weight_scale)
     target.bias.copy_(_on_grid(shift.float(), bias_scale))
     target.set_input_scale(grid.scale, largest_code=max(-grid.lowest, grid.highest))
-
-
-def _per_channel(values: Tensor, weight: Tensor) -> Tensor:
-    """(C,) values, shaped to broadcast over a weight (C, ...)."""
-    return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def _on_grid(bias: Tensor, scale: Tensor) -> Tensor:

@@ -97,15 +97,16 @@ def _norms_behind(model: nn.Module, example: Tensor) -> dict[str, nn.Module]:
 
 def _input_grids(folded: nn.Module, example: Tensor) -> dict[str, Grid]:
     """Layer name -> grid of its quantized input."""
+    names: dict[nn.Module, str] = {module: name for name, module in folded.named_modules()}
     grids: dict[str, Grid] = {}
 
-    def record(name: str, x: Any) -> None:
-        grids[name] = Grid.of(float(x.scale), bits=int(x.bit_width), signed=bool(x.signed))
+    def record(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        (x,) = inputs
+        grids[names[layer]] = Grid.of(float(x.scale), bits=int(x.bit_width), signed=bool(x.signed))
 
     with ExitStack() as hooks:
-        for name, module in folded.named_modules():
+        for module in names:
             if isinstance(module, nn.Conv2d | nn.Linear | ChannelThresholds):
-                hook = module.register_forward_pre_hook(lambda _, inputs, name=name: record(name, inputs[0]))
-                hooks.enter_context(hook)
+                hooks.enter_context(module.register_forward_pre_hook(record))
         folded(example)
     return grids

@@ -122,10 +122,7 @@ class BranchQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore
 
 
 class NormalisedQuant(BranchQuant):
-    """Signed 8-bit input of a network after a normalisation, one learned scale per tensor.
-
-    No single scale holds all normalised pixels exactly: each channel has a grid of its own.
-    """
+    """Signed 8-bit input of a network after a normalisation, which gives each channel a grid of its own."""
 
 
 class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
