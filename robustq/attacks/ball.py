@@ -24,16 +24,10 @@ six digits, 0.0313725, is 7.99999 levels. The tolerance enlarges the ball by at 
 
 @torch.no_grad()
 def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
-    """Move every pixel of `x_adv` to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
+    """Move every pixel of `x_adv` (N, C, H, W) to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
 
-    A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack.
-
-    Args:
-        x_adv: (N, C, H, W) float, any range.
-        x: the clean images, same shape, in [0, 1].
-
-    Returns:
-        (N, C, H, W), dtype of `x`, without gradient; equal to `x` for epsilon 0.
+    A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack. The result has the dtype
+    of `x` and no gradient, and equals `x` for epsilon 0.
 
     Raises:
         UsageError: epsilon outside [0, 1] (usually 8 instead of 8/255), or the shapes differ.
@@ -45,12 +39,9 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
-    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
+    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1]; drawn on the CPU.
 
-    The numbers are drawn on the CPU. Returns (N, C, H, W), dtype and device of `x`, without gradient.
-
-    Raises:
-        UsageError: epsilon outside [0, 1], or generators of another number of images.
+    Returns (N, C, H, W), dtype and device of `x`, without gradient. UsageError as of `project` and `image_generators`.
     """
     check_epsilon(epsilon)
     if isinstance(generator, ImageGenerators):
@@ -76,14 +67,8 @@ def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     All arithmetic is on integer pixel levels, exact in float32. With r = floor(255 epsilon), a level k of `x` may
     become any of max(k - r, 0) .. min(k + r, 255): 8/255 and 8.9/255 allow 8 levels, an epsilon below 1/255 none.
     Values within `LEVEL_TOLERANCE` of an integer level count as that level. Half-way values go to the even level. A NaN
-    pixel becomes the pixel of `x`.
-
-    Args:
-        x_adv: (N, C, H, W) float, any range.
-        x: the clean images, same shape, float k/255 with k = 0 .. 255.
-
-    Returns:
-        (N, C, H, W), dtype of `x`, without gradient. Each value is the float nearest to k/255, on every device.
+    pixel becomes the pixel of `x`. Both are (N, C, H, W), `x` float k/255 with k = 0 .. 255. The result has the dtype
+    of `x` and no gradient; each value is the float nearest to k/255, on every device.
 
     Raises:
         UsageError: epsilon outside [0, 1], the shapes differ, or `x` does not hold uint8 pixels (usually because it was

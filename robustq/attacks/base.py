@@ -42,8 +42,7 @@ class Counted(Generic[Answer]):
         images: N, the number of images that the attack is given.
 
     Attributes:
-        queries: (N,) int64, forward passes without gradient.
-        gradient_steps: (N,) int64, forward passes with gradient.
+        queries, gradient_steps: (N,) int64, forward passes without and with gradient.
     """
 
     def __init__(self, model: Callable[[Tensor], Answer], *, images: int) -> None:
@@ -92,12 +91,8 @@ class LossAndGradient(NamedTuple):
 def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor]) -> LossAndGradient:
     """Differentiate `objective(model(x))` with respect to `x` only; works under `torch.no_grad` too.
 
-    Parameters get no `.grad`. NaN in the gradient becomes 0 (no step): a NaN pixel would break every model.
-
-    Args:
-        model: images -> logits, differentiable with respect to the images.
-        x: (N, C, H, W) float.
-        objective: logits (N, K) -> losses (N,), one per image.
+    Parameters get no `.grad`. NaN in the gradient becomes 0 (no step): a NaN pixel would break every model. x is
+    (N, C, H, W) float, and the objective maps logits (N, K) to one loss per image (N,).
 
     Raises:
         UsageError: the logits have no gradient with respect to the images, usually because the model runs outside
@@ -161,9 +156,7 @@ judge them on the deployed file.
 class AttackState:
     """A batch under attack. Runs the model once, on the clean images.
 
-    Args:
-        model, x, y, criterion: see `robustq.attacks`.
-        stop: whether broken images are dropped.
+    Args as in `robustq.attacks`; with `stop` broken images are dropped.
 
     Attributes:
         x_adv: (N, C, H, W), per image an adversarial image that broke, if there is one; of these, or else of all that

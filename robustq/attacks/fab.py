@@ -101,13 +101,9 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor) -> Tensor:
     With radius r the best change moves every coordinate towards the plane by r, or by its room. That makes up
     sum_i |normal_i| min(r, room_i), which is piecewise linear and growing in r: sorting the rooms gives r exactly.
 
-    Args:
-        points, normal: (n, D) float; points in [0, 1].
-        value: (n,) float, of the affine function at the points.
-
-    Returns:
-        (n, D): d; where the plane does not meet the cube, the change to the corner whose affine value is nearest to 0.
-        Zero where the normal is zero.
+    Points in [0, 1] and normal are (n, D), the value of the affine function at the points (n,). Returns d (n, D): zero
+    where the normal is zero; where the plane does not meet the cube, the change to the corner whose affine value is
+    nearest to 0.
     """
     towards = -value.sign()[:, None] * normal.sign()
     room = torch.where(towards > 0, 1.0 - points, points)

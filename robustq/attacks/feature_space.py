@@ -17,9 +17,8 @@ from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.pgd import default_step, sign_ascent
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images (n, C, H, W) -> logits (n, K) and features (n, ...) of one pass, both differentiable.
-
-`hardening.features.FeatureTap` is one, for a layer of any network by its name.
+"""Images (n, C, H, W) -> logits (n, K) and features (n, ...) of one pass, both differentiable: as of
+`hardening.features.FeatureTap`, for a layer of any network by its name.
 """
 
 

@@ -41,12 +41,9 @@ class ImageGenerators:
 
     @classmethod
     def of(cls, seed: int, indices: Tensor | range, *, attack: str = "") -> ImageGenerators:
-        """The generators of images by their index in the data set.
+        """The generators of images by their index in the data set, (N,) integers; equal ones get equal generators.
 
-        Args:
-            seed: of the whole evaluation.
-            indices: (N,) integers; equal indices get equal generators.
-            attack: its name, so that attacks do not share their draws.
+        ``seed`` is that of the whole evaluation; by the name of the ``attack`` attacks do not share their draws.
         """
         indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices).to("cpu", torch.int64)
         return cls(_mix(_mix(indices * _GOLDEN) + _word("seed", seed))).child(attack)

@@ -36,11 +36,7 @@ Record = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def default_step(step_size: float | None, *, epsilon: float, steps: int) -> float:
-    """The step size of an attack: `epsilon / 4` if none is given.
-
-    Raises:
-        UsageError: epsilon or the step size outside [0, 1], or fewer than one step.
-    """
+    """The step size of an attack, `epsilon / 4` if none is given; UsageError for a setting out of its range."""
     check_settings(epsilon=epsilon, steps=steps)
     if step_size is None:
         return epsilon / 4
@@ -70,8 +66,7 @@ def sign_ascent(
         rows: (n,) int64, the images to attack; default: all.
         record: gets every iterate but the last, and may drop images.
 
-    Returns:
-        The rows that were not dropped, and their last iterates.
+    Returns the rows that were not dropped, and their last iterates.
     """
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
     x_adv = start

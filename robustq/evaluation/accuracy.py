@@ -23,11 +23,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     With p = correct / total, n = total and z the normal quantile of 0.975:
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
-    Returns:
-        (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
-
-    Raises:
-        UsageError: no images, or correct outside 0 .. total.
+    Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
+    UsageError for no images, or correct outside 0 .. total.
     """
     if total < 1:
         raise UsageError(f"an interval over {total} images does not exist; use at least 1")
@@ -101,13 +98,7 @@ def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_si
 
 @dataclass(frozen=True)
 class Comparison:
-    """Counts of images that are right under only one of two attacks.
-
-    Args:
-        images: number of all images, right or wrong.
-        only_first: right under the first attack, wrong under the second.
-        only_second: right under the second attack, wrong under the first.
-    """
+    """Counts of images that are right under only one of two attacks, and of all ``images``, right or wrong."""
 
     images: int
     only_first: int

@@ -79,11 +79,7 @@ class AdversarialImages:
 
     @classmethod
     def load(cls, path: Path) -> AdversarialImages:
-        """Read the file; nothing in it is executed.
-
-        Raises:
-            UsageError: it is missing, damaged, or another kind of file.
-        """
+        """Read the file; nothing in it is executed. UsageError if it is missing, damaged, or another kind of file."""
         advice = "give the .npz that 'robustq attack --out FILE' or --save-adversarial wrote"
         if not path.is_file():
             raise UsageError(f"{path}: no such file; {advice}")
@@ -126,14 +122,9 @@ def digest(images: Tensor, labels: Tensor) -> str:
 
 
 def check_ball(found: AdversarialImages, images: Tensor) -> None:
-    """Check that every adversarial image lies in the epsilon-ball of its clean image.
+    """Raise UsageError unless every adversarial image lies in the epsilon-ball of its clean image.
 
-    Args:
-        found: as loaded.
-        images: uint8 (N, C, H, W), the clean images at ``found.indices``.
-
-    Raises:
-        UsageError: one lies outside, or the shapes differ.
+    ``images`` are the clean images at ``found.indices``, uint8 (N, C, H, W).
     """
     if images.shape != found.x_adv.shape:
         raise UsageError(

@@ -7,6 +7,7 @@ training: the other backward rules are there to find what that gradient hides.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -106,14 +107,17 @@ class _Diagnosis:
         ]
 
     def step_order(self) -> Check:
+        def among_right(indices: Tensor) -> Tensor:
+            return indices[torch.isin(indices, self.right)]
+
         one_step = self.evaluator.run(FGSM, self.target.gradient_model, self.right)
         fifty = next((result for result in self.suite_results if result.name == CROSS_ENTROPY), None)
         steps = next(attack.settings["steps"] for attack in self.suite.attacks if attack.name == CROSS_ENTROPY)
         if fifty is None or steps != FIFTY.settings["steps"]:
             fifty = self.evaluator.run(FIFTY, self.target.gradient_model, self.right)
         images = len(self.indices)
-        hundred = self.evaluator.run(HUNDRED, self.target.gradient_model, _among(fifty.kept_indices, self.right))
-        others = _among(fifty.broken_indices, self.right)
+        hundred = self.evaluator.run(HUNDRED, self.target.gradient_model, among_right(fifty.kept_indices))
+        others = among_right(fifty.broken_indices)
         more_steps = self._completed(hundred, HUNDRED, others, points=flags.MORE_STEPS_POINTS, images=images)
         return flags.step_order(compare_kept(self.pgd.kept, one_step.kept, images=images), more_steps)
 
@@ -188,12 +192,12 @@ class _Diagnosis:
 
         The second one runs on the others, which the first broke, only if their result matters.
         """
-        broken = len(second.broken_indices)
-        if not Comparison(images, broken, 0).exceeds(points):
-            return Comparison(images, broken, 0)
-        label = f"{attack.name}, the others"
-        rest = self.evaluator.run(attack, self.target.gradient_model, others, label=label, stage=DIAGNOSIS)
-        return Comparison(images, broken, len(rest.kept_indices))
+        found = Comparison(images, len(second.broken_indices), 0)
+        if found.exceeds(points):
+            label = f"{attack.name}, the others"
+            rest = self.evaluator.run(attack, self.target.gradient_model, others, label=label, stage=DIAGNOSIS)
+            found = replace(found, only_second=len(rest.kept_indices))
+        return found
 
     def _evaluator(self, judge: Model, *, epsilon: float) -> Evaluator:
         """Another evaluator on the images of the diagnosis."""
@@ -205,10 +209,6 @@ class _Diagnosis:
 
     def _suite_result(self, name: str) -> AttackResult:
         return next(result for result in self.suite_results if result.name == name)
-
-
-def _among(indices: Tensor, allowed: Tensor) -> Tensor:
-    return indices[torch.isin(indices, allowed)]
 
 
 def _union(parts: Iterable[Tensor]) -> Tensor:

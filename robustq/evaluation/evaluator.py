@@ -32,8 +32,7 @@ class Evaluator:
 
     Args:
         judge: images (B, C, H, W) -> logits (B, K); its answer to the rounded image decides.
-        x: float32 (N, C, H, W), uint8 pixels / 255, on the device of the gradient models.
-        y: int64 (N,), on the same device.
+        x, y: float32 (N, C, H, W), uint8 pixels / 255, and int64 (N,), on the device of the gradient models.
         epsilon: radius in [0, 1].
         batch_size: images per call of an attack.
         seed: of all random numbers; each image has a generator of its own, from the seed, its index and the attack.
@@ -82,13 +81,10 @@ class Evaluator:
         features: Features | None = None,
         surrogate: Model | None = None,
     ) -> AttackResult:
-        """Attack some images through ``model``, and count on the judge.
+        """Attack the images of some indices (n,), int64 on the CPU, through ``model``, and count on the judge.
 
         Args:
-            attack, model: to run on each other.
-            indices: (n,) int64 on the CPU.
-            label: name in results; None: the attack's own.
-            stage: of the suite; None: the attack's own.
+            label, stage: in results; None: the attack's own.
             features: of the model's inner layer, for an attack that takes them.
             surrogate: another network, for an attack that takes surrogates.
         """

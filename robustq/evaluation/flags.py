@@ -7,7 +7,7 @@ it also exceeds the 95% interval of the paired images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustq.evaluation.accuracy import Comparison, wilson_interval
@@ -59,7 +59,7 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"name": self.name, "raised": self.raised, "text": self.text, "evidence": self.evidence, "doc": self.doc}
+        return {**asdict(self), "doc": self.doc}
 
 
 def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:

@@ -1,8 +1,7 @@
 """Accuracy under attack: gradient models find adversarial images, the judge counts them.
 
-The judge is the model whose robustness is claimed (for a deployed file: onnxruntime). The gradient model is a
-differentiable model near it, often the same. Every adversarial image is rounded to uint8 inside the ball before it
-counts (:mod:`robustq.evaluation.evaluator`), since a device receives uint8.
+Every adversarial image is rounded to uint8 inside the ball before it counts (:mod:`robustq.evaluation.evaluator`),
+since a device receives uint8.
 """
 
 from __future__ import annotations
@@ -68,14 +67,12 @@ def run_suite(
 
     Args:
         target: judge, gradient models, and other inputs of attacks; all models in eval mode, on ``device``.
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,), 0 .. K-1.
+        images, labels: uint8 (N, C, H, W), and int64 (N,), 0 .. K-1.
         suite: a suite or its name.
         epsilon: radius in [0, 1].
         device: of the gradient models.
         batch_size: images per call of an attack.
-        seed: of all random numbers. Results are the same at equal batch size and device; at another batch size kernels
-            round differently.
+        seed: of all random numbers; at another batch size or device kernels round differently.
         known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
 
     Raises:

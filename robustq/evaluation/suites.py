@@ -50,10 +50,7 @@ class NamedAttack:
         criterion: Criterion | None = None,
         **inputs: Any,
     ) -> Tensor:
-        """Adversarial images, not rounded; args as in :mod:`robustq.attacks`.
-
-        The attack gets generator and criterion if it takes them, and the other inputs (features, surrogates).
-        """
+        """Adversarial images, not rounded; the attack gets generator and criterion if it takes them, and the inputs."""
         accepted = inspect.signature(self.attack).parameters
         common = {"generator": generator, "criterion": criterion}
         inputs |= {name: value for name, value in common.items() if name in accepted}

@@ -25,10 +25,9 @@ _CACHE_TAG = " robustq, donated_buffer=False"
 
 
 class CompiledNetwork:
-    """A network with compiled forward and backward passes for any batch size.
+    """A network with compiled forward and backward passes for any batch size, eager below :data:`MIN_IMAGES` images.
 
-    Each kind of pass is compiled at its first call, in about half a minute for a small network. Batches of fewer than
-    :data:`MIN_IMAGES` images run eagerly.
+    Each kind of pass is compiled at its first call, in about half a minute for a small network.
 
     Args:
         model: in eval mode. Its hooks, weights and modes must not change; the arithmetic of its layers may
@@ -45,8 +44,7 @@ class CompiledNetwork:
     def __call__(self, x: Tensor) -> Tensor:
         """Images (N, C, H, W) -> logits (N, K), with the gradient of the network itself.
 
-        Raises:
-            UsageError: torch.compile does not work on this machine, or the network has a graph break.
+        UsageError where torch.compile does not work on this machine, or the network has a graph break.
         """
         return self._straight_through(x)
 
@@ -129,7 +127,7 @@ def compile_forward(
     # torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
     # miss the feature hooks of ODG-Q.
     own.__code__ = own.__code__.replace()
-    options = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs} if backend == "inductor" else None
+    options: Any = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs} if backend == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(
         own, backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
     )
@@ -148,14 +146,9 @@ def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
 
 @contextmanager
 def compiler_errors(*, advice: str, first: bool = False) -> Iterator[None]:
-    """Turn errors of the compiler inside the `with` into a UsageError of one line.
+    """Turn errors of the compiler inside the `with` into a UsageError of one line that ends with ``advice``.
 
-    Args:
-        advice: the end of the message.
-        first: the `with` holds only a first call; then every error is the compiler's.
-
-    Raises:
-        UsageError: torch.compile does not work on this machine, or with this network.
+    ``first`` means that the `with` holds only a first call; then every error is the compiler's.
     """
     # Imported here: loading the compiler takes seconds.
     from torch._dynamo.exc import TorchDynamoException

@@ -60,19 +60,15 @@ class Normalise(nn.Module):
 def parse_normalisation(text: str, *, channels: int) -> Normalisation | None:
     """``imagenet``, ``none``, or ``MEAN/STD`` with comma-separated numbers: ``0.49,0.48,0.45/0.25,0.24,0.26``.
 
-    One number stands for every channel.
-
-    Raises:
-        UsageError: not numbers, another count than ``channels``, or a deviation that is not positive.
+    One number stands for every channel. UsageError for no numbers, another count, or a deviation that is not positive.
     """
     advice = "give imagenet, none, or MEAN/STD such as 0.49,0.48,0.45/0.25,0.24,0.26"
     if text == "none":
         return None
-    if text == "imagenet":
-        rows: list[tuple[float, ...]] = list(IMAGENET)
-    else:
+    rows: list[tuple[float, ...]] = list(IMAGENET)
+    if text != "imagenet":
         try:
-            rows = [tuple(float(number) for number in half.split(",")) for half in text.split("/")]
+            rows = [tuple(map(float, half.split(","))) for half in text.split("/")]
         except ValueError as error:
             raise UsageError(f"normalisation '{text}' is not numbers; {advice}") from error
         if len(rows) != 2:

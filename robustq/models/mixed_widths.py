@@ -42,11 +42,8 @@ def adjustable_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
     """Rebuild the quantizers of the named layers in place; weights stay.
 
-    Raises:
-        UsageError: names of no such layer (with the nearest name), or widths that a layer cannot have; all at once.
+    UsageError names all layers that do not exist (with the nearest name) or cannot have their width.
     """
-    if not layer_bits:
-        return
     known, errors = adjustable_layers(model), []
     for name, bits in layer_bits.items():
         if name not in known:
@@ -83,8 +80,7 @@ def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
 def read_layer_bits(path: Path) -> dict[str, int]:
     """The table of a TOML file: ``"layer1.0.conv1" = 8``, one line a layer.
 
-    Raises:
-        UsageError: no such file, no TOML, no entries, or values that are not integers; all of them are named.
+    UsageError for no such file, no TOML, no entries, or values that are not integers (all are named).
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -68,11 +68,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: Any) -> ModelSpec:
-        """The spec of a model file.
-
-        Raises:
-            ModelFileError: a key is missing or has another type, usually because another program wrote the file.
-        """
+        """The spec of a model file; ModelFileError if a key is missing or has another type."""
         if not isinstance(stored, dict):
             raise ModelFileError(f"spec is {type(stored).__name__}, not a table; this is not a robustq model file")
         missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in stored]
@@ -148,15 +144,12 @@ def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None 
     """A network with fresh weights, in eval mode.
 
     Args:
-        spec: describes the network.
-        folded: build the form without BatchNorm that :func:`robustq.models.quant.folding.fold` fills (not of custom
-            networks).
+        folded: build the form that :func:`robustq.models.quant.folding.fold` fills (not of custom networks).
         own_model: the ``module:function`` whose code the user allows to run.
 
     Raises:
         ModelFileError: the network is the user's code, and ``own_model`` does not allow it.
-        UsageError: unknown architecture or bit width, a layer that cannot have its width, or a network that cannot be
-            quantized.
+        UsageError: unknown architecture or width, a layer without that width, or a network that cannot be quantized.
     """
     check_permission(spec.architecture, own_model)
     if spec.shared_sum_scale and spec.widths.is_binary:

@@ -36,8 +36,7 @@ def quantized_graph(
         network: a float model; its parameters are used, not copied.
         name: of the model, for messages.
         widths: of the inner layers; 32 is float, 1 is refused.
-        classes: of the answers, (N, classes).
-        channels, image_size: of the images, (N, channels, image_size, image_size) in [0, 1].
+        classes, channels, image_size: of images (N, channels, image_size, image_size) in [0, 1], logits (N, classes).
         normalisation: mean and standard deviation in front of the model; None where it has none or its own.
         feature_layer: see :func:`find_feature_layer`.
         shared_sum_scale: quantize both inputs of each sum by one quantizer.
@@ -60,8 +59,7 @@ def quantized_graph(
 def standardise(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
     """Rewrite a traced model in place into standard form; answers stay bit for bit, and all nodes get their shapes.
 
-    Raises:
-        UsageError: an operation that cannot be rewritten, or does not take images of this shape; it is named.
+    UsageError names an operation that cannot be rewritten, or does not take images of this shape.
     """
     passes.remove_inplace(model)
     passes.clamp_to_relu(model)

@@ -45,15 +45,10 @@ def check_permission(architecture: str, named: str | None) -> None:
 
 
 def float_network(architecture: str, *, classes: int) -> nn.Module:
-    """The float model with fresh weights; nothing is downloaded.
+    """The float model with fresh weights; nothing is downloaded. UsageError for no such model, or its code raises.
 
-    Args:
-        architecture: ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
-            ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
-        classes: number of classes of the data.
-
-    Raises:
-        UsageError: no such model, or its code raises.
+    ``architecture`` is ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
+    ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
     """
     if architecture.startswith(TORCHVISION):
         return _torchvision_network(architecture.removeprefix(TORCHVISION), classes)
@@ -117,7 +112,7 @@ def _import(name: str, architecture: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
-        if name == missing or name.startswith(f"{missing}."):
+        if f"{name}.".startswith(f"{missing}."):
             raise UsageError(
                 f"{architecture}: no module '{missing}' in the current folder or among the installed packages; "
                 "run robustq in the folder that holds it"

@@ -87,8 +87,7 @@ SOFTMAX = {functional.softmax, torch.softmax, "softmax"}
 def kind(model: GraphModule, node: Node) -> Kind:
     """The kind of ``node``; needs the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 
-    Raises:
-        UsageError: an operation that is in no table; it is named, with the line that made it.
+    UsageError names an operation that is in no table, with the line that made it.
     """
     if node.op in ("placeholder", "output"):
         return Kind.INPUT if node.op == "placeholder" else Kind.OUTPUT

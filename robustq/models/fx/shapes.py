@@ -22,10 +22,7 @@ def mean_to_pooling(model: GraphModule) -> None:
     """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``.
 
     Why: onnxruntime has an integer rule for pooling and none for ReduceMean. Brevitas' pass of this kind knows only one
-    spelling of the mean, and flattens by sizes computed at run time.
-
-    Raises:
-        UsageError: a mean over other axes; it is named.
+    spelling of the mean, and flattens by sizes computed at run time. UsageError names a mean over other axes.
     """
     for node in list(model.graph.nodes):
         if node.target is not torch.mean and not (node.op == "call_method" and node.target == "mean"):
@@ -59,10 +56,7 @@ def fix_pooling_windows(model: GraphModule) -> None:
 
     Why: PyTorch, and onnxruntime in float, divide by the pixels of a window that lie in the image or its padding;
     onnxruntime's QLinearAveragePool (1.32) divides by the whole window. PyTorch drops an added window that lies in the
-    padding alone, onnxruntime does not.
-
-    Raises:
-        UsageError: an average with ``divisor_override``, which ONNX lacks; it is named.
+    padding alone, onnxruntime does not. UsageError names an average with ``divisor_override``, which ONNX lacks.
     """
     for node in list(model.graph.nodes):
         pool = called_module(model, node)
@@ -142,10 +136,8 @@ def fix_adaptive_pooling(model: GraphModule) -> None:
     From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d, to a multiple a nearest-neighbour
     enlargement; to (1, 1) it stays.
 
-    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6.
-
-    Raises:
-        UsageError: windows of unequal size; the pooling is named, with its sizes.
+    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6. UsageError
+    names a pooling with windows of unequal size.
     """
     for node in model.graph.nodes:
         if not isinstance(called_module(model, node), nn.AdaptiveAvgPool2d):

@@ -220,8 +220,7 @@ class _ShapeProp(Interpreter):  # type: ignore[misc]
 def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
     """Write ``tensor`` (is it one, of floats), ``shape`` (for :data:`BATCH` images) and ``constant`` into ``meta``.
 
-    Raises:
-        UsageError: an operation fails on images of this shape; it is named.
+    UsageError names an operation that fails on images of this shape.
     """
     model.eval()
     modules = [called_module(model, node) for node in model.graph.nodes]

@@ -66,12 +66,8 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
     last two rules also cover plain calls of torch.round, floor, ceil, trunc and sign on tensors that autograd records,
     whose derivative is zero. Comparisons, `detach` and float networks stay as they are.
 
-    Not for training: learned scales get no gradient under the last two rules.
-
-    Args:
-        model: the network; only its backward pass changes, until the end of the `with`.
-        rule: one of `RULES`.
-        plain_rounding: False skips the plain calls, for a network without them (`rounds_plainly`).
+    Not for training: learned scales get no gradient under the last two rules. Without ``plain_rounding`` the plain
+    calls are skipped, for a network that has none (`rounds_plainly`).
 
     Raises:
         UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
@@ -119,8 +115,7 @@ def rounds_plainly(model: nn.Module, x: Tensor) -> bool:
 def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that quantize activations, by name; each maps a tensor to (value, scale, zero point, bit width).
 
-    Raises:
-        UsageError: quantizers compiled by TorchScript, whose hooks never run.
+    UsageError for quantizers compiled by TorchScript, whose hooks never run.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

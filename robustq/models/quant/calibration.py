@@ -36,8 +36,7 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
     Args:
         model: a quantized network; one without learned thresholds (float) stays as it is.
         images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
-        from_scratch: normalise with the statistics of ``images``: the running statistics of a fresh network mean
-            nothing.
+        from_scratch: normalise with the statistics of ``images``; those of a fresh network mean nothing.
     """
     is_binary = any(isinstance(module, SignNorm) for module in model.modules())
     with ExitStack() as hooks:

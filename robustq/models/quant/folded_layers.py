@@ -56,12 +56,7 @@ class Grid:
 
 
 class FixedScaling(nn.Module):
-    """Scales of weights or biases per output channel, in a buffer.
-
-    Args:
-        scaling_shape: (out_channels, 1, 1, 1) for a convolution's weights, (out_features, 1) for a linear layer's,
-            (out_channels,) for biases.
-    """
+    """Scales of weights or biases per output channel, in a buffer: (C, 1, ...) for weights, (C,) for biases."""
 
     def __init__(self, scaling_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -121,9 +116,7 @@ class _ExactSums:
     def bias_codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """The terms of the layer's output, (steps * sum of codes + bias) * scale, per channel.
 
-        Returns:
-            float64 (C,) steps of the bias in one of the accumulator, float64 (C,) bias codes, float32 (C,) or (1,)
-            scale of the bias.
+        Steps of the bias in one of the accumulator and bias codes are float64 (C,), the scale float32 (C,) or (1,).
         """
         layer: Any = self
         scale = scale_of(layer.bias_quant).flatten()
@@ -189,13 +182,9 @@ def bias_steps(largest_weight: int, input_grid: Grid) -> int:
 
 @torch.no_grad()
 def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | None) -> None:
-    """Write a layer with the BatchNorm behind it into a folded layer.
+    """Write a layer, float or quantized, with the BatchNorm behind it (or None) into a folded layer on the CPU.
 
-    Args:
-        layer: a convolution or linear layer, float or quantized.
-        norm: a BatchNorm with running statistics, or None.
-        target: the folded layer, on the CPU: gets weights, biases, and scales if it is quantized.
-        grid: of the layer's inputs; None in a float network.
+    ``grid`` is that of the layer's inputs, None in a float network.
     """
     channels, shape = len(layer.weight), per_channel(layer.weight)
     shift = torch.zeros(channels).double() if layer.bias is None else layer.bias.detach().cpu().double()

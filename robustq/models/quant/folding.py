@@ -32,7 +32,6 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
 
     Args:
         model: a network built from ``spec``; stays as it was.
-        spec: of ``model``.
 
     Returns:
         The folded network, in eval mode, on the CPU.

@@ -58,10 +58,6 @@ class LearnedThreshold(nn.Module):
     The scale is threshold / (2^bits - 1), signed threshold / 2^(bits - 1). The gradient for the logarithm is multiplied
     by 1 / sqrt(elements per image * largest code), as in learned step size quantization (arXiv:1902.08153, section
     2.2): it is a sum over a tensor, and without the factor a scale moves a thousand times faster than a weight.
-
-    Args:
-        bit_width: width of the codes.
-        signed: whether the codes are signed (two's complement) or start at zero.
     """
 
     def __init__(self, bit_width: int, signed: bool) -> None:
@@ -139,8 +135,7 @@ class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
-    """Brevitas' QuantReLU over ``ActQuant`` as one function
-    (:class:`robustq.models.quant.straight_through.FusedReLUQuant`).
+    """Brevitas' QuantReLU over ``ActQuant`` as one function, ``FusedReLUQuant``.
 
     Values and gradients of finite numbers are the same; two layers would write the tensor between them to memory.
     """

@@ -195,12 +195,13 @@ class FusedReLUQuant(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width."""
         answer: tuple[Tensor, Tensor, Tensor, Tensor]
-        hooked = _has_hooks(self.activation_impl)
-        if isinstance(self.tensor_quant, FusedIntQuant) and not hooked and not _has_hooks(self.tensor_quant):
-            answer = self.tensor_quant.forward(x, relu=True)
-        else:  # a hook, as of a backward rule, needs two steps; so does a quantizer that Brevitas compiled
-            bare = torch.compiler.is_compiling() and not hooked
+        hooked = _has_hooks(self.activation_impl) or _has_hooks(self.tensor_quant)
+        if hooked or not isinstance(self.tensor_quant, FusedIntQuant):
+            # A hook, as of a backward rule, needs two steps; so does a quantizer that Brevitas compiled.
+            bare = torch.compiler.is_compiling() and not _has_hooks(self.activation_impl)
             answer = self.tensor_quant(_CompiledReLU.apply(x) if bare else self.activation_impl(x))
+        else:
+            answer = self.tensor_quant.forward(x, relu=True)
         return answer
 
 
