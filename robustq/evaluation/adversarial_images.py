@@ -22,17 +22,9 @@ from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.errors import UsageError
 from robustq.files import atomic_file
 
-_TYPES = {
-    "x_adv": "u1",
-    "labels": "i8",
-    "places": "i8",
-    "attack": "U",
-    "broken": "b1",
-    "epsilon": "f8",
-    "data": "U",
-    "clean_sha256": "U",
-    "about": "U",
-}
+_KINDS = {"x_adv": "u", "labels": "i", "places": "i", "attack": "U", "broken": "b", "epsilon": "f"}
+_KINDS |= dict.fromkeys(("data", "clean_sha256", "about"), "U")
+"""Array -> kind of its dtype."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +33,10 @@ class AdversarialImages:
 
     Args:
         x_adv: uint8 (N, C, H, W), the worst adversarial image of each image.
-        labels: int64 (N,).
-        indices: int64 (N,), of the images in the test part of the data set.
+        labels, indices: int64 (N,); the indices are those of the images in the test part of the data set.
         attack: N names of the attacks that found them; ``clean``: the image is wrong without attack.
         broken: bool (N,), whether the judge was wrong on it.
-        epsilon: radius in [0, 1].
-        data: name of the data set.
+        epsilon, data: radius in [0, 1], and name of the data set.
         clean_sha256: see :func:`digest`.
         about: model, suite, seed and accuracies of the evaluation.
     """
@@ -85,15 +75,15 @@ class AdversarialImages:
             raise UsageError(f"{path}: no such file; {advice}")
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: np.asarray(archive[name]) for name in _TYPES}
+                arrays = {name: np.asarray(archive[name]) for name in _KINDS}
             about = json.loads(str(arrays["about"]))
         except KeyError as error:
             raise UsageError(f"{path}: lacks {error.args[0].split()[0]}; {advice}") from error
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UsageError(f"{path}: cannot be read ({reason}); {advice}") from error
-        for name, kind in _TYPES.items():
-            if arrays[name].dtype.kind != np.dtype(kind).kind:
+        for name, kind in _KINDS.items():
+            if arrays[name].dtype.kind != kind:
                 raise UsageError(f"{path}: {name} is {arrays[name].dtype}; {advice}")
         x_adv, labels, indices, attack, broken, epsilon, data, clean_sha256, _ = arrays.values()
         count = len(x_adv) if x_adv.ndim == 4 else 0

@@ -90,10 +90,8 @@ class Suite:
     """Attacks in their order, and how they are counted.
 
     Args:
-        name: as ``--suite`` takes it.
-        attacks: from cheap to expensive.
-        drops_broken: later attacks run on the images that are still robust; else each attack is a column of its own,
-            over all images.
+        name, attacks: as ``--suite`` takes it, and from cheap to expensive.
+        drops_broken: later attacks run on the images that are still robust; else each is a column over all images.
         checks_masking: the flags are checked, and a verdict is given.
         transfers: the white-box attacks run on the surrogates too, as columns of their own.
     """

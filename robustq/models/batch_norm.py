@@ -37,12 +37,7 @@ def _norms_with(model: nn.Module, **flags: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def needs_two_images(model: nn.Module, image_shape: tuple[int, int, int]) -> bool:
-    """Whether training fails on a batch of one image: some BatchNorm gets a single value per channel of an image.
-
-    Args:
-        model: any network; its mode is restored.
-        image_shape: (C, H, W).
-    """
+    """Whether training fails on a batch of one image (C, H, W): some BatchNorm gets a single value per channel."""
     smallest: list[int] = []
     with ExitStack() as hooks:
         for norm in model.modules():
@@ -58,12 +53,8 @@ def needs_two_images(model: nn.Module, image_shape: tuple[int, int, int]) -> boo
 def norm_inputs(model: nn.Module, example: Tensor) -> list[tuple[str, str | None]]:
     """The convolution whose output enters each BatchNorm, found by following the tensors of one forward pass.
 
-    Args:
-        model: any network; its mode and statistics are restored.
-        example: (1, C, H, W) float32 in [0, 1], on the model's device.
-
-    Returns:
-        (name of the BatchNorm, name of the convolution) in the order of the calls; None for any other input.
+    ``example`` is (1, C, H, W) float32 in [0, 1], on the model's device. Returns (name of the BatchNorm, name of the
+    convolution) in the order of the calls; None for any other input.
     """
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     made_by: dict[int, tuple[str, Tensor]] = {}  # the tensor too: an id is only unique while that lives

@@ -79,11 +79,9 @@ _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool
 def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> str | None:
     """The layer whose inputs are the features that ODG-Q aligns, in a standardised model.
 
-    It is the first layer of the module ``wanted``; by default the last global pooling, else the last pooling
-    of all, as in VGG; None without any pooling of (N, C, H, W).
-
-    Raises:
-        UsageError: ``wanted`` is no layer, or takes no (N, C, H, W).
+    It is the first layer of the module ``wanted``; by default the last global pooling, else the last pooling of all, as
+    in VGG; None without any pooling of (N, C, H, W).
+    UsageError if ``wanted`` is no layer, or takes no (N, C, H, W).
     """
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
     if wanted is not None:

@@ -41,12 +41,10 @@ from robustq.models.quant.quantizers import (
 
 
 class BoundedThreshold(LearnedThreshold):
-    """:class:`LearnedThreshold` of at most ``bound``, for ReLU6.
+    """:class:`LearnedThreshold` of at most ``bound`` (in the unit of the activations), for ReLU6.
 
     A ReLU that clips at ``bound``, followed by a quantizer that clips below, equals the quantizer alone: the deployed
     file needs no clipping of its own, which would keep onnxruntime from running the layer before it as integers.
-
-    ``bound`` is in the unit of the activations.
     """
 
     def __init__(self, bit_width: int, signed: bool, bound: float) -> None:
@@ -99,10 +97,8 @@ class _Plan:
 def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> None:
     """Quantize ``model`` (after :func:`robustq.models.fx.build.standardise`) in place; weights and names stay.
 
-    Args as for :func:`robustq.models.fx.build.quantized_graph`.
-
-    Raises:
-        UsageError: binary widths, no layer at all, or an operation that cannot be quantized (named).
+    Args as for :func:`robustq.models.fx.build.quantized_graph`. UsageError for binary widths, no layer at all, or an
+    operation that cannot be quantized (named).
     """
     if widths.weight_bits == 1 or widths.act_bits == 1:
         raise UsageError(f"{name}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2 (or 32)")
@@ -192,10 +188,8 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
             "quantized; make the result its weight first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
     if is_conv and layer.padding_mode != "zeros":
-        raise UsageError(
-            f"{describe(plan.model, node)} pads with '{layer.padding_mode}', which cannot be quantized; "
-            "use padding_mode='zeros'"
-        )
+        pads = f"{describe(plan.model, node)} pads with '{layer.padding_mode}'"
+        raise UsageError(f"{pads}, which cannot be quantized; use padding_mode='zeros'")
     bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
     options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
     ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)

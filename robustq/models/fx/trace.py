@@ -103,13 +103,14 @@ def call_arguments(node: Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
-def replace_call(model: GraphModule, node: Node, function: Any, *args: Any) -> None:
-    """Replace ``node`` by a call of ``function`` with ``args``."""
+def replace_call(model: GraphModule, node: Node, target: Any, *args: Any) -> Node:
+    """Replace ``node`` by a call of ``target``, a function or the name of a module; return the new node."""
     with model.graph.inserting_before(node):
-        call = model.graph.call_function(function, args)
+        call = model.graph.create_node("call_module" if isinstance(target, str) else "call_function", target, args)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     model.graph.erase_node(node)
+    return call
 
 
 def free_name(model: GraphModule, wanted: str) -> str:
@@ -162,11 +163,7 @@ def _constants_to_modules(model: GraphModule, entries: set[str]) -> None:
         if isinstance(value, Tensor):
             delattr(owner, last)
             owner.add_module(last, Constant(value.detach()))
-        with model.graph.inserting_before(node):
-            call = model.graph.call_module(str(node.target))
-            call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        model.graph.erase_node(node)
+        replace_call(model, node, str(node.target))
     model.recompile()
 
 

@@ -113,44 +113,35 @@ class _Layer:
 
     def __init__(self, conv: Any, quantizer: Any, way_back: torch.dtype) -> None:
         self._conv, self._quantizer, self._way_back = conv, quantizer, way_back
-        self._scale: Any = None
-        self._inverse: Any = None
         self._codes: Any = None
-        self._weight_scale: Any = None
         self._exact: Any = None
 
     @torch.no_grad()
     def begin(self) -> None:
         weight = self._conv.quant_weight()
-        self._weight_scale = weight.scale.reshape(-1).contiguous()
-        self._codes = (weight.value / weight.scale).round_().to(torch.int8)
-        self._scale = self._quantizer.current_scale()
-        self._inverse = self._scale.reciprocal().clamp(max=torch.finfo(self._scale.dtype).max)  # finite, of 0 too
+        codes, weight_scale = (
+            (weight.value / weight.scale).round_().to(torch.int8),
+            weight.scale.reshape(-1).contiguous(),
+        )
+        scale = self._quantizer.current_scale()
+        inverse = scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)  # finite, of 0 too
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
             self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_codes()]
-            self._weight_scale = torch.ones_like(self._weight_scale)
+            weight_scale = torch.ones_like(weight_scale)
+        self._codes = (scale, inverse, codes, weight_scale)
         self._conv.inner_forward_impl = self
 
     def end(self) -> None:
         vars(self._conv).pop("inner_forward_impl", None)  # it hid the method of the class
-        self._scale = self._inverse = self._codes = self._weight_scale = self._exact = None
+        self._codes = self._exact = None
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
         conv, values = self._conv, getattr(x, "value", x)
         if (conv.weight.requires_grad and torch.is_grad_enabled()) or values.dtype != torch.float32:
             return type(conv).inner_forward_impl(conv, x, weight, bias)
-        y = _Convolve.apply(
-            values,
-            self._scale,
-            self._inverse,
-            getattr(weight, "value", weight),
-            self._codes,
-            self._weight_scale,
-            self._exact,
-            (*(list(number) for number in (conv.stride, conv.padding, conv.dilation)), conv.groups),
-            -self._quantizer.codes[0],
-            self._way_back,
-        )
+        geometry = (*(list(number) for number in (conv.stride, conv.padding, conv.dilation)), conv.groups)
+        how = (geometry, -self._quantizer.codes[0], self._way_back)
+        y = _Convolve.apply(values, getattr(weight, "value", weight), self._codes, self._exact, *how)
         return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
 
 
@@ -164,16 +155,14 @@ class _Convolve(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        scale: Tensor,
-        inverse: Tensor,
         weight: Tensor,
-        weight_codes: Tensor,
-        weight_scale: Tensor,
+        fixed: tuple[Tensor, Tensor, Tensor, Tensor],
         exact: list[Tensor] | None,
         geometry: tuple[Any, ...],
         zero_point: int,
         way_back: torch.dtype,
     ) -> Tensor:
+        scale, inverse, weight_codes, weight_scale = fixed
         # Not divided, which takes longer: x is a code's multiple of the scale already, so that rounding finds it.
         codes = (x * inverse).round_()
         codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
@@ -201,7 +190,7 @@ class _Convolve(torch.autograd.Function):
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 9)
+        return (of_x.to(grads[0].dtype), *[None] * 6)
 
 
 def convolve_codes(
