@@ -54,13 +54,9 @@ def transfer(
             epsilon=epsilon,
             steps=steps,
             loss=loss,
-            criterion=_never_broken,
+            # No image counts as broken, so that each gets all steps, and the image of its highest margin is returned.
+            criterion=lambda x_adv, rows: torch.zeros_like(rows, dtype=torch.bool),
             generator=generators.child("transfer", number)[rows],
         )
         state.record(rows, x_adv, state.query(rows, x_adv))
     return state.x_adv
-
-
-def _never_broken(x_adv: Tensor, rows: Tensor) -> Tensor:
-    """No image counts as broken on the surrogate, so that each gets all steps and its highest margin is returned."""
-    return torch.zeros_like(rows, dtype=torch.bool)

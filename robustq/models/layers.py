@@ -10,23 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
+from robustq.models.quant import folded_layers, quantizers
 from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant, ChannelThresholds, SignNorm
-from robustq.models.quant.folded_layers import (
-    BiasQuant,
-    ExactConv2d,
-    ExactLinear,
-    FoldedBinaryWeightQuant,
-    FoldedWeightQuant,
-)
-from robustq.models.quant.quantizers import (
-    ActQuant,
-    BranchQuant,
-    NormalisedQuant,
-    PixelQuant,
-    QuantReLU,
-    WeightQuant,
-    Widths,
-)
+from robustq.models.quant.quantizers import Widths
 
 OUTER_BITS = 8
 """Width of the first and the last layer, and of every residual branch, in a quantized network."""
@@ -103,9 +89,11 @@ class Layers:
     def pixels(self) -> nn.Module:
         """Input quantizer: constant scale 1/255, so that uint8 pixels are codes; learned after a normalisation."""
         if self.normalisation is None:
-            return self._quantizer(PixelQuant)
+            return self._quantizer(quantizers.PixelQuant)
         normalise = Normalise(self.normalisation)
-        return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
+        return (
+            normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(quantizers.NormalisedQuant))
+        )
 
     def _quantizer(self, quantizer: Any, **options: int) -> nn.Module:
         """Nothing in a float network."""
@@ -123,11 +111,11 @@ class Layers:
         """
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
         bits = OUTER_BITS if outer else self.widths.weight_bits
-        return self._layer((nn.Conv2d, qnn.QuantConv2d, ExactConv2d), *shape, bias=self.folded, bits=bits)
+        return self._layer((nn.Conv2d, qnn.QuantConv2d, folded_layers.ExactConv2d), *shape, bias=self.folded, bits=bits)
 
     def linear(self, in_features: int, out_features: int) -> nn.Module:
         """The last layer, with a bias, which is int32 when folded."""
-        kinds = (nn.Linear, qnn.QuantLinear, ExactLinear)
+        kinds = (nn.Linear, qnn.QuantLinear, folded_layers.ExactLinear)
         return self._layer(kinds, in_features, out_features, bias=True, bits=OUTER_BITS)
 
     def _layer(self, kinds: tuple[Any, Any, Any], *shape: int, bias: bool, bits: int) -> nn.Module:
@@ -135,7 +123,10 @@ class Layers:
         layer_type, options = kinds[0], {}
         if not self.widths.is_float:
             layer_type = kinds[2] if self.folded else kinds[1]
-            options = {"bias_quant": BiasQuant if self.folded else None, **weight_quantizer(bits, folded=self.folded)}
+            options = {
+                "bias_quant": folded_layers.BiasQuant if self.folded else None,
+                **weight_quantizer(bits, folded=self.folded),
+            }
         layer: nn.Module = layer_type(*shape, bias=bias, **options)
         return layer
 
@@ -156,23 +147,26 @@ class Layers:
         if self.widths.is_float:
             return nn.ReLU()
         bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
-        layer: nn.Module = QuantReLU(bit_width=bits, return_quant_tensor=self.folded)
+        layer: nn.Module = quantizers.QuantReLU(bit_width=bits, return_quant_tensor=self.folded)
         return layer
 
     def branch(self) -> nn.Module:
         """Signed 8-bit quantizer of an input of a residual sum, and in a binary network of the sum itself."""
-        return self._quantizer(BranchQuant)
+        return self._quantizer(quantizers.BranchQuant)
 
     def pooled(self) -> nn.Module:
         """Unsigned 8-bit quantizer of the pooled features, the input of the last layer."""
-        return self._quantizer(ActQuant, bit_width=OUTER_BITS)
+        return self._quantizer(quantizers.ActQuant, bit_width=OUTER_BITS)
 
 
 def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:
     """The keyword arguments that give a Brevitas layer weights of ``bits`` bits."""
     if bits == 1:
-        return {"weight_quant": FoldedBinaryWeightQuant if folded else BinaryWeightQuant}
-    return {"weight_quant": FoldedWeightQuant if folded else WeightQuant, "weight_bit_width": bits}
+        return {"weight_quant": folded_layers.FoldedBinaryWeightQuant if folded else BinaryWeightQuant}
+    return {
+        "weight_quant": folded_layers.FoldedWeightQuant if folded else quantizers.WeightQuant,
+        "weight_bit_width": bits,
+    }
 
 
 def same_shape(layer: Any, layer_type: Any, **options: Any) -> Any:

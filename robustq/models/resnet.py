@@ -135,9 +135,7 @@ class ResNet(nn.Module):
 
     Args:
         layers: makes the layers; binary activations give binary blocks.
-        blocks: blocks of each stage; every stage but the first halves the image.
-        widths: channels of each stage.
-        channels, classes: shape of the task.
+        blocks, widths: blocks and channels of each stage; every stage but the first halves the image.
         large_images: a 7x7 stem of stride 2 and max pooling (ImageNet) instead of a 3x3 one.
         shortcut: of the blocks that change the shape.
     """

@@ -49,13 +49,11 @@ def find_state_dict(content: Any) -> dict[str, Tensor] | None:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) and name != prefix for name in state):
-                state = {name.removeprefix(prefix): value for name, value in state.items()}
-                stripped = True
+    def shared(prefix: str) -> bool:
+        return all(name.startswith(prefix) and name != prefix for name in state)
+
+    while prefix := next(filter(shared, PREFIXES), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

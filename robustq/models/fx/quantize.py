@@ -29,18 +29,11 @@ from robustq.errors import UsageError
 from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
 from robustq.models.fx.trace import called_module, describe, free_name
 from robustq.models.layers import OUTER_BITS, weight_quantizer
-from robustq.models.quant.quantizers import (
-    ActQuant,
-    BranchQuant,
-    LearnedThreshold,
-    NormalisedQuant,
-    PixelQuant,
-    QuantReLU,
-    Widths,
-)
+from robustq.models.quant import quantizers
+from robustq.models.quant.quantizers import Widths
 
 
-class BoundedThreshold(LearnedThreshold):
+class BoundedThreshold(quantizers.LearnedThreshold):
     """:class:`LearnedThreshold` of at most ``bound`` (in the unit of the activations), for ReLU6.
 
     A ReLU that clips at ``bound``, followed by a quantizer that clips below, equals the quantizer alone: the deployed
@@ -57,7 +50,7 @@ class BoundedThreshold(LearnedThreshold):
         return limited
 
 
-class BoundedActQuant(ActQuant):
+class BoundedActQuant(quantizers.ActQuant):
     """Unsigned activations behind a ReLU that clips at ``bound``."""
 
     scaling_impl = BoundedThreshold  # type: ignore[assignment]
@@ -117,13 +110,15 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
             _quantize_relu(plan, node)
     for node in kinds:
         if node is float_prefix[-1]:
-            quantizer = qnn.QuantIdentity(act_quant=PixelQuant if kinds[node] is Kind.INPUT else NormalisedQuant)
+            quantizer = qnn.QuantIdentity(
+                act_quant=quantizers.PixelQuant if kinds[node] is Kind.INPUT else quantizers.NormalisedQuant
+            )
             _insert_after(plan, node, "input_quant", quantizer)
         elif node not in float_prefix and _needs_quantizer(plan, node):
             if node in unsigned:
-                quantizer = qnn.QuantIdentity(act_quant=ActQuant, bit_width=_act_bits(plan, node))
+                quantizer = qnn.QuantIdentity(act_quant=quantizers.ActQuant, bit_width=_act_bits(plan, node))
             else:
-                quantizer = qnn.QuantIdentity(act_quant=BranchQuant)
+                quantizer = qnn.QuantIdentity(act_quant=quantizers.BranchQuant)
             made_by = str(node.target) if node.op == "call_module" else node.name
             _insert_after(plan, node, f"{made_by}_quant", quantizer)
     for node in kinds:
@@ -199,7 +194,9 @@ def _quantize_relu(plan: _Plan, node: Node) -> None:
     relu = called_module(plan.model, node)
     bits = _act_bits(plan, node)
     bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
-    quantized = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
+    quantized = (
+        quantizers.QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
+    )
     set_module(plan.model, quantized, str(node.target))
 
 
@@ -251,7 +248,7 @@ def _grid_users(node: Node, kinds: dict[Node, Kind]) -> set[Node]:
 def _share_quantizer(model: GraphModule, node: Node) -> None:
     """Quantize both inputs of the sum ``node`` by one quantizer."""
     name = free_name(model, f"{node.name}_shared_quant")
-    set_module(model, qnn.QuantIdentity(act_quant=BranchQuant), name)
+    set_module(model, qnn.QuantIdentity(act_quant=quantizers.BranchQuant), name)
     for source in computed_inputs(node):
         with model.graph.inserting_before(node):
             quantized = model.graph.call_module(name, (source,))

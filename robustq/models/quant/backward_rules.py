@@ -62,9 +62,8 @@ with shortcuts, and more of one without (docs/results/attacks.md)."""
 def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -> Iterator[None]:
     """Differentiate the activation quantizers of a network by another rule, inside the `with`.
 
-    It covers all activation quantizers of Brevitas (in robustq's networks, folded or not, and in custom networks). The
-    last two rules also cover plain calls of torch.round, floor, ceil, trunc and sign on tensors that autograd records,
-    whose derivative is zero. Comparisons, `detach` and float networks stay as they are.
+    It covers all activation quantizers of Brevitas. The last two rules also cover plain calls of torch.round, floor,
+    ceil, trunc and sign on tensors that autograd records. Comparisons, `detach` and float networks stay as they are.
 
     Not for training: learned scales get no gradient under the last two rules. Without ``plain_rounding`` the plain
     calls are skipped, for a network that has none (`rounds_plainly`).
