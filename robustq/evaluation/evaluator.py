@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -135,15 +136,12 @@ class Evaluator:
             broken[which.cpu()] |= ~right
             return (~right).to(x_adv.device)
 
-        x_adv = attack.run(
-            model,
-            self.x[rows],
-            self.y[rows],
-            epsilon=self.epsilon,
-            generator=ImageGenerators.of(self.seed, indices, attack=attack.name),
-            criterion=breaks_judge,
-            **inputs,
-        )
+        generators = ImageGenerators.of(self.seed, indices, attack=attack.name)
+        accepted = inspect.signature(attack.attack).parameters
+        for argument, value in (("generator", generators), ("criterion", breaks_judge)):
+            if argument in accepted:
+                inputs[argument] = value
+        x_adv = attack.attack(model, self.x[rows], self.y[rows], epsilon=self.epsilon, **attack.settings, **inputs)
         # Images that broke once stay broken, also with a judge that answers at random.
         left = (~broken).nonzero()[:, 0]
         broken[left] = ~self._judge(x_adv[left.to(x_adv.device)], indices[left], name)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from robustq import attacks
-from robustq.attacks.base import Criterion, Model
-from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
 
 
@@ -38,23 +34,6 @@ class NamedAttack:
     stage: str = "white-box"
     uses: Literal["gradients", "queries", "surrogates", "features"] = "gradients"
     after: str | None = None
-
-    def run(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        epsilon: float,
-        generator: torch.Generator | ImageGenerators,
-        criterion: Criterion | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Adversarial images, not rounded; the attack gets generator and criterion if it takes them, and the inputs."""
-        accepted = inspect.signature(self.attack).parameters
-        common = {"generator": generator, "criterion": criterion}
-        inputs |= {name: value for name, value in common.items() if name in accepted}
-        return self.attack(model, x, y, epsilon=epsilon, **self.settings, **inputs)
 
 
 PAPER_STEP = 4 / 255

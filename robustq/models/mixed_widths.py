@@ -64,7 +64,7 @@ def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
             setattr(model.get_submodule(parent), own, _with_weight_bits(module, bits))
 
 
-def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
+def _with_weight_bits(layer: Any, bits: int) -> Any:
     """A new layer of the same type with the same weights."""
     folded = isinstance(layer.weight_quant.tensor_quant.scaling_impl, FixedScaling)
     options = {"bias_quant": BiasQuant if folded else None, **weight_quantizer(bits, folded=folded)}
@@ -73,8 +73,7 @@ def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
         made.weight.copy_(layer.weight)
         if layer.bias is not None:
             made.bias.copy_(layer.bias)
-    rebuilt: nn.Module = made
-    return rebuilt
+    return made
 
 
 def read_layer_bits(path: Path) -> dict[str, int]:

@@ -116,7 +116,7 @@ def _downsample(
     return nn.Sequential(*parts, *([] if layers.shared_sum_scale else [layers.branch()]))
 
 
-def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
+def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> Any:
     """The padded shortcut; in a folded quantized network an equal 1x1 convolution, which integer kernels can run."""
     shortcut = PaddedShortcut(in_channels, out_channels, stride=stride)
     if not layers.folded or layers.widths.is_float:
@@ -126,8 +126,7 @@ def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int
         conv.weight.zero_()
         conv.weight[shortcut.channels[0] :, :, 0, 0].fill_diagonal_(1.0)
         conv.bias.zero_()
-    made: nn.Module = conv
-    return made
+    return conv
 
 
 class ResNet(nn.Module):

@@ -130,10 +130,7 @@ def _class_argument(function: Any, classes: int) -> dict[str, int]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # builtins and C functions have no signature
         return {}
-    for name in ("num_classes", "classes"):
-        if name in parameters:
-            return {name: classes}
-    return {}
+    return next(({name: classes} for name in ("num_classes", "classes") if name in parameters), {})
 
 
 def _described(error: Exception) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import LearnedThreshold
+from robustq.models.quant.straight_through import code_range
 
 GRID = torch.linspace(0.02, 1.0, 50)
 """Candidate thresholds, as fractions of the largest magnitude seen."""
@@ -62,7 +63,7 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     largest = flat.abs().max().item()
     if largest == 0.0:
         return 1.0
-    low, high = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+    low, high = code_range(bit_width, signed=signed)
     steps = -low if signed else high
     errors = []
     for fraction in GRID.tolist():

@@ -22,7 +22,7 @@ from brevitas.quant.solver.bias import BiasQuantSolver
 from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
-from robustq.models.quant.straight_through import per_channel
+from robustq.models.quant.straight_through import code_range, per_channel
 
 EXACT_FLOAT32 = 2**24
 """Sums of integers are exact in float32 while they stay below this."""
@@ -51,8 +51,8 @@ class Grid:
     @classmethod
     def of(cls, scale: float, *, bits: int, signed: bool) -> Grid:
         """The grid of a quantizer; the two codes of one bit are -1 and +1."""
-        lowest = -(2 ** (bits - 1)) if signed else 0
-        return cls(scale, lowest, 1 if bits == 1 else lowest + 2**bits - 1)
+        lowest, highest = code_range(bits, signed=signed)
+        return cls(scale, lowest, 1 if bits == 1 else highest)
 
 
 class FixedScaling(nn.Module):

@@ -11,7 +11,7 @@ The kernel is oneDNN's, under the names by which torch.compile calls it. They ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -32,15 +32,14 @@ LARGEST_CODE = 255
 """Of an input, less the lowest one: the kernel takes uint8 and int8."""
 
 
-def _capabilities() -> Mapping[str, Any]:
-    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return known
+def _capabilities() -> Any:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def lacks_bfloat16() -> bool:
     """Whether the CPU would imitate products of bfloat16, slowly; False where nothing is known (other than x86)."""
     found = _capabilities()
-    return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
+    return bool(found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16")))
 
 
 def slows_bfloat16() -> bool:

@@ -30,7 +30,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.quant.straight_through import FusedIntQuant, FusedReLUQuant, FusedWeightQuant
+from robustq.models.quant.straight_through import FusedIntQuant, FusedReLUQuant, FusedWeightQuant, code_range
 
 FLOAT_BITS = 32
 BITS = (32, 8, 4, 3, 2, 1)
@@ -63,7 +63,7 @@ class LearnedThreshold(nn.Module):
     def __init__(self, bit_width: int, signed: bool) -> None:
         super().__init__()
         self.bit_width, self.signed = bit_width, signed
-        self.largest_code = 2 ** (bit_width - 1) - 1 if signed else 2**bit_width - 1
+        self.largest_code = code_range(bit_width, signed=signed)[1]
         self.log_threshold = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class LearnedThreshold(nn.Module):
         self.log_threshold.fill_(math.log(max(threshold, 1e-6)))
 
     def limited(self, log_threshold: Tensor) -> Tensor:
-        """``log_threshold`` within the bound of a subclass; there is none here."""
+        """``log_threshold`` within the bound of a subclass."""
         return log_threshold
 
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:

@@ -146,7 +146,7 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
         signed: bool,
     ) -> None:
         super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
-        self.codes = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+        self.codes = code_range(bit_width, signed=signed)
         # The value of int_scaling_impl as a buffer: compiled code would recompute it for every few elements of x.
         self.register_buffer("threshold_steps", torch.tensor(float(max(map(abs, self.codes)))), persistent=False)
 
@@ -265,6 +265,11 @@ class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
         y, scale = _QuantizeToLargest.apply(x, self.largest_code, self.smallest)
         bit_width = self.msb_clamp_bit_width_impl()
         return y, scale, self.zero_point_impl(x, scale, bit_width), bit_width
+
+
+def code_range(bit_width: int, *, signed: bool) -> tuple[int, int]:
+    """The lowest and the highest integer of a width."""
+    return (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
 
 
 def per_channel(w: Tensor) -> tuple[int, ...]:
