@@ -1,7 +1,6 @@
 """The L-infinity ball around an image, in floats and in uint8 pixel levels.
 
-Images are float tensors in [0, 1] (pixel / 255); epsilon is in the same unit. Every adversarial image passes through
-`project`, or through `round_to_uint8` where a device with uint8 input receives it.
+Images are float tensors in [0, 1] (pixel / 255); epsilon is in the same unit.
 """
 
 from __future__ import annotations
@@ -27,10 +26,8 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     """Move every pixel of `x_adv` (N, C, H, W) to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
 
     A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack. The result has the dtype
-    of `x` and no gradient, and equals `x` for epsilon 0.
-
-    Raises:
-        UsageError: epsilon outside [0, 1] (usually 8 instead of 8/255), or the shapes differ.
+    of `x` and no gradient, and equals `x` for epsilon 0. UsageError for epsilon outside [0, 1] (usually 8 instead of
+    8/255), or if the shapes differ.
     """
     _check(x_adv, x, epsilon=epsilon)
     x_adv = torch.where(x_adv.isnan(), x, x_adv)

@@ -35,11 +35,8 @@ class Counted(Generic[Answer]):
         x_adv = apgd(model, x, y, epsilon=8 / 255)
         model.gradient_steps.sum()
 
-    A pass counts as a gradient step when autograd watches the images.
-
-    Args:
-        model: images -> logits, or any other callable on images.
-        images: N, the number of images that the attack is given.
+    The model may be any callable on images, and ``images`` is their number N. A pass counts as a gradient step when
+    autograd watches the images.
 
     Attributes:
         queries, gradient_steps: (N,) int64, forward passes without and with gradient.
@@ -156,7 +153,8 @@ judge them on the deployed file.
 class AttackState:
     """A batch under attack. Runs the model once, on the clean images.
 
-    Args as in `robustq.attacks`; with `stop` broken images are dropped.
+    Args as in `robustq.attacks`; with `stop` broken images are dropped. UsageError for a model with fewer than two
+    classes, or without one row of logits per image.
 
     Attributes:
         x_adv: (N, C, H, W), per image an adversarial image that broke, if there is one; of these, or else of all that
@@ -164,9 +162,6 @@ class AttackState:
         broken: (N,) bool.
         remaining: (n,) int64, the rows that are still attacked: without `stop` all rows that were right without attack.
         clean_logits: (N, K).
-
-    Raises:
-        UsageError: a model with fewer than two classes, or without one row of logits per image.
     """
 
     @torch.no_grad()

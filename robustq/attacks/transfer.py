@@ -30,8 +30,7 @@ def transfer(
     """Attack each surrogate with APGD, and query the model with the image of the surrogate's highest margin.
 
     On a surrogate every image gets all steps, also one that the surrogate misclassifies. The model gets the clean
-    images and one image per surrogate, and is never differentiated. Images that broke are not attacked on the next
-    surrogate.
+    images and one image per surrogate, and is never differentiated.
 
     Args (the others are those of all attacks, see `robustq.attacks`):
         surrogates: at least one differentiable model with the same classes.

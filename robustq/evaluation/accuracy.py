@@ -50,8 +50,7 @@ def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int)
         x: (N, C, H, W) float32 in [0, 1], on the device of the model.
         batch_size: images per call, at least 1.
 
-    Raises:
-        UsageError: a batch size below 1, or a model that does not answer with one row of logits per image.
+    UsageError for a smaller batch size, or a model that does not answer with one row of logits per image.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")
@@ -129,14 +128,10 @@ class Comparison:
 
 
 def compare_kept(first: Tensor, second: Tensor, *, images: int) -> Comparison:
-    """Compare two attacks on the same images.
+    """Compare two attacks on the same images: (n,) bool each, right under the attack.
 
-    Args:
-        first, second: (n,) bool, right under each attack.
-        images: the number of images that accuracies are shares of; n, or more where some were wrong without attack.
-
-    Raises:
-        UsageError: the attacks were not run on the same number of images, or on more than ``images``.
+    ``images`` is the number that accuracies are shares of: n, or more where some were wrong without attack. UsageError
+    if the attacks were not run on the same number of images, or on more than ``images``.
     """
     if first.shape != second.shape or len(first) > images or images < 1:
         raise UsageError(

@@ -1,7 +1,6 @@
 """Adversarial images as an .npz file: the proof of a robust accuracy, which anyone can replay, and a regression test.
 
-The arrays of the file are the fields of :class:`AdversarialImages`, ``about`` as JSON text; ``indices`` is stored as
-``places``.
+Its arrays are the fields of :class:`AdversarialImages`, ``about`` as JSON text; ``indices`` is stored as ``places``.
 """
 
 from __future__ import annotations

@@ -39,15 +39,10 @@ def evaluate(
     seed: int = 0,
 ) -> Evaluation:
     """:func:`run_suite` of attacks that each run on all images, with one gradient model and no checks for masking."""
+    suite = Suite("own", tuple(attacks), drops_broken=False, checks_masking=False)
+    target = Target(judge, {AS_TRAINED: gradient_model})
     return run_suite(
-        Target(judge, {AS_TRAINED: gradient_model}),
-        images,
-        labels,
-        suite=Suite("own", tuple(attacks), drops_broken=False, checks_masking=False),
-        epsilon=epsilon,
-        device=device,
-        batch_size=batch_size,
-        seed=seed,
+        target, images, labels, suite=suite, epsilon=epsilon, device=device, batch_size=batch_size, seed=seed
     )
 
 
@@ -75,9 +70,8 @@ def run_suite(
         seed: of all random numbers; at another batch size or device kernels round differently.
         known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
 
-    Raises:
-        UsageError: no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
-            below one grey level, or a judge that cannot take the images.
+    UsageError for no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
+    below one grey level, or a judge that cannot take the images.
     """
     if isinstance(suite, str):
         suite = find_suite(suite)

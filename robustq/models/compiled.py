@@ -136,12 +136,8 @@ def compile_forward(
 
 def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
     """Compile a sum of two numbers; UsageError if torch.compile does not work on this machine."""
-
-    def double(x: Tensor) -> Tensor:
-        return x + x
-
     with compiler_errors(advice=ADVICE, first=True):
-        compile_forward(double, dynamic=False, backend=backend)(torch.ones(1, device=device))
+        compile_forward(lambda x: x + x, dynamic=False, backend=backend)(torch.ones(1, device=device))
 
 
 @contextmanager

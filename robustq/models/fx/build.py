@@ -33,22 +33,25 @@ def quantized_graph(
     At 32 bits its answers are those of ``network``, bit for bit.
 
     Args:
-        network: a float model; its parameters are used, not copied.
-        name: of the model, for messages.
+        network, name: a float model, whose parameters are used, not copied, and its name for messages.
         widths: of the inner layers; 32 is float, 1 is refused.
         classes, channels, image_size: of images (N, channels, image_size, image_size) in [0, 1], logits (N, classes).
         normalisation: mean and standard deviation in front of the model; None where it has none or its own.
         feature_layer: see :func:`find_feature_layer`.
         shared_sum_scale: quantize both inputs of each sum by one quantizer.
 
-    Raises:
-        UsageError: a model that cannot be quantized; the message names the operation.
+    UsageError names the operation for which a model cannot be quantized.
     """
     model = trace(network.float(), name=name)
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
-    _check_logits(model, classes, name)
+    output = next(node for node in model.graph.nodes if node.op == "output")
+    shape = output.all_input_nodes[0].meta["shape"]
+    if shape is None or len(shape) != 2:
+        raise UsageError(f"{name}: its answer has the shape {shape} for 2 images; it must be (2, classes)")
+    if shape[1] != classes:
+        raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
     if not widths.is_float:
         shapes.fix_adaptive_pooling(model)
@@ -115,12 +118,3 @@ def _normalise_first(model: GraphModule, normalisation: Normalisation) -> None:
         normalised = model.graph.call_module(name, (images,))
     images.replace_all_uses_with(normalised, lambda user: user is not normalised)
     model.recompile()
-
-
-def _check_logits(model: GraphModule, classes: int, name: str) -> None:
-    output = next(node for node in model.graph.nodes if node.op == "output")
-    shape = output.all_input_nodes[0].meta["shape"]
-    if shape is None or len(shape) != 2:
-        raise UsageError(f"{name}: its answer has the shape {shape} for 2 images; it must be (2, classes)")
-    if shape[1] != classes:
-        raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")

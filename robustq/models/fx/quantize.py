@@ -107,7 +107,14 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
         if its_kind is Kind.LAYER:
             _quantize_layer(plan, node)
         elif its_kind is Kind.RELU:
-            _quantize_relu(plan, node)
+            relu, bits = called_module(model, node), _act_bits(plan, node)
+            bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
+            made = (
+                quantizers.QuantReLU(bit_width=bits)
+                if bound is None
+                else QuantReLU6(bit_width=bits, bound=float(bound))
+            )
+            set_module(model, made, str(node.target))
     for node in kinds:
         if node is float_prefix[-1]:
             quantizer = qnn.QuantIdentity(
@@ -188,16 +195,6 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
     bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
     options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
     ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)
-
-
-def _quantize_relu(plan: _Plan, node: Node) -> None:
-    relu = called_module(plan.model, node)
-    bits = _act_bits(plan, node)
-    bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
-    quantized = (
-        quantizers.QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
-    )
-    set_module(plan.model, quantized, str(node.target))
 
 
 def _needs_quantizer(plan: _Plan, node: Node) -> bool:

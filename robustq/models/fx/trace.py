@@ -64,10 +64,8 @@ def is_normalise(module: nn.Module) -> bool:
 def trace(network: nn.Module, *, name: str) -> GraphModule:
     """The graph of ``network``, in eval mode, with its own parameters (not copies).
 
-    ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads).
-
-    Raises:
-        UsageError: control flow that depends on values, several inputs or outputs, or a layer that is called twice.
+    ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads). UsageError
+    for control flow that depends on values, several inputs or outputs, or a layer that is called twice.
     """
     network.eval()
     entries = set(network.state_dict())

@@ -68,9 +68,8 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
     Not for training: learned scales get no gradient under the last two rules. Without ``plain_rounding`` the plain
     calls are skipped, for a network that has none (`rounds_plainly`).
 
-    Raises:
-        UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
-            that is neither integer nor binary.
+    UsageError for an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer that
+    is neither integer nor binary.
     """
     _check_rule(rule)
     if rule == STRAIGHT_THROUGH:

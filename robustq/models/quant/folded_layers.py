@@ -24,20 +24,11 @@ from torch import Tensor, nn
 
 from robustq.models.quant.straight_through import code_range, per_channel
 
-EXACT_FLOAT32 = 2**24
-"""Sums of integers are exact in float32 while they stay below this."""
-
-LARGEST_BIAS_CODE = 2**30
-"""Larger bias codes would leave the int32 accumulator no room: such a channel becomes constant."""
-
-CONSTANT_BIAS_CODE = 2**24
-"""The bias code of a constant channel: float32 counts up to it exactly."""
-
-SMALL_BIAS_CODE = 2**20
-"""Below this, float32 divides a bias by its scale and finds the code again."""
-
-NO_BIAS_SCALE = 1e-30
-"""Scale of a binary channel that is all zero: its signs cannot be 0, so their unit has to be."""
+EXACT_FLOAT32 = 2**24  # sums of integers are exact in float32 while they stay below this
+LARGEST_BIAS_CODE = 2**30  # a larger one would leave the int32 accumulator no room: such a channel becomes constant
+CONSTANT_BIAS_CODE = 2**24  # the bias code of a constant channel: float32 counts up to it exactly
+SMALL_BIAS_CODE = 2**20  # below this, float32 divides a bias by its scale and finds the code again
+NO_BIAS_SCALE = 1e-30  # of a binary channel that is all zero: its signs cannot be 0, so their unit has to be
 
 
 @dataclass(frozen=True)

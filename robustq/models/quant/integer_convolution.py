@@ -11,8 +11,7 @@ The kernel is oneDNN's, under the names by which torch.compile calls it. They ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from robustq.models.batch_norm import running_statistics
 from robustq.models.quant.binary import FusedSign
 from robustq.models.quant.folded_layers import ExactConv2d
+from robustq.models.quant.shared_weights import replaced
 from robustq.models.quant.straight_through import FusedIntQuant
 
 LARGEST_CODE = 255
@@ -90,25 +90,16 @@ class IntegerConvolutions:
     def __len__(self) -> int:
         return len(self._layers)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Compute these convolutions in integers, in passes inside the `with` that ask for no gradient of a weight.
 
         Weights and scales must not change inside it.
         """
-        try:
-            for layer in self._layers:
-                layer.begin()
-            yield
-        finally:
-            for layer in self._layers:
-                layer.end()
+        return replaced(self._layers)
 
 
 class _Layer:
-    """Replaces the arithmetic of one convolution. It lives as long as the layer: torch.compile would recompile the
-    network for a new object.
-    """
+    """Replaces the arithmetic of one convolution."""
 
     def __init__(self, conv: Any, quantizer: Any, way_back: torch.dtype) -> None:
         self._conv, self._quantizer, self._way_back = conv, quantizer, way_back

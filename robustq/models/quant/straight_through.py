@@ -3,8 +3,6 @@
 Stock Brevitas writes them as dozens of tensor operations, which cost as much as the convolutions of a small network
 (docs/results/training-cost.md). The modules are subclasses of Brevitas' own with another forward, so that exporters and
 backward rules find what they expect.
-
-Weights w are (channels, ...) with one scale per channel, returned as (channels, 1, ...).
 """
 
 from __future__ import annotations
