@@ -68,8 +68,8 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
     Not for training: learned scales get no gradient under the last two rules. Without ``plain_rounding`` the plain
     calls are skipped, for a network that has none (`rounds_plainly`).
 
-    UsageError for an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer that
-    is neither integer nor binary.
+    UsageError for an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for quantizers that
+    are neither integer nor binary.
     """
     _check_rule(rule)
     if rule == STRAIGHT_THROUGH:
