@@ -65,11 +65,8 @@ def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     become any of max(k - r, 0) .. min(k + r, 255): 8/255 and 8.9/255 allow 8 levels, an epsilon below 1/255 none.
     Values within `LEVEL_TOLERANCE` of an integer level count as that level. Half-way values go to the even level. A NaN
     pixel becomes the pixel of `x`. Both are (N, C, H, W), `x` float k/255 with k = 0 .. 255. The result has the dtype
-    of `x` and no gradient; each value is the float nearest to k/255, on every device.
-
-    Raises:
-        UsageError: epsilon outside [0, 1], the shapes differ, or `x` does not hold uint8 pixels (usually because it was
-            normalised, resized or augmented in float).
+    of `x` and no gradient; each value is the float nearest to k/255, on every device. UsageError as of `project`, or if
+    `x` does not hold uint8 pixels (usually because it was normalised, resized or augmented in float).
     """
     _check(x_adv, x, epsilon=epsilon)
     levels = (x * 255.0).round()

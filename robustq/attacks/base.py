@@ -91,9 +91,8 @@ def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor
     Parameters get no `.grad`. NaN in the gradient becomes 0 (no step): a NaN pixel would break every model. x is
     (N, C, H, W) float, and the objective maps logits (N, K) to one loss per image (N,).
 
-    Raises:
-        UsageError: the logits have no gradient with respect to the images, usually because the model runs outside
-            PyTorch, under no_grad, or detaches its input. A gradient of zeros is returned as it is.
+    UsageError if the logits have no gradient with respect to the images, usually because the model runs outside
+    PyTorch, under no_grad, or detaches its input. A gradient of zeros is returned as it is.
     """
     (result,) = input_gradients(model, x, [objective])
     return result

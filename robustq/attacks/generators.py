@@ -30,10 +30,8 @@ _SECOND = _signed(0x94D049BB133111EB)
 class ImageGenerators:
     """One independent generator per image. It has no state: the same call gives the same numbers again.
 
-    Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images.
-
-    Args:
-        keys: (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
+    Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images. The
+    keys are (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
     """
 
     def __init__(self, keys: Tensor) -> None:

@@ -44,8 +44,8 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, (max over j != y of z_j - z_y) / (z_(1) - z_(3)), z_(i) the i-th highest logit.
 
     The margin divided by the spread of the three highest logits: invariant to shift and scale of the logits (Croce &
-    Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. For two classes it is the margin.
-    From -1 to 1 up to rounding for K of at least 3; positive when misclassified.
+    Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. From -1 to 1 up to rounding, for two
+    classes the margin; positive when misclassified.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)

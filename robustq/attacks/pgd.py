@@ -60,8 +60,7 @@ def sign_ascent(
     """x_{t+1} = project(x_t + step_size * sign(grad_x objective(h(x_t)))), from x_0 = `start`.
 
     Args:
-        model: h.
-        x: (N, C, H, W), the clean images of the whole batch.
+        model, x: h, and (N, C, H, W), the clean images of the whole batch.
         start: (n, C, H, W), for each of the rows.
         rows: (n,) int64, the images to attack; default: all.
         record: gets every iterate but the last, and may drop images.

@@ -72,8 +72,7 @@ class _Search:
     """The images that remain; every field has one entry per image.
 
     best, tried: (n, D) signs. radius: of the boundary along `best`. level, block: the one of the 2^level blocks that
-    `tried` flips, -1 for the first direction itself. searching: whether the boundary along `tried` is between low and
-    high.
+    `tried` flips, -1 for the first direction. searching: whether the boundary along `tried` is between low and high.
     """
 
     rows: Tensor

@@ -45,12 +45,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
     """The logits of all images, (N, K) on the CPU; (0, 0) for no images. Put the model into eval mode first.
 
-    Args:
-        model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
-        x: (N, C, H, W) float32 in [0, 1], on the device of the model.
-        batch_size: images per call, at least 1.
-
-    UsageError for a smaller batch size, or a model that does not answer with one row of logits per image.
+    x is (N, C, H, W) float32 in [0, 1], on the device of the model, which need not be PyTorch's. UsageError for a batch
+    size below 1, or a model that does not answer with one row of logits per image.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")

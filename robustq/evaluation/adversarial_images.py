@@ -35,8 +35,7 @@ class AdversarialImages:
         labels, indices: int64 (N,); the indices are those of the images in the test part of the data set.
         attack: N names of the attacks that found them; ``clean``: the image is wrong without attack.
         broken: bool (N,), whether the judge was wrong on it.
-        epsilon, data: radius in [0, 1], and name of the data set.
-        clean_sha256: see :func:`digest`.
+        epsilon, data, clean_sha256: radius in [0, 1], name of the data set, and :func:`digest` of its images.
         about: model, suite, seed and accuracies of the evaluation.
     """
 

@@ -45,14 +45,11 @@ LARGE = (_apgd("apgd-ce", 20), _apgd("apgd-margin", 20, loss=margin))
 
 
 def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: int, random: float) -> list[Check]:
-    """Check for every kind of masking in the table of docs/flags.md.
+    """Check for every kind of masking in the table of docs/flags.md, after the attacks of the suite.
 
-    Args:
-        target, evaluator, suite: after the attacks of the suite; the attacks of the diagnosis are added.
-        different: number of clean images on which gradient model and judge disagree.
-        random: share of images that two calls of the judge answered differently.
-
-    Returns one check per flag; no ``harness`` and ``noise`` without a control, no ``transfer`` without surrogates.
+    ``different`` is the number of clean images on which gradient model and judge disagree, ``random`` the share of
+    images that two calls of the judge answered differently. Returns one check per flag; no ``harness`` and ``noise``
+    without a control, no ``transfer`` without surrogates.
     """
     diagnosis = _Diagnosis(target, evaluator, suite)
     checks = [

@@ -34,8 +34,7 @@ class Evaluator:
     Args:
         judge: images (B, C, H, W) -> logits (B, K); its answer to the rounded image decides.
         x, y: float32 (N, C, H, W), uint8 pixels / 255, and int64 (N,), on the device of the gradient models.
-        epsilon: radius in [0, 1].
-        batch_size: images per call of an attack.
+        epsilon, batch_size: radius in [0, 1], and images per call of an attack.
         seed: of all random numbers; each image has a generator of its own, from the seed, its index and the attack.
 
     Attributes:

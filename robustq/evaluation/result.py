@@ -24,7 +24,6 @@ class AttackResult:
         indices, kept: (n,) int64, the images that were attacked; (n,) bool, right under this attack.
         remaining: number of images of the whole evaluation that no attack has broken so far.
         queries, gradient_steps: forward passes without gradient, of the judge too, and with gradient, one per image.
-        seconds: wall time.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Evaluation:
         robust: (N,) bool, right without attack and under every attack (the worst case per image).
         attacked: attack name -> (n,) bool, right under that attack, of the images it was run on.
         twin_agreement: share of clean images that gradient model and judge put into the same class.
-        seconds: wall time.
         x_adv, found_by: (N, C, H, W) uint8, the worst adversarial image of each image, and the attacks that found them.
         results: of every attack, in order.
         checks, not_checked: for gradient masking, and reasons why no verdict can be given.

@@ -64,9 +64,8 @@ def run_suite(
         target: judge, gradient models, and other inputs of attacks; all models in eval mode, on ``device``.
         images, labels: uint8 (N, C, H, W), and int64 (N,), 0 .. K-1.
         suite: a suite or its name.
-        epsilon: radius in [0, 1].
+        epsilon, batch_size: radius in [0, 1], and images per call of an attack.
         device: of the gradient models.
-        batch_size: images per call of an attack.
         seed: of all random numbers; at another batch size or device kernels round differently.
         known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
 

@@ -18,10 +18,9 @@ class NamedAttack:
     """An attack with its budget: a column of a table, or a step of a suite.
 
     Args:
-        name: in results.
+        name, stage: in results, and of the suite, as results group it.
         attack: ``attack(model, x, y, *, epsilon, ...) -> x_adv`` of :mod:`robustq.attacks`.
         settings: its budget, by argument.
-        stage: of the suite, as results group it.
         uses: ``gradients``: a differentiable model, under each backward rule; ``queries``: answers of the judge or its
             proxy; ``surrogates``: each other network, one after the other; ``features``: the inner layer.
         after: name of the attack whose survivors it runs on, whether other attacks have broken them since or not, so

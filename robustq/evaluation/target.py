@@ -19,12 +19,10 @@ DRAWS = 8
 """A model that answers at random is judged and attacked in the mean of so many answers (expectation over
 transformation, Athalye et al. 2018, arXiv:1707.07397)."""
 
-_PROBES = 32
-_ROUNDING = 1e-3
-"""Share of the logit range that rounding in kernels never reaches and another scale of activations always exceeds."""
-
-_MANY = 0.25
-"""Share of the images: rounding differs for few images alone and in a batch, another scale of activations for all."""
+_PROBES = 32  # clean images
+# Rounding in kernels never reaches this share of the logit range, and differs for few images alone and in a batch;
+# another scale of activations always exceeds it, for all images.
+_ROUNDING, _MANY = 1e-3, 0.25
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,9 @@ _CACHE_TAG = " robustq, donated_buffer=False"
 class CompiledNetwork:
     """A network with compiled forward and backward passes for any batch size, eager below :data:`MIN_IMAGES` images.
 
-    Each kind of pass is compiled at its first call, in about half a minute for a small network.
-
-    Args:
-        model: in eval mode. Its hooks, weights and modes must not change; the arithmetic of its layers may
-            (:mod:`robustq.models.quant.integer_convolution`).
-        backend: of torch.compile.
+    Each kind of pass is compiled at its first call, in about half a minute for a small network. The model is in eval
+    mode; its hooks, weights and modes must not change, but the arithmetic of its layers may
+    (:mod:`robustq.models.quant.integer_convolution`).
     """
 
     def __init__(self, model: nn.Module, *, backend: Any = "inductor") -> None:
@@ -42,10 +39,7 @@ class CompiledNetwork:
         self._straight_through = self._compile()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, K), with the gradient of the network itself.
-
-        UsageError where torch.compile does not work on this machine, or the network has a graph break.
-        """
+        """Images (N, C, H, W) -> logits (N, K), with the network's own gradient; UsageError if it does not compile."""
         return self._straight_through(x)
 
     def under_rule(self, rule: str) -> Network:

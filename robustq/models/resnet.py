@@ -136,7 +136,6 @@ class ResNet(nn.Module):
         layers: makes the layers; binary activations give binary blocks.
         blocks, widths: blocks and channels of each stage; every stage but the first halves the image.
         large_images: a 7x7 stem of stride 2 and max pooling (ImageNet) instead of a 3x3 one.
-        shortcut: of the blocks that change the shape.
     """
 
     def __init__(

@@ -26,10 +26,9 @@ class ModelSpec:
         architecture: a key of :data:`ARCHITECTURES`, or of a custom network ``torchvision:NAME`` or
             ``module:function``.
         weight_bits, act_bits: widths of the inner layers; 32 is float.
-        classes, channels, image_size: shape of the task; images are square.
+        classes, class_names, channels, image_size: shape of the task, and a name per class; images are square.
         data: the data set that the network was trained on, as the user named it (a name, a folder or an .npz file).
         epsilon: radius of the threat model that it was trained for, in [0, 1]; None when trained without one.
-        class_names: one name per class.
         normalisation: (mean, std) per channel that the model applies before the input quantizer, or None.
         layer_bits: (layer name, bits) of layers with a width of their own; a table in JSON.
         feature_layer: the layer whose input is the features to align; None: found on the network.
@@ -143,9 +142,8 @@ def check_architecture(name: str) -> str:
 def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None = None) -> nn.Module:
     """A network with fresh weights, in eval mode.
 
-    Args:
-        folded: build the form that :func:`robustq.models.quant.folding.fold` fills (not of custom networks).
-        own_model: the ``module:function`` whose code the user allows to run.
+    ``folded`` builds the form that :func:`robustq.models.quant.folding.fold` fills (not of custom networks);
+    ``own_model`` is the ``module:function`` whose code the user allows to run.
 
     Raises:
         ModelFileError: the network is the user's code, and ``own_model`` does not allow it.

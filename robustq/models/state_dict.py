@@ -33,10 +33,9 @@ def is_bare_state_dict(content: Any) -> bool:
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The weights in ``content`` under torchvision's names, without prefixes; None when there are none.
+    """The weights under torchvision's names, without prefixes; None when there are none.
 
-    Args:
-        content: a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
+    ``content`` is a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
     """
     # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
     for _ in range(2):

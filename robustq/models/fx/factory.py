@@ -32,11 +32,8 @@ def runs_user_code(architecture: str) -> bool:
 def check_permission(architecture: str, named: str | None) -> None:
     """Check that ``named``, the value of ``--model`` or None, allows the code that a model file's architecture needs.
 
-    A file must never decide which code runs.
-
-    Raises:
-        ModelFileError: the file needs code that the user did not name.
-        UsageError: the user named another model.
+    A file must never decide which code runs. ModelFileError if it needs code that the user did not name, UsageError if
+    the user named another model.
     """
     if named is not None and named != architecture:
         raise UsageError(f"--model {named} was given, but the file holds a {architecture}; name that, or leave it out")

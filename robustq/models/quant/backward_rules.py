@@ -136,9 +136,8 @@ def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Ten
     t = max((highest - lowest) EDGE, 1/2). w is `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond. Without the last
     factor for an unsigned quantizer (lowest 0): the ReLU in front of it is that end.
 
-    Args:
-        codes: any shape, the activations in units of the scale, before rounding (zero point added).
-        lowest, highest: codes of the quantizer.
+    ``codes`` (any shape) are activations in units of the scale before rounding, with the zero point added; ``lowest``
+    and ``highest`` are codes of the quantizer.
     """
     wave = WAVE * min(1.0, 4.0 / (highest - lowest + 1.0))
     width = max((highest - lowest) * EDGE, 0.5)

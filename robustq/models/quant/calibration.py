@@ -35,7 +35,6 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
     size, and the BatchNorms in front of signs are new. There all BatchNorms take the statistics of ``images``.
 
     Args:
-        model: a quantized network; one without learned thresholds (float) stays as it is.
         images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
         from_scratch: normalise with the statistics of ``images``; those of a fresh network mean nothing.
     """

@@ -30,11 +30,9 @@ def fold(model: nn.Module, spec: ModelSpec) -> nn.Module:
     scale that can hold its bias. That drops at most 2^24 of 2^30 steps, 1.6% of the bias. Binary weights cannot be
     zero: there the bias gets the largest code, beside which a sum of 2^13 signs is nothing.
 
-    ``model`` was built from ``spec`` and stays as it was. The folded network is in eval mode, on the CPU.
-
-    Raises:
-        ExportError: a BatchNorm does not follow a convolution of its own, or float32 cannot hold a folded weight or
-            scale; the layer is named.
+    ``model`` was built from ``spec`` and stays as it was. The folded network is in eval mode, on the CPU. ExportError
+    names a BatchNorm that does not follow a convolution of its own, or a layer with a folded weight or scale that
+    float32 cannot hold.
     """
     if is_custom(spec.architecture):
         # Imported here: graphs load sympy, which takes as long as torch.

@@ -76,7 +76,6 @@ class IntegerConvolutions:
     """Those convolutions of one network whose inputs are codes of at most 8 bits, or signs.
 
     Args:
-        model: any network; its Brevitas convolutions are looked at.
         example: (N, C, H, W) images in [0, 1] for one forward pass that tells the input of each layer, in the mode that
             the network is in; nothing of it changes by that.
         way_back: type of gradients and weights in the backward pass; None: the fastest.
@@ -203,8 +202,7 @@ def convolve_codes(
         weight_scale: (K,) float32.
         stride, padding, dilation, groups: of a convolution in two dimensions.
 
-    Returns:
-        (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
+    Returns (N, K, H', W') float32, channels last: the exact sum of products, rounded once and again by the scales.
     """
     answer: Tensor = torch.ops.robustq.convolve_codes(
         codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups, zero_point

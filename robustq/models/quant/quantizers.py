@@ -9,9 +9,8 @@
 
 No forward collects statistics. Stock Brevitas activation quantizers do so for their first 300 forwards, under
 ``no_grad`` too, so that a clean or attack pass would change the model under test. Here only calibration
-(:mod:`robustq.models.quant.calibration`) and gradients move a scale.
-
-One-bit quantizers are in :mod:`robustq.models.quant.binary`.
+(:mod:`robustq.models.quant.calibration`) and gradients move a scale. One-bit quantizers are in
+:mod:`robustq.models.quant.binary`.
 """
 
 from __future__ import annotations
