@@ -91,9 +91,9 @@ class Layers:
         if self.normalisation is None:
             return self._quantizer(quantizers.PixelQuant)
         normalise = Normalise(self.normalisation)
-        return (
-            normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(quantizers.NormalisedQuant))
-        )
+        if self.widths.is_float:
+            return normalise
+        return nn.Sequential(normalise, self._quantizer(quantizers.NormalisedQuant))
 
     def _quantizer(self, quantizer: Any, **options: int) -> nn.Module:
         """Nothing in a float network."""

@@ -30,7 +30,7 @@ from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_
 from robustq.models.fx.trace import called_module, describe, free_name
 from robustq.models.layers import OUTER_BITS, weight_quantizer
 from robustq.models.quant import quantizers
-from robustq.models.quant.quantizers import Widths
+from robustq.models.quant.quantizers import QuantReLU, Widths
 
 
 class BoundedThreshold(quantizers.LearnedThreshold):
@@ -109,18 +109,12 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
         elif its_kind is Kind.RELU:
             relu, bits = called_module(model, node), _act_bits(plan, node)
             bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
-            made = (
-                quantizers.QuantReLU(bit_width=bits)
-                if bound is None
-                else QuantReLU6(bit_width=bits, bound=float(bound))
-            )
+            made = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
             set_module(model, made, str(node.target))
     for node in kinds:
         if node is float_prefix[-1]:
-            quantizer = qnn.QuantIdentity(
-                act_quant=quantizers.PixelQuant if kinds[node] is Kind.INPUT else quantizers.NormalisedQuant
-            )
-            _insert_after(plan, node, "input_quant", quantizer)
+            act_quant = quantizers.PixelQuant if kinds[node] is Kind.INPUT else quantizers.NormalisedQuant
+            _insert_after(plan, node, "input_quant", qnn.QuantIdentity(act_quant=act_quant))
         elif node not in float_prefix and _needs_quantizer(plan, node):
             if node in unsigned:
                 quantizer = qnn.QuantIdentity(act_quant=quantizers.ActQuant, bit_width=_act_bits(plan, node))
