@@ -67,7 +67,7 @@ def _cells(options: argparse.Namespace, bits: int, seed: int) -> list[str]:
     x = to_float(images)
     expected = logits_of(model, x, label="unfolded")
     clean = (expected.argmax(1) == labels).float().mean().item()
-    with mock.patch("robustq.models.quant.folding.bias_steps", return_value=1):
+    with mock.patch("robustq.models.quant.folded_layers.bias_steps", return_value=1):
         coarse = fold(model, spec)
     logits = [logits_of(folded, x, label="folded") for folded in (fold(model, spec), coarse)]
     found = [compare(expected, one) for one in [*logits, *_float_bias_logits(model, spec, x)]]

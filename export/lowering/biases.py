@@ -16,7 +16,7 @@ def accumulator_biases(model: onnx.ModelProto) -> int:
     codes are multiplied by m and their scale is divided by m, and the Clip that marked their width goes. The weights
     stay the same up to one float32 rounding. QLinearConv and QGemm add the bias to the accumulator without a look at
     its scale: where they differ, onnxruntime from 1.27 on leaves the layer in float, and older versions add a wrong
-    bias. Folding makes biases of narrow weights finer (:func:`robustq.models.quant.folding.bias_steps`).
+    bias. Folding makes biases of narrow weights finer (:func:`robustq.models.quant.folded_layers.bias_steps`).
 
     Raises:
         ExportError: m is no integer, or the weights would need more than 8 bits.

@@ -45,10 +45,8 @@ from robustq.attacks.square import square
 from robustq.attacks.transfer import transfer
 
 _ATTACKS = (
-    *(gaussian_noise, uniform_noise, random_corners),
-    *(fgsm, bim, pgd, tpgd, pgd_plus_plus),
-    *(apgd, apgd_targeted, fab, fab_targeted),
-    *(square, rays, feature_space, transfer),
+    *(gaussian_noise, uniform_noise, random_corners, fgsm, bim, pgd, tpgd, pgd_plus_plus),
+    *(apgd, apgd_targeted, fab, fab_targeted, square, rays, feature_space, transfer),
 )
 
 ATTACKS: Mapping[str, Callable[..., Tensor]] = MappingProxyType({attack.__name__: attack for attack in _ATTACKS})

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project, uniform_noise_and_peak
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings, input_gradient, select
+from robustq.attacks.base import AttackState, Criterion, Model, Objective, check_settings, gradient_of_rows, select
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, nan_to_lowest, targeted_dlr
-from robustq.attacks.pgd import Objective
 
 MOMENTUM = 0.75
 ENOUGH_INCREASES = 0.75
@@ -48,8 +47,8 @@ def apgd(
     generators = image_generators(generator, x)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
     for restart in range(restarts):
-        start = generators.child("apgd", restart)
-        _run(state, lambda logits, rows: loss(logits, y[rows]), start, epsilon=epsilon, steps=steps)
+        child = generators.child("apgd", restart)
+        _run(state, lambda logits, rows: loss(logits, y[rows]), child, epsilon=epsilon, steps=steps)
     return state.x_adv
 
 
@@ -92,8 +91,7 @@ def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int) -> list[Tenso
     # Stable, so that equal logits come in the order of their classes on every device.
     order = others.sort(dim=1, descending=True, stable=True).indices
     # The label is last unless another logit is -inf as well.
-    order = order[order != y[:, None]].view(len(y), -1)
-    return list(order[:, :count].unbind(dim=1))
+    return list(order[order != y[:, None]].view(len(y), -1)[:, :count].unbind(dim=1))
 
 
 def checkpoints(steps: int) -> frozenset[int]:
@@ -135,20 +133,7 @@ def _run(state: AttackState, objective: Objective, generators: ImageGenerators, 
     x = state.x[rows]
     noise, peak = uniform_noise_and_peak(x, generators[rows])
     x_adv = project(x + epsilon * noise / peak, x, epsilon=epsilon)
-    run = _begin(state, objective, rows, x, x_adv, epsilon=epsilon)
-    checks, last_check = checkpoints(steps), 0
-    for number in range(1, steps + 1):
-        if not len(run.rows):
-            return
-        _step(run, epsilon=epsilon, momentum=MOMENTUM if number > 1 else 1.0)
-        run = _evaluate(state, objective, run, with_gradient=number < steps)
-        if number in checks:
-            _review_step_sizes(run, interval=number - last_check)
-            last_check = number
-
-
-def _begin(state: AttackState, objective: Objective, rows: Tensor, x: Tensor, x_adv: Tensor, *, epsilon: float) -> _Run:
-    gradient, losses, logits = input_gradient(state.model_for(rows), x_adv, lambda logits: objective(logits, rows))
+    gradient, losses, logits = gradient_of_rows(state.model, rows, x_adv, objective)
     losses = nan_to_lowest(losses)
     run = _Run(
         rows=rows,
@@ -166,31 +151,32 @@ def _begin(state: AttackState, objective: Objective, rows: Tensor, x: Tensor, x_
         # At the first checkpoint the step is new, so that Condition 2 of the paper does not apply.
         halved_at_check=torch.ones_like(losses, dtype=torch.bool),
     )
-    return select(run, state.record(rows, x_adv, logits))
-
-
-def _step(run: _Run, *, epsilon: float, momentum: float) -> None:
-    """Move every image one step along the sign of its gradient, in place."""
-    x, now = run.x, run.x_adv
-    ahead = project(now + run.step[:, None, None, None] * run.gradient.sign(), x, epsilon=epsilon)
-    moved = now + momentum * (ahead - now) + (1.0 - momentum) * (now - run.previous)
-    run.previous, run.x_adv = now, project(moved, x, epsilon=epsilon)
+    run = select(run, state.record(rows, x_adv, logits))
+    checks, last_check = checkpoints(steps), 0
+    for number in range(1, steps + 1):
+        if not len(run.rows):
+            return
+        momentum = MOMENTUM if number > 1 else 1.0
+        ahead = project(run.x_adv + run.step[:, None, None, None] * run.gradient.sign(), run.x, epsilon=epsilon)
+        moved = run.x_adv + momentum * (ahead - run.x_adv) + (1.0 - momentum) * (run.x_adv - run.previous)
+        run.previous, run.x_adv = run.x_adv, project(moved, run.x, epsilon=epsilon)
+        run = _evaluate(state, objective, run, with_gradient=number < steps)
+        if number in checks:
+            _review_step_sizes(run, interval=number - last_check)
+            last_check = number
 
 
 def _evaluate(state: AttackState, objective: Objective, run: _Run, *, with_gradient: bool) -> _Run:
     """Evaluate the current points, drop the images that broke, and keep the best points."""
-    rows = run.rows
     if with_gradient:
-        run.gradient, losses, logits = input_gradient(
-            state.model_for(rows), run.x_adv, lambda logits: objective(logits, rows)
-        )
+        run.gradient, losses, logits = gradient_of_rows(state.model, run.rows, run.x_adv, objective)
     else:
-        logits = state.query(rows, run.x_adv)
-        losses = objective(logits, rows)
+        logits = state.query(run.rows, run.x_adv)
+        losses = objective(logits, run.rows)
     losses = nan_to_lowest(losses)
     run.increases = run.increases + (losses > run.losses)
     run.losses = losses
-    run = select(run, state.record(rows, run.x_adv, logits))
+    run = select(run, state.record(run.rows, run.x_adv, logits))
     better = run.losses > run.best_losses
     run.best[better] = run.x_adv[better]
     run.best_gradient[better] = run.gradient[better]

@@ -1,7 +1,6 @@
 """The L-infinity ball around an image, in floats and in uint8 pixel levels.
 
-Images are float tensors in [0, 1] (pixel / 255); epsilon is in the same unit. Every adversarial image passes through
-`project`, or through `round_to_uint8` where a device with uint8 input receives it.
+Images are float tensors in [0, 1] (pixel / 255); epsilon is in the same unit.
 """
 
 from __future__ import annotations
@@ -24,19 +23,11 @@ six digits, 0.0313725, is 7.99999 levels. The tolerance enlarges the ball by at 
 
 @torch.no_grad()
 def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
-    """Move every pixel of `x_adv` to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
+    """Move every pixel of `x_adv` (N, C, H, W) to the nearest value inside the epsilon-ball of `x` and inside [0, 1].
 
-    A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack.
-
-    Args:
-        x_adv: (N, C, H, W) float, any range.
-        x: the clean images, same shape, in [0, 1].
-
-    Returns:
-        (N, C, H, W), dtype of `x`, without gradient; equal to `x` for epsilon 0.
-
-    Raises:
-        UsageError: epsilon outside [0, 1] (usually 8 instead of 8/255), or the shapes differ.
+    A NaN pixel becomes the pixel of `x`: a NaN would break any model without being an attack. The result has the dtype
+    of `x` and no gradient, and equals `x` for epsilon 0. UsageError for epsilon outside [0, 1] (usually 8 instead of
+    8/255), or if the shapes differ.
     """
     _check(x_adv, x, epsilon=epsilon)
     x_adv = torch.where(x_adv.isnan(), x, x_adv)
@@ -45,12 +36,9 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
-    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1].
+    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1]; drawn on the CPU.
 
-    The numbers are drawn on the CPU. Returns (N, C, H, W), dtype and device of `x`, without gradient.
-
-    Raises:
-        UsageError: epsilon outside [0, 1], or generators of another number of images.
+    Returns (N, C, H, W), dtype and device of `x`, without gradient. UsageError as of `project` and `image_generators`.
     """
     check_epsilon(epsilon)
     if isinstance(generator, ImageGenerators):
@@ -76,18 +64,9 @@ def round_to_uint8(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
     All arithmetic is on integer pixel levels, exact in float32. With r = floor(255 epsilon), a level k of `x` may
     become any of max(k - r, 0) .. min(k + r, 255): 8/255 and 8.9/255 allow 8 levels, an epsilon below 1/255 none.
     Values within `LEVEL_TOLERANCE` of an integer level count as that level. Half-way values go to the even level. A NaN
-    pixel becomes the pixel of `x`.
-
-    Args:
-        x_adv: (N, C, H, W) float, any range.
-        x: the clean images, same shape, float k/255 with k = 0 .. 255.
-
-    Returns:
-        (N, C, H, W), dtype of `x`, without gradient. Each value is the float nearest to k/255, on every device.
-
-    Raises:
-        UsageError: epsilon outside [0, 1], the shapes differ, or `x` does not hold uint8 pixels (usually because it was
-            normalised, resized or augmented in float).
+    pixel becomes the pixel of `x`. Both are (N, C, H, W), `x` float k/255 with k = 0 .. 255. The result has the dtype
+    of `x` and no gradient; each value is the float nearest to k/255, on every device. UsageError as of `project`, or if
+    `x` does not hold uint8 pixels (usually because it was normalised, resized or augmented in float).
     """
     _check(x_adv, x, epsilon=epsilon)
     levels = (x * 255.0).round()

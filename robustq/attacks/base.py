@@ -24,6 +24,9 @@ PerImage = TypeVar("PerImage")
 Model = Callable[[Tensor], Tensor]
 """Images (N, C, H, W) float in [0, 1] -> logits (N, K) float. An nn.Module is one."""
 
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(logits (n, K), their rows in the batch (n,) int64) -> losses (n,)."""
+
 
 class Counted(Generic[Answer]):
     """A model that counts its queries and gradients per image; its answers are those of the model inside.
@@ -32,15 +35,11 @@ class Counted(Generic[Answer]):
         x_adv = apgd(model, x, y, epsilon=8 / 255)
         model.gradient_steps.sum()
 
-    A pass counts as a gradient step when autograd watches the images.
-
-    Args:
-        model: images -> logits, or any other callable on images.
-        images: N, the number of images that the attack is given.
+    The model may be any callable on images, and ``images`` is their number N. A pass counts as a gradient step when
+    autograd watches the images.
 
     Attributes:
-        queries: (N,) int64, forward passes without gradient.
-        gradient_steps: (N,) int64, forward passes with gradient.
+        queries, gradient_steps: (N,) int64, forward passes without and with gradient.
     """
 
     def __init__(self, model: Callable[[Tensor], Answer], *, images: int) -> None:
@@ -50,11 +49,7 @@ class Counted(Generic[Answer]):
         self._rows = torch.arange(images)
 
     def __call__(self, x: Tensor) -> Answer:
-        """(n, C, H, W) -> the model's answer; n is N, or the number of rows given to `for_rows`.
-
-        Raises:
-            UsageError: another number of images.
-        """
+        """(n, C, H, W) -> the model's answer; UsageError unless n is N, or the number of rows given to `for_rows`."""
         if len(x) != len(self._rows):
             raise UsageError(
                 f"the model got {len(x)} images and counts {len(self._rows)}; an attack that drops images from its "
@@ -83,12 +78,7 @@ def model_for(model: Callable[[Tensor], Answer], rows: Tensor) -> Callable[[Tens
 
 
 class LossAndGradient(NamedTuple):
-    """The result of one forward and backward pass; all detached.
-
-    gradient: (N, C, H, W), of each image's loss with respect to that image.
-    losses: (N,).
-    logits: (N, K).
-    """
+    """One pass, detached: the gradient (N, C, H, W) of each image's loss, the losses (N,), and the logits (N, K)."""
 
     gradient: Tensor
     losses: Tensor
@@ -98,16 +88,11 @@ class LossAndGradient(NamedTuple):
 def input_gradient(model: Model, x: Tensor, objective: Callable[[Tensor], Tensor]) -> LossAndGradient:
     """Differentiate `objective(model(x))` with respect to `x` only; works under `torch.no_grad` too.
 
-    Parameters get no `.grad`. NaN in the gradient becomes 0 (no step): a NaN pixel would break every model.
+    Parameters get no `.grad`. NaN in the gradient becomes 0 (no step): a NaN pixel would break every model. x is
+    (N, C, H, W) float, and the objective maps logits (N, K) to one loss per image (N,).
 
-    Args:
-        model: images -> logits, differentiable with respect to the images.
-        x: (N, C, H, W) float.
-        objective: logits (N, K) -> losses (N,), one per image.
-
-    Raises:
-        UsageError: the logits have no gradient with respect to the images, usually because the model runs outside
-            PyTorch, under no_grad, or detaches its input. A gradient of zeros is returned as it is.
+    UsageError if the logits have no gradient with respect to the images, usually because the model runs outside
+    PyTorch, under no_grad, or detaches its input. A gradient of zeros is returned as it is.
     """
     (result,) = input_gradients(model, x, [objective])
     return result
@@ -136,12 +121,13 @@ def input_gradients(
         yield LossAndGradient(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
 
 
-def check_settings(*, epsilon: float, **counts: int) -> None:
-    """Check settings that attacks share.
+def gradient_of_rows(model: Model, rows: Tensor, x: Tensor, objective: Objective) -> LossAndGradient:
+    """`input_gradient` for images x (n, C, H, W) that are some rows (n,) of the batch."""
+    return input_gradient(model_for(model, rows), x, lambda logits: objective(logits, rows))
 
-    Raises:
-        UsageError: epsilon outside [0, 1], or one of the counts (steps, restarts, queries ...) below 1.
-    """
+
+def check_settings(*, epsilon: float, **counts: int) -> None:
+    """Raise UsageError for epsilon outside [0, 1], or one of the counts (steps, restarts, queries ...) below 1."""
     check_epsilon(epsilon)
     for name, count in counts.items():
         if count < 1:
@@ -166,9 +152,8 @@ judge them on the deployed file.
 class AttackState:
     """A batch under attack. Runs the model once, on the clean images.
 
-    Args:
-        model, x, y, criterion: see `robustq.attacks`.
-        stop: whether broken images are dropped.
+    Args as in `robustq.attacks`; with `stop` broken images are dropped. UsageError for a model with fewer than two
+    classes, or without one row of logits per image.
 
     Attributes:
         x_adv: (N, C, H, W), per image an adversarial image that broke, if there is one; of these, or else of all that
@@ -176,9 +161,6 @@ class AttackState:
         broken: (N,) bool.
         remaining: (n,) int64, the rows that are still attacked: without `stop` all rows that were right without attack.
         clean_logits: (N, K).
-
-    Raises:
-        UsageError: a model with fewer than two classes, or without one row of logits per image.
     """
 
     @torch.no_grad()
@@ -201,15 +183,9 @@ class AttackState:
 
     @torch.no_grad()
     def record(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
-        """Record adversarial images and the model's answers to them.
+        """Record adversarial images (n, C, H, W) inside the ball, and the model's answers to them, logits (n, K).
 
-        Args:
-            rows: (n,) int64 of the batch, each at most once.
-            x_adv: (n, C, H, W), inside the ball.
-            logits: (n, K).
-
-        Returns:
-            (n,) bool, the rows to continue with.
+        ``rows`` are (n,) int64 of the batch, each at most once. Returns (n,) bool, the rows to continue with.
         """
         margins = _margins(logits, self.y[rows])
         breaks = self._breaks(rows, x_adv, logits)
@@ -229,24 +205,17 @@ class AttackState:
         self.margins[rows[~self.broken[rows]]] = -torch.inf
         self.record(rows, x_adv, self.query(rows, x_adv))
 
-    def model_for(self, rows: Tensor) -> Model:
-        """The model for these rows (see the function of this name)."""
-        return model_for(self.model, rows)
-
     @torch.no_grad()
     def query(self, rows: Tensor, images: Tensor) -> Tensor:
-        """The model's logits (n, K) for images (n, C, H, W), without gradient.
-
-        They are moved to the device of the images: a judge outside PyTorch answers on the CPU.
-        """
-        return self.model_for(rows)(images).to(self.x.device)
+        """The model's logits (n, K) for images (n, C, H, W), without gradient, on the device of the images."""
+        # A judge outside PyTorch answers on the CPU.
+        return model_for(self.model, rows)(images).to(self.x.device)
 
     def _breaks(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
         wrong = misclassified(logits, self.y[rows])
-        if self.criterion is None or not bool(wrong.any()):
-            return wrong
-        candidates = wrong.clone()
-        wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
+        if self.criterion is not None and bool(wrong.any()):
+            candidates = wrong.clone()
+            wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
         return wrong
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +18,7 @@ from robustq.attacks.base import (
     input_gradient,
     input_gradients,
     misclassified,
+    model_for,
 )
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import targeted_margin
@@ -56,10 +56,10 @@ def fab(
     """
     check_settings(epsilon=epsilon, steps=steps, restarts=restarts)
     generators = image_generators(generator, x)
-    walk = _Walk.begin(AttackState(model, x, y, criterion=criterion, stop=stop_when_broken))
+    walk = _Walk(model, x, y, criterion=criterion, stop=stop_when_broken)
     for restart in range(restarts):
         start = generators.child("fab", restart) if restart else None
-        _run(walk, partial(_nearest_boundary, state=walk.state), start, epsilon=epsilon, steps=steps)
+        _run(walk, partial(_nearest_boundary, walk), start, epsilon=epsilon, steps=steps)
     return _result(walk, epsilon=epsilon)
 
 
@@ -86,11 +86,11 @@ def fab_targeted(
     """
     check_settings(epsilon=epsilon, steps=steps, restarts=restarts, target_classes=target_classes)
     generators = image_generators(generator, x)
-    walk = _Walk.begin(AttackState(model, x, y, criterion=criterion, stop=stop_when_broken))
-    for rank, target in enumerate(likely_targets(walk.state.clean_logits, y, count=target_classes)):
+    walk = _Walk(model, x, y, criterion=criterion, stop=stop_when_broken)
+    for rank, target in enumerate(likely_targets(walk.clean_logits, y, count=target_classes)):
         for restart in range(restarts):
             start = generators.child("fab", rank, restart) if restart else None
-            _run(walk, partial(_boundary_to, target, state=walk.state), start, epsilon=epsilon, steps=steps)
+            _run(walk, partial(_boundary_to, target, walk), start, epsilon=epsilon, steps=steps)
     return _result(walk, epsilon=epsilon)
 
 
@@ -101,13 +101,9 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor) -> Tensor:
     With radius r the best change moves every coordinate towards the plane by r, or by its room. That makes up
     sum_i |normal_i| min(r, room_i), which is piecewise linear and growing in r: sorting the rooms gives r exactly.
 
-    Args:
-        points, normal: (n, D) float; points in [0, 1].
-        value: (n,) float, of the affine function at the points.
-
-    Returns:
-        (n, D): d; where the plane does not meet the cube, the change to the corner whose affine value is nearest to 0.
-        Zero where the normal is zero.
+    Points in [0, 1] and normal are (n, D), the value of the affine function at the points (n,). Returns d (n, D): zero
+    where the normal is zero; where the plane does not meet the cube, the change to the corner whose affine value is
+    nearest to 0.
     """
     towards = -value.sign()[:, None] * normal.sign()
     room = torch.where(towards > 0, 1.0 - points, points)
@@ -127,37 +123,33 @@ def onto_plane(points: Tensor, normal: Tensor, value: Tensor) -> Tensor:
     return towards * torch.minimum(radius, room)
 
 
-@dataclass
-class _Walk:
+class _Walk(AttackState):
     """The attack state, each image's nearest misclassified point (N, C, H, W), and its distance (N,), inf for none."""
 
-    state: AttackState
-    nearest: Tensor
-    distance: Tensor
-
-    @classmethod
-    def begin(cls, state: AttackState) -> _Walk:
-        return cls(state, state.x.clone(), torch.full((len(state.x),), torch.inf, device=state.x.device))
+    def __init__(self, model: Model, x: Tensor, y: Tensor, *, criterion: Criterion | None, stop: bool) -> None:
+        super().__init__(model, x, y, criterion=criterion, stop=stop)
+        self.nearest = self.x.clone()
+        self.distance = torch.full((len(x),), torch.inf, device=x.device)
 
 
 Boundary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(points (n, C, H, W), rows (n,)) -> the lead of another class (n,), and its gradient (n, D)."""
 
 
-def _boundary_to(target: Tensor, points: Tensor, rows: Tensor, *, state: AttackState) -> tuple[Tensor, Tensor]:
-    lead = partial(targeted_margin, y=state.y[rows], target=target[rows])
-    gradient, losses, _ = input_gradient(state.model_for(rows), points, lead)
+def _boundary_to(target: Tensor, walk: _Walk, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    lead = partial(targeted_margin, y=walk.y[rows], target=target[rows])
+    gradient, losses, _ = input_gradient(model_for(walk.model, rows), points, lead)
     return losses, gradient.flatten(1)
 
 
-def _nearest_boundary(points: Tensor, rows: Tensor, *, state: AttackState) -> tuple[Tensor, Tensor]:
+def _nearest_boundary(walk: _Walk, points: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Of the class whose linearised boundary is nearest in L-infinity, |lead| / ||gradient||_1."""
-    labels = state.y[rows]
-    classes = range(state.clean_logits.shape[1])
+    labels = walk.y[rows]
+    classes = range(walk.clean_logits.shape[1])
     leads = [partial(targeted_margin, y=labels, target=torch.full_like(labels, number)) for number in classes]
     shortest = torch.full((len(rows),), torch.inf, device=points.device)
     value, normal = torch.zeros(len(rows), device=points.device), torch.zeros_like(points.flatten(1))
-    for number, found in enumerate(input_gradients(state.model_for(rows), points, leads)):
+    for number, found in enumerate(input_gradients(model_for(walk.model, rows), points, leads)):
         gradient = found.gradient.flatten(1)
         distance = found.losses.abs() / (gradient.abs().sum(dim=1) + 1e-12)
         nearer = (distance < shortest) & (labels != number)
@@ -168,11 +160,8 @@ def _nearest_boundary(points: Tensor, rows: Tensor, *, state: AttackState) -> tu
 
 
 def _run(walk: _Walk, boundary: Boundary, start: ImageGenerators | None, *, epsilon: float, steps: int) -> None:
-    state = walk.state
-    rows = state.remaining
-    if not len(rows):
-        return
-    points = state.x[rows]
+    rows = walk.remaining
+    points = walk.x[rows]
     if start is not None:
         noise, peak = uniform_noise_and_peak(points, start[rows])
         radius = walk.distance[rows].clamp(max=epsilon) / 2
@@ -181,7 +170,7 @@ def _run(walk: _Walk, boundary: Boundary, start: ImageGenerators | None, *, epsi
         if not len(rows):
             return
         value, normal = boundary(points, rows)
-        points = _mean_of_projections(points, state.x[rows], value.to(points), normal)
+        points = _mean_of_projections(points, walk.x[rows], value.to(points), normal)
         rows, points = _evaluate(walk, rows, points, epsilon=epsilon)
 
 
@@ -201,12 +190,11 @@ def _mean_of_projections(points: Tensor, x: Tensor, value: Tensor, normal: Tenso
 @torch.no_grad()
 def _evaluate(walk: _Walk, rows: Tensor, points: Tensor, *, epsilon: float) -> tuple[Tensor, Tensor]:
     """Query the model, record misclassified points and step back from them; returns the rows and points that remain."""
-    state = walk.state
-    logits = state.query(rows, points)
-    wrong = misclassified(logits, state.y[rows])
+    logits = walk.query(rows, points)
+    wrong = misclassified(logits, walk.y[rows])
     if not bool(wrong.any()):
         return rows, points
-    x = state.x[rows]
+    x = walk.x[rows]
     distance = (points - x).abs().flatten(1).amax(dim=1)
     nearer = wrong & (distance < walk.distance[rows])
     walk.nearest[rows[nearer]] = points[nearer]
@@ -215,15 +203,14 @@ def _evaluate(walk: _Walk, rows: Tensor, points: Tensor, *, epsilon: float) -> t
     inside = wrong & (distance <= epsilon)
     if bool(inside.any()):
         x_adv = project(points[inside], x[inside], epsilon=epsilon)
-        kept[inside] = state.record(rows[inside], x_adv, logits[inside])
+        kept[inside] = walk.record(rows[inside], x_adv, logits[inside])
     points = torch.where(wrong[:, None, None, None], x + STEP_BACK * (points - x), points)
     return rows[kept], points[kept]
 
 
 @torch.no_grad()
 def _result(walk: _Walk, *, epsilon: float) -> Tensor:
-    state = walk.state
-    rows = state.remaining[~state.broken[state.remaining] & walk.distance[state.remaining].isfinite()]
+    rows = walk.remaining[~walk.broken[walk.remaining] & walk.distance[walk.remaining].isfinite()]
     if len(rows):
-        state.record_final(rows, project(walk.nearest[rows], state.x[rows], epsilon=epsilon))
-    return state.x_adv
+        walk.record_final(rows, project(walk.nearest[rows], walk.x[rows], epsilon=epsilon))
+    return walk.x_adv

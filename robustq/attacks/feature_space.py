@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import uniform_start
-from robustq.attacks.base import AttackState, Criterion, Model, model_for
+from robustq.attacks.base import AttackState, Counted, Criterion, Model, model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.pgd import default_step, sign_ascent
 
 Features = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images (n, C, H, W) -> logits (n, K) and features (n, ...) of one pass, both differentiable.
-
-`hardening.features.FeatureTap` is one, for a layer of any network by its name.
+"""Images (n, C, H, W) -> logits (n, K) and features (n, ...) of one pass, both differentiable: as of
+`hardening.features.FeatureTap`, for a layer of any network by its name.
 """
 
 
@@ -52,8 +51,9 @@ def feature_space(
     if not len(rows):
         return state.x_adv
     classes = state.clean_logits.shape[1]
+    both = _side_by_side(features)
     with torch.no_grad():
-        clean = _logits_and_features(features, rows)(state.x[rows])[:, classes:]
+        clean = model_for(both, rows)(state.x[rows])[:, classes:]
     clean_features = clean.new_zeros(len(x), clean.shape[1])
     clean_features[rows] = clean
 
@@ -61,7 +61,7 @@ def feature_space(
         return (outputs[:, classes:] - clean_features[rows]).square().sum(dim=1)
 
     rows, x_adv = sign_ascent(
-        lambda rows: _logits_and_features(features, rows),
+        both,
         state.x,
         uniform_start(state.x[rows], epsilon=epsilon, generator=generators.child("feature space")[rows]),
         distance,
@@ -76,12 +76,13 @@ def feature_space(
     return state.x_adv
 
 
-def _logits_and_features(features: Features, rows: Tensor) -> Model:
-    """Logits and flattened features of these rows, side by side: (n, C, H, W) -> (n, K + D)."""
-    counted = model_for(features, rows)
+def _side_by_side(features: Features) -> Model:
+    """Logits and flattened features: (n, C, H, W) -> (n, K + D)."""
+    if isinstance(features, Counted):
+        return features.sharing(_side_by_side(features.model))
 
     def outputs(images: Tensor) -> Tensor:
-        logits, found = counted(images)
+        logits, found = features(images)
         return torch.cat([logits, found.flatten(1).to(logits.dtype)], dim=1)
 
     return outputs

@@ -30,10 +30,8 @@ _SECOND = _signed(0x94D049BB133111EB)
 class ImageGenerators:
     """One independent generator per image. It has no state: the same call gives the same numbers again.
 
-    Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images.
-
-    Args:
-        keys: (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
+    Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images. The
+    keys are (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -41,12 +39,9 @@ class ImageGenerators:
 
     @classmethod
     def of(cls, seed: int, indices: Tensor | range, *, attack: str = "") -> ImageGenerators:
-        """The generators of images by their index in the data set.
+        """The generators of images by their index in the data set, (N,) integers; equal ones get equal generators.
 
-        Args:
-            seed: of the whole evaluation.
-            indices: (N,) integers; equal indices get equal generators.
-            attack: its name, so that attacks do not share their draws.
+        ``seed`` is that of the whole evaluation; by the name of the ``attack`` attacks do not share their draws.
         """
         indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices).to("cpu", torch.int64)
         return cls(_mix(_mix(indices * _GOLDEN) + _word("seed", seed))).child(attack)

@@ -44,8 +44,8 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     """Difference of logits ratio, (max over j != y of z_j - z_y) / (z_(1) - z_(3)), z_(i) the i-th highest logit.
 
     The margin divided by the spread of the three highest logits: invariant to shift and scale of the logits (Croce &
-    Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. For two classes it is the margin.
-    From -1 to 1 up to rounding for K of at least 3; positive when misclassified.
+    Hein 2020, arXiv:2003.01690, Eq. 6). The gradient goes through the divisor too. From -1 to 1 up to rounding, for two
+    classes the margin; positive when misclassified.
     """
     if logits.shape[1] < 3:
         return margin(logits, y)
@@ -76,13 +76,12 @@ def rescaled_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
     beta maximises the Frobenius norm of the Hessian of cross-entropy with respect to the logits,
     beta^2 (diag(p) - p p^T) with p = softmax(beta z) (Hessian norm scaling, Gupta & Ajanthan 2022, arXiv:2003.13511,
-    section 4.2). Scaling all logits thus changes nothing. beta is held constant in the gradient.
+    section 4.2). Scaling all logits thus changes nothing. beta is held constant in the gradient. The losses of two
+    answers to one image do not compare: they have different factors.
 
     Deviations from the paper, which estimates one factor for a network from the Hessian with respect to the images:
     each image has its own factor, from its own logits, so that it does not depend on its batch. It is searched where
     beta times the range of the logits is 0.5 to 100. Constant logits keep beta = 1.
-
-    Not negative; two answers to one image have different factors, so that their losses do not compare.
     """
     logits = _full_precision(logits)
     return cross_entropy(unsaturating_factor(logits)[:, None] * logits, y)
@@ -109,7 +108,6 @@ def kl(logits: Tensor, clean_logits: Tensor) -> Tensor:
 
     That is KL(p || q), the order of TRADES (Zhang et al. 2019, arXiv:1901.08573). With p constant, its gradient with
     respect to `logits` is q - p, the same as that of the cross-entropy of q against the soft labels p.
-    Not negative up to rounding.
     """
     log_q = functional.log_softmax(_full_precision(logits), dim=1)
     log_p = functional.log_softmax(_full_precision(clean_logits), dim=1)

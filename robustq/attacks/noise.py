@@ -1,7 +1,4 @@
-"""Attacks without gradient or search: Gaussian noise (GN in the paper's tables), uniform noise, and random corners.
-
-A gradient attack that leaves as many images as they do has failed.
-"""
+"""Attacks without gradient or search: Gaussian noise (GN in the paper's tables), uniform noise, and random corners."""
 
 from __future__ import annotations
 

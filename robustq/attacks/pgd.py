@@ -21,29 +21,22 @@ from robustq.attacks.ball import LEVEL_TOLERANCE, project, uniform_start
 from robustq.attacks.base import (
     AttackState,
     Criterion,
-    LossAndGradient,
     Model,
+    Objective,
     check_settings,
-    input_gradient,
+    gradient_of_rows,
     misclassified,
 )
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy, kl, rescaled_cross_entropy
 from robustq.errors import UsageError
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits (n, K), their rows in the batch (n,) int64) -> losses (n,)."""
-
 Record = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows (n,), x_adv (n, C, H, W), logits (n, K)) -> (n,) bool, the rows to continue with."""
 
 
 def default_step(step_size: float | None, *, epsilon: float, steps: int) -> float:
-    """The step size of an attack: `epsilon / 4` if none is given.
-
-    Raises:
-        UsageError: epsilon or the step size outside [0, 1], or fewer than one step.
-    """
+    """The step size of an attack, `epsilon / 4` if none is given; UsageError for a setting out of its range."""
     check_settings(epsilon=epsilon, steps=steps)
     if step_size is None:
         return epsilon / 4
@@ -53,7 +46,7 @@ def default_step(step_size: float | None, *, epsilon: float, steps: int) -> floa
 
 
 def sign_ascent(
-    model_for: Callable[[Tensor], Model],
+    model: Model,
     x: Tensor,
     start: Tensor,
     objective: Objective,
@@ -67,31 +60,25 @@ def sign_ascent(
     """x_{t+1} = project(x_t + step_size * sign(grad_x objective(h(x_t)))), from x_0 = `start`.
 
     Args:
-        model_for: rows -> the model h for these images.
-        x: (N, C, H, W), the clean images of the whole batch.
+        model, x: h, and (N, C, H, W), the clean images of the whole batch.
         start: (n, C, H, W), for each of the rows.
         rows: (n,) int64, the images to attack; default: all.
         record: gets every iterate but the last, and may drop images.
 
-    Returns:
-        The rows that were not dropped, and their last iterates.
+    Returns the rows that were not dropped, and their last iterates.
     """
     rows = torch.arange(len(x), device=x.device) if rows is None else rows
     x_adv = start
     for _ in range(steps):
         if not len(rows):
             break
-        gradient, _, logits = _gradient_for(rows, model_for(rows), x_adv, objective)
+        gradient, _, logits = gradient_of_rows(model, rows, x_adv, objective)
         if record is not None:
             kept = record(rows, x_adv, logits)
             rows, x_adv, gradient = rows[kept], x_adv[kept], gradient[kept]
         clean = x if record is None else x[rows]
         x_adv = project(x_adv + step_size * gradient.sign(), clean, epsilon=epsilon)
     return rows, x_adv
-
-
-def _gradient_for(rows: Tensor, model: Model, x_adv: Tensor, objective: Objective) -> LossAndGradient:
-    return input_gradient(model, x_adv, lambda logits: objective(logits, rows))
 
 
 def fgsm(model: Model, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
@@ -134,7 +121,7 @@ def pgd(
     start = uniform_start(x, epsilon=epsilon, generator=generator) if random_start else x.detach()
     best = _BestIterate(y, loss) if keep_best else None
     rows, x_adv = sign_ascent(
-        lambda rows: model,
+        model,
         x,
         start,
         lambda logits, rows: loss(logits, y),
@@ -199,7 +186,7 @@ def tpgd(
     with torch.no_grad():
         clean_logits = model(x)
     _, x_adv = sign_ascent(
-        lambda rows: model,
+        model,
         x,
         project(uniform_start(x, epsilon=start, generator=generator), x, epsilon=epsilon),
         lambda logits, rows: kl(logits, clean_logits),
@@ -238,7 +225,7 @@ def pgd_plus_plus(
     rows = state.remaining
     start = uniform_start(state.x[rows], epsilon=epsilon, generator=generators.child("pgd++")[rows])
     rows, x_adv = sign_ascent(
-        state.model_for,
+        model,
         state.x,
         start,
         lambda logits, rows: loss(logits, y[rows]),

@@ -42,7 +42,20 @@ def rays(
     """
     check_settings(epsilon=epsilon, queries=queries)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
-    search = _Search.begin(state.remaining, x[0].numel() if len(x) else 0)
+    rows = state.remaining
+    ones = torch.ones_like(state.x[rows].flatten(1), dtype=torch.float32)
+    farthest = torch.full_like(rows, _FARTHEST, dtype=torch.float32)
+    search = _Search(
+        rows=rows,
+        best=ones,
+        tried=ones,
+        radius=farthest,
+        level=torch.zeros_like(rows),
+        block=torch.full_like(rows, -1),
+        searching=torch.zeros_like(rows, dtype=torch.bool),
+        low=torch.zeros_like(farthest),
+        high=farthest,
+    )
     for _ in range(queries - 1):
         if not len(search.rows):
             return state.x_adv
@@ -59,8 +72,7 @@ class _Search:
     """The images that remain; every field has one entry per image.
 
     best, tried: (n, D) signs. radius: of the boundary along `best`. level, block: the one of the 2^level blocks that
-    `tried` flips, -1 for the first direction itself. searching: whether the boundary along `tried` is between low and
-    high.
+    `tried` flips, -1 for the first direction. searching: whether the boundary along `tried` is between low and high.
     """
 
     rows: Tensor
@@ -72,22 +84,6 @@ class _Search:
     searching: Tensor
     low: Tensor
     high: Tensor
-
-    @classmethod
-    def begin(cls, rows: Tensor, pixels: int) -> _Search:
-        ones = torch.ones(len(rows), pixels, device=rows.device)
-        numbers = torch.zeros(len(rows), device=rows.device)
-        return cls(
-            rows=rows,
-            best=ones,
-            tried=ones.clone(),
-            radius=numbers + _FARTHEST,
-            level=torch.zeros_like(rows),
-            block=torch.zeros_like(rows) - 1,
-            searching=torch.zeros_like(rows, dtype=torch.bool),
-            low=numbers.clone(),
-            high=numbers + _FARTHEST,
-        )
 
 
 def _query(state: AttackState, search: _Search, *, epsilon: float) -> _Search:

@@ -82,8 +82,7 @@ def square(
 def schedule_of(size: int) -> int:
     """The queries over which squares shrink: 10,000 min(1, size / 3072)^(2/3), size = channels x height x width.
 
-    The exponent was measured on images of 64 values. There some 800 queries are best at every budget from 200 to 1,000,
-    and 10,000 leave far more images than a longer search (docs/results/attacks.md).
+    The exponent was measured on images of 64 values, where some 800 queries are best (docs/results/attacks.md).
     """
     return max(round(10_000 * math.pow(min(1.0, size / _LARGE), 2 / 3)), 1)
 

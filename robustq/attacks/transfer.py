@@ -30,8 +30,7 @@ def transfer(
     """Attack each surrogate with APGD, and query the model with the image of the surrogate's highest margin.
 
     On a surrogate every image gets all steps, also one that the surrogate misclassifies. The model gets the clean
-    images and one image per surrogate, and is never differentiated. Images that broke are not attacked on the next
-    surrogate.
+    images and one image per surrogate, and is never differentiated.
 
     Args (the others are those of all attacks, see `robustq.attacks`):
         surrogates: at least one differentiable model with the same classes.
@@ -54,13 +53,9 @@ def transfer(
             epsilon=epsilon,
             steps=steps,
             loss=loss,
-            criterion=_never_broken,
+            # No image counts as broken, so that each gets all steps, and the image of its highest margin is returned.
+            criterion=lambda x_adv, rows: torch.zeros_like(rows, dtype=torch.bool),
             generator=generators.child("transfer", number)[rows],
         )
         state.record(rows, x_adv, state.query(rows, x_adv))
     return state.x_adv
-
-
-def _never_broken(x_adv: Tensor, rows: Tensor) -> Tensor:
-    """No image counts as broken on the surrogate, so that each gets all steps and its highest margin is returned."""
-    return torch.zeros_like(rows, dtype=torch.bool)

@@ -23,11 +23,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     With p = correct / total, n = total and z the normal quantile of 0.975:
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
-    Returns:
-        (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
-
-    Raises:
-        UsageError: no images, or correct outside 0 .. total.
+    Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
+    UsageError for no images, or correct outside 0 .. total.
     """
     if total < 1:
         raise UsageError(f"an interval over {total} images does not exist; use at least 1")
@@ -46,18 +43,10 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 # no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
 @torch.no_grad()
 def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The logits of all images; put the model into eval mode first.
+    """The logits of all images, (N, K) on the CPU; (0, 0) for no images. Put the model into eval mode first.
 
-    Args:
-        model: images (n, C, H, W) -> logits (n, K) on any device; PyTorch or not.
-        x: (N, C, H, W) float32 in [0, 1], on the device of the model.
-        batch_size: images per call, at least 1.
-
-    Returns:
-        (N, K) on the CPU; (0, 0) for no images.
-
-    Raises:
-        UsageError: a batch size below 1, or a model that does not answer with one row of logits per image.
+    x is (N, C, H, W) float32 in [0, 1], on the device of the model, which need not be PyTorch's. UsageError for a batch
+    size below 1, or a model that does not answer with one row of logits per image.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")
@@ -83,23 +72,18 @@ def top_classes(logits: Tensor) -> Tensor:
     """
     if len(logits) == 0:
         return torch.empty(0, dtype=torch.int64)
-    found = logits.argmax(dim=1)
-    found[logits.isnan().any(dim=1)] = -1
-    return found
+    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
 
 
 def predict(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:
-    """The class of each image as in :func:`top_classes`: (N,) int64 on the CPU.
-
-    Args, Raises: as for :func:`all_logits`.
-    """
+    """:func:`top_classes` of :func:`all_logits`: (N,) int64 on the CPU."""
     return top_classes(all_logits(model, x, batch_size=batch_size))
 
 
 def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
     """Whether each image is classified as its label y (N,) int64: (N,) bool on the CPU; NaN logits count as wrong.
 
-    Args, Raises: as for :func:`all_logits`; also if the numbers of images and labels differ.
+    Args, Raises: of :func:`all_logits`; also UsageError if the numbers of images and labels differ.
     """
     if len(x) != len(y):
         raise UsageError(f"{len(x)} images and {len(y)} labels; give one label per image")
@@ -109,13 +93,7 @@ def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_si
 
 @dataclass(frozen=True)
 class Comparison:
-    """Counts of images that are right under only one of two attacks.
-
-    Args:
-        images: number of all images, right or wrong.
-        only_first: right under the first attack, wrong under the second.
-        only_second: right under the second attack, wrong under the first.
-    """
+    """Counts of images that are right under only one of two attacks, and of all ``images``, right or wrong."""
 
     images: int
     only_first: int
@@ -146,14 +124,10 @@ class Comparison:
 
 
 def compare_kept(first: Tensor, second: Tensor, *, images: int) -> Comparison:
-    """Compare two attacks on the same images.
+    """Compare two attacks on the same images: (n,) bool each, right under the attack.
 
-    Args:
-        first, second: (n,) bool, right under each attack.
-        images: the number of images that accuracies are shares of; n, or more where some were wrong without attack.
-
-    Raises:
-        UsageError: the attacks were not run on the same number of images, or on more than ``images``.
+    ``images`` is the number that accuracies are shares of: n, or more where some were wrong without attack. UsageError
+    if the attacks were not run on the same number of images, or on more than ``images``.
     """
     if first.shape != second.shape or len(first) > images or images < 1:
         raise UsageError(

@@ -1,7 +1,6 @@
 """Adversarial images as an .npz file: the proof of a robust accuracy, which anyone can replay, and a regression test.
 
-The arrays of the file are the fields of :class:`AdversarialImages`, ``about`` as JSON text; ``indices`` is stored as
-``places``.
+Its arrays are the fields of :class:`AdversarialImages`, ``about`` as JSON text; ``indices`` is stored as ``places``.
 """
 
 from __future__ import annotations
@@ -22,17 +21,9 @@ from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.errors import UsageError
 from robustq.files import atomic_file
 
-_TYPES = {
-    "x_adv": "u1",
-    "labels": "i8",
-    "places": "i8",
-    "attack": "U",
-    "broken": "b1",
-    "epsilon": "f8",
-    "data": "U",
-    "clean_sha256": "U",
-    "about": "U",
-}
+_KINDS = {"x_adv": "u", "labels": "i", "places": "i", "attack": "U", "broken": "b", "epsilon": "f"}
+_KINDS |= dict.fromkeys(("data", "clean_sha256", "about"), "U")
+"""Array -> kind of its dtype."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +32,10 @@ class AdversarialImages:
 
     Args:
         x_adv: uint8 (N, C, H, W), the worst adversarial image of each image.
-        labels: int64 (N,).
-        indices: int64 (N,), of the images in the test part of the data set.
+        labels, indices: int64 (N,); the indices are those of the images in the test part of the data set.
         attack: N names of the attacks that found them; ``clean``: the image is wrong without attack.
         broken: bool (N,), whether the judge was wrong on it.
-        epsilon: radius in [0, 1].
-        data: name of the data set.
-        clean_sha256: see :func:`digest`.
+        epsilon, data, clean_sha256: radius in [0, 1], name of the data set, and :func:`digest` of its images.
         about: model, suite, seed and accuracies of the evaluation.
     """
 
@@ -79,43 +67,38 @@ class AdversarialImages:
 
     @classmethod
     def load(cls, path: Path) -> AdversarialImages:
-        """Read the file; nothing in it is executed.
-
-        Raises:
-            UsageError: it is missing, damaged, or another kind of file.
-        """
+        """Read the file; nothing in it is executed. UsageError if it is missing, damaged, or another kind of file."""
         advice = "give the .npz that 'robustq attack --out FILE' or --save-adversarial wrote"
         if not path.is_file():
             raise UsageError(f"{path}: no such file; {advice}")
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: np.asarray(archive[name]) for name in _TYPES}
+                arrays = {name: np.asarray(archive[name]) for name in _KINDS}
             about = json.loads(str(arrays["about"]))
         except KeyError as error:
             raise UsageError(f"{path}: lacks {error.args[0].split()[0]}; {advice}") from error
         except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UsageError(f"{path}: cannot be read ({reason}); {advice}") from error
-        for name, kind in _TYPES.items():
-            if arrays[name].dtype.kind != np.dtype(kind).kind:
+        for name, kind in _KINDS.items():
+            if arrays[name].dtype.kind != kind:
                 raise UsageError(f"{path}: {name} is {arrays[name].dtype}; {advice}")
-        count = len(arrays["x_adv"]) if arrays["x_adv"].ndim == 4 else 0
-        rows = [
-            len(arrays[name]) if arrays[name].ndim == 1 else -1 for name in ("labels", "places", "attack", "broken")
-        ]
-        epsilon = float(arrays["epsilon"]) if arrays["epsilon"].ndim == 0 else math.nan
-        if count == 0 or rows != [count] * 4 or not 0.0 <= epsilon <= 1.0 or not isinstance(about, dict):
+        x_adv, labels, indices, attack, broken, epsilon, data, clean_sha256, _ = arrays.values()
+        count = len(x_adv) if x_adv.ndim == 4 else 0
+        one_per_image = all(array.shape == (count,) for array in (labels, indices, attack, broken))
+        is_radius = epsilon.ndim == 0 and 0.0 <= epsilon <= 1.0
+        if count == 0 or not one_per_image or not is_radius or not isinstance(about, dict):
             raise UsageError(f"{path}: its arrays do not fit together; {advice}")
         return cls(
-            torch.from_numpy(arrays["x_adv"]),
-            torch.from_numpy(arrays["labels"].astype(np.int64)),
-            torch.from_numpy(arrays["places"].astype(np.int64)),
-            tuple(arrays["attack"].tolist()),
-            torch.from_numpy(arrays["broken"]),
-            epsilon,
-            str(arrays["data"]),
-            str(arrays["clean_sha256"]),
-            about,
+            x_adv=torch.from_numpy(x_adv),
+            labels=torch.from_numpy(labels.astype(np.int64)),
+            indices=torch.from_numpy(indices.astype(np.int64)),
+            attack=tuple(attack.tolist()),
+            broken=torch.from_numpy(broken),
+            epsilon=float(epsilon),
+            data=str(data),
+            clean_sha256=str(clean_sha256),
+            about=about,
         )
 
 
@@ -127,14 +110,9 @@ def digest(images: Tensor, labels: Tensor) -> str:
 
 
 def check_ball(found: AdversarialImages, images: Tensor) -> None:
-    """Check that every adversarial image lies in the epsilon-ball of its clean image.
+    """Raise UsageError unless every adversarial image lies in the epsilon-ball of its clean image.
 
-    Args:
-        found: as loaded.
-        images: uint8 (N, C, H, W), the clean images at ``found.indices``.
-
-    Raises:
-        UsageError: one lies outside, or the shapes differ.
+    ``images`` are the clean images at ``found.indices``, uint8 (N, C, H, W).
     """
     if images.shape != found.x_adv.shape:
         raise UsageError(

@@ -6,7 +6,7 @@ training: the other backward rules are there to find what that gradient hides.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -45,15 +45,11 @@ LARGE = (_apgd("apgd-ce", 20), _apgd("apgd-margin", 20, loss=margin))
 
 
 def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: int, random: float) -> list[Check]:
-    """Check for every kind of masking in the table of docs/flags.md.
+    """Check for every kind of masking in the table of docs/flags.md, after the attacks of the suite.
 
-    Args:
-        target, evaluator, suite: after the attacks of the suite; the attacks of the diagnosis are added.
-        different: number of clean images on which gradient model and judge disagree.
-        random: share of images that two calls of the judge answered differently.
-
-    Returns:
-        one check per flag; no ``harness`` and ``noise`` without a control, no ``transfer`` without surrogates.
+    ``different`` is the number of clean images on which gradient model and judge disagree, ``random`` the share of
+    images that two calls of the judge answered differently. Returns one check per flag; no ``harness`` and ``noise``
+    without a control, no ``transfer`` without surrogates.
     """
     diagnosis = _Diagnosis(target, evaluator, suite)
     checks = [
@@ -78,47 +74,46 @@ class _Diagnosis:
         self.target, self.evaluator, self.suite = target, evaluator, suite
         self.suite_results = list(evaluator.results)
         self.indices = evenly_spaced(len(evaluator.x), IMAGES)
+        self.images = len(self.indices)
         self.right = self.indices[evaluator.clean[self.indices]]
         self.pgd = evaluator.run(PGD, target.gradient_model, self.right)
 
     def harness_and_noise(self) -> list[Check]:
-        control, epsilon, lost = self.target.control, self.evaluator.epsilon, None
+        control, epsilon, images = self.target.control, self.evaluator.epsilon, self.images
         if control is None:
             return []
+        undefended = self._evaluator(control, epsilon=epsilon)
+        pgd = undefended.run(PGD, control, undefended.clean_indices)
         while True:
-            undefended = self._evaluator(control, epsilon=epsilon)
-            clean = int(undefended.clean.sum())
-            if lost is None:
-                pgd = undefended.run(PGD, control, undefended.clean_indices)
-                lost = Comparison(len(self.indices), len(pgd.broken_indices), 0)
             for attack in (FIFTY, MARGIN):
                 undefended.run(attack, control, undefended.remaining_indices)
             kept = int(undefended.robust.sum())
             # In a ball that is small for the data (MNIST at 8/255) even a network without defence keeps images.
-            if kept <= flags.HARNESS_KEPT * len(self.indices) or epsilon >= LARGE_BALL:
+            if kept <= flags.HARNESS_KEPT * images or epsilon >= LARGE_BALL:
                 break
             epsilon = min(2.0 * epsilon, LARGE_BALL)
+            undefended = self._evaluator(control, epsilon=epsilon)
         noise = self._suite_result(NOISE)
-        kept_by_noise = noise.kept[torch.isin(noise.indices, self.right)]
+        against_noise = compare_kept(noise.kept[torch.isin(noise.indices, self.right)], self.pgd.kept, images=images)
         return [
-            flags.harness(kept=kept, images=len(self.indices), epsilon=epsilon, clean=clean),
-            flags.noise(compare_kept(kept_by_noise, self.pgd.kept, images=len(self.indices)), control=lost),
+            flags.harness(kept=kept, images=images, epsilon=epsilon, clean=int(undefended.clean.sum())),
+            flags.noise(against_noise, control=Comparison(images, len(pgd.broken_indices), 0)),
         ]
 
     def step_order(self) -> Check:
-        one_step = self.evaluator.run(FGSM, self.target.gradient_model, self.right)
-        fifty = next((result for result in self.suite_results if result.name == CROSS_ENTROPY), None)
+        model, images = self.target.gradient_model, self.images
+        one_step = self.evaluator.run(FGSM, model, self.right)
         steps = next(attack.settings["steps"] for attack in self.suite.attacks if attack.name == CROSS_ENTROPY)
-        if fifty is None or steps != FIFTY.settings["steps"]:
-            fifty = self.evaluator.run(FIFTY, self.target.gradient_model, self.right)
-        images = len(self.indices)
-        hundred = self.evaluator.run(HUNDRED, self.target.gradient_model, _among(fifty.kept_indices, self.right))
-        others = _among(fifty.broken_indices, self.right)
-        more_steps = self._completed(hundred, HUNDRED, others, points=flags.MORE_STEPS_POINTS, images=images)
+        fifty = self._suite_result(CROSS_ENTROPY)
+        if steps != FIFTY.settings["steps"]:
+            fifty = self.evaluator.run(FIFTY, model, self.right)
+        kept, broken = (part[torch.isin(part, self.right)] for part in (fifty.kept_indices, fifty.broken_indices))
+        hundred = self.evaluator.run(HUNDRED, model, kept)
+        more_steps = self._completed(hundred, HUNDRED, broken, points=flags.MORE_STEPS_POINTS, images=images)
         return flags.step_order(compare_kept(self.pgd.kept, one_step.kept, images=images), more_steps)
 
     def large_ball(self) -> Check:
-        images = len(self.indices)
+        images = self.images
         large = self._evaluator(self.evaluator.judge, epsilon=LARGE_BALL)
         for model in self.target.gradient_models.values():
             for attack in LARGE:
@@ -145,7 +140,7 @@ class _Diagnosis:
         rescaled = self.evaluator.run(RESCALED, self.target.gradient_model, self.right, label=label)
         # Plain cross-entropy is both attacks that used it: a stronger attack must not count as a better scale.
         plain = self.pgd.kept & ~torch.isin(self.right, self._suite_result(CROSS_ENTROPY).broken_indices)
-        images = len(self.indices)
+        images = self.images
         left = (int(plain.sum()) / images, len(rescaled.kept_indices) / images)
         return flags.logit_scale(compare_kept(plain, rescaled.kept, images=images), left=left)
 
@@ -163,9 +158,9 @@ class _Diagnosis:
         """Attacks with gradients the images that queries alone had broken before."""
         evaluator = self.evaluator
         names = [attack.name for attack in self.suite.attacks if attack.uses == "queries"]
-        by_queries = _union(result.broken_indices for result in self.suite_results if result.name in names)
-        by_gradients = _union(result.broken_indices for result in self.suite_results if result.stage == "white-box")
-        missed = by_queries[~torch.isin(by_queries, by_gradients)]
+        by_queries = torch.cat([one.broken_indices for one in self.suite_results if one.name in names])
+        by_gradients = torch.cat([one.broken_indices for one in self.suite_results if one.stage == "white-box"])
+        missed = torch.tensor(sorted(set(by_queries.tolist()) - set(by_gradients.tolist())), dtype=torch.int64)
         for model in self.target.gradient_models.values():
             for attack in (FIFTY, MARGIN):
                 missed = evaluator.run(attack, model, missed).kept_indices
@@ -174,10 +169,9 @@ class _Diagnosis:
         return flags.gradient_free(broken=len(missed), left=left, images=len(evaluator.x))
 
     def transfer(self) -> list[Check]:
-        found = []
+        found, by_transfer = [], [result for result in self.suite_results if result.stage == "transfer"]
         for name in self.target.surrogates:
-            results = [one for one in self.suite_results if one.stage == "transfer" and one.name.endswith(f": {name}")]
-            broken = sum(len(result.broken_indices) for result in results)
+            broken = sum(len(result.broken_indices) for result in by_transfer if result.name.endswith(f": {name}"))
             found.append((name, Comparison(len(self.evaluator.x), broken, 0)))
         return [flags.transfer(found)] if found else []
 
@@ -188,29 +182,18 @@ class _Diagnosis:
 
         The second one runs on the others, which the first broke, only if their result matters.
         """
-        broken = len(second.broken_indices)
-        if not Comparison(images, broken, 0).exceeds(points):
-            return Comparison(images, broken, 0)
-        label = f"{attack.name}, the others"
-        rest = self.evaluator.run(attack, self.target.gradient_model, others, label=label, stage=DIAGNOSIS)
-        return Comparison(images, broken, len(rest.kept_indices))
+        found = Comparison(images, len(second.broken_indices), 0)
+        if found.exceeds(points):
+            label = f"{attack.name}, the others"
+            rest = self.evaluator.run(attack, self.target.gradient_model, others, label=label, stage=DIAGNOSIS)
+            found = replace(found, only_second=len(rest.kept_indices))
+        return found
 
     def _evaluator(self, judge: Model, *, epsilon: float) -> Evaluator:
         """Another evaluator on the images of the diagnosis."""
-        first = self.evaluator
-        rows = self.indices.to(first.x.device)
-        return Evaluator(
-            judge, first.x[rows], first.y[rows], epsilon=epsilon, batch_size=first.batch_size, seed=first.seed
-        )
+        first, rows = self.evaluator, self.indices.to(self.evaluator.x.device)
+        settings = {"batch_size": first.batch_size, "seed": first.seed}
+        return Evaluator(judge, first.x[rows], first.y[rows], epsilon=epsilon, **settings)
 
     def _suite_result(self, name: str) -> AttackResult:
         return next(result for result in self.suite_results if result.name == name)
-
-
-def _among(indices: Tensor, allowed: Tensor) -> Tensor:
-    return indices[torch.isin(indices, allowed)]
-
-
-def _union(parts: Iterable[Tensor]) -> Tensor:
-    union: Tensor = torch.unique(torch.cat([torch.empty(0, dtype=torch.int64), *parts]))
-    return union

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -32,10 +33,8 @@ class Evaluator:
 
     Args:
         judge: images (B, C, H, W) -> logits (B, K); its answer to the rounded image decides.
-        x: float32 (N, C, H, W), uint8 pixels / 255, on the device of the gradient models.
-        y: int64 (N,), on the same device.
-        epsilon: radius in [0, 1].
-        batch_size: images per call of an attack.
+        x, y: float32 (N, C, H, W), uint8 pixels / 255, and int64 (N,), on the device of the gradient models.
+        epsilon, batch_size: radius in [0, 1], and images per call of an attack.
         seed: of all random numbers; each image has a generator of its own, from the seed, its index and the attack.
 
     Attributes:
@@ -82,20 +81,17 @@ class Evaluator:
         features: Features | None = None,
         surrogate: Model | None = None,
     ) -> AttackResult:
-        """Attack some images through ``model``, and count on the judge.
+        """Attack the images of some indices (n,), int64 on the CPU, through ``model``, and count on the judge.
 
         Args:
-            attack, model: to run on each other.
-            indices: (n,) int64 on the CPU.
-            label: name in results; None: the attack's own.
-            stage: of the suite; None: the attack's own.
+            label, stage: in results; None: the attack's own.
             features: of the model's inner layer, for an attack that takes them.
             surrogate: another network, for an attack that takes surrogates.
         """
         start = time.perf_counter()
         name = label or attack.name
-        kept = torch.ones(len(indices), dtype=torch.bool)
-        self._judge_queries = queries = steps = done = 0
+        kept = [torch.ones(0, dtype=torch.bool)]
+        self._judge_queries = queries = steps = 0
         with bar(f"attack: {name}", len(indices)) as progress:
             for batch in torch.split(indices, self.batch_size) if len(indices) else ():
                 counted = Counted(model, images=len(batch))
@@ -104,17 +100,15 @@ class Evaluator:
                     inputs["features"] = counted.sharing(features)
                 if surrogate is not None:
                     inputs["surrogates"] = [counted.sharing(surrogate)]
-                kept[done : done + len(batch)] = self._attack(attack, counted, batch, name, inputs)
-                done += len(batch)
+                kept.append(self._attack(attack, counted, batch, name, inputs))
                 progress.advance(len(batch))
                 queries += int(counted.queries.sum())
                 steps += int(counted.gradient_steps.sum())
-        self.robust[indices[~kept]] = False
         result = AttackResult(
             name=name,
             stage=stage or attack.stage,
             indices=indices,
-            kept=kept,
+            kept=torch.cat(kept),
             remaining=int(self.robust.sum()),
             queries=queries + self._judge_queries,
             gradient_steps=steps,
@@ -141,15 +135,12 @@ class Evaluator:
             broken[which.cpu()] |= ~right
             return (~right).to(x_adv.device)
 
-        x_adv = attack.run(
-            model,
-            self.x[rows],
-            self.y[rows],
-            epsilon=self.epsilon,
-            generator=ImageGenerators.of(self.seed, indices, attack=attack.name),
-            criterion=breaks_judge,
-            **inputs,
-        )
+        generators = ImageGenerators.of(self.seed, indices, attack=attack.name)
+        accepted = inspect.signature(attack.attack).parameters
+        for argument, value in (("generator", generators), ("criterion", breaks_judge)):
+            if argument in accepted:
+                inputs[argument] = value
+        x_adv = attack.attack(model, self.x[rows], self.y[rows], epsilon=self.epsilon, **attack.settings, **inputs)
         # Images that broke once stay broken, also with a judge that answers at random.
         left = (~broken).nonzero()[:, 0]
         broken[left] = ~self._judge(x_adv[left.to(x_adv.device)], indices[left], name)
@@ -162,7 +153,7 @@ class Evaluator:
         rounded = round_to_uint8(x_adv, self.x[rows], epsilon=self.epsilon)
         logits = all_logits(self.judge, rounded, batch_size=self.batch_size)
         self._judge_queries += len(indices)
-        right = (top_classes(logits) == y) if len(indices) else torch.ones(0, dtype=torch.bool)
+        right = top_classes(logits) == y
         if self.classes < 2 or not len(indices):
             return right
         margins = margin(logits, y).nan_to_num(nan=torch.inf)

@@ -7,7 +7,7 @@ it also exceeds the 95% interval of the paired images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from robustq.evaluation.accuracy import Comparison, wilson_interval
@@ -28,17 +28,8 @@ NOT_FOUND = "no masking found"
 NOT_JUDGED = "not judged"
 
 FLAG_NAMES = (
-    "harness",
-    "step order",
-    "large ball",
-    "noise",
-    "zero gradient",
-    "logit scale",
-    "loss",
-    "gradient-free",
-    "transfer",
-    "randomness",
-    "twin",
+    *("harness", "step order", "large ball", "noise", "zero gradient", "logit scale", "loss", "gradient-free"),
+    *("transfer", "randomness", "twin"),
 )
 """In the order of docs/flags.md."""
 
@@ -59,14 +50,13 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"name": self.name, "raised": self.raised, "text": self.text, "evidence": self.evidence, "doc": self.doc}
+        return {**asdict(self), "doc": self.doc}
 
 
 def harness(*, kept: int, images: int, epsilon: float, clean: int) -> Check:
     """The natural control keeps more than 0.5% of the images, so that the attacks do not work as they should.
 
-    kept, clean: numbers of images that the control gets right with and without attack. epsilon: of the ball, which
-    grew until the control broke or it reached its limit.
+    kept, clean: numbers of images right with and without attack. epsilon: the last of balls that grew up to a limit.
     """
     return Check(
         "harness",
@@ -94,8 +84,8 @@ def step_order(one_step: Comparison, more_steps: Comparison) -> Check:
 def large_ball(*, kept: int, images: int, chance: float, against_small: Comparison, epsilon: float) -> Check:
     """Accuracy above chance in a ball where no image can be recognised, or more left there than in the smaller ball.
 
-    kept: number of images that are right in the large ball, of radius epsilon. chance: accuracy of the best constant
-    answer. against_small: the large ball (first) and that of the evaluation (second).
+    kept: number of images right in the large ball, of radius epsilon. chance: accuracy of the best constant answer.
+    against_small: the large ball (first) and that of the evaluation (second).
     """
     found = []
     if wilson_interval(kept, images)[0] > chance:
@@ -169,10 +159,7 @@ def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
 
 
 def gradient_free(*, broken: int, left: int, images: int) -> Check:
-    """Attacks without gradients break more than 1% of the images that white-box attacks left.
-
-    broken: number of images that only attacks without gradients broke. left: that no white-box attack broke.
-    """
+    """Attacks without gradients break more than 1% of the images that white-box attacks left (broken, left)."""
     return Check(
         "gradient-free",
         broken > GRADIENT_FREE_SHARE * left and Comparison(images, broken, 0).exceeds(0.0),
@@ -193,23 +180,21 @@ def transfer(found: Sequence[tuple[str, Comparison]]) -> Check:
 
 
 def randomness(*, share: float, draws: int) -> Check:
-    """Two calls give different answers, so that an attack meets another network at every step.
+    """Two calls answer differently for a share of the images, so that an attack meets another network at every step.
 
-    share: of the images that differ. draws: number of answers whose mean was attacked and judged.
+    draws: number of answers whose mean was attacked and judged, if there are such images.
     """
-    return Check(
-        "randomness",
-        share > 0.0,
-        f"{share:.1%} of images get other logits when asked again"
-        + (f"; attacked and judged in the mean of {draws} answers" if share > 0.0 else ""),
-        {"share": share, "draws": draws if share > 0.0 else 1},
-    )
+    text = f"{share:.1%} of images get other logits when asked again"
+    if share == 0.0:
+        return Check("randomness", False, text, {"share": share, "draws": 1})
+    text += f"; attacked and judged in the mean of {draws} answers"
+    return Check("randomness", True, text, {"share": share, "draws": draws})
 
 
 def twin(*, different: int, images: int, random: bool) -> Check:
-    """Gradient model and judge disagree on more than one clean image in a thousand.
+    """Gradient model and judge disagree on over one clean image in a thousand, and on over one, which may be a tie.
 
-    A single image may sit on a tie. Random answers are a flag of their own.
+    Random answers are a flag of their own.
     """
     return Check(
         "twin",

@@ -20,14 +20,10 @@ class AttackResult:
     """The result of one attack on some of the images.
 
     Args:
-        name: of the attack, with the backward rule or the surrogate where there are several.
-        stage: of the suite.
-        indices: (n,) int64, the images that were attacked.
-        kept: (n,) bool, right under this attack.
+        name, stage: of the attack, with the backward rule or the surrogate where there are several, and of the suite.
+        indices, kept: (n,) int64, the images that were attacked; (n,) bool, right under this attack.
         remaining: number of images of the whole evaluation that no attack has broken so far.
-        queries: forward passes without gradient, one per image, of the judge and other models.
-        gradient_steps: forward passes with gradient, one per image.
-        seconds: wall time.
+        queries, gradient_steps: forward passes without gradient, of the judge too, and with gradient, one per image.
     """
 
     name: str
@@ -68,18 +64,14 @@ class Evaluation:
     """The result of an evaluation; every accuracy is a fraction of ``images``.
 
     Args:
-        images: N.
-        epsilon: radius of the ball.
+        images, epsilon: N, and the radius of the ball.
         clean: (N,) bool, right without attack.
         robust: (N,) bool, right without attack and under every attack (the worst case per image).
         attacked: attack name -> (n,) bool, right under that attack, of the images it was run on.
         twin_agreement: share of clean images that gradient model and judge put into the same class.
-        seconds: wall time.
-        x_adv: (N, C, H, W) uint8, the worst adversarial image of each image.
-        found_by: N names of the attacks that found them.
+        x_adv, found_by: (N, C, H, W) uint8, the worst adversarial image of each image, and the attacks that found them.
         results: of every attack, in order.
-        checks: for gradient masking.
-        not_checked: reasons why no verdict can be given.
+        checks, not_checked: for gradient masking, and reasons why no verdict can be given.
         notes: on how it was judged.
     """
 

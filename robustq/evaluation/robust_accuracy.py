@@ -1,8 +1,7 @@
 """Accuracy under attack: gradient models find adversarial images, the judge counts them.
 
-The judge is the model whose robustness is claimed (for a deployed file: onnxruntime). The gradient model is a
-differentiable model near it, often the same. Every adversarial image is rounded to uint8 inside the ball before it
-counts (:mod:`robustq.evaluation.evaluator`), since a device receives uint8.
+Every adversarial image is rounded to uint8 inside the ball before it counts (:mod:`robustq.evaluation.evaluator`),
+since a device receives uint8.
 """
 
 from __future__ import annotations
@@ -39,10 +38,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
 ) -> Evaluation:
-    """Run each attack on all images of a judge with one gradient model, without checks for masking.
-
-    Args, Raises: as for :func:`run_suite`.
-    """
+    """:func:`run_suite` of attacks that each run on all images, with one gradient model and no checks for masking."""
     suite = Suite("own", tuple(attacks), drops_broken=False, checks_masking=False)
     target = Target(judge, {AS_TRAINED: gradient_model})
     return run_suite(
@@ -66,19 +62,15 @@ def run_suite(
 
     Args:
         target: judge, gradient models, and other inputs of attacks; all models in eval mode, on ``device``.
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,), 0 .. K-1.
+        images, labels: uint8 (N, C, H, W), and int64 (N,), 0 .. K-1.
         suite: a suite or its name.
-        epsilon: radius in [0, 1].
+        epsilon, batch_size: radius in [0, 1], and images per call of an attack.
         device: of the gradient models.
-        batch_size: images per call of an attack.
-        seed: of all random numbers. Results are the same at equal batch size and device; at another batch size kernels
-            round differently.
+        seed: of all random numbers; at another batch size or device kernels round differently.
         known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
 
-    Raises:
-        UsageError: no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
-            below one grey level, or a judge that cannot take the images.
+    UsageError for no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
+    below one grey level, or a judge that cannot take the images.
     """
     if isinstance(suite, str):
         suite = find_suite(suite)
@@ -136,18 +128,16 @@ def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
     everything = torch.arange(len(evaluator.x))
     reference: AttackResult | None = None
     for attack in suite.attacks:
+        remaining = evaluator.remaining_indices
         if attack.uses == "surrogates":
             for name, surrogate in target.surrogates.items():
-                indices = evaluator.remaining_indices
-                label = f"{attack.name}: {name}"
-                evaluator.run(attack, target.query_model, indices, label=label, surrogate=surrogate)
-        elif attack.uses == "features":
-            if target.features is not None:
-                indices = evaluator.remaining_indices
-                evaluator.run(attack, target.gradient_model, indices, features=target.features)
+                label, remaining = f"{attack.name}: {name}", evaluator.remaining_indices
+                evaluator.run(attack, target.query_model, remaining, label=label, surrogate=surrogate)
+        elif attack.uses == "features" and target.features is not None:
+            evaluator.run(attack, target.gradient_model, remaining, features=target.features)
         elif attack.uses == "queries":
-            evaluator.run(attack, target.query_model, evaluator.remaining_indices)
-        else:
+            evaluator.run(attack, target.query_model, remaining)
+        elif attack.uses == "gradients":
             # A column of a table uses one gradient, that of training.
             rules = list(target.gradient_models.items())[: None if suite.drops_broken else 1]
             for number, (rule, model) in enumerate(rules):
@@ -164,31 +154,27 @@ def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
 
 
 def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str]:
-    """The reason why no verdict can be given, if there is one."""
-    if not suite.checks_masking:
-        return ["this suite does not check for gradient masking"]
-    if evaluator.epsilon == 0.0:
-        return ["there is nothing to attack at epsilon 0"]
-    if evaluator.classes < 2:
-        return ["there is nothing to attack in a model with one class"]
-    if target.control is None:
-        return ["there is no naturally trained control to show that the attacks work"]
-    return []
+    """The first reason why no verdict can be given, if there is one."""
+    reasons = {
+        "this suite does not check for gradient masking": not suite.checks_masking,
+        "there is nothing to attack at epsilon 0": evaluator.epsilon == 0.0,
+        "there is nothing to attack in a model with one class": evaluator.classes < 2,
+        "there is no naturally trained control to show that the attacks work": target.control is None,
+    }
+    return [reason for reason, holds in reasons.items() if holds][:1]
 
 
 def _notes(target: Target, suite: Suite, evaluator: Evaluator, *, random: float) -> list[str]:
-    notes = []
-    if target.image_by_image:
-        notes.append("answers depend on the batch (dynamic quantization): judged image by image")
-    if random > 0.0:
-        notes.append("answers are random: judged in the mean of several")
-    if evaluator.predicted.eq(-1).any():
-        notes.append(f"{int(evaluator.predicted.eq(-1).sum())} clean images get NaN logits, which count as wrong")
-    if suite.checks_masking and target.features is None:
-        notes.append("no feature layer is known: the feature-space stage was left out")
-    if suite.checks_masking and not target.surrogates:
-        notes.append("no surrogates: the transfer stage was left out")
-    return notes
+    nan = int(evaluator.predicted.eq(-1).sum())
+    notes = {
+        "answers depend on the batch (dynamic quantization): judged image by image": target.image_by_image,
+        "answers are random: judged in the mean of several": random > 0.0,
+        f"{nan} clean images get NaN logits, which count as wrong": nan > 0,
+    }
+    if suite.checks_masking:
+        notes["no feature layer is known: the feature-space stage was left out"] = target.features is None
+        notes["no surrogates: the transfer stage was left out"] = not target.surrogates
+    return [note for note, holds in notes.items() if holds]
 
 
 def _check_image_shape(judge: Model, x: Tensor) -> None:

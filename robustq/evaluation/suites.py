@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from robustq.attacks import (
-    apgd,
-    apgd_targeted,
-    bim,
-    fab_targeted,
-    feature_space,
-    fgsm,
-    gaussian_noise,
-    pgd,
-    pgd_plus_plus,
-    random_corners,
-    rays,
-    square,
-    tpgd,
-    transfer,
-    uniform_noise,
-)
-from robustq.attacks.base import Criterion, Model
-from robustq.attacks.generators import ImageGenerators
+from robustq import attacks
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
 
 
@@ -38,10 +18,9 @@ class NamedAttack:
     """An attack with its budget: a column of a table, or a step of a suite.
 
     Args:
-        name: in results.
+        name, stage: in results, and of the suite, as results group it.
         attack: ``attack(model, x, y, *, epsilon, ...) -> x_adv`` of :mod:`robustq.attacks`.
         settings: its budget, by argument.
-        stage: of the suite, as results group it.
         uses: ``gradients``: a differentiable model, under each backward rule; ``queries``: answers of the judge or its
             proxy; ``surrogates``: each other network, one after the other; ``features``: the inner layer.
         after: name of the attack whose survivors it runs on, whether other attacks have broken them since or not, so
@@ -55,26 +34,6 @@ class NamedAttack:
     uses: Literal["gradients", "queries", "surrogates", "features"] = "gradients"
     after: str | None = None
 
-    def run(
-        self,
-        model: Model,
-        x: Tensor,
-        y: Tensor,
-        *,
-        epsilon: float,
-        generator: torch.Generator | ImageGenerators,
-        criterion: Criterion | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """Adversarial images, not rounded; args as in :mod:`robustq.attacks`.
-
-        The attack gets generator and criterion if it takes them, and the other inputs (features, surrogates).
-        """
-        accepted = inspect.signature(self.attack).parameters
-        common = {"generator": generator, "criterion": criterion}
-        inputs |= {name: value for name, value in common.items() if name in accepted}
-        return self.attack(model, x, y, epsilon=epsilon, **self.settings, **inputs)
-
 
 PAPER_STEP = 4 / 255
 """Step of PGD, BIM and TPGD in the paper's tables, for every radius (arXiv:2210.08701, appendix)."""
@@ -82,18 +41,18 @@ PAPER_STEP = 4 / 255
 _PAPER_STEPS = {"step_size": PAPER_STEP, "steps": 20}
 
 PAPER: tuple[NamedAttack, ...] = (
-    NamedAttack("gn", gaussian_noise),
-    NamedAttack("fgsm", fgsm),
-    NamedAttack("pgd20", pgd, _PAPER_STEPS),
-    NamedAttack("bim20", bim, _PAPER_STEPS),
-    NamedAttack("tpgd20", tpgd, _PAPER_STEPS),
+    NamedAttack("gn", attacks.gaussian_noise),
+    NamedAttack("fgsm", attacks.fgsm),
+    NamedAttack("pgd20", attacks.pgd, _PAPER_STEPS),
+    NamedAttack("bim20", attacks.bim, _PAPER_STEPS),
+    NamedAttack("tpgd20", attacks.tpgd, _PAPER_STEPS),
 )
 """The white-box columns of Tables I, II and V, with the paper's budgets; on surrogates they are the columns "(B)"."""
 
 RECHECK: tuple[NamedAttack, ...] = (
-    NamedAttack("fgsm", fgsm),
-    NamedAttack("pgd20", pgd, {"steps": 20, "keep_best": True}),
-    NamedAttack("margin_pgd40", pgd, {"steps": 40, "loss": margin, "keep_best": True}),
+    NamedAttack("fgsm", attacks.fgsm),
+    NamedAttack("pgd20", attacks.pgd, {"steps": 20, "keep_best": True}),
+    NamedAttack("margin_pgd40", attacks.pgd, {"steps": 40, "loss": margin, "keep_best": True}),
 )
 """The re-check of a deployed file: two losses, random starts, steps of epsilon / 4, the worst iterate kept.
 
@@ -109,10 +68,8 @@ class Suite:
     """Attacks in their order, and how they are counted.
 
     Args:
-        name: as ``--suite`` takes it.
-        attacks: from cheap to expensive.
-        drops_broken: later attacks run on the images that are still robust; else each attack is a column of its own,
-            over all images.
+        name, attacks: as ``--suite`` takes it, and from cheap to expensive.
+        drops_broken: later attacks run on the images that are still robust; else each is a column over all images.
         checks_masking: the flags are checked, and a verdict is given.
         transfers: the white-box attacks run on the surrogates too, as columns of their own.
     """
@@ -128,10 +85,10 @@ def _white_box(*, steps: int) -> tuple[NamedAttack, ...]:
     """APGD with three losses and PGD++; the last three on all that cross-entropy left, so that they compare with it."""
     targeted = {"steps": steps, "loss": targeted_dlr, "target_classes": 9}
     return (
-        NamedAttack(CROSS_ENTROPY, apgd, {"steps": steps, "loss": cross_entropy}),
-        NamedAttack("apgd-margin", apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
-        NamedAttack("apgd-t", apgd_targeted, targeted, after=CROSS_ENTROPY),
-        NamedAttack("pgd++", pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
+        NamedAttack(CROSS_ENTROPY, attacks.apgd, {"steps": steps, "loss": cross_entropy}),
+        NamedAttack("apgd-margin", attacks.apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
+        NamedAttack("apgd-t", attacks.apgd_targeted, targeted, after=CROSS_ENTROPY),
+        NamedAttack("pgd++", attacks.pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
     )
 
 
@@ -139,40 +96,38 @@ NOISE = "uniform noise"
 """The attack that gradient attacks must beat."""
 
 _NOISE = (
-    NamedAttack(NOISE, uniform_noise, stage="noise and corners", uses="queries"),
-    NamedAttack("corners", random_corners, {"corners": 20}, stage="noise and corners", uses="queries"),
+    NamedAttack(NOISE, attacks.uniform_noise, stage="noise and corners", uses="queries"),
+    NamedAttack("corners", attacks.random_corners, {"corners": 20}, stage="noise and corners", uses="queries"),
 )
 _INDIRECT = (
-    NamedAttack("features", feature_space, {"steps": 50}, stage="features", uses="features"),
-    NamedAttack("transfer", transfer, {"steps": 50}, stage="transfer", uses="surrogates"),
+    NamedAttack("features", attacks.feature_space, {"steps": 50}, stage="features", uses="features"),
+    NamedAttack("transfer", attacks.transfer, {"steps": 50}, stage="transfer", uses="surrogates"),
 )
 
 
-def _square(queries: int) -> NamedAttack:
-    return NamedAttack("square", square, {"queries": queries}, stage="square", uses="queries")
-
-
-STANDARD: tuple[NamedAttack, ...] = (*_NOISE, *_white_box(steps=50), *_INDIRECT, _square(1000))
+STANDARD: tuple[NamedAttack, ...] = (
+    *_NOISE,
+    *_white_box(steps=50),
+    *_INDIRECT,
+    NamedAttack("square", attacks.square, {"queries": 1000}, stage="square", uses="queries"),
+)
 """The five stages: noise and corners; white-box; the aligned features; transfer; Square."""
 
 FULL: tuple[NamedAttack, ...] = (
     *_NOISE,
     *_white_box(steps=100),
-    NamedAttack("fab-t", fab_targeted, {"steps": 100, "target_classes": 9}),
+    NamedAttack("fab-t", attacks.fab_targeted, {"steps": 100, "target_classes": 9}),
     *_INDIRECT,
-    _square(5000),
-    NamedAttack("rays", rays, {"queries": 1000}, stage="hard label", uses="queries"),
+    NamedAttack("square", attacks.square, {"queries": 5000}, stage="square", uses="queries"),
+    NamedAttack("rays", attacks.rays, {"queries": 1000}, stage="hard label", uses="queries"),
 )
-"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS, which sees only the
-predicted class.
-"""
+"""The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS."""
 
-SUITES: MappingProxyType[str, Suite] = MappingProxyType(
-    {
-        "paper": Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
-        "recheck": Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
-        "standard": Suite("standard", STANDARD),
-        "full": Suite("full", FULL),
-    }
+_SUITES = (
+    Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
+    Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
+    Suite("standard", STANDARD),
+    Suite("full", FULL),
 )
+SUITES: MappingProxyType[str, Suite] = MappingProxyType({suite.name: suite for suite in _SUITES})
 """Name -> suite (read-only)."""

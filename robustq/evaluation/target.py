@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,12 +19,10 @@ DRAWS = 8
 """A model that answers at random is judged and attacked in the mean of so many answers (expectation over
 transformation, Athalye et al. 2018, arXiv:1707.07397)."""
 
-_PROBES = 32
-_ROUNDING = 1e-3
-"""Share of the logit range that rounding in kernels never reaches and another scale of activations always exceeds."""
-
-_MANY = 0.25
-"""Share of the images: rounding differs for few images alone and in a batch, another scale of activations for all."""
+_PROBES = 32  # clean images
+# Rounding in kernels never reaches this share of the logit range, and differs for few images alone and in a batch;
+# another scale of activations always exceeds it, for all images.
+_ROUNDING, _MANY = 1e-3, 0.25
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,8 @@ class Target:
         features: logits (B, K) and the layer that training aligned, of one pass and with gradient, or None.
         surrogates: name -> another network for the same task, whose adversarial images may transfer.
         control: a naturally trained network without defence on the same data, or None.
-        image_by_image: the judge's answer to an image depends on its batch (dynamic quantization), so that it gets one
-            image at a time.
-        proxy: a faster form of the judge for the queries of attacks without gradient; the judge still decides which
-            images break. None: the judge itself.
+        image_by_image: the judge gets one image at a time, as its answer depends on the batch (dynamic quantization).
+        proxy: a faster form of the judge, or None, for queries of attacks without gradient; it decides over no image.
     """
 
     judge: Model
@@ -94,24 +90,19 @@ def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target,
     x: (N, C, H, W), clean images; the first 32 are used. Returns the target, and the share of images that two calls
     answered differently.
     """
+    # Without the proxy, which answers as the judge did before, wherever the judge is wrapped.
     x = x[:_PROBES]
     if target.image_by_image:
-        target = _with_judge(target, one_by_one)
+        target = replace(target, judge=one_by_one(target.judge), proxy=None)
     random = _share_apart(*(all_logits(target.judge, x, batch_size=batch_size) for _ in range(2)))
     if random > 0.0:
         models = {name: averaged(model) for name, model in target.gradient_models.items()}
-        return replace(_with_judge(target, averaged), gradient_models=models), random
-    if target.image_by_image:
-        return target, random
-    together, alone = (all_logits(target.judge, x, batch_size=size) for size in (len(x) or 1, 1))
-    if _share_apart(together, alone) > _MANY:
-        return replace(_with_judge(target, one_by_one), image_by_image=True), random
+        target = replace(target, judge=averaged(target.judge), proxy=None, gradient_models=models)
+    elif not target.image_by_image:
+        together, alone = (all_logits(target.judge, x, batch_size=size) for size in (len(x) or 1, 1))
+        if _share_apart(together, alone) > _MANY:
+            target = replace(target, judge=one_by_one(target.judge), proxy=None, image_by_image=True)
     return target, random
-
-
-def _with_judge(target: Target, wrapper: Callable[[Model], Model]) -> Target:
-    """The target with a wrapped judge, and without the proxy, which answers as the judge did before."""
-    return replace(target, judge=wrapper(target.judge), proxy=None)
 
 
 def _share_apart(first: Tensor, second: Tensor) -> float:

@@ -25,15 +25,11 @@ _CACHE_TAG = " robustq, donated_buffer=False"
 
 
 class CompiledNetwork:
-    """A network with compiled forward and backward passes for any batch size.
+    """A network with compiled forward and backward passes for any batch size, eager below :data:`MIN_IMAGES` images.
 
-    Each kind of pass is compiled at its first call, in about half a minute for a small network. Batches of fewer than
-    :data:`MIN_IMAGES` images run eagerly.
-
-    Args:
-        model: in eval mode. Its hooks, weights and modes must not change; the arithmetic of its layers may
-            (:mod:`robustq.models.quant.integer_convolution`).
-        backend: of torch.compile.
+    Each kind of pass is compiled at its first call, in about half a minute for a small network. The model is in eval
+    mode; its hooks, weights and modes must not change, but the arithmetic of its layers may
+    (:mod:`robustq.models.quant.integer_convolution`).
     """
 
     def __init__(self, model: nn.Module, *, backend: Any = "inductor") -> None:
@@ -43,11 +39,7 @@ class CompiledNetwork:
         self._straight_through = self._compile()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Images (N, C, H, W) -> logits (N, K), with the gradient of the network itself.
-
-        Raises:
-            UsageError: torch.compile does not work on this machine, or the network has a graph break.
-        """
+        """Images (N, C, H, W) -> logits (N, K), with the network's own gradient; UsageError if it does not compile."""
         return self._straight_through(x)
 
     def under_rule(self, rule: str) -> Network:
@@ -72,16 +64,15 @@ class CompiledNetwork:
         compiled: set[bool] = set()  # whether the passes that were compiled are differentiated
 
         def run(x: Tensor) -> Tensor:
-            differentiated = x.requires_grad and torch.is_grad_enabled()
             logits: Tensor | None = None
             if len(x) >= MIN_IMAGES:
+                differentiated = x.requires_grad and torch.is_grad_enabled()
                 first = differentiated not in compiled
                 with compiler_errors(advice=ADVICE, first=first):
                     logits = _call(forward, x, backward=differentiated and first)
                 compiled.add(differentiated)
-            if logits is None:
-                logits = self._model(x)
-            return logits
+            answer: Tensor = self._model(x) if logits is None else logits
+            return answer
 
         return run
 
@@ -141,8 +132,15 @@ def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     ``backward`` runs the backward pass too, so that it is compiled here and not in the middle of an attack.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit
+    from torch._functorch import config as functorch_config
 
-    _keep_saved_tensors()
+    # FAB differentiates a graph once for each class, but by default compiled backward code overwrites saved tensors.
+    # torch reads the setting at compilation and at every backward pass, so it is set for the process; it only costs
+    # memory. The disk cache of compiled code ignores it (torch 2.15), and a second gradient would be garbage: hence the
+    # tag in the cache key.
+    functorch_config.donated_buffer = False
+    if _CACHE_TAG not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _CACHE_TAG
     torch._dynamo.mark_dynamic(x, 0)
     try:
         logits = forward(x)
@@ -151,20 +149,6 @@ def _call(forward: Network, x: Tensor, *, backward: bool) -> Tensor | None:
     except FailOnRecompileLimitHit:
         return None
     return logits
-
-
-def _keep_saved_tensors() -> None:
-    """Let compiled graphs be differentiated more than once, as FAB does for each class.
-
-    By default compiled backward code overwrites saved tensors. torch reads the setting at compilation and at every
-    backward pass, so it is set for the process; it only costs memory. The disk cache of compiled code ignores it (torch
-    2.15), and a second gradient would be garbage: hence the tag in the cache key.
-    """
-    from torch._functorch import config
-
-    config.donated_buffer = False
-    if _CACHE_TAG not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += _CACHE_TAG
 
 
 def compile_forward(
@@ -179,35 +163,31 @@ def compile_forward(
 
     ``cuda_graphs`` records the kernels of a pass on a GPU once and replays them together.
     """
-    options: dict[str, Any] | None = None
-    if backend == "inductor":
-        options = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs}
+
+    def own(*inputs: Any, **named: Any) -> Any:
+        return forward(*inputs, **named)
+
+    # torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
+    # miss the feature hooks of ODG-Q.
+    own.__code__ = own.__code__.replace()
+    options: Any = {**EXACT_DIVISION, "triton.cudagraphs": cuda_graphs} if backend == "inductor" else None
     compiled: Callable[..., Any] = torch.compile(
-        _with_own_code(forward), backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
+        own, backend=backend, dynamic=dynamic, fullgraph=fullgraph, options=options
     )
     return compiled
 
 
 def check_compiler(device: torch.device, *, backend: Any = "inductor") -> None:
     """Compile a sum of two numbers; UsageError if torch.compile does not work on this machine."""
-
-    def double(x: Tensor) -> Tensor:
-        return x + x
-
     with compiler_errors(advice=ADVICE, first=True):
-        compile_forward(double, dynamic=False, backend=backend)(torch.ones(1, device=device))
+        compile_forward(lambda x: x + x, dynamic=False, backend=backend)(torch.ones(1, device=device))
 
 
 @contextmanager
 def compiler_errors(*, advice: str, first: bool = False) -> Iterator[None]:
-    """Turn errors of the compiler inside the `with` into a UsageError of one line.
+    """Turn errors of the compiler inside the `with` into a UsageError of one line that ends with ``advice``.
 
-    Args:
-        advice: the end of the message.
-        first: the `with` holds only a first call; then every error is the compiler's.
-
-    Raises:
-        UsageError: torch.compile does not work on this machine, or with this network.
+    ``first`` means that the `with` holds only a first call; then every error is the compiler's.
     """
     # Imported here: loading the compiler takes seconds.
     from torch._dynamo.exc import TorchDynamoException
@@ -219,24 +199,6 @@ def compiler_errors(*, advice: str, first: bool = False) -> Iterator[None]:
     except Exception as error:
         if not (first or isinstance(error, TorchDynamoException)):
             raise
-        raise UsageError(f"torch.compile does not work here ({_first_line(error)}); {advice}") from error
-
-
-def _with_own_code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own.
-
-    torch.compile caches by code and ignores hooks: it would reuse the code of another network of the same class, and
-    miss the feature hooks of ODG-Q.
-    """
-
-    def own(*inputs: Any, **named: Any) -> Any:
-        return forward(*inputs, **named)
-
-    own.__code__ = own.__code__.replace()
-    return own
-
-
-def _first_line(error: Exception) -> str:
-    cause: BaseException = getattr(error, "inner_exception", None) or error
-    lines = str(cause).strip().splitlines() or [type(cause).__name__]
-    return lines[0].rstrip(".")
+        cause: BaseException = getattr(error, "inner_exception", None) or error
+        first_line = [*str(cause).strip().splitlines(), type(cause).__name__][0].rstrip(".")
+        raise UsageError(f"torch.compile does not work here ({first_line}); {advice}") from error

@@ -10,23 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
+from robustq.models.quant import folded_layers, quantizers
 from robustq.models.quant.binary import BinaryActQuant, BinaryWeightQuant, ChannelThresholds, SignNorm
-from robustq.models.quant.folded_layers import (
-    BiasQuant,
-    ExactConv2d,
-    ExactLinear,
-    FoldedBinaryWeightQuant,
-    FoldedWeightQuant,
-)
-from robustq.models.quant.quantizers import (
-    ActQuant,
-    BranchQuant,
-    NormalisedQuant,
-    PixelQuant,
-    QuantReLU,
-    WeightQuant,
-    Widths,
-)
+from robustq.models.quant.quantizers import Widths
 
 OUTER_BITS = 8
 """Width of the first and the last layer, and of every residual branch, in a quantized network."""
@@ -39,10 +25,9 @@ IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Normalise(nn.Module):
-    """(x - mean) / std per channel, the first operation of a network that was trained on normalised images.
+    """(x - mean) / std per channel, in float: the first operation of a network that was trained on normalised images.
 
-    It stays in float, and epsilon stays a distance between pixels. Its constants are part of the spec, not of the
-    weights.
+    Epsilon stays a distance between pixels. The constants are part of the spec, not of the weights.
     """
 
     mean: Tensor
@@ -61,19 +46,15 @@ class Normalise(nn.Module):
 def parse_normalisation(text: str, *, channels: int) -> Normalisation | None:
     """``imagenet``, ``none``, or ``MEAN/STD`` with comma-separated numbers: ``0.49,0.48,0.45/0.25,0.24,0.26``.
 
-    One number stands for every channel.
-
-    Raises:
-        UsageError: not numbers, another count than ``channels``, or a deviation that is not positive.
+    One number stands for every channel. UsageError for no numbers, another count, or a deviation that is not positive.
     """
     advice = "give imagenet, none, or MEAN/STD such as 0.49,0.48,0.45/0.25,0.24,0.26"
     if text == "none":
         return None
-    if text == "imagenet":
-        rows: list[tuple[float, ...]] = list(IMAGENET)
-    else:
+    rows: list[tuple[float, ...]] = list(IMAGENET)
+    if text != "imagenet":
         try:
-            rows = [tuple(float(number) for number in half.split(",")) for half in text.split("/")]
+            rows = [tuple(map(float, half.split(","))) for half in text.split("/")]
         except ValueError as error:
             raise UsageError(f"normalisation '{text}' is not numbers; {advice}") from error
         if len(rows) != 2:
@@ -93,9 +74,8 @@ class Layers:
 
     Args:
         widths: bit widths of the inner layers.
-        folded: omit BatchNorm and give every convolution a bias (int32 when quantized), as
-            :func:`robustq.models.quant.folding.fold` needs it. Activations then are QuantTensors, whose scale the
-            folding reads.
+        folded: omit BatchNorm and give every convolution a bias (int32 when quantized), for
+            :func:`robustq.models.quant.folding.fold`. Activations then are QuantTensors, whose scale the folding reads.
         normalisation: mean and standard deviation that are applied first, in float.
         shared_sum_scale: quantize both inputs of a residual sum by one quantizer, so that FINN can move the scale
             behind the sum; not for binary activations.
@@ -108,12 +88,17 @@ class Layers:
 
     def pixels(self) -> nn.Module:
         """Input quantizer: constant scale 1/255, so that uint8 pixels are codes; learned after a normalisation."""
-        if self.normalisation is not None:
-            normalise = Normalise(self.normalisation)
-            return normalise if self.widths.is_float else nn.Sequential(normalise, self._quantizer(NormalisedQuant))
-        return nn.Identity() if self.widths.is_float else self._quantizer(PixelQuant)
+        if self.normalisation is None:
+            return self._quantizer(quantizers.PixelQuant)
+        normalise = Normalise(self.normalisation)
+        if self.widths.is_float:
+            return normalise
+        return nn.Sequential(normalise, self._quantizer(quantizers.NormalisedQuant))
 
     def _quantizer(self, quantizer: Any, **options: int) -> nn.Module:
+        """Nothing in a float network."""
+        if self.widths.is_float:
+            return nn.Identity()
         layer: nn.Module = qnn.QuantIdentity(act_quant=quantizer, return_quant_tensor=self.folded, **options)
         return layer
 
@@ -125,15 +110,24 @@ class Layers:
         ``outer`` makes it 8 bit in a quantized network of any width, as the first layer is.
         """
         shape = (in_channels, out_channels, kernel_size, stride, kernel_size // 2)
-        if self.widths.is_float:
-            return nn.Conv2d(*shape, bias=self.folded)
-        conv_type = ExactConv2d if self.folded else qnn.QuantConv2d
-        layer: nn.Module = conv_type(
-            *shape,
-            bias=self.folded,
-            bias_quant=BiasQuant if self.folded else None,
-            **weight_quantizer(OUTER_BITS if outer else self.widths.weight_bits, folded=self.folded),
-        )
+        bits = OUTER_BITS if outer else self.widths.weight_bits
+        return self._layer((nn.Conv2d, qnn.QuantConv2d, folded_layers.ExactConv2d), *shape, bias=self.folded, bits=bits)
+
+    def linear(self, in_features: int, out_features: int) -> nn.Module:
+        """The last layer, with a bias, which is int32 when folded."""
+        kinds = (nn.Linear, qnn.QuantLinear, folded_layers.ExactLinear)
+        return self._layer(kinds, in_features, out_features, bias=True, bits=OUTER_BITS)
+
+    def _layer(self, kinds: tuple[Any, Any, Any], *shape: int, bias: bool, bits: int) -> nn.Module:
+        """One of three kinds: float, quantized, or quantized and folded."""
+        layer_type, options = kinds[0], {}
+        if not self.widths.is_float:
+            layer_type = kinds[2] if self.folded else kinds[1]
+            options = {
+                "bias_quant": folded_layers.BiasQuant if self.folded else None,
+                **weight_quantizer(bits, folded=self.folded),
+            }
+        layer: nn.Module = layer_type(*shape, bias=bias, **options)
         return layer
 
     def batch_norm(self, channels: int) -> nn.Module:
@@ -153,37 +147,34 @@ class Layers:
         if self.widths.is_float:
             return nn.ReLU()
         bits = OUTER_BITS if self.widths.is_binary else self.widths.act_bits
-        layer: nn.Module = QuantReLU(bit_width=bits, return_quant_tensor=self.folded)
+        layer: nn.Module = quantizers.QuantReLU(bit_width=bits, return_quant_tensor=self.folded)
         return layer
 
     def branch(self) -> nn.Module:
         """Signed 8-bit quantizer of an input of a residual sum, and in a binary network of the sum itself."""
-        return nn.Identity() if self.widths.is_float else self._quantizer(BranchQuant)
+        return self._quantizer(quantizers.BranchQuant)
 
     def pooled(self) -> nn.Module:
         """Unsigned 8-bit quantizer of the pooled features, the input of the last layer."""
-        return nn.Identity() if self.widths.is_float else self._quantizer(ActQuant, bit_width=OUTER_BITS)
-
-    def linear(self, in_features: int, out_features: int) -> nn.Module:
-        """The last layer, with a bias, which is int32 when folded."""
-        if self.widths.is_float:
-            return nn.Linear(in_features, out_features)
-        linear_type = ExactLinear if self.folded else qnn.QuantLinear
-        layer: nn.Module = linear_type(
-            in_features,
-            out_features,
-            bias=True,
-            bias_quant=BiasQuant if self.folded else None,
-            **weight_quantizer(OUTER_BITS, folded=self.folded),
-        )
-        return layer
+        return self._quantizer(quantizers.ActQuant, bit_width=OUTER_BITS)
 
 
 def weight_quantizer(bits: int, *, folded: bool) -> dict[str, Any]:
     """The keyword arguments that give a Brevitas layer weights of ``bits`` bits."""
     if bits == 1:
-        return {"weight_quant": FoldedBinaryWeightQuant if folded else BinaryWeightQuant}
-    return {"weight_quant": FoldedWeightQuant if folded else WeightQuant, "weight_bit_width": bits}
+        return {"weight_quant": folded_layers.FoldedBinaryWeightQuant if folded else BinaryWeightQuant}
+    return {
+        "weight_quant": folded_layers.FoldedWeightQuant if folded else quantizers.WeightQuant,
+        "weight_bit_width": bits,
+    }
+
+
+def same_shape(layer: Any, layer_type: Any, **options: Any) -> Any:
+    """A ``layer_type`` of the shape of a convolution or linear layer, with fresh weights."""
+    if isinstance(layer, nn.Linear):
+        return layer_type(layer.in_features, layer.out_features, **options)
+    options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+    return layer_type(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
 
 
 def plain(x: Tensor) -> Tensor:

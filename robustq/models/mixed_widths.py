@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
-from robustq.models.layers import weight_quantizer
+from robustq.models.layers import same_shape, weight_quantizer
 from robustq.models.quant.folded_layers import BiasQuant, FixedScaling
 from robustq.models.quant.quantizers import learned_thresholds
 
@@ -42,13 +42,9 @@ def adjustable_layers(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
     """Rebuild the quantizers of the named layers in place; weights stay.
 
-    Raises:
-        UsageError: names of no such layer (with the nearest name), or widths that a layer cannot have; all at once.
+    UsageError names all layers that do not exist (with the nearest name) or cannot have their width.
     """
-    if not layer_bits:
-        return
-    known = adjustable_layers(model)
-    errors = []
+    known, errors = adjustable_layers(model), []
     for name, bits in layer_bits.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -68,29 +64,22 @@ def set_layer_bits(model: nn.Module, layer_bits: Mapping[str, int]) -> None:
             setattr(model.get_submodule(parent), own, _with_weight_bits(module, bits))
 
 
-def _with_weight_bits(layer: Any, bits: int) -> nn.Module:
+def _with_weight_bits(layer: Any, bits: int) -> Any:
     """A new layer of the same type with the same weights."""
     folded = isinstance(layer.weight_quant.tensor_quant.scaling_impl, FixedScaling)
-    options = {"bias": layer.bias is not None, "bias_quant": BiasQuant if folded else None}
-    options |= weight_quantizer(bits, folded=folded)
-    if isinstance(layer, qnn.QuantLinear):
-        made: Any = type(layer)(layer.in_features, layer.out_features, **options)
-    else:
-        options |= {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
-        made = type(layer)(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+    options = {"bias_quant": BiasQuant if folded else None, **weight_quantizer(bits, folded=folded)}
+    made = same_shape(layer, type(layer), bias=layer.bias is not None, **options)
     with torch.no_grad():
         made.weight.copy_(layer.weight)
         if layer.bias is not None:
             made.bias.copy_(layer.bias)
-    rebuilt: nn.Module = made
-    return rebuilt
+    return made
 
 
 def read_layer_bits(path: Path) -> dict[str, int]:
     """The table of a TOML file: ``"layer1.0.conv1" = 8``, one line a layer.
 
-    Raises:
-        UsageError: no such file, no TOML, no entries, or values that are not integers; all of them are named.
+    UsageError for no such file, no TOML, no entries, or values that are not integers (all are named).
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -113,10 +113,10 @@ def _downsample(
     else:
         conv = layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=layers.widths.is_binary)
         parts = [conv, layers.batch_norm(out_channels)]
-    return nn.Sequential(*parts) if layers.shared_sum_scale else nn.Sequential(*parts, layers.branch())
+    return nn.Sequential(*parts, *([] if layers.shared_sum_scale else [layers.branch()]))
 
 
-def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> nn.Module:
+def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int) -> Any:
     """The padded shortcut; in a folded quantized network an equal 1x1 convolution, which integer kernels can run."""
     shortcut = PaddedShortcut(in_channels, out_channels, stride=stride)
     if not layers.folded or layers.widths.is_float:
@@ -124,26 +124,18 @@ def _padding(layers: Layers, in_channels: int, out_channels: int, *, stride: int
     conv: Any = layers.conv(in_channels, out_channels, kernel_size=1, stride=stride, outer=True)
     with torch.no_grad():
         conv.weight.zero_()
-        for channel in range(in_channels):
-            conv.weight[shortcut.channels[0] + channel, channel] = 1.0
+        conv.weight[shortcut.channels[0] :, :, 0, 0].fill_diagonal_(1.0)
         conv.bias.zero_()
-    made: nn.Module = conv
-    return made
+    return conv
 
 
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks, global average pooling, one linear layer.
-
-    Input: (N, channels, H, W) float32 in [0, 1]; output: (N, classes) logits. The input of ``avgpool`` is the feature
-    that ODG-Q aligns.
+    """Stem, stages of residual blocks, global average pooling (its input: the feature that ODG-Q aligns), linear layer.
 
     Args:
         layers: makes the layers; binary activations give binary blocks.
-        blocks: blocks of each stage; every stage but the first halves the image.
-        widths: channels of each stage.
-        channels, classes: shape of the task.
+        blocks, widths: blocks and channels of each stage; every stage but the first halves the image.
         large_images: a 7x7 stem of stride 2 and max pooling (ImageNet) instead of a 3x3 one.
-        shortcut: of the blocks that change the shape.
     """
 
     def __init__(
@@ -180,7 +172,9 @@ class ResNet(nn.Module):
         self.pooled = layers.pooled()
         self.fc = layers.linear(width, classes)
         if not layers.folded:  # folding sets all weights but those of padded shortcuts, which must stay
-            _initialise(self)
+            for module in self.modules():  # He initialisation, as of torchvision's ResNets
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, H, W) in [0, 1] -> (N, classes) logits."""
@@ -190,10 +184,3 @@ class ResNet(nn.Module):
         # Quantized before it is flattened: onnxruntime pools as integers only where the quantizer follows at once.
         logits: Tensor = self.fc(torch.flatten(self.pooled(self.avgpool(plain(self.last(x)))), 1))
         return logits
-
-
-def _initialise(model: nn.Module) -> None:
-    """He initialisation of the convolutions (fan-out, as torchvision's ResNets)."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

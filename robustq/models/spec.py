@@ -26,10 +26,9 @@ class ModelSpec:
         architecture: a key of :data:`ARCHITECTURES`, or of a custom network ``torchvision:NAME`` or
             ``module:function``.
         weight_bits, act_bits: widths of the inner layers; 32 is float.
-        classes, channels, image_size: shape of the task; images are square.
+        classes, class_names, channels, image_size: shape of the task, and a name per class; images are square.
         data: the data set that the network was trained on, as the user named it (a name, a folder or an .npz file).
         epsilon: radius of the threat model that it was trained for, in [0, 1]; None when trained without one.
-        class_names: one name per class.
         normalisation: (mean, std) per channel that the model applies before the input quantizer, or None.
         layer_bits: (layer name, bits) of layers with a width of their own; a table in JSON.
         feature_layer: the layer whose input is the features to align; None: found on the network.
@@ -52,11 +51,7 @@ class ModelSpec:
 
     @property
     def widths(self) -> Widths:
-        """The bit widths.
-
-        Raises:
-            UsageError: a width outside the table.
-        """
+        """The bit widths; UsageError for a width outside the table."""
         return Widths(self.weight_bits, self.act_bits)
 
     @property
@@ -72,11 +67,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, stored: Any) -> ModelSpec:
-        """The spec of a model file.
-
-        Raises:
-            ModelFileError: a key is missing or has another type, usually because another program wrote the file.
-        """
+        """The spec of a model file; ModelFileError if a key is missing or has another type."""
         if not isinstance(stored, dict):
             raise ModelFileError(f"spec is {type(stored).__name__}, not a table; this is not a robustq model file")
         missing = [one.name for one in fields(cls) if one.default is MISSING and one.name not in stored]
@@ -98,7 +89,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_integer(value) or isinstance(value, float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:
@@ -111,14 +102,8 @@ _REQUIREMENTS: dict[str, _Requirement] = {
     "architecture": (_is_text, "a text"),
     **dict.fromkeys(("weight_bits", "act_bits", "classes", "channels", "image_size"), _SIZE),
     "data": (_is_text, "a text"),
-    "epsilon": (
-        lambda value: value is None or (_is_number(value) and 0.0 <= value <= 1.0),
-        "a number in [0, 1], or None",
-    ),
-    "class_names": (
-        lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)),
-        "a list of texts",
-    ),
+    "epsilon": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number in [0, 1], or None"),
+    "class_names": (lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)), "a list of texts"),
     "layer_bits": (
         lambda bits: isinstance(bits, dict) and all(map(_is_text, bits)) and all(map(_is_integer, bits.values())),
         "a table of layer names and integers",
@@ -147,11 +132,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 
 
 def check_architecture(name: str) -> str:
-    """Return ``name`` if it is known, or the form of a custom network's.
-
-    Raises:
-        UsageError: neither; the nearest known name is given.
-    """
+    """Return ``name`` if it is known or has the form of a custom network's; else UsageError with the nearest name."""
     if name not in ARCHITECTURES and not is_custom(name):
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")
@@ -161,16 +142,12 @@ def check_architecture(name: str) -> str:
 def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None = None) -> nn.Module:
     """A network with fresh weights, in eval mode.
 
-    Args:
-        spec: describes the network.
-        folded: build the form without BatchNorm that :func:`robustq.models.quant.folding.fold` fills (not of custom
-            networks).
-        own_model: the ``module:function`` whose code the user allows to run.
+    ``folded`` builds the form that :func:`robustq.models.quant.folding.fold` fills (not of custom networks);
+    ``own_model`` is the ``module:function`` whose code the user allows to run.
 
     Raises:
         ModelFileError: the network is the user's code, and ``own_model`` does not allow it.
-        UsageError: unknown architecture or bit width, a layer that cannot have its width, or a network that cannot be
-            quantized.
+        UsageError: unknown architecture or width, a layer without that width, or a network that cannot be quantized.
     """
     check_permission(spec.architecture, own_model)
     if spec.shared_sum_scale and spec.widths.is_binary:

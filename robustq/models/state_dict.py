@@ -27,18 +27,15 @@ OUR_FEATURE_LAYER = "avgpool"
 
 def is_bare_state_dict(content: Any) -> bool:
     """Whether ``content`` is what ``torch.save(model.state_dict())`` writes."""
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-    )
+    if not isinstance(content, dict) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
 def find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The weights in ``content`` under torchvision's names, without prefixes; None when there are none.
+    """The weights under torchvision's names, without prefixes; None when there are none.
 
-    Args:
-        content: a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
+    ``content`` is a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
     """
     # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
     for _ in range(2):
@@ -51,27 +48,22 @@ def find_state_dict(content: Any) -> dict[str, Tensor] | None:
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    stripped = True
-    while stripped:
-        stripped = False
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) and name != prefix for name in state):
-                state = {name.removeprefix(prefix): value for name, value in state.items()}
-                stripped = True
+    def shared(prefix: str) -> bool:
+        return all(name.startswith(prefix) and name != prefix for name in state)
+
+    while prefix := next(filter(shared, PREFIXES), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 
 def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Torchvision's names in place of :data:`ALIASES`; a network with both kinds of names stays as it is."""
     for alias, name in ALIASES.items():
-        if any(name in own for own in state):
-            continue
-        state = {own.replace(alias, name) if _has(own, alias) else own: value for own, value in state.items()}
+        if not any(name in own for own in state):
+            state = {
+                own.replace(alias, name) if f".{alias}" in f".{own}" else own: value for own, value in state.items()
+            }
     return state
-
-
-def _has(name: str, part: str) -> bool:
-    return name.startswith(part) or f".{part}" in name
 
 
 @dataclass(frozen=True)

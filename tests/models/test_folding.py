@@ -20,7 +20,8 @@ from robustq.errors import ExportError
 from robustq.models import spec as spec_module
 from robustq.models.layers import Layers
 from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.folding import LARGEST_BIAS_CODE, Grid, bias_steps, fold
+from robustq.models.quant.folded_layers import LARGEST_BIAS_CODE, Grid, bias_steps
+from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from tests.models.small_nets import digits, perturb_batch_norm, perturbed, small_spec
 

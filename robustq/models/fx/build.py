@@ -1,4 +1,4 @@
-"""The whole way from a custom model to its quantized graph: traced, standardised and quantized at any width."""
+"""From a custom model to its quantized graph: traced, standardised and quantized at any width."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from robustq.models.fx.trace import called_module, free_name, shape_prop, trace
 from robustq.models.layers import Normalisation, Normalise
 from robustq.models.quant.quantizers import Widths
 from robustq.models.state_dict import FEATURE_LAYER
-
-NORMALISE = "normalise"
 
 
 def quantized_graph(
@@ -35,23 +33,25 @@ def quantized_graph(
     At 32 bits its answers are those of ``network``, bit for bit.
 
     Args:
-        network: a float model; its parameters are used, not copied.
-        name: of the model, for messages.
+        network, name: a float model, whose parameters are used, not copied, and its name for messages.
         widths: of the inner layers; 32 is float, 1 is refused.
-        classes: of the answers, (N, classes).
-        channels, image_size: of the images, (N, channels, image_size, image_size) in [0, 1].
+        classes, channels, image_size: of images (N, channels, image_size, image_size) in [0, 1], logits (N, classes).
         normalisation: mean and standard deviation in front of the model; None where it has none or its own.
         feature_layer: see :func:`find_feature_layer`.
         shared_sum_scale: quantize both inputs of each sum by one quantizer.
 
-    Raises:
-        UsageError: a model that cannot be quantized; the message names the operation.
+    UsageError names the operation for which a model cannot be quantized.
     """
     model = trace(network.float(), name=name)
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
-    _check_logits(model, classes, name)
+    output = next(node for node in model.graph.nodes if node.op == "output")
+    shape = output.all_input_nodes[0].meta["shape"]
+    if shape is None or len(shape) != 2:
+        raise UsageError(f"{name}: its answer has the shape {shape} for 2 images; it must be (2, classes)")
+    if shape[1] != classes:
+        raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
     if not widths.is_float:
         shapes.fix_adaptive_pooling(model)
@@ -62,8 +62,7 @@ def quantized_graph(
 def standardise(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
     """Rewrite a traced model in place into standard form; answers stay bit for bit, and all nodes get their shapes.
 
-    Raises:
-        UsageError: an operation that cannot be rewritten, or does not take images of this shape; it is named.
+    UsageError names an operation that cannot be rewritten, or does not take images of this shape.
     """
     passes.remove_inplace(model)
     passes.clamp_to_relu(model)
@@ -83,15 +82,13 @@ _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool
 def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> str | None:
     """The layer whose inputs are the features that ODG-Q aligns, in a standardised model.
 
-    It is the first layer of the module ``wanted``; by default the last global pooling, else the last pooling
-    of all, as in VGG; None without any pooling of (N, C, H, W).
-
-    Raises:
-        UsageError: ``wanted`` is no layer, or takes no (N, C, H, W).
+    It is the first layer of the module ``wanted``; by default the last global pooling, else the last pooling of all, as
+    in VGG; None without any pooling of (N, C, H, W).
+    UsageError if ``wanted`` is no layer, or takes no (N, C, H, W).
     """
     calls = [node for node in model.graph.nodes if node.op == "call_module"]
     if wanted is not None:
-        matching = [node for node in calls if str(node.target) == wanted or str(node.target).startswith(f"{wanted}.")]
+        matching = [node for node in calls if f"{node.target}.".startswith(f"{wanted}.")]
         if not matching:
             known = sorted({str(node.target) for node in calls})
             near = ", ".join(difflib.get_close_matches(wanted, known, n=2, cutoff=0.0))
@@ -103,32 +100,21 @@ def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> 
                 "name a layer that takes (images, channels, height, width)"
             )
         return str(matching[0].target)
-    pooling = [
-        node for node in calls if isinstance(called_module(model, node), _POOLING) and len(_input_shape(node)) == 4
-    ]
+    pooling = [node for node in calls if isinstance(called_module(model, node), _POOLING)]
+    pooling = [node for node in pooling if len(_input_shape(node)) == 4]
     chosen = [node for node in pooling if node.meta["shape"][2:] == (1, 1)] or pooling
     return str(chosen[-1].target) if chosen else None
 
 
 def _input_shape(node: Node) -> tuple[int, ...]:
-    sources = node.all_input_nodes
-    return tuple(sources[0].meta["shape"] or ()) if sources else ()
+    return next((tuple(source.meta["shape"] or ()) for source in node.all_input_nodes), ())
 
 
 def _normalise_first(model: GraphModule, normalisation: Normalisation) -> None:
     images = next(node for node in model.graph.nodes if node.op == "placeholder")
-    name = free_name(model, NORMALISE)
+    name = free_name(model, "normalise")
     model.add_module(name, Normalise(normalisation))
     with model.graph.inserting_after(images):
         normalised = model.graph.call_module(name, (images,))
     images.replace_all_uses_with(normalised, lambda user: user is not normalised)
     model.recompile()
-
-
-def _check_logits(model: GraphModule, classes: int, name: str) -> None:
-    output = next(node for node in model.graph.nodes if node.op == "output")
-    shape = output.all_input_nodes[0].meta["shape"]
-    if shape is None or len(shape) != 2:
-        raise UsageError(f"{name}: its answer has the shape {shape} for 2 images; it must be (2, classes)")
-    if shape[1] != classes:
-        raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
 import os
 import sys
 import traceback
@@ -29,15 +30,10 @@ def runs_user_code(architecture: str) -> bool:
 
 
 def check_permission(architecture: str, named: str | None) -> None:
-    """Check that the user named the code that a model file needs: a file must never decide which code runs.
+    """Check that ``named``, the value of ``--model`` or None, allows the code that a model file's architecture needs.
 
-    Args:
-        architecture: of the model file.
-        named: the value of ``--model``, or None.
-
-    Raises:
-        ModelFileError: the file needs code that the user did not name.
-        UsageError: the user named another model.
+    A file must never decide which code runs. ModelFileError if it needs code that the user did not name, UsageError if
+    the user named another model.
     """
     if named is not None and named != architecture:
         raise UsageError(f"--model {named} was given, but the file holds a {architecture}; name that, or leave it out")
@@ -46,15 +42,10 @@ def check_permission(architecture: str, named: str | None) -> None:
 
 
 def float_network(architecture: str, *, classes: int) -> nn.Module:
-    """The float model with fresh weights; nothing is downloaded.
+    """The float model with fresh weights; nothing is downloaded. UsageError for no such model, or its code raises.
 
-    Args:
-        architecture: ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
-            ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
-        classes: number of classes of the data.
-
-    Raises:
-        UsageError: no such model, or its code raises.
+    ``architecture`` is ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
+    ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
     """
     if architecture.startswith(TORCHVISION):
         return _torchvision_network(architecture.removeprefix(TORCHVISION), classes)
@@ -92,17 +83,14 @@ def _user_network(architecture: str, classes: int) -> nn.Module:
         )
     module = _import(module_name, architecture)
     try:
-        function: Any = module
-        for part in function_name.split("."):
-            function = getattr(function, part)
+        function: Any = operator.attrgetter(function_name)(module)
     except AttributeError as error:
         near = difflib.get_close_matches(function_name, dir(module), n=1)
         advice = f"; nearest: {near[0]}" if near else ""
         raise UsageError(f"{architecture}: {module_name} has no '{function_name}'{advice}") from error
     if not callable(function) or isinstance(function, nn.Module):
-        raise UsageError(
-            f"{architecture}: is a {type(function).__name__}, not a function or class that returns a network"
-        )
+        kind = type(function).__name__
+        raise UsageError(f"{architecture}: is a {kind}, not a function or class that returns a network")
     try:
         network = function(**_class_argument(function, classes))
     except Exception as error:  # the user's own code may raise anything
@@ -121,7 +109,7 @@ def _import(name: str, architecture: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         missing = error.name or name
-        if name == missing or name.startswith(f"{missing}."):
+        if f"{name}.".startswith(f"{missing}."):
             raise UsageError(
                 f"{architecture}: no module '{missing}' in the current folder or among the installed packages; "
                 "run robustq in the folder that holds it"
@@ -139,10 +127,7 @@ def _class_argument(function: Any, classes: int) -> dict[str, int]:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):  # builtins and C functions have no signature
         return {}
-    for name in ("num_classes", "classes"):
-        if name in parameters:
-            return {name: classes}
-    return {}
+    return next(({name: classes} for name in ("num_classes", "classes") if name in parameters), {})
 
 
 def _described(error: Exception) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from enum import Enum, auto
+from typing import Any
 
 import torch
 from brevitas.backport.fx import GraphModule, Node
@@ -64,6 +65,17 @@ FLOAT_MODULES = (
     *UNSIGNED_MODULES,
     *(nn.SiLU, nn.Hardswish, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.LogSoftmax),
 )
+KINDS: dict[Any, Kind] = {
+    Constant: Kind.CONSTANT,
+    Normalise: Kind.AFFINE,
+    LAYERS: Kind.LAYER,
+    RELUS: Kind.RELU,
+    AVERAGES: Kind.AVERAGE,
+    GRID_MODULES: Kind.KEEPS_GRID,
+    FLOAT_MODULES: Kind.FLOAT,
+}
+"""Module types -> their kind. Those of other modules depend on their settings."""
+
 FLOAT_CALLS = {
     *(torch.sigmoid, torch.tanh, functional.log_softmax, torch.log_softmax),
     *("sigmoid", "tanh", "log_softmax"),
@@ -75,23 +87,18 @@ SOFTMAX = {functional.softmax, torch.softmax, "softmax"}
 def kind(model: GraphModule, node: Node) -> Kind:
     """The kind of ``node``; needs the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 
-    Raises:
-        UsageError: an operation that is in no table; it is named, with the line that made it.
+    UsageError names an operation that is in no table, with the line that made it.
     """
-    if node.op == "placeholder":
-        return Kind.INPUT
-    if node.op == "output":
-        return Kind.OUTPUT
+    if node.op in ("placeholder", "output"):
+        return Kind.INPUT if node.op == "placeholder" else Kind.OUTPUT
     if node.op == "get_attr" or node.meta.get("constant", False):
         return Kind.CONSTANT
     found = _module_kind(called_module(model, node)) if node.op == "call_module" else _call_kind(node)
     if found is None or (found is Kind.KEEPS_GRID and _leaves_grid(model, node)):
-        hint = (
-            " (robustq needs the logits: return the tensor that enters the softmax)" if node.target in SOFTMAX else ""
-        )
-        raise UsageError(
-            f"{describe(model, node)} cannot be quantized; replace it, or compute it outside the network{hint}"
-        )
+        advice = "cannot be quantized; replace it, or compute it outside the network"
+        if node.target in SOFTMAX:
+            advice += " (robustq needs the logits: return the tensor that enters the softmax)"
+        raise UsageError(f"{describe(model, node)} {advice}")
     return found
 
 
@@ -107,17 +114,9 @@ def computed_inputs(node: Node) -> list[Node]:
 
 
 def _module_kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, Constant):
-        return Kind.CONSTANT
-    if is_normalise(module) or isinstance(module, Normalise):
+    if is_normalise(module):
         return Kind.AFFINE
-    for types, found in (
-        (LAYERS, Kind.LAYER),
-        (RELUS, Kind.RELU),
-        (AVERAGES, Kind.AVERAGE),
-        (GRID_MODULES, Kind.KEEPS_GRID),
-        (FLOAT_MODULES, Kind.FLOAT),
-    ):
+    for types, found in KINDS.items():
         if isinstance(module, types):
             return found
     if isinstance(module, NORMS):  # without running statistics the answer depends on the other images of the batch

@@ -51,10 +51,8 @@ FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
 def remove_inplace(model: GraphModule) -> None:
     """Replace in-place operations: nodes behind one read its result, and its input keeps its value.
 
-    Why: an in-place change behind a quantizer would take the quantized values off their grid.
-
-    Raises:
-        UsageError: a part of a tensor is changed in place; the operation is named.
+    Why: an in-place change behind a quantizer would take the quantized values off their grid. UsageError names an
+    operation that changes a part of a tensor in place.
     """
     order = {node: index for index, node in enumerate(model.graph.nodes)}
     for node in model.graph.nodes:
@@ -89,12 +87,15 @@ def _is_inplace(model: GraphModule, node: Node) -> bool:
 def clamp_to_relu(model: GraphModule) -> None:
     """``clamp(min=0)`` becomes ``relu``, and ``clamp(0, m)`` becomes ``hardtanh`` with these bounds.
 
-    Raises:
-        UsageError: a clamp that does not start at 0, whose lower end is on no unsigned grid; it is named.
+    UsageError names a clamp that does not start at 0: its lower end is on no unsigned grid.
     """
     for node in list(model.graph.nodes):
-        function = node.op == "call_function" and node.target in (torch.clamp, torch.clip)
-        if not function and not (node.op == "call_method" and node.target in ("clamp", "clip")):
+        if node.op not in ("call_function", "call_method") or node.target not in (
+            torch.clamp,
+            torch.clip,
+            "clamp",
+            "clip",
+        ):
             continue
         bounds = call_arguments(node, "min", "max")
         low, high = bounds.get("min"), bounds.get("max")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import brevitas.nn as qnn
-import torch
 from brevitas.backport.fx import GraphModule, Node
+from brevitas.function.ops_ste import scalar_clamp_ste
 from brevitas.graph.base import InsertModuleCallAfter, ModuleToModuleByInstance
 from brevitas.graph.utils import set_module
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
@@ -29,38 +29,15 @@ from robustq.errors import UsageError
 from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
 from robustq.models.fx.trace import called_module, describe, free_name
 from robustq.models.layers import OUTER_BITS, weight_quantizer
-from robustq.models.quant.quantizers import (
-    ActQuant,
-    BranchQuant,
-    LearnedThreshold,
-    NormalisedQuant,
-    PixelQuant,
-    QuantReLU,
-    Widths,
-)
-
-INPUT_QUANTIZER = "input_quant"
+from robustq.models.quant import quantizers
+from robustq.models.quant.quantizers import QuantReLU, Widths
 
 
-class _AtMost(torch.autograd.Function):
-    """min(value, largest) with the gradient of the identity."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor, largest: float) -> Tensor:
-        return value.clamp(max=largest)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-class BoundedThreshold(LearnedThreshold):
-    """:class:`LearnedThreshold` of at most ``bound``, for ReLU6.
+class BoundedThreshold(quantizers.LearnedThreshold):
+    """:class:`LearnedThreshold` of at most ``bound`` (in the unit of the activations), for ReLU6.
 
     A ReLU that clips at ``bound``, followed by a quantizer that clips below, equals the quantizer alone: the deployed
     file needs no clipping of its own, which would keep onnxruntime from running the layer before it as integers.
-
-    ``bound`` is in the unit of the activations.
     """
 
     def __init__(self, bit_width: int, signed: bool, bound: float) -> None:
@@ -69,17 +46,18 @@ class BoundedThreshold(LearnedThreshold):
 
     def limited(self, log_threshold: Tensor) -> Tensor:
         """At most the bound; the gradient passes above it too, so that training can come back."""
-        return _AtMost.apply(log_threshold, math.log(self.bound))  # type: ignore[no-any-return]
+        limited: Tensor = scalar_clamp_ste(log_threshold, -math.inf, math.log(self.bound))
+        return limited
 
 
-class BoundedActQuant(ActQuant):
+class BoundedActQuant(quantizers.ActQuant):
     """Unsigned activations behind a ReLU that clips at ``bound``."""
 
     scaling_impl = BoundedThreshold  # type: ignore[assignment]
 
 
 class QuantReLU6(qnn.QuantReLU):  # type: ignore[misc]
-    """A ReLU that clips at ``bound``, with its unsigned quantizer, whose threshold is at most ``bound``."""
+    """A ReLU that clips at ``bound``, with its unsigned quantizer."""
 
     def __init__(self, *, bit_width: int, bound: float) -> None:
         QuantNonLinearActLayer.__init__(
@@ -103,7 +81,6 @@ class _Plan:
     model: GraphModule
     widths: Widths
     kinds: dict[Node, Kind]
-    unsigned: set[Node]
     outer: set[Node]  # first and last layers
     last: set[Node]
     before_layer: set[Node]
@@ -113,10 +90,8 @@ class _Plan:
 def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale: bool = False) -> None:
     """Quantize ``model`` (after :func:`robustq.models.fx.build.standardise`) in place; weights and names stay.
 
-    Args as for :func:`robustq.models.fx.build.quantized_graph`.
-
-    Raises:
-        UsageError: binary widths, no layer at all, or an operation that cannot be quantized (named).
+    Args as for :func:`robustq.models.fx.build.quantized_graph`. UsageError for binary widths, no layer at all, or an
+    operation that cannot be quantized (named).
     """
     if widths.weight_bits == 1 or widths.act_bits == 1:
         raise UsageError(f"{name}: 1 bit needs blocks made for it, as resnet20 has; choose 8, 4, 3 or 2 (or 32)")
@@ -124,28 +99,31 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
     first, _ = _outer_layers(kinds, kinds, lambda node: node.all_input_nodes)
     last, before_layer = _outer_layers(reversed(kinds), kinds, lambda node: node.users)
     sums = {node for node in kinds if kinds[node] is Kind.JOIN and node.target in SUMS} if shared_sum_scale else set()
-    plan = _Plan(model, widths, kinds, _unsigned_values(model, kinds), first | last, last, before_layer, sums)
+    plan = _Plan(model, widths, kinds, first | last, last, before_layer, sums)
     if not first:
         raise UsageError(f"{name}: has no convolution and no linear layer; there is nothing to quantize")
-    float_prefix = _float_prefix(kinds)
+    unsigned, float_prefix = _unsigned_values(model, kinds), _float_prefix(kinds)
     for node, its_kind in kinds.items():
         if its_kind is Kind.LAYER:
             _quantize_layer(plan, node)
         elif its_kind is Kind.RELU:
-            _quantize_relu(plan, node)
+            relu, bits = called_module(model, node), _act_bits(plan, node)
+            bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
+            made = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
+            set_module(model, made, str(node.target))
     for node in kinds:
         if node is float_prefix[-1]:
-            quantizer = qnn.QuantIdentity(act_quant=PixelQuant if kinds[node] is Kind.INPUT else NormalisedQuant)
-            _insert_after(plan, node, INPUT_QUANTIZER, quantizer)
+            act_quant = quantizers.PixelQuant if kinds[node] is Kind.INPUT else quantizers.NormalisedQuant
+            _insert_after(plan, node, "input_quant", qnn.QuantIdentity(act_quant=act_quant))
         elif node not in float_prefix and _needs_quantizer(plan, node):
-            if node in plan.unsigned:
-                quantizer = qnn.QuantIdentity(act_quant=ActQuant, bit_width=_act_bits(plan, node))
+            if node in unsigned:
+                quantizer = qnn.QuantIdentity(act_quant=quantizers.ActQuant, bit_width=_act_bits(plan, node))
             else:
-                quantizer = qnn.QuantIdentity(act_quant=BranchQuant)
+                quantizer = qnn.QuantIdentity(act_quant=quantizers.BranchQuant)
             made_by = str(node.target) if node.op == "call_module" else node.name
             _insert_after(plan, node, f"{made_by}_quant", quantizer)
     for node in kinds:
-        if node in plan.shared_sums:
+        if node in sums:
             _share_quantizer(model, node)
     model.graph.lint()
     model.recompile()
@@ -186,42 +164,31 @@ def _unsigned_values(model: GraphModule, kinds: dict[Node, Kind]) -> set[Node]:
 def _float_prefix(kinds: dict[Node, Kind]) -> list[Node]:
     """The images and the operations in float before the input quantizer: normalisation, if any."""
     node = next(node for node, its_kind in kinds.items() if its_kind is Kind.INPUT)
-    chain = [node]
-    length = 1
+    chain, prefix = [node], [node]
     while True:
         users = [user for user in node.users if kinds[user] is not Kind.NOT_A_TENSOR]
         if len(users) != 1 or kinds[users[0]] not in (Kind.AFFINE, Kind.NORM, Kind.KEEPS_GRID):
-            return chain[:length]
+            return prefix
         node = users[0]
         chain.append(node)
         if kinds[node] is not Kind.KEEPS_GRID:
-            length = len(chain)
+            prefix = list(chain)
 
 
 def _quantize_layer(plan: _Plan, node: Node) -> None:
     layer = called_module(plan.model, node)
+    is_conv = isinstance(layer, nn.Conv2d)
     if is_parametrized(layer) or any(hasattr(layer, hidden) for hidden in ("weight_g", "weight_orig", "weight_v")):
         raise UsageError(
             f"{describe(plan.model, node)} computes its weight (weight or spectral norm, pruning), which cannot be "
             "quantized; make the result its weight first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        raise UsageError(
-            f"{describe(plan.model, node)} pads with '{layer.padding_mode}', which cannot be quantized; "
-            "use padding_mode='zeros'"
-        )
+    if is_conv and layer.padding_mode != "zeros":
+        pads = f"{describe(plan.model, node)} pads with '{layer.padding_mode}'"
+        raise UsageError(f"{pads}, which cannot be quantized; use padding_mode='zeros'")
     bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
-    layer_type = qnn.QuantConv2d if isinstance(layer, nn.Conv2d) else qnn.QuantLinear
-    swap = ModuleToModuleByInstance(layer, layer_type, bias_quant=None, **weight_quantizer(bits, folded=False))
-    swap.apply(plan.model)
-
-
-def _quantize_relu(plan: _Plan, node: Node) -> None:
-    relu = called_module(plan.model, node)
-    bits = _act_bits(plan, node)
-    bound = {nn.ReLU: None, nn.ReLU6: 6.0}.get(type(relu), getattr(relu, "max_val", None))
-    quantized = QuantReLU(bit_width=bits) if bound is None else QuantReLU6(bit_width=bits, bound=float(bound))
-    set_module(plan.model, quantized, str(node.target))
+    options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
+    ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)
 
 
 def _needs_quantizer(plan: _Plan, node: Node) -> bool:
@@ -257,9 +224,8 @@ def _act_bits(plan: _Plan, node: Node) -> int:
     users = _grid_users(node, plan.kinds)
     layers = {user for user in users if plan.kinds[user] is Kind.LAYER}
     mixed = any(plan.kinds[user] in (Kind.JOIN, Kind.AVERAGE) for user in users)
-    if node not in plan.before_layer or (layers and layers <= plan.last and not mixed):
-        return OUTER_BITS
-    return plan.widths.act_bits
+    outer = node not in plan.before_layer or (layers and layers <= plan.last and not mixed)
+    return OUTER_BITS if outer else plan.widths.act_bits
 
 
 def _grid_users(node: Node, kinds: dict[Node, Kind]) -> set[Node]:
@@ -273,7 +239,7 @@ def _grid_users(node: Node, kinds: dict[Node, Kind]) -> set[Node]:
 def _share_quantizer(model: GraphModule, node: Node) -> None:
     """Quantize both inputs of the sum ``node`` by one quantizer."""
     name = free_name(model, f"{node.name}_shared_quant")
-    set_module(model, qnn.QuantIdentity(act_quant=BranchQuant), name)
+    set_module(model, qnn.QuantIdentity(act_quant=quantizers.BranchQuant), name)
     for source in computed_inputs(node):
         with model.graph.inserting_before(node):
             quantized = model.graph.call_module(name, (source,))

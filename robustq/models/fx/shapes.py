@@ -22,10 +22,7 @@ def mean_to_pooling(model: GraphModule) -> None:
     """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``.
 
     Why: onnxruntime has an integer rule for pooling and none for ReduceMean. Brevitas' pass of this kind knows only one
-    spelling of the mean, and flattens by sizes computed at run time.
-
-    Raises:
-        UsageError: a mean over other axes; it is named.
+    spelling of the mean, and flattens by sizes computed at run time. UsageError names a mean over other axes.
     """
     for node in list(model.graph.nodes):
         if node.target is not torch.mean and not (node.op == "call_method" and node.target == "mean"):
@@ -59,10 +56,7 @@ def fix_pooling_windows(model: GraphModule) -> None:
 
     Why: PyTorch, and onnxruntime in float, divide by the pixels of a window that lie in the image or its padding;
     onnxruntime's QLinearAveragePool (1.32) divides by the whole window. PyTorch drops an added window that lies in the
-    padding alone, onnxruntime does not.
-
-    Raises:
-        UsageError: an average with ``divisor_override``, which ONNX lacks; it is named.
+    padding alone, onnxruntime does not. UsageError names an average with ``divisor_override``, which ONNX lacks.
     """
     for node in list(model.graph.nodes):
         pool = called_module(model, node)
@@ -104,8 +98,7 @@ def _adds_windows(node: Node, pool: nn.AvgPool2d | nn.MaxPool2d) -> bool:
     return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes) != tuple(after)
 
 
-_METHODS = ("view", "reshape", "squeeze", "flatten")
-_FUNCTIONS = (torch.reshape, torch.squeeze, torch.flatten)
+_RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squeeze, torch.flatten)
 
 
 def fix_reshapes(model: GraphModule) -> None:
@@ -124,18 +117,15 @@ def fix_reshapes(model: GraphModule) -> None:
             sizes = [min(size, length - start) for start in range(0, length, size)]
             replace_call(model, node, torch.split, source, sizes, arguments["dim"])
             continue
-        method = node.op == "call_method" and node.target in _METHODS
-        if not method and not (node.op == "call_function" and node.target in _FUNCTIONS):
+        if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
             continue
         source = node.all_input_nodes[0]
         before: tuple[int, ...] = source.meta["shape"] or ()
         after: tuple[int, ...] = node.meta["shape"] or ()
         if len(before) < 2 or len(after) < 2 or before[0] != BATCH or after[0] != BATCH:
             continue
-        if len(after) == 2:
-            replace_call(model, node, torch.flatten, source, 1)
-        else:
-            replace_call(model, node, torch.reshape, source, (-1, *after[1:]))
+        call = (torch.flatten, source, 1) if len(after) == 2 else (torch.reshape, source, (-1, *after[1:]))
+        replace_call(model, node, *call)
     model.graph.eliminate_dead_code()
     model.recompile()
 
@@ -146,22 +136,21 @@ def fix_adaptive_pooling(model: GraphModule) -> None:
     From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d, to a multiple a nearest-neighbour
     enlargement; to (1, 1) it stays.
 
-    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6.
-
-    Raises:
-        UsageError: windows of unequal size; the pooling is named, with its sizes.
+    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6. UsageError
+    names a pooling with windows of unequal size.
     """
     for node in model.graph.nodes:
         if not isinstance(called_module(model, node), nn.AdaptiveAvgPool2d):
             continue
         before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
+        sizes = list(zip(before, after, strict=True))
         if after == (1, 1):
             continue
         if before == after:
             fixed: nn.Module = nn.Identity()
-        elif all(old % new == 0 for old, new in zip(before, after, strict=True)):
-            fixed = nn.AvgPool2d(tuple(old // new for old, new in zip(before, after, strict=True)))
-        elif all(new % old == 0 for old, new in zip(before, after, strict=True)):
+        elif all(old % new == 0 for old, new in sizes):
+            fixed = nn.AvgPool2d(tuple(old // new for old, new in sizes))
+        elif all(new % old == 0 for old, new in sizes):
             fixed = nn.UpsamplingNearest2d(size=after)
         else:
             raise UsageError(

@@ -1,7 +1,6 @@
-"""Tracing a custom model with torch.fx: its graph, and the shapes of all values.
+"""Tracing a custom model by Brevitas' torch.fx tracer: its graph, and the shapes of all values.
 
-The model is traced in eval mode by Brevitas' tracer, so a branch on ``self.training`` is fixed as in eval mode. Dropout
-and BatchNorm are modules and follow the mode.
+A branch on ``self.training`` is fixed as in eval mode; dropout and BatchNorm are modules and follow the mode.
 """
 
 from __future__ import annotations
@@ -22,10 +21,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError, one_line
 
-_LIBRARIES = (
-    *(str(Path(module.__file__).parent) + os.sep for module in (torch, brevitas) if module.__file__),
-    str(Path(__file__).parent) + os.sep,
-)
+_LIBRARIES = tuple(str(Path(str(file)).parent) + os.sep for file in (torch.__file__, brevitas.__file__, __file__))
 """Folders without code of the user."""
 
 _LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
@@ -52,11 +48,10 @@ class _Tracer(Tracer):  # type: ignore[misc]
     record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """torch.nn's modules, normalisation transforms, and subclasses of layers with the forward of the layer."""
-        for layer in _LAYERS:
-            if isinstance(m, layer):
-                names = ("forward", "_conv_forward")
-                return all(getattr(type(m), name, None) is getattr(layer, name, None) for name in names)
+        layer = next((layer for layer in _LAYERS if isinstance(m, layer)), None)
+        if layer is not None:  # a subclass of a layer is a leaf with the layer's own forward
+            names = ("forward", "_conv_forward")
+            return all(getattr(type(m), name, None) is getattr(layer, name, None) for name in names)
         return is_normalise(m) or bool(super().is_leaf_module(m, module_qualified_name))
 
 
@@ -69,10 +64,8 @@ def is_normalise(module: nn.Module) -> bool:
 def trace(network: nn.Module, *, name: str) -> GraphModule:
     """The graph of ``network``, in eval mode, with its own parameters (not copies).
 
-    ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads).
-
-    Raises:
-        UsageError: control flow that depends on values, several inputs or outputs, or a layer that is called twice.
+    ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads). UsageError
+    for control flow that depends on values, several inputs or outputs, or a layer that is called twice.
     """
     network.eval()
     entries = set(network.state_dict())
@@ -82,13 +75,15 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
     except UsageError:
         raise
     except Exception as error:  # the user's forward may raise anything
-        frames = [(frame.filename, frame.lineno) for frame in reversed(traceback.extract_tb(error.__traceback__))]
+        raised = [(frame.filename, frame.lineno) for frame in reversed(traceback.extract_tb(error.__traceback__))]
         raise UsageError(
-            f"{name}: its forward cannot be traced{_location(' at {}:{}', frames)}: {one_line(error, longest=140)}; "
+            f"{name}: its forward cannot be traced{_location(' at {}:{}', raised)}: {one_line(error, longest=140)}; "
             "write it without branches and loops over tensor values"
         ) from error
     model = GraphModule(tracer.root, graph, type(network).__name__)
-    _keep_locations(model)
+    for node in graph.nodes:  # of its stack trace, whose innermost frame comes first, the user's innermost line
+        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.pop("stack_trace", None) or "")
+        node.meta["location"] = _location(" ({}:{})", frames)
     _constants_to_modules(model, entries)
     _check_graph(model, name)
     model.eval()
@@ -106,13 +101,14 @@ def call_arguments(node: Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
 
 
-def replace_call(model: GraphModule, node: Node, function: Any, *args: Any) -> None:
-    """Replace ``node`` by a call of ``function`` with ``args``."""
+def replace_call(model: GraphModule, node: Node, target: Any, *args: Any) -> Node:
+    """Replace ``node`` by a call of ``target``, a function or the name of a module; return the new node."""
     with model.graph.inserting_before(node):
-        call = model.graph.call_function(function, args)
+        call = model.graph.create_node("call_module" if isinstance(target, str) else "call_function", target, args)
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     model.graph.erase_node(node)
+    return call
 
 
 def free_name(model: GraphModule, wanted: str) -> str:
@@ -142,13 +138,6 @@ def _location(text: str, frames: Iterable[tuple[str, Any]]) -> str:
     return ""
 
 
-def _keep_locations(model: GraphModule) -> None:
-    """Keep of each node's stack trace, whose innermost frame comes first, the innermost line of the user's code."""
-    for node in model.graph.nodes:
-        frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.pop("stack_trace", None) or "")
-        node.meta["location"] = _location(" ({}:{})", frames)
-
-
 def _defaults(network: nn.Module, name: str) -> dict[str, Any]:
     """Defaults of forward's arguments behind the first."""
     parameters = list(inspect.signature(network.forward).parameters.values())
@@ -172,11 +161,7 @@ def _constants_to_modules(model: GraphModule, entries: set[str]) -> None:
         if isinstance(value, Tensor):
             delattr(owner, last)
             owner.add_module(last, Constant(value.detach()))
-        with model.graph.inserting_before(node):
-            call = model.graph.call_module(str(node.target))
-            call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        model.graph.erase_node(node)
+        replace_call(model, node, str(node.target))
     model.recompile()
 
 
@@ -186,9 +171,8 @@ def _check_graph(model: GraphModule, name: str) -> None:
         if node.op == "placeholder" and node.args and not node.users:
             model.graph.erase_node(node)  # an argument that kept its default
         if node.op == "output" and not isinstance(node.args[0], Node):
-            raise UsageError(
-                f"{name}: its forward returns a {type(node.args[0]).__name__}; it must return the logits alone"
-            )
+            kind = type(node.args[0]).__name__
+            raise UsageError(f"{name}: its forward returns a {kind}; it must return the logits alone")
     inputs = [node for node in model.graph.nodes if node.op == "placeholder" and node.users]
     if len(inputs) != 1:
         raise UsageError(f"{name}: its forward takes {len(inputs)} inputs; it must take images alone")
@@ -231,8 +215,7 @@ class _ShapeProp(Interpreter):  # type: ignore[misc]
 def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
     """Write ``tensor`` (is it one, of floats), ``shape`` (for :data:`BATCH` images) and ``constant`` into ``meta``.
 
-    Raises:
-        UsageError: an operation fails on images of this shape; it is named.
+    UsageError names an operation that fails on images of this shape.
     """
     model.eval()
     modules = [called_module(model, node) for node in model.graph.nodes]

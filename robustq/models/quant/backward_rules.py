@@ -62,20 +62,14 @@ with shortcuts, and more of one without (docs/results/attacks.md)."""
 def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -> Iterator[None]:
     """Differentiate the activation quantizers of a network by another rule, inside the `with`.
 
-    It covers all activation quantizers of Brevitas (in robustq's networks, folded or not, and in custom networks). The
-    last two rules also cover plain calls of torch.round, floor, ceil, trunc and sign on tensors that autograd records,
-    whose derivative is zero. Comparisons, `detach` and float networks stay as they are.
+    It covers all activation quantizers of Brevitas. The last two rules also cover plain calls of torch.round, floor,
+    ceil, trunc and sign on tensors that autograd records. Comparisons, `detach` and float networks stay as they are.
 
-    Not for training: learned scales get no gradient under the last two rules.
+    Not for training: learned scales get no gradient under the last two rules. Without ``plain_rounding`` the plain
+    calls are skipped, for a network that has none (`rounds_plainly`).
 
-    Args:
-        model: the network; only its backward pass changes, until the end of the `with`.
-        rule: one of `RULES`.
-        plain_rounding: False skips the plain calls, for a network without them (`rounds_plainly`).
-
-    Raises:
-        UsageError: an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for a quantizer
-            that is neither integer nor binary.
+    UsageError for an unknown rule, quantizers compiled by TorchScript (BREVITAS_JIT=1), or `smooth` for quantizers that
+    are neither integer nor binary.
     """
     _check_rule(rule)
     if rule == STRAIGHT_THROUGH:
@@ -84,8 +78,8 @@ def backward_rule(model: nn.Module, rule: str, *, plain_rounding: bool = True) -
     with ExitStack() as stack:
         # One hook for a quantizer that several layers share: more of them would multiply the derivatives.
         for quantizer, name in {quantizer: name for name, quantizer in activation_quantizers(model).items()}.items():
-            derivative = _derivative_of(name, quantizer, rule)
-            stack.enter_context(quantizer.register_forward_hook(partial(_replace_gradient, derivative=derivative)))
+            hook = partial(_replace_gradient, derivative=_derivative_of(name, quantizer, rule))
+            stack.enter_context(quantizer.register_forward_hook(hook))
         if plain_rounding:
             stack.enter_context(_PlainRounding(rule))
         yield
@@ -119,8 +113,7 @@ def rounds_plainly(model: nn.Module, x: Tensor) -> bool:
 def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that quantize activations, by name; each maps a tensor to (value, scale, zero point, bit width).
 
-    Raises:
-        UsageError: quantizers compiled by TorchScript, whose hooks never run.
+    UsageError for quantizers compiled by TorchScript, whose hooks never run.
     """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -136,19 +129,15 @@ def activation_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Tensor:
-    """The derivative of a smooth staircase with one step per code, and smooth ends.
+    """The derivative of a smooth staircase with one step per code, and smooth ends; 0 to 1 + w.
 
     (1 - w cos(2 pi u)) sigmoid((highest + 1/2 - u) / t) sigmoid((u - lowest + 1/2) / t) with u = `codes`: the soft
     rounding u - w sin(2 pi u) / (2 pi), steepest where a small change flips the code, and ends of width
     t = max((highest - lowest) EDGE, 1/2). w is `WAVE` of up to 4 codes and 4 `WAVE` / codes beyond. Without the last
     factor for an unsigned quantizer (lowest 0): the ReLU in front of it is that end.
 
-    Args:
-        codes: any shape, the activations in units of the scale, before rounding (zero point added).
-        lowest, highest: codes of the quantizer.
-
-    Returns:
-        The same shape, 0 to 1 + w.
+    ``codes`` (any shape) are activations in units of the scale before rounding, with the zero point added; ``lowest``
+    and ``highest`` are codes of the quantizer.
     """
     wave = WAVE * min(1.0, 4.0 / (highest - lowest + 1.0))
     width = max((highest - lowest) * EDGE, 0.5)
@@ -159,14 +148,9 @@ def staircase_derivative(codes: Tensor, *, lowest: float, highest: float) -> Ten
 def sign_derivative(x: Tensor) -> Tensor:
     """The derivative of tanh(x / t), where t is `SIGN_WIDTH` times the mean magnitude of the image's channel.
 
-    Like the sign it does not depend on the scale of x: with a fixed width, a network whose BatchNorm multiplies by
-    1,000 would have the same logits and no gradient.
-
-    Args:
-        x: (N, C, ...); with (N, C) or fewer dimensions the mean is over the image or over everything.
-
-    Returns:
-        The same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is.
+    (N, C, ...) -> the same shape, (1 - tanh(x / t)^2) / t; zero where a whole channel is. With (N, C) or fewer
+    dimensions the mean is over the image or over everything. Like the sign it does not depend on the scale of x: with a
+    fixed width, a network whose BatchNorm multiplies by 1,000 would have the same logits and no gradient.
     """
     own = tuple(range(2 if math.prod(x.shape[2:]) > 1 else 1, x.dim()))
     width = SIGN_WIDTH * (x.abs().mean(dim=own, keepdim=True) if own else x.abs().mean())
@@ -180,32 +164,27 @@ def _derivative_of(name: str, quantizer: nn.Module, rule: str) -> Derivative:
         return _of_identity
     if isinstance(quantizer, BinaryQuant | ClampedBinaryQuant):
         return _of_sign
-    if isinstance(quantizer, FusedIntQuant):
-        return partial(_of_staircase, codes=quantizer.codes)
-    integers = getattr(quantizer, "int_quant", None)
-    if integers is None or not hasattr(integers, "min_int"):
+    if not hasattr(getattr(quantizer, "int_quant", None), "min_int"):
         raise UsageError(f"{name} is a {type(quantizer).__name__}, which has no smooth form here; use '{PASS_THROUGH}'")
-    return partial(_of_stock_staircase, integers=integers)
+    return partial(_of_staircase, quantizer=quantizer)
 
 
 def _of_identity(x: Tensor, answer: tuple[Any, ...]) -> None:
     """1."""
 
 
-def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Tensor:
-    derivative: Tensor = answer[1] * sign_derivative(x)
-    return derivative
+def _of_sign(x: Tensor, answer: tuple[Any, ...]) -> Any:
+    return answer[1] * sign_derivative(x)
 
 
-def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, codes: tuple[int, int]) -> Tensor:
-    _, scale, zero_point, _ = answer
-    return staircase_derivative(x / scale + zero_point, lowest=codes[0], highest=codes[1])
-
-
-def _of_stock_staircase(x: Tensor, answer: tuple[Any, ...], *, integers: Any) -> Tensor:
-    bit_width = answer[3]  # may be learned
-    codes = (int(integers.min_int(bit_width)), int(integers.max_int(bit_width)))
-    return _of_staircase(x, answer, codes=codes)
+def _of_staircase(x: Tensor, answer: tuple[Any, ...], *, quantizer: Any) -> Tensor:
+    _, scale, zero_point, bit_width = answer
+    if isinstance(quantizer, FusedIntQuant):
+        lowest, highest = quantizer.codes
+    else:  # stock Brevitas, whose bit width may be learned
+        integers = quantizer.int_quant
+        lowest, highest = int(integers.min_int(bit_width)), int(integers.max_int(bit_width))
+    return staircase_derivative(x / scale + zero_point, lowest=lowest, highest=highest)
 
 
 def _replace_gradient(
@@ -251,12 +230,9 @@ class _PlainRounding(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call the function and replace the gradient of its result."""
         answer = func(*args, **(kwargs or {}))
-        if (func not in _ROUNDING and func not in _SIGNS) or not args or not isinstance(args[0], Tensor):
-            return answer
-        x = args[0]
-        if not (torch.is_grad_enabled() and x.requires_grad):
+        x = args[0] if args and (func in _ROUNDING or func in _SIGNS) else None
+        if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad):
             return answer
         self.found = True
         factor = None

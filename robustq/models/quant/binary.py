@@ -17,6 +17,8 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from robustq.models.quant.straight_through import per_channel
+
 
 class _SignTimesMean(torch.autograd.Function):
     """alpha sign(w) with alpha = mean |w| and sign(0) = +1, differentiated straight through the sign and by the mean.
@@ -27,7 +29,7 @@ class _SignTimesMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
-        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(-1, *[1] * (w.dim() - 1))
+        alpha = w.reshape(len(w), -1).abs().mean(dim=1).clamp_(min=smallest).reshape(per_channel(w))
         y = torch.where(w >= 0, alpha, -alpha)
         ctx.save_for_backward(w)
         return y, alpha
@@ -106,9 +108,15 @@ class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
     The scale is the constant ``scaling_init``.
     """
 
+    codes = (-1, 1)
+
     def __init__(self, scaling_impl: nn.Module, scaling_init: float) -> None:
         super().__init__(scaling_impl)
         self.unit = scaling_init
+
+    def current_scale(self) -> Tensor:
+        """The scale of activations, a scalar."""
+        return torch.tensor(self.unit)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> +-scale of the same shape, the scale, zero point and bit width."""
@@ -158,30 +166,24 @@ class ChannelThresholds(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) values of the quantized tensor -> the same shape; at least 0 where the sign is +1."""
-        value = getattr(x, "value", x)
-        signed: Tensor = self.gain * value - self.threshold
+        signed: Tensor = self.gain * getattr(x, "value", x) - self.threshold
         return signed
 
     @torch.no_grad()
     def set_affine(self, gain: Tensor, shift: Tensor, *, scale: float, lowest: int, highest: int) -> None:
-        """Take the signs of gain * scale * code + shift for every code from ``lowest`` to ``highest``.
+        """Take the signs of gain * scale * code + shift for every code of the input from ``lowest`` to ``highest``.
 
-        Args:
-            gain, shift: (C,) float64, of the BatchNorm.
-            scale: of the quantized input.
-            lowest, highest: its codes.
+        ``gain`` and ``shift`` are the BatchNorm's, (C,) float64 each.
         """
         codes = torch.arange(lowest, highest + 1, dtype=torch.float64)
         positive = gain.reshape(-1, 1) * (codes * scale) + shift.reshape(-1, 1) >= 0  # monotone along the codes
-        count = positive.sum(dim=1)
-        rising, falling = positive[:, -1] & ~positive[:, 0], positive[:, 0] & ~positive[:, -1]
-        first_positive = highest + 1 - count  # of a rising channel
-        last_positive = lowest + count - 1  # of a falling one
-        boundary = torch.where(rising, first_positive - 0.5, last_positive + 0.5) * scale
+        at_lowest, at_highest, count = positive[:, 0], positive[:, -1], positive.sum(dim=1)
+        # The first positive code of a rising channel, or the last of a falling one, and half a code towards the others.
+        boundary = torch.where(at_highest, highest + 1 - count - 0.5, lowest + count - 1 + 0.5) * scale
         # float32 must hold the gain and its products, or the sign is lost; the size matters only to the gradient.
         held = gain.sign() * gain.abs().clamp(min=SMALLEST_GAIN / scale, max=LARGEST_GAIN / scale)
-        varies = rising | falling
-        constant = torch.where(positive[:, 0], -1.0, 1.0).double()
+        varies = at_lowest ^ at_highest
+        constant = torch.where(at_lowest, -1.0, 1.0).double()
         self.gain.copy_(torch.where(varies, held, 0.0).reshape(-1, 1, 1))
         self.threshold.copy_(torch.where(varies, held * boundary, constant).reshape(-1, 1, 1))
         self.step.fill_(scale)
@@ -189,9 +191,8 @@ class ChannelThresholds(nn.Module):
     def first_codes(self) -> tuple[Tensor, Tensor]:
         """The same signs as integer comparisons: x is on its channel's upper side from a code on.
 
-        Returns:
-            (C,) int64 first code of the upper side, and (C,) bool, whether the sign there is +1. A constant channel is
-            on its upper side from the lowest int64 on.
+        Returns (C,) int64 first code of the upper side, for a constant channel the lowest int64, and (C,) bool, whether
+        the sign there is +1.
         """
         gain, threshold = self.gain.flatten().double(), self.threshold.flatten().double()
         varies = gain != 0

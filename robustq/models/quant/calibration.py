@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import LearnedThreshold
+from robustq.models.quant.straight_through import code_range
 
 GRID = torch.linspace(0.02, 1.0, 50)
 """Candidate thresholds, as fractions of the largest magnitude seen."""
@@ -34,19 +35,19 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
     size, and the BatchNorms in front of signs are new. There all BatchNorms take the statistics of ``images``.
 
     Args:
-        model: a quantized network; one without learned thresholds (float) stays as it is.
         images: (N, C, H, W) float32 in [0, 1], on the model's device; a few hundred training images.
-        from_scratch: normalise with the statistics of ``images``: the running statistics of a fresh network mean
-            nothing.
+        from_scratch: normalise with the statistics of ``images``; those of a fresh network mean nothing.
     """
     is_binary = any(isinstance(module, SignNorm) for module in model.modules())
     with ExitStack() as hooks:
         for module in model.modules():
             if is_binary and not from_scratch and isinstance(module, nn.BatchNorm2d):
                 hooks.enter_context(module.register_forward_pre_hook(_take_statistics))
-            threshold = _own_threshold(module)
-            if threshold is not None:
-                hooks.enter_context(module.register_forward_pre_hook(_setter(module, threshold)))
+            # Of an activation layer (QuantReLU, QuantIdentity).
+            fused: Any = getattr(getattr(module, "act_quant", None), "fused_activation_quant_proxy", None)
+            threshold = getattr(getattr(fused, "tensor_quant", None), "scaling_impl", None)
+            if isinstance(threshold, LearnedThreshold):
+                hooks.enter_context(module.register_forward_pre_hook(_setter(fused.activation_impl, threshold)))
         hooks.enter_context(batch_statistics(model) if from_scratch else running_statistics(model))
         model(images)
 
@@ -61,7 +62,7 @@ def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
     largest = flat.abs().max().item()
     if largest == 0.0:
         return 1.0
-    low, high = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+    low, high = code_range(bit_width, signed=signed)
     steps = -low if signed else high
     errors = []
     for fraction in GRID.tolist():
@@ -83,20 +84,11 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
     norm.running_var.copy_(x.var(dim=(0, 2, 3)))  # type: ignore[operator]
 
 
-def _own_threshold(module: nn.Module) -> LearnedThreshold | None:
-    """The learned threshold of an activation layer (QuantReLU, QuantIdentity), None for anything else."""
-    proxy = getattr(module, "act_quant", None)
-    fused = getattr(proxy, "fused_activation_quant_proxy", None)
-    scaling = getattr(getattr(fused, "tensor_quant", None), "scaling_impl", None)
-    return scaling if isinstance(scaling, LearnedThreshold) else None
-
-
-def _setter(module: nn.Module, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    fused: Any = module.act_quant.fused_activation_quant_proxy  # type: ignore[union-attr]
+def _setter(activation: Any, threshold: LearnedThreshold) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     seen: list[Tensor] = []
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(_samples(fused.activation_impl(inputs[0])))
+        seen.append(_samples(activation(inputs[0])))
         values = torch.cat(seen)
         threshold.set_threshold(best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed))
 

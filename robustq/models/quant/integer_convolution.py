@@ -11,9 +11,7 @@ The kernel is oneDNN's, under the names by which torch.compile calls it. They ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from typing import Any
 
@@ -27,17 +25,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from robustq.models.batch_norm import running_statistics
 from robustq.models.quant.binary import FusedSign
 from robustq.models.quant.folded_layers import ExactConv2d
+from robustq.models.quant.shared_weights import replaced
 from robustq.models.quant.straight_through import FusedIntQuant
+
+LARGEST_CODE = 255
+"""Of an input, less the lowest one: the kernel takes uint8 and int8."""
+
+
+def _capabilities() -> Any:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
 
 def lacks_bfloat16() -> bool:
-    """Whether it would imitate products of bfloat16, slowly; False where nothing is known (other than x86)."""
+    """Whether the CPU would imitate products of bfloat16, slowly; False where nothing is known (other than x86)."""
     found = _capabilities()
-    return found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16"))
+    return bool(found.get("architecture") == "x86_64" and not (found.get("avx512_bf16") or found.get("amx_bf16")))
 
 
 def slows_bfloat16() -> bool:
-    """Whether it multiplies bfloat16 at half the pace of float32, by instructions of its own.
+    """Whether the CPU multiplies bfloat16 at half the pace of float32, by instructions of its own.
 
     So do Intel's cores whose pace lies in AMX, where that is hidden, as in many a virtual machine
     (docs/results/training-cost.md). They are known by 16-bit floats of the other kind, which came with AMX.
@@ -47,109 +53,85 @@ def slows_bfloat16() -> bool:
     return made_for_amx and not found.get("amx_bf16")
 
 
-def adds_up_bytes() -> bool:
-    """Whether it adds products of 8-bit numbers up in 32 bits (VNNI), where pairs of them would overflow 16."""
-    found = _capabilities()
-    return bool(found.get("avx512_vnni") or found.get("avx_vnni"))
-
-
-def _capabilities() -> Mapping[str, Any]:
-    known: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return known
-
-
-LARGEST_CODE = 255
-"""Of what enters: the kernel takes uint8."""
-
-WEIGHT_BITS = 8
-"""And int8."""
+@cache
+def is_available() -> bool:
+    """Whether this CPU adds products of bytes up in 32 bits (VNNI), and torch has the kernel, which sums exactly."""
+    if not (_capabilities().get("avx512_vnni") or _capabilities().get("avx_vnni")):
+        return False
+    codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
+    weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    weights[::2] = -127
+    for zero_point in (0, 1):
+        how = ([1, 1], [1, 1], [1, 1], 1)
+        try:
+            sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), *how, zero_point)
+        except (RuntimeError, AttributeError, TypeError):
+            return False  # another torch, with other names or arguments
+        if not torch.equal(sums.double(), functional.conv2d(codes.double() - zero_point, weights.double(), padding=1)):
+            return False
+    return True
 
 
 class IntegerConvolutions:
     """Those convolutions of one network whose inputs are codes of at most 8 bits, or signs.
 
     Args:
-        model: its Brevitas convolutions are looked at; any network.
-        example: (N, C, H, W) images in [0, 1] for one pass forward that tells what enters which layer, in the mode that
+        example: (N, C, H, W) images in [0, 1] for one forward pass that tells the input of each layer, in the mode that
             the network is in; nothing of it changes by that.
-        way_back: what gradients and weights are multiplied in; None: the fastest.
+        way_back: type of gradients and weights in the backward pass; None: the fastest.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, *, way_back: torch.dtype | None = None) -> None:
         way_back = way_back or (torch.float32 if lacks_bfloat16() or slows_bfloat16() else torch.bfloat16)
-        self._layers = [_Layer(conv, grid, way_back) for conv, grid in _on_grids(model, example)]
+        inputs = _input_quantizers(model, example)
+        self._layers = [_Layer(conv, quantizer, way_back) for conv, quantizer in inputs if _is_fit(conv)]
 
     def __len__(self) -> int:
         return len(self._layers)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it a pass in which no weight asks for a gradient computes these convolutions in whole numbers; weights
-        and scales must stay as they are.
+    def in_place(self) -> AbstractContextManager[None]:
+        """Compute these convolutions in integers, in passes inside the `with` that ask for no gradient of a weight.
+
+        Weights and scales must not change inside it.
         """
-        try:
-            for layer in self._layers:
-                layer.begin()
-            yield
-        finally:
-            for layer in self._layers:
-                layer.end()
+        return replaced(self._layers)
 
 
 class _Layer:
-    """What stands in the place of one convolution's arithmetic. It lives as long as the layer does: a compiled network
-    would be compiled anew for an object that it has not seen.
-    """
+    """Replaces the arithmetic of one convolution."""
 
-    def __init__(self, conv: Any, grid: _Grid, way_back: torch.dtype) -> None:
-        self._conv = conv
-        self._grid = grid
-        self._way_back = way_back
-        self._scale: Any = None
-        self._inverse: Any = None
+    def __init__(self, conv: Any, quantizer: Any, way_back: torch.dtype) -> None:
+        self._conv, self._quantizer, self._way_back = conv, quantizer, way_back
         self._codes: Any = None
-        self._weight_scale: Any = None
         self._exact: Any = None
 
     @torch.no_grad()
     def begin(self) -> None:
         weight = self._conv.quant_weight()
-        self._weight_scale = weight.scale.reshape(-1).contiguous()
-        self._codes = (weight.value / weight.scale).round_().to(torch.int8)
-        self._scale = self._grid.scale()
-        self._inverse = _inverse(self._scale)
+        codes, weight_scale = (
+            (weight.value / weight.scale).round_().to(torch.int8),
+            weight.scale.reshape(-1).contiguous(),
+        )
+        scale = self._quantizer.current_scale()
+        inverse = scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)  # finite, of 0 too
         if isinstance(self._conv, ExactConv2d) and self._conv.input_scale is not None:
             self._exact = [number.float().reshape(-1, 1, 1) for number in self._conv.bias_codes()]
-            self._weight_scale = torch.ones_like(self._weight_scale)
+            weight_scale = torch.ones_like(weight_scale)
+        self._codes = (scale, inverse, codes, weight_scale)
         self._conv.inner_forward_impl = self
 
     def end(self) -> None:
-        vars(self._conv).pop("inner_forward_impl", None)  # what the instance had hidden: the method of its class
-        self._scale = self._inverse = self._codes = self._weight_scale = self._exact = None
+        vars(self._conv).pop("inner_forward_impl", None)  # it hid the method of the class
+        self._codes = self._exact = None
 
     def __call__(self, x: Any, weight: Any, bias: Any) -> Any:
         conv, values = self._conv, getattr(x, "value", x)
         if (conv.weight.requires_grad and torch.is_grad_enabled()) or values.dtype != torch.float32:
             return type(conv).inner_forward_impl(conv, x, weight, bias)
-        y = _Convolve.apply(
-            values,
-            self._scale,
-            self._inverse,
-            getattr(weight, "value", weight),
-            self._codes,
-            self._weight_scale,
-            self._exact,
-            *(list(number) for number in (conv.stride, conv.padding, conv.dilation)),
-            conv.groups,
-            -self._grid.lowest,
-            self._way_back,
-        )
+        geometry = (*(list(number) for number in (conv.stride, conv.padding, conv.dilation)), conv.groups)
+        how = (geometry, -self._quantizer.codes[0], self._way_back)
+        y = _Convolve.apply(values, getattr(weight, "value", weight), self._codes, self._exact, *how)
         return y if bias is None or self._exact is not None else y + getattr(bias, "value", bias).reshape(-1, 1, 1)
-
-
-def _inverse(scale: Tensor) -> Tensor:
-    """What a value is multiplied by and rounded to find its code again: finite of every scale, 0 too."""
-    return scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)
 
 
 class _Convolve(torch.autograd.Function):
@@ -162,27 +144,22 @@ class _Convolve(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        scale: Tensor,
-        inverse: Tensor,
         weight: Tensor,
-        weight_codes: Tensor,
-        weight_scale: Tensor,
+        fixed: tuple[Tensor, Tensor, Tensor, Tensor],
         exact: list[Tensor] | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        groups: int,
+        geometry: tuple[Any, ...],
         zero_point: int,
         way_back: torch.dtype,
     ) -> Tensor:
+        scale, inverse, weight_codes, weight_scale = fixed
         # Not divided, which takes longer: x is a code's multiple of the scale already, so that rounding finds it.
         codes = (x * inverse).round_()
         codes = (codes.add_(zero_point) if zero_point else codes).to(torch.uint8)
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.how, ctx.way_back = x.shape, (stride, padding, dilation, groups), way_back
+        ctx.shape, ctx.geometry, ctx.way_back = x.shape, geometry, way_back
         unit = scale if exact is None else torch.ones_like(scale)
-        how = (stride, padding, dilation, groups, zero_point)
-        sums: Tensor = convolve_codes(codes, unit, weight_codes, weight_scale, *how)
+        how = (*geometry, zero_point)
+        sums = convolve_codes(codes, unit, weight_codes, weight_scale, *how)
         if exact is None:
             return sums
         steps, bias, step = exact
@@ -192,7 +169,7 @@ class _Convolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.how
+        stride, padding, dilation, groups = ctx.geometry
         g = grads[0].to(ctx.way_back)
         # The input is only asked for its shape and its layout: where that is another than the gradient's, it is copied.
         # Compiled code forgets the layout that torch.empty is asked for (torch 2.15), but not the order of dimensions.
@@ -202,14 +179,7 @@ class _Convolve(torch.autograd.Function):
             *(g, shape, weight.to(g.dtype), None, stride, padding, dilation, False, [0, 0], groups),
             [True, False, False],
         )
-        return (of_x.to(grads[0].dtype), *[None] * 12)
-
-
-_packed = WeakTensorKeyDictionary()
-"""Weight codes -> how they are to be convolved, and what the kernel made of them for that: a step's passes share it."""
-
-_ZERO = torch.zeros(1, dtype=torch.int64)
-"""The zero point of weights."""
+        return (of_x.to(grads[0].dtype), *[None] * 6)
 
 
 def convolve_codes(
@@ -226,14 +196,13 @@ def convolve_codes(
     """The convolution of two tensors of codes, times their scales.
 
     Args:
-        codes: (N, C, H, W) uint8, each ``zero_point`` more than what it stands for; zeros are around it.
+        codes: (N, C, H, W) uint8, each ``zero_point`` more than its value; zeros are around it.
         scale: scalar float32, of one code.
         weight_codes: (K, C / groups, kh, kw) int8.
         weight_scale: (K,) float32.
-        stride, padding, dilation, groups: as of a convolution in two dimensions.
+        stride, padding, dilation, groups: of a convolution in two dimensions.
 
-    Returns:
-        (N, K, H', W') float32, channels last: the exact sum of products, then rounded once and again by the scales.
+    Returns (N, K, H', W') float32, channels last: the exact sum of products, rounded once and again by the scales.
     """
     answer: Tensor = torch.ops.robustq.convolve_codes(
         codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups, zero_point
@@ -241,12 +210,19 @@ def convolve_codes(
     return answer
 
 
+_packed = WeakTensorKeyDictionary()
+"""Weight codes -> settings of a convolution, and the kernel's form of the codes for them; a step's passes share it."""
+
+_ZERO = torch.zeros(1, dtype=torch.int64)
+"""The zero point of weights."""
+
+
 def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
     (stride, padding, dilation, groups, zero_point), one, onednn = how, float(scale), torch.ops.onednn
     packing = (one, zero_point, stride, padding, dilation, groups, list(codes.shape))
-    told = (packing, weight_codes._version)
-    if weight_codes not in _packed or _packed[weight_codes][0] != told:
-        _packed[weight_codes] = (told, onednn.qconv_prepack(weight_codes, weight_scale, *packing))
+    settings = (packing, weight_codes._version)
+    if weight_codes not in _packed or _packed[weight_codes][0] != settings:
+        _packed[weight_codes] = (settings, onednn.qconv_prepack(weight_codes, weight_scale, *packing))
     _, packed = _packed[weight_codes]
     sums: Tensor = onednn.qconv_pointwise(
         *(codes.contiguous(memory_format=torch.channels_last), one, zero_point, packed, weight_scale, _ZERO, None),
@@ -256,10 +232,9 @@ def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Te
 
 
 def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
-    stride, padding, dilation, *_ = how
+    sizes = zip(codes.shape[2:], weight_codes.shape[2:], *how[:3], strict=True)
     size = [
-        (codes.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight_codes.shape[i + 2] - 1) - 1) // stride[i] + 1
-        for i in range(2)
+        (x + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for x, kernel, stride, padding, dilation in sizes
     ]
     # Not its len, which would bind compiled code to this number of images.
     made = torch.empty(codes.shape[0], len(weight_codes), *size, device=codes.device)
@@ -277,100 +252,55 @@ _operators.impl("convolve_codes", _on_cpu, "CPU")
 _operators.impl("convolve_codes", _shape_of, "Meta")
 
 
-@cache
-def is_available() -> bool:
-    """Whether this CPU has instructions for it and torch has the kernel, which adds up the largest codes rightly."""
-    if not adds_up_bytes():
-        return False
-    codes = torch.full((1, 16, 4, 4), LARGEST_CODE, dtype=torch.uint8)
-    weights = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
-    weights[::2] = -127
-    for zero_point in (0, 1):
-        how = ([1, 1], [1, 1], [1, 1], 1)
-        try:
-            sums = convolve_codes(codes, torch.ones(()), weights, torch.ones(16), *how, zero_point)
-        except (RuntimeError, AttributeError, TypeError):
-            return False  # another torch, with other names or arguments
-        if not torch.equal(sums.double(), functional.conv2d(codes.double() - zero_point, weights.double(), padding=1)):
-            return False
-    return True
+def _input_quantizers(model: nn.Module, example: Tensor) -> list[tuple[Any, Any]]:
+    """The convolutions whose inputs are codes that the kernel can take, each with the quantizer of its inputs."""
+    made: dict[int, tuple[Any, Tensor, int]] = {}  # the tensor too: an id is only unique while that lives
+    found: dict[Any, Any] = {}
 
-
-@dataclass(frozen=True)
-class _Grid:
-    """What a quantizer's values are multiples of, from ``lowest`` times that on."""
-
-    quantizer: Any
-    lowest: int
-
-    @classmethod
-    def of(cls, quantizer: Any) -> _Grid | None:
-        """None where no codes come out that are as many as the kernel knows."""
-        if isinstance(quantizer, FusedSign):
-            return cls(quantizer, -1)
-        if isinstance(quantizer, FusedIntQuant) and quantizer.codes[1] - quantizer.codes[0] <= LARGEST_CODE:
-            return cls(quantizer, quantizer.codes[0])
-        return None
-
-    def scale(self) -> Tensor:
-        """Scalar, as it is now."""
-        if isinstance(self.quantizer, FusedSign):
-            return torch.tensor(self.quantizer.unit)
-        scale: Tensor = self.quantizer.scaling_impl(torch.zeros(()), self.quantizer.threshold_steps)
-        return scale
-
-
-def _on_grids(model: nn.Module, example: Tensor) -> list[tuple[Any, _Grid]]:
-    """The convolutions that take codes, with the grid on which these lie."""
-    made: dict[int, tuple[_Grid, Tensor, int]] = {}  # the tensor too: an id is only unique while that lives
-    entering: dict[Any, _Grid | None] = {}
-
-    def remember(output: Any, grid: _Grid | None) -> None:
+    def remember(output: Any, quantizer: Any) -> None:
         tensor = getattr(output, "value", output)
-        if grid is not None:
-            made[id(tensor)] = (grid, tensor, tensor._version)
+        made[id(tensor)] = (quantizer, tensor, tensor._version)
 
-    def grid_of(entering: Any) -> _Grid | None:
-        tensor = getattr(entering, "value", entering)
-        grid, _, version = made.get(id(tensor), (None, None, None))
-        return grid if tensor._version == version else None  # else written to since
+    def maker(x: Any) -> Any:
+        tensor = getattr(x, "value", x)
+        quantizer, _, version = made.get(id(tensor), (None, None, None))
+        return quantizer if tensor._version == version else None  # else written to since
 
     def quantized(layer: Any, _: Any, output: Any) -> None:
-        remember(output, _Grid.of(getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)))
+        quantizer = getattr(layer.act_quant.fused_activation_quant_proxy, "tensor_quant", None)
+        if isinstance(quantizer, FusedSign | FusedIntQuant) and quantizer.codes[1] - quantizer.codes[0] <= LARGEST_CODE:
+            remember(output, quantizer)
 
     def pooled(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        remember(output, grid_of(inputs[0]))  # the largest code of a few is a code
+        remember(output, maker(inputs[0]))  # the largest code of a few is a code
 
-    def entered(layer: Any, inputs: tuple[Any, ...]) -> None:
-        found = grid_of(inputs[0])
+    def entered(conv: Any, inputs: tuple[Any, ...]) -> None:
         # A layer that is called twice may meet two grids.
-        entering[layer] = found if entering.get(layer, found) == found else None
+        quantizer = maker(inputs[0])
+        found[conv] = quantizer if found.get(conv, quantizer) is quantizer else None
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, qnn.QuantConv2d):
-            handles.append(module.register_forward_pre_hook(entered))
-        elif isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
-            handles.append(module.register_forward_hook(quantized))
-        elif isinstance(module, nn.MaxPool2d):
-            handles.append(module.register_forward_hook(pooled))
-    try:
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, qnn.QuantConv2d):
+                stack.enter_context(module.register_forward_pre_hook(entered))
+            elif isinstance(module, qnn.QuantReLU | qnn.QuantIdentity):
+                stack.enter_context(module.register_forward_hook(quantized))
+            elif isinstance(module, nn.MaxPool2d):
+                stack.enter_context(module.register_forward_hook(pooled))
         # In the mode that it trains in: dropout hands the very tensor on when it is off, and other values when not.
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), running_statistics(model):
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        with torch.no_grad(), running_statistics(model):
             model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [(layer, grid) for layer, grid in entering.items() if grid is not None and _is_fit(layer)]
+    return [(conv, quantizer) for conv, quantizer in found.items() if quantizer is not None]
 
 
 @torch.no_grad()
-def _is_fit(layer: Any) -> bool:
+def _is_fit(conv: Any) -> bool:
     """Whether the kernel can take the weights: signed codes of at most 8 bits, one scale a channel, zeros around."""
-    if not layer.weight_quant.is_quant_enabled or layer.input_quant.is_quant_enabled:
+    if not conv.weight_quant.is_quant_enabled or conv.input_quant.is_quant_enabled:
         return False
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return False
-    weight = layer.quant_weight()
-    whole = bool(weight.signed) and float(weight.bit_width) <= WEIGHT_BITS and bool((weight.zero_point == 0).all())
-    return whole and weight.scale.numel() == layer.out_channels
+    weight = conv.quant_weight()
+    signed_bytes = bool(weight.signed) and float(weight.bit_width) <= 8 and bool((weight.zero_point == 0).all())
+    return signed_bytes and weight.scale.numel() == conv.out_channels

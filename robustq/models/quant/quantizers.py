@@ -9,9 +9,8 @@
 
 No forward collects statistics. Stock Brevitas activation quantizers do so for their first 300 forwards, under
 ``no_grad`` too, so that a clean or attack pass would change the model under test. Here only calibration
-(:mod:`robustq.models.quant.calibration`) and gradients move a scale.
-
-One-bit quantizers are in :mod:`robustq.models.quant.binary`.
+(:mod:`robustq.models.quant.calibration`) and gradients move a scale. One-bit quantizers are in
+:mod:`robustq.models.quant.binary`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from brevitas.quant.solver.weight import WeightQuantSolver
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.quant.straight_through import FusedIntQuant, FusedReLUQuant, FusedWeightQuant
+from robustq.models.quant.straight_through import FusedIntQuant, FusedReLUQuant, FusedWeightQuant, code_range
 
 FLOAT_BITS = 32
 BITS = (32, 8, 4, 3, 2, 1)
@@ -58,16 +57,12 @@ class LearnedThreshold(nn.Module):
     The scale is threshold / (2^bits - 1), signed threshold / 2^(bits - 1). The gradient for the logarithm is multiplied
     by 1 / sqrt(elements per image * largest code), as in learned step size quantization (arXiv:1902.08153, section
     2.2): it is a sum over a tensor, and without the factor a scale moves a thousand times faster than a weight.
-
-    Args:
-        bit_width: width of the codes.
-        signed: whether the codes are signed (two's complement) or start at zero.
     """
 
     def __init__(self, bit_width: int, signed: bool) -> None:
         super().__init__()
         self.bit_width, self.signed = bit_width, signed
-        self.largest_code = 2 ** (bit_width - 1) - 1 if signed else 2**bit_width - 1
+        self.largest_code = code_range(bit_width, signed=signed)[1]
         self.log_threshold = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
@@ -76,7 +71,7 @@ class LearnedThreshold(nn.Module):
         self.log_threshold.fill_(math.log(max(threshold, 1e-6)))
 
     def limited(self, log_threshold: Tensor) -> Tensor:
-        """``log_threshold`` within the bound of a subclass; there is none here."""
+        """``log_threshold`` within the bound of a subclass."""
         return log_threshold
 
     def forward(self, x: Tensor, threshold: Tensor | None = None) -> Tensor:
@@ -122,10 +117,7 @@ class BranchQuant(_LearnedActScaling, IntQuant, ActQuantSolver):  # type: ignore
 
 
 class NormalisedQuant(BranchQuant):
-    """Signed 8-bit input of a network after a normalisation, one learned scale per tensor.
-
-    No single scale holds all normalised pixels exactly: each channel has a grid of its own.
-    """
+    """Signed 8-bit input of a network after a normalisation, which gives each channel a grid of its own."""
 
 
 class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
@@ -142,8 +134,7 @@ class PixelQuant(UintQuant, ActQuantSolver):  # type: ignore[misc]
 
 
 class QuantReLU(qnn.QuantReLU):  # type: ignore[misc]
-    """Brevitas' QuantReLU over ``ActQuant`` as one function
-    (:class:`robustq.models.quant.straight_through.FusedReLUQuant`).
+    """Brevitas' QuantReLU over ``ActQuant`` as one function, ``FusedReLUQuant``.
 
     Values and gradients of finite numbers are the same; two layers would write the tensor between them to memory.
     """

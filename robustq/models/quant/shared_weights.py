@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,39 +21,45 @@ class SharedWeights:
             if isinstance(module, QuantWeightBiasInputOutputLayer) and module.weight_quant.is_quant_enabled
         ]
 
-    @contextmanager
-    def quantized_once(self) -> Iterator[None]:
+    def quantized_once(self) -> AbstractContextManager[None]:
         """Quantize all weights now and use the result in every pass inside the `with`.
 
         The passes share one graph from the weights to their quantized values, so only one backward pass may go through
         it. Passes without gradients for the weights get the values detached.
         """
-        try:
-            with torch.enable_grad():
-                for layer in self._layers:
-                    layer.quantize()
-            yield
-        finally:
-            for layer in self._layers:
-                layer.restore()
+        return replaced(self._layers)
+
+
+@contextmanager
+def replaced(replacements: Sequence[Any]) -> Iterator[None]:
+    """Put objects in the place of methods of layers inside the `with`: each has ``begin`` and ``end``.
+
+    They live as long as their layers: torch.compile would recompile the network for new objects.
+    """
+    try:
+        for replacement in replacements:
+            replacement.begin()
+        yield
+    finally:
+        for replacement in replacements:
+            replacement.end()
 
 
 class _QuantizedOnce:
-    """Replaces ``quant_weight`` of one layer. It lives as long as the layer: torch.compile would recompile the network
-    for a new object.
-    """
+    """Replaces ``quant_weight`` of one layer."""
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
         self._quantized: Any = None
         self._detached: Any = None
 
-    def quantize(self) -> None:
+    @torch.enable_grad()
+    def begin(self) -> None:
         self._quantized = self._layer.quant_weight()
         self._detached = self._quantized.detach()
         self._layer.quant_weight = self
 
-    def restore(self) -> None:
+    def end(self) -> None:
         vars(self._layer).pop("quant_weight", None)  # it hid the method of the class
         self._quantized = self._detached = None
 

@@ -3,8 +3,6 @@
 Stock Brevitas writes them as dozens of tensor operations, which cost as much as the convolutions of a small network
 (docs/results/training-cost.md). The modules are subclasses of Brevitas' own with another forward, so that exporters and
 backward rules find what they expect.
-
-Weights w are (channels, ...) with one scale per channel, returned as (channels, 1, ...).
 """
 
 from __future__ import annotations
@@ -84,9 +82,7 @@ def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); g and x have one shape."""
     if x.device.type != "cpu":
         return _inside_anywhere(g, x, low, high)
-    if torch.compiler.is_compiling():
-        return _inside_compiled_on_cpu(g, x, low, high)
-    return _inside_on_cpu(g, x, low, high)
+    return (_inside_compiled_on_cpu if torch.compiler.is_compiling() else _inside_on_cpu)(g, x, low, high)
 
 
 def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -148,10 +144,14 @@ class FusedIntQuant(RescalingIntQuant):  # type: ignore[misc]
         signed: bool,
     ) -> None:
         super().__init__(int_quant, scaling_impl, int_scaling_impl, zero_point_impl, bit_width_impl)
-        self.codes = (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+        self.codes = code_range(bit_width, signed=signed)
         # The value of int_scaling_impl as a buffer: compiled code would recompute it for every few elements of x.
-        steps = torch.tensor(float(2 ** (bit_width - 1) if signed else 2**bit_width - 1))
-        self.register_buffer("threshold_steps", steps, persistent=False)
+        self.register_buffer("threshold_steps", torch.tensor(float(max(map(abs, self.codes)))), persistent=False)
+
+    def current_scale(self) -> Tensor:
+        """The scale of activations, a scalar."""
+        scale: Tensor = self.scaling_impl(torch.zeros(()), self.threshold_steps)
+        return scale
 
     def forward(self, x: Tensor, *, relu: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> the quantized tensor of the same shape, its scale, zero point and bit width.
@@ -220,7 +220,7 @@ class _QuantizeToLargest(torch.autograd.Function):
     def forward(ctx: Any, w: Tensor, largest_code: int, smallest: float) -> tuple[Tensor, Tensor]:
         flat = w.reshape(len(w), -1)
         largest, place = flat.abs().max(dim=1, keepdim=True)
-        scale = largest.clamp_(min=smallest).div_(largest_code).reshape(_per_channel(w))
+        scale = largest.clamp_(min=smallest).div_(largest_code).reshape(per_channel(w))
         # A quotient may exceed the largest code by one float32 rounding, and then rounds to that code.
         y = (w / scale).round_().mul_(scale)
         ctx.save_for_backward(w, y, scale, place)
@@ -265,5 +265,11 @@ class FusedWeightQuant(RescalingIntQuant):  # type: ignore[misc]
         return y, scale, self.zero_point_impl(x, scale, bit_width), bit_width
 
 
-def _per_channel(w: Tensor) -> tuple[int, ...]:
+def code_range(bit_width: int, *, signed: bool) -> tuple[int, int]:
+    """The lowest and the highest integer of a width."""
+    return (-(2 ** (bit_width - 1)), 2 ** (bit_width - 1) - 1) if signed else (0, 2**bit_width - 1)
+
+
+def per_channel(w: Tensor) -> tuple[int, ...]:
+    """The shape of one number per channel of w (C, ...): (C, 1, ...)."""
     return (len(w), *(1 for _ in w.shape[1:]))

@@ -12,7 +12,6 @@ from torch.nn import functional
 from robustq.models.fx.build import quantized_graph
 from robustq.models.fx.fold import fold_graph
 from robustq.models.quant.calibration import calibrate
-from robustq.models.quant.folding import fold_layer
 from robustq.models.quant.quantizers import Widths
 from tests.models.small_nets import perturb_batch_norm
 
@@ -211,4 +210,4 @@ def graph_of(name: str, bits: int, *, act_bits: int | None = None) -> GraphModul
 @functools.cache
 def folded_of(name: str, bits: int) -> GraphModule:
     """Its folded form (shared: do not change it)."""
-    return fold_graph(graph_of(name, bits), fold_layer=fold_layer)
+    return fold_graph(graph_of(name, bits))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from robustq.models.fx.build import quantized_graph
 from robustq.models.fx.fold import fold_graph
-from robustq.models.quant.folding import fold_layer
 from robustq.models.quant.quantizers import Widths, learned_thresholds
 from tests.models.fx.custom_nets import CLASSES, NETS, SIDE, float_net, folded_of, graph_of, pixels
 
@@ -82,7 +81,7 @@ def test_gammas_of_every_kind(gammas: Tensor | None) -> None:
     net.get_submodule("block")[4] = norm  # type: ignore[operator]
     graph = quantized_graph(net, name="n", widths=Widths(4, 4), classes=CLASSES, channels=3, image_size=SIDE)
     reached, expected = inputs_and_outputs(graph)["block.3"]
-    layer: Any = fold_graph(graph, fold_layer=fold_layer).get_submodule("block.3")
+    layer: Any = fold_graph(graph).get_submodule("block.3")
     with torch.no_grad():
         found = layer(reached)
     unit = layer.bias_quant.tensor_quant.scaling_impl.scale.reshape(-1, 1, 1)
@@ -95,7 +94,7 @@ def test_gammas_of_every_kind(gammas: Tensor | None) -> None:
 def test_float_networks_fold_too(name: str) -> None:
     graph = graph_of(name, 32)
     with torch.no_grad():
-        expected, found = graph(X), fold_graph(graph, fold_layer=fold_layer)(X)
+        expected, found = graph(X), fold_graph(graph)(X)
     # float32 through a dozen layers.
     torch.testing.assert_close(found, expected, atol=2e-5 * expected.abs().max().item(), rtol=0)
 
@@ -145,7 +144,7 @@ def test_a_threshold_over_the_bound_of_relu6_counts_as_6_and_can_come_back() -> 
     values = torch.linspace(-3, 40, 500).reshape(1, 1, 20, 25)
     with torch.no_grad():
         before = graph.get_submodule("stem.2")(values)
-        after = fold_graph(graph, fold_layer=fold_layer).get_submodule("stem.2")(values)
+        after = fold_graph(graph).get_submodule("stem.2")(values)
     assert torch.equal(before, after)
     torch.testing.assert_close(before, (values.clamp(0, 6) / (6 / 15)).round() * (6 / 15), atol=1e-5, rtol=0)
     graph.get_submodule("stem.2")(torch.full((1, 1, 2, 2), 9.0)).sum().backward()
