@@ -37,7 +37,7 @@ def trained(x: Tensor, y: Tensor, *, steps: int = 300) -> Net:
         rows = torch.randint(len(x), (128,))
         loss = nn.functional.cross_entropy(net(x[rows]), y[rows])
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return net.eval()
 
