@@ -72,7 +72,7 @@ def check_forecast(training: Training, *, parent: Path) -> None:
         OutOfMemoryError: a batch does not fit; names one that does.
         OutputError: the files do not fit on the disk.
     """
-    recipe, state = training.recipe, training.state
+    recipe = training.recipe
     found = within_memory(
         lambda: forecast(training),
         lambda: (
@@ -80,6 +80,7 @@ def check_forecast(training: Training, *, parent: Path) -> None:
             f"{fitting_setting(training)}"
         ),
     )
+    state = training.state  # the forecast has put it back
     begun = bool(state.epoch or state.step)
     epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
