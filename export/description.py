@@ -11,13 +11,18 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from robustq.errors import ModelFileError
+from robustq.errors import ModelFileError, one_line
+from robustq.export.graph_limits import broken_limit
 from robustq.export.lowering.constants import folded_constants
+from robustq.files import open_regular, parse_bounded
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
 QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
 """QONNX operators; their second input is the scale."""
+
+MOST_UNPACKED = 1 << 27
+"""Weights that are unpacked for a description."""
 
 _WEIGHT = {"QLinearConv": 3, "QGemm": 3}
 """Index of the weight among a node's inputs, where it is not 1."""
@@ -34,14 +39,22 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         ModelFileError: not an ONNX file.
     """
     try:
-        model = onnx.load(path)
+        with open_regular(path) as file:
+            model = onnx.load(file, load_external_data=False)
         if all(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
             onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and the checker share no base class
-        reason = " ".join(str(error).split())[:120]
+        return _description(model)
+    except ModelFileError:
+        raise
+    except Exception as error:  # protobuf, the checker and a broken graph have any exception
+        reason = one_line(error, longest=120)
         raise ModelFileError(f"{path}: is not a whole ONNX file ({reason}); export it again") from error
+
+
+def _description(model: onnx.ModelProto) -> dict[str, Any]:
     counts = Counter(node.op_type for node in model.graph.node)
-    folded_constants(model)  # unpacks packed weights
+    if broken_limit(model, constants=MOST_UNPACKED) is None:
+        folded_constants(model)  # unpacks packed weights
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
@@ -63,7 +76,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
 
 def _spec(text: str | None) -> dict[str, Any] | None:
     try:
-        spec = json.loads(text) if text is not None else None
+        spec = parse_bounded(text, json.loads) if text is not None else None
     except ValueError:
         return None
     return spec if isinstance(spec, dict) else None
@@ -74,7 +87,7 @@ def _texts(text: str | None) -> list[str]:
     if text is None:
         return []
     try:
-        found = json.loads(text)
+        found = parse_bounded(text, json.loads)
     except ValueError:
         return [text]
     return [str(one) for one in found] if isinstance(found, list) else [text]
@@ -95,7 +108,9 @@ def _layer(
     name = node.input[_WEIGHT.get(node.op_type, 1)]
     scale: np.ndarray[Any, Any] | None = None
     # Back to the initializer, through DequantizeLinear, Clip, Transpose, ...; QONNX keeps float weights.
-    while name in makers and makers[name].input:
+    for _ in makers:  # so that a circle in a broken graph ends
+        if name not in makers or not makers[name].input:
+            break
         maker = makers[name]
         if maker.op_type in QUANTIZERS and maker.input[1] in values:
             scale = numpy_helper.to_array(values[maker.input[1]])

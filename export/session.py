@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from robustq.errors import ModelFileError
+from robustq.errors import ModelFileError, one_line
+from robustq.export.graph_limits import broken_limit
+from robustq.files import open_regular
+
+LONGEST_RUN = 600.0
+"""Seconds for one batch. onnxruntime looks at it between two layers."""
 
 
 class OnnxModel:
@@ -22,7 +29,8 @@ class OnnxModel:
         threads: of one operator; 0 lets onnxruntime choose.
 
     Raises:
-        ModelFileError: onnxruntime cannot load the file.
+        ModelFileError: the file does not fit (see :func:`open_session`) or has other inputs and outputs; while it is
+            used: onnxruntime fails in a layer, or takes longer than :data:`LONGEST_RUN`.
     """
 
     def __init__(self, path: Path, *, optimise: bool = True, exact: bool = False, threads: int = 0) -> None:
@@ -31,24 +39,40 @@ class OnnxModel:
         if exact:
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = open_session(path, options)
-        source = self._session.get_inputs()[0]
-        self._input = source.name
-        self.takes_uint8 = source.type == "tensor(uint8)"
+        self._path = path
+        sources = self._session.get_inputs()
+        if len(sources) != 1 or sources[0].type not in ("tensor(float)", "tensor(uint8)"):
+            raise ModelFileError(f"{path}: does not have one input of float32 or uint8 images")
+        self._input = sources[0].name
+        self.takes_uint8 = sources[0].type == "tensor(uint8)"
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, C, H, W) float32 in [0, 1] on any device -> (B, K) float32 logits on the CPU.
 
         A file that takes uint8 pixels is fed 255 * x, rounded.
         """
-        (logits,) = self.values(x, None)
-        return logits
+        found = self.values(x, None)
+        if len(found) != 1 or found[0].dim() != 2 or len(found[0]) != len(x) or found[0].dtype != torch.float32:
+            shapes = ", ".join(str(tuple(each.shape)) for each in found)
+            raise ModelFileError(f"{self._path}: answers {len(x)} images with {shapes}, not with logits of each image")
+        return found[0]
 
     def values(self, x: Tensor, names: list[str] | None) -> list[Tensor]:
         """The graph outputs called ``names`` (None: all) for images ``x``, as in :meth:`__call__`."""
         images = x.detach().cpu()
         if self.takes_uint8:
             images = (images * 255).round().to(torch.uint8)
-        found = self._session.run(names, {self._input: images.contiguous().numpy()})
+        options = ort.RunOptions()
+        timer = threading.Timer(LONGEST_RUN, setattr, (options, "terminate", True))
+        timer.daemon = True
+        timer.start()
+        try:
+            found = self._session.run(names, {self._input: images.contiguous().numpy()}, options)
+        except Exception as error:  # onnxruntime's own exception types share no base below Exception
+            reason = f"not done after {LONGEST_RUN:.0f} s" if options.terminate else one_line(error, longest=300)
+            raise ModelFileError(f"{self._path.name}: onnxruntime cannot run it ({reason})") from error
+        finally:
+            timer.cancel()
         return [torch.from_numpy(each) for each in found]
 
 
@@ -65,10 +89,17 @@ def open_session(path: Path, options: ort.SessionOptions) -> Any:
     """A session on the CPU.
 
     Raises:
-        ModelFileError: onnxruntime cannot load the file.
+        ModelFileError: no regular file, a graph that :func:`robustq.export.graph_limits.broken_limit` refuses, or one
+            that onnxruntime cannot load.
     """
     try:
+        with open_regular(path) as file:
+            model = onnx.load(file, load_external_data=False)
+        refused = broken_limit(model)
+        if refused is not None:
+            raise ModelFileError(f"{path}: {refused}, which robustq does not run")
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exception types share no base below Exception
-        first = str(error).strip().splitlines()[0][:160]
-        raise ModelFileError(f"{path}: onnxruntime cannot load it ({first})") from error
+    except ModelFileError:
+        raise
+    except Exception as error:  # those of protobuf and of onnxruntime share no base below Exception
+        raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
