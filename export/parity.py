@@ -121,10 +121,11 @@ def parity(
         bound: of :func:`bound_of`.
     """
     reference = logits_of(folded, x, label="parity: PyTorch")
-    return {
-        run: compare(reference, logits_of(OnnxModel(path, **RUNS[run]), x, label=f"parity: {run}"), bound=bound)
-        for run in runs
-    }
+    found = {}
+    for run in runs:
+        model = OnnxModel(path, classes=reference.shape[1], **RUNS[run])
+        found[run] = compare(reference, logits_of(model, x, label=f"parity: {run}"), bound=bound)
+    return found
 
 
 def drift(model: nn.Module, folded: nn.Module, x: Tensor) -> Agreement:

@@ -27,19 +27,22 @@ class OnnxModel:
         optimise: run onnxruntime's graph optimisations (as a device does) or none.
         exact: ask for exact 8-bit products on CPUs whose AVX2 path saturates (``session.x64quantprecision``).
         threads: of one operator; 0 lets onnxruntime choose.
+        classes: K; None: any.
 
     Raises:
         ModelFileError: the file does not fit (see :func:`open_session`) or has other inputs and outputs; while it is
             used: onnxruntime fails in a layer, or takes longer than :data:`LONGEST_RUN`.
     """
 
-    def __init__(self, path: Path, *, optimise: bool = True, exact: bool = False, threads: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, optimise: bool = True, exact: bool = False, threads: int = 0, classes: int | None = None
+    ) -> None:
         options = session_options(optimise=optimise)
         options.intra_op_num_threads = threads
         if exact:
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = open_session(path, options)
-        self._path = path
+        self._path, self._classes = path, classes
         sources = self._session.get_inputs()
         if len(sources) != 1 or sources[0].type not in ("tensor(float)", "tensor(uint8)"):
             raise ModelFileError(f"{path}: does not have one input of float32 or uint8 images")
@@ -52,9 +55,12 @@ class OnnxModel:
         A file that takes uint8 pixels is fed 255 * x, rounded.
         """
         found = self.values(x, None)
-        if len(found) != 1 or found[0].dim() != 2 or len(found[0]) != len(x) or found[0].dtype != torch.float32:
-            shapes = ", ".join(str(tuple(each.shape)) for each in found)
-            raise ModelFileError(f"{self._path}: answers {len(x)} images with {shapes}, not with logits of each image")
+        shapes = [tuple(each.shape) for each in found]
+        classes = self._classes or shapes[0][-1]
+        if shapes != [(len(x), classes)] or found[0].dtype != torch.float32:
+            raise ModelFileError(
+                f"{self._path}: answers {len(x)} images with values of shape {shapes[0]}, not with logits"
+            )
         return found[0]
 
     def values(self, x: Tensor, names: list[str] | None) -> list[Tensor]:

@@ -84,7 +84,7 @@ def open_attackable(model: Path | str, *, own_model: str | None = None, device: 
         log_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
     gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
-    judge = OnnxModel(deployed) if deployed else gradient_model
+    judge = OnnxModel(deployed, classes=spec.classes) if deployed else gradient_model
     return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
 
 

@@ -1,15 +1,20 @@
-"""500 calls with random command lines, damaged model files and damaged .npz files, all drawn from one seed a case.
+"""1,000 calls with random command lines and files that are damaged or built to harm, all drawn from one seed a case.
 
-Whatever comes in: no traceback, exit 0, 1 or 2, and after a refusal one last line that begins with "robustq: ", nothing
-on stdout and nothing written.
+Whatever comes in: no traceback, exit 0, 1 or 2 within 20 seconds and 2 GB, and after a refusal one last line that
+begins with "robustq: ", nothing on stdout and nothing written. No line holds a terminal's code.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import io
+import json
 import random
 import shutil
+import signal
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +22,23 @@ import numpy as np
 import pytest
 import torch
 
+from robustq.export.bundle import MODEL, RECORD
+from tests.cli import hostile
 from tests.cli.conftest import Outcome, Run
 
-CASES = {"command line": 200, "model file": 150, "npz": 150}
+CASES = {
+    "command line": 200,
+    "model file": 150,
+    "npz": 150,
+    "replay": 100,
+    "toml": 100,
+    "folder": 50,
+    "onnx": 100,
+    "json": 100,
+    "own file": 50,
+}
+PARTS = 5
+SECONDS, MEGABYTES = 20, 2000
 
 # Cheap however much of a drawn command line turns out to be right. They come last, and the last one counts.
 CHEAP = ("--set", "epochs=1", "--set", "train_images=20", "--set", "monitor_images=5", "--device", "cpu")
@@ -191,7 +210,165 @@ def npz(draw: random.Random, folder: Path) -> list[str]:
     return ["attack", "w4a4.pt", "--data", "fuzzed.npz", "--images", "1", "--epsilon", "0"]
 
 
+ONE = ("--suite", "recheck", "--images", "1", "--epsilon", "0", "--device", "cpu")
+DEEP = "[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 2000
+
+
+def replay(draw: random.Random, folder: Path) -> list[str]:
+    with np.load("own.npz") as archive:
+        arrays = dict(archive)
+    odd: tuple[Any, ...] = (
+        *(np.zeros(0), np.array(3), np.full(10, 2**63, np.uint64), np.str_("{}"), np.str_(draw.choice(DEEP))),
+        *(np.array([{"a": 1}]), np.str_('{"robust_accuracy": "x"}'), np.full(10, np.nan), np.bytes_(b"a")),
+        np.str_(json.dumps({"label": hostile.ESCAPES})),
+    )
+    kind = draw.randrange(4)
+    if kind == 0:
+        hostile.data_bomb(Path("fuzzed.npz"), images=draw.choice((5_000_000, 10**15)), most=400_000_000)
+    elif kind == 1:
+        Path("fuzzed.npz").write_bytes(damaged(draw, Path("own.npz").read_bytes()))
+    else:
+        arrays[draw.choice(list(arrays))] = draw.choice(odd)
+        made = io.BytesIO()
+        np.savez(made, **arrays)
+        content = made.getvalue()
+        Path("fuzzed.npz").write_bytes(content if kind == 2 else repacked(draw, content, draw.choice(list(arrays))))
+    return ["attack", "w4a4.pt", "--replay", "fuzzed.npz", "--device", "cpu"]
+
+
+def toml(draw: random.Random, folder: Path) -> list[str]:
+    keys = ("extends", "epochs", "lr", "milestones", "odgq", "evidence", "fc", "summary", "method", "a.b", '"\\u001b"')
+    values = (
+        *("1", "-1", "nan", "0x" + "f" * draw.choice((10, 5000)), "9" * draw.choice((20, 5000)), "1e999"),
+        *(
+            '"natural"',
+            '"fuzzed.toml"',
+            '"./other.toml"',
+            '"a\\u0000.toml"',
+            '"\\u001b[31m"',
+            "[8]",
+            "{a = 1}",
+            "[1, []]",
+        ),
+        *("1979-05-27", "true", '""', "[" * draw.choice((20, 5000)), "{a = " * 40),
+    )
+    lines = [f"{draw.choice(keys)}{'.a' * draw.choice((0, 0, 50, 5000))} = {draw.choice(values)}" for _ in range(3)]
+    text = "\n".join(draw.sample(lines, draw.randrange(1, 4))).encode()
+    Path("fuzzed.toml").write_bytes(damaged(draw, text) if draw.random() < 0.3 else text)
+    Path("other.toml").write_text('extends = "fuzzed.toml"')
+    if draw.random() < 0.5:
+        return ["harden", "w4a4.pt", "--bits", "4", "--bits-per-layer", "fuzzed.toml", *CHEAP]
+    return ["train", "--recipe", "fuzzed.toml", "--data", "digits", "--architecture", "resnet8", *CHEAP]
+
+
+def image_folder(draw: random.Random, folder: Path) -> list[str]:
+    data = hostile.image_folder(Path("images"))
+    path = data / str(draw.randrange(10)) / f"{draw.randrange(5)}.png"
+    whole = path.read_bytes()
+    kind = draw.randrange(7)
+    if kind < 2:
+        path.write_bytes(damaged(draw, whole) if kind else hostile.EPS)
+    elif kind == 2:
+        path.write_bytes(hostile.bits_of_one_colour(draw.choice((3_000, 11_000, 20_000))))
+    elif kind == 3:
+        path.unlink()
+        draw.choice(list(hostile.SPECIAL.values()))(path)
+    else:
+        for _ in range(draw.randrange(1, 4)):
+            link = data / str(draw.randrange(10)) / f"link{draw.random()}{draw.choice(('', '.png'))}"
+            link.symlink_to(draw.choice((".", "..", "../0", "0.png", "../1/1.png", link.name, "/dev/zero", "/dev/tty")))
+    return ["attack", "w4a4.pt", "--data", "images", *ONE, *draw.choice(((), ("--skip-bad-images",)))]
+
+
+def graph(draw: random.Random, folder: Path) -> list[str]:
+    if draw.random() < 0.5:
+        content = hostile.GRAPHS[draw.choice(list(hostile.GRAPHS))]().SerializeToString()
+    else:
+        (file,) = Path("bundle").glob("*.onnx")
+        content = damaged(draw, file.read_bytes())
+    if draw.random() < 0.3:
+        Path("fuzzed.onnx").write_bytes(content)
+        return ["info", "fuzzed.onnx"]
+    hostile.edited_bundle(Path("bundle"), Path("fuzzed"), model=content)
+    return draw.choice((["info", "fuzzed"], ["attack", "fuzzed", *ONE], ["recheck", "fuzzed", *ONE[2:]]))
+
+
+def table(draw: random.Random, folder: Path) -> list[str]:
+    record = json.loads(Path("bundle", RECORD).read_text())
+    odd = (None, 3, "x", [], {}, [1], {"a": 1}, [[]], hostile.ESCAPES, [hostile.ESCAPES], 10**30, True, float("nan"))
+    entries = {draw.choice(list(record)): draw.choice(odd) for _ in range(draw.randrange(1, 3))}
+    if draw.random() < 0.6:
+        entries.pop("sha256", None)
+        hostile.edited_bundle(Path("bundle"), Path("fuzzed"), **entries)
+        if draw.random() < 0.3:
+            text = draw.choice((*DEEP, "9" * 5000, "{}", "[]", "", json.dumps({**record, "sha256": draw.choice(odd)})))
+            Path("fuzzed", RECORD).write_text(text)
+        return draw.choice((["info", "fuzzed"], ["attack", "fuzzed", *ONE]))
+    Path("fuzzed").mkdir()
+    for name in ("config.json", "result.json"):
+        keys = ("recipe", "spec", "shortfalls", "clean_accuracy", "best_epoch", "command")
+        content = {key: draw.choice((*odd, {"name": draw.choice(odd), "method": draw.choice(odd)})) for key in keys}
+        Path("fuzzed", name).write_text(draw.choice((*DEEP, *[json.dumps(content)] * 8)))
+    return ["info", "fuzzed"]
+
+
+def own_file(draw: random.Random, folder: Path) -> list[str]:
+    """One flipped bit in a file that robustq wrote."""
+    shutil.copytree("bundle", "fuzzed")
+    (file,) = Path("fuzzed").glob("*.onnx")
+    shutil.copy("own.npz", "fuzzed.npz")
+    shutil.copy("w4a4.pt", "fuzzed.pt")
+    path = draw.choice((file, Path("fuzzed", MODEL), Path("fuzzed", RECORD), Path("fuzzed.npz"), Path("fuzzed.pt")))
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    if path.name == "fuzzed.npz":
+        return ["attack", "w4a4.pt", "--replay", "fuzzed.npz"]
+    return ["info", "fuzzed.pt" if path.name == "fuzzed.pt" else "fuzzed"]
+
+
+MAKERS = {
+    "command line": command_line,
+    "model file": model_file,
+    "npz": npz,
+    "replay": replay,
+    "toml": toml,
+    "folder": image_folder,
+    "onnx": graph,
+    "json": table,
+    "own file": own_file,
+}
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Within the block: 20 seconds, and 2 GB more memory than before it."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"over {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True)  # in compiled code the alarm is not heard
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    start = memory("VmRSS")
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+    assert memory("VmHWM") - start < MEGABYTES
+
+
+def memory(name: str) -> int:
+    """MB of this process, by Linux."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) // 1024
+
+
 def check(outcome: Outcome, before: set[Path]) -> None:
+    assert (outcome.out + outcome.err).replace("\n", "").isprintable()
     assert "Traceback" not in outcome.err, outcome.err
     assert outcome.code in (0, 1, 2), outcome.err
     if outcome.code:
@@ -204,29 +381,41 @@ def check(outcome: Outcome, before: set[Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
-@pytest.mark.parametrize("part", range(5))
+@pytest.mark.parametrize("part", range(PARTS))
 def test_whatever_comes_in(
-    run: Run, digits_float: Path, digits_w4a4: Path, what: str, part: int, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    digits_float: Path,
+    digits_w4a4: Path,
+    bundle: Path,
+    adversarial: Path,
+    what: str,
+    part: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A word of the command line may be "~": what it finds there must not depend on whose machine this is.
     monkeypatch.setenv("HOME", str(Path.cwd()))
     monkeypatch.setenv("ROBUSTQ_DATA", str(Path.cwd() / "no-data"))
-    make = {"command line": command_line, "model file": model_file, "npz": npz}[what]
     shutil.copy(digits_float, "float.pt")
     shutil.copy(digits_w4a4, "w4a4.pt")
+    shutil.copy(adversarial, "own.npz")
+    shutil.copytree(bundle, "bundle")
     Path("text.pt").write_text("text")
     Path("folder").mkdir()
     exits: dict[int, int] = {}
-    for case in range(CASES[what] // 5):
+    for case in range(CASES[what] // PARTS):
         draw = random.Random(f"{what} {part} {case}")
-        words = make(draw, Path.cwd())
+        for made in (*Path.cwd().glob("fuzzed*"), Path("images")):
+            shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+        words = MAKERS[what](draw, Path.cwd())
         before = set(Path.cwd().rglob("*"))
         try:
-            outcome = run(*words)
+            with limits():
+                outcome = run(*words)
             check(outcome, before)
         except BaseException:
             print(f"case {case}: {words!r}"[:2000])
             raise
         exits[outcome.code] = exits.get(outcome.code, 0) + 1
-    assert exits[2] > CASES[what] // 5 * 0.3, exits  # else this would test little
+    assert exits[2] > CASES[what] // PARTS * 0.3, exits  # else this would test little
     assert what != "command line" or exits[0] >= 2, exits
+    assert what != "own file" or exits == {2: CASES[what] // PARTS}, exits
