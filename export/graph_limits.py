@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
+from robustq.export.lowering.constants import folded_constants
+
 OPERATORS = frozenset(
     {"Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "Cast", "Ceil"}
     | {"Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvInteger", "DepthToSpace", "DequantizeLinear"}
@@ -58,7 +60,7 @@ LARGEST_CONSTANTS = 1 << 29
 
 
 def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS) -> str | None:
-    """The limit that a file exceeds, in words; None if it keeps all. Nothing is computed.
+    """The limit that a file exceeds, in words; None if it keeps all. Nothing large is computed.
 
     The limits: operators of :data:`OPERATORS` alone, all weights in the file, no constant of more elements than are
     stored, and no tensor that is too large or of unknown size.
@@ -122,7 +124,15 @@ def tensor_sizes(model: onnx.ModelProto) -> dict[str, int]:
         for axis in value.type.tensor_type.shape.dim:
             if not axis.HasField("dim_value"):
                 axis.dim_value = 1
-    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    sizes = _inferred_sizes(single)
+    if any(name and name not in sizes for node in single.graph.node for name in node.output):
+        folded_constants(single, sizes=sizes)  # the amounts of a Pad, which the exporter writes as seven nodes
+        sizes |= _inferred_sizes(single)
+    return sizes
+
+
+def _inferred_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     sizes = {}
     for value in [*inferred.value_info, *inferred.output]:
         shape = value.type.tensor_type.shape

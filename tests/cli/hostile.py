@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -204,3 +205,36 @@ TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 SPECIAL = {"pipe": os.mkfifo, "zeros": lambda path: os.symlink("/dev/zero", path)}
 """Makers of files that are not regular."""
+
+
+def damaged(draw: random.Random, whole: bytes) -> bytes:
+    """Flipped, cut, doubled, zeroed or overwritten."""
+    content = bytearray(whole)
+    for _ in range(draw.choice((1, 1, 1, 5, 50))):
+        place, length = draw.randrange(len(content)), draw.randrange(1, 200)
+        kind = draw.randrange(6)
+        if kind == 0:
+            content[place] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del content[place : place + length]
+        elif kind == 2:
+            content[place:place] = content[place : place + length]
+        elif kind == 3:
+            content[place : place + length] = bytes(length)
+        elif kind == 4:
+            content[place : place + length] = draw.randbytes(length)
+        else:
+            del content[max(place, 1) :]
+        if not content:
+            break
+    return bytes(content)
+
+
+def repacked(draw: random.Random, whole: bytes, record: str) -> bytes:
+    """The archive with one record damaged and every checksum right: so what is damaged is the content's grammar."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(whole)) as before, zipfile.ZipFile(made, "w") as after:
+        for entry in before.infolist():
+            content = before.read(entry)
+            after.writestr(entry.filename, damaged(draw, content) if entry.filename.endswith(record) else content)
+    return made.getvalue()
