@@ -15,37 +15,14 @@ from robustq.export.lowering.constants import folded_constants
 OPERATORS = frozenset(
     {"Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "Cast", "Ceil"}
     | {"Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvInteger", "DepthToSpace", "DequantizeLinear"}
-    | {"Div", "Dropout", "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather"}
-    | {"Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish"}
-    | {
-        "Identity",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "LogSoftmax",
-        "MatMul",
-        "MatMulInteger",
-        "Max",
-    }
-    | {"MaxPool", "Min", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow", "QLinearConv", "QLinearMatMul"}
-    | {"QuantizeLinear", "RandomNormalLike", "RandomUniformLike", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin"}
-    | {
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "Resize",
-        "Round",
-        "Selu",
-        "Shape",
-        "Sigmoid",
-        "Sign",
-        "Slice",
-        "Softmax",
-        "Softplus",
-    }
-    | {"SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where"}
+    | {"Div", "Dropout", "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor"}
+    | {"Gather", "Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid"}
+    | {"HardSwish", "Identity", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax"}
+    | {"MatMul", "MatMulInteger", "Max", "MaxPool", "Min", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow"}
+    | {"QLinearConv", "QLinearMatMul", "QuantizeLinear", "RandomNormalLike", "RandomUniformLike", "Reciprocal"}
+    | {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Selu", "Shape"}
+    | {"Sigmoid", "Sign", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum"}
+    | {"Tanh", "Transpose", "Unsqueeze", "Where"}
 )
 """Operators of ONNX that a feed-forward network has."""
 

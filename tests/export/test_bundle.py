@@ -72,3 +72,22 @@ def test_a_damaged_bundle(bundle: Path, damage: Callable[[Path], object], line: 
     with pytest.raises(ModelFileError) as caught:
         open_bundle(bundle)
     assert str(caught.value).startswith(f"{bundle}") and line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_flipped_bit_of_bundle_json_is_named(bundle: Path) -> None:
+    path = bundle / RECORD
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ModelFileError):
+            open_bundle(bundle)
+
+
+def test_a_record_without_its_own_digest_is_read(bundle: Path) -> None:
+    """As older folders have it."""
+    content = json.loads((bundle / RECORD).read_text())
+    del content["sha256"][RECORD]
+    (bundle / RECORD).write_text(json.dumps(content))
+    assert open_bundle(bundle).format == "integer"
