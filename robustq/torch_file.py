@@ -82,17 +82,16 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
 def _check_archive(path: Path) -> None:
     """Refuse a zip archive that changed since it was written, or that torch.save did not write."""
     with zipfile.ZipFile(path) as archive:
+        if "constants.pkl" in {name.partition("/")[2] for name in archive.namelist()}:
+            raise ModelFileError(
+                f"{path}: is a TorchScript file, which holds a program; save its weights alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+            )
         if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
             raise ModelFileError(f"{path}: holds compressed records, which torch.save does not write; {ADVICE}")
         damaged = archive.testzip()  # torch ignores the CRC-32 of a record, and so flipped bits
-        names = {name.partition("/")[2] for name in archive.namelist()}
     if damaged is not None:
         raise ModelFileError(f"{path}: is damaged (the checksum of {damaged} differs); copy or train it again")
-    if "constants.pkl" in names:
-        raise ModelFileError(
-            f"{path}: is a TorchScript file, which holds a program; save its weights alone: "
-            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
-        )
 
 
 def _check_plain(content: Any, path: Path) -> None:

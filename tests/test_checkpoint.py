@@ -194,7 +194,7 @@ def test_any_damage_is_one_line(tmp_path: Path) -> None:
                     refused += 1
                     assert "\n" not in str(error)
     # A warning would be a second line of an error; an accepted file of torch before 1.6 has one.
-    assert len(warned) < 180 - refused and all("has no checksum" in str(one.message) for one in warned)
+    assert len(warned) <= 180 - refused and all("has no checksum" in str(one.message) for one in warned)
     assert refused > 120
 
 

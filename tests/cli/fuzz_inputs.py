@@ -15,6 +15,7 @@ import torch
 from robustq.export.bundle import MODEL, RECORD
 from tests.cli import hostile
 
+ONE = ("--suite", "recheck", "--images", "1", "--epsilon", "0", "--device", "cpu")
 # Cheap however much of a drawn command line turns out to be right. They come last, and the last one counts.
 CHEAP = ("--set", "epochs=1", "--set", "train_images=20", "--set", "monitor_images=5", "--device", "cpu")
 NASTY = (
@@ -116,12 +117,12 @@ def model_file(draw: random.Random, folder: Path) -> list[str]:
     return draw.choice(
         (
             ["info", "fuzzed.pt"],
-            ["attack", "fuzzed.pt", "--images", "1", "--epsilon", "0"],
+            ["attack", "fuzzed.pt", *ONE],
             ["harden", "fuzzed.pt", "--bits", "8", "--data", "digits", *CHEAP],
             ["export", "fuzzed.pt", "--images", "1", "--no-recheck"],
         )
         if draw.random() < 0.3
-        else (["info", "fuzzed.pt"], ["attack", "fuzzed.pt", "--images", "1", "--epsilon", "0"])
+        else (["info", "fuzzed.pt"], ["attack", "fuzzed.pt", *ONE])
     )
 
 
@@ -149,10 +150,9 @@ def npz(draw: random.Random, folder: Path) -> list[str]:
     if kind == 1:
         whole = hostile.repacked(draw, whole, draw.choice(("x_train.npy", "y_train.npy", "y_test.npy")))
     Path("fuzzed.npz").write_bytes(whole)
-    return ["attack", "w4a4.pt", "--data", "fuzzed.npz", "--images", "1", "--epsilon", "0"]
+    return ["attack", "w4a4.pt", "--data", "fuzzed.npz", *ONE]
 
 
-ONE = ("--suite", "recheck", "--images", "1", "--epsilon", "0", "--device", "cpu")
 DEEP = "[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 2000
 
 
@@ -164,9 +164,9 @@ def replay(draw: random.Random, folder: Path) -> list[str]:
         *(np.array([{"a": 1}]), np.str_('{"robust_accuracy": "x"}'), np.full(10, np.nan), np.bytes_(b"a")),
         np.str_(json.dumps({"label": hostile.ESCAPES})),
     )
-    kind = draw.randrange(4)
+    kind = draw.choice((0, 1, 1, 1, 2, 2, 3, 3))
     if kind == 0:
-        hostile.data_bomb(Path("fuzzed.npz"), images=draw.choice((5_000_000, 10**15)), most=400_000_000)
+        hostile.data_bomb(Path("fuzzed.npz"), images=10**15, most=140_000_000)
     elif kind == 1:
         Path("fuzzed.npz").write_bytes(hostile.damaged(draw, Path("own.npz").read_bytes()))
     else:
