@@ -46,7 +46,7 @@ def bits_of_one_colour(side: int) -> bytes:
 def zeros(
     path: Path, shapes: Mapping[str, tuple[int, ...]], kinds: Mapping[str, str], *, most: int | None = None
 ) -> None:
-    """An .npz of zeros, two hundred times smaller than their arrays; of at most ``most`` bytes an array, whatever its header says."""
+    """An .npz of zeros, packed two-hundredfold; of at most ``most`` bytes an array, whatever its header says."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, shape in shapes.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
