@@ -40,7 +40,9 @@ def describe_onnx(path: Path) -> dict[str, Any]:
             model = onnx.load(file, load_external_data=False)
         if all(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
             onnx.checker.check_model(model)
-        return _description(model)
+        found = _description(model)
+        json.dumps(found)  # text that is not UTF-8 comes as bytes
+        return found
     except ModelFileError:
         raise
     except Exception as error:  # protobuf, the checker and a broken graph have any exception

@@ -23,13 +23,13 @@ from tests.cli.conftest import Outcome, Run
 CASES = {
     "command line": 200,
     "model file": 150,
-    "npz": 150,
+    "npz": 120,
     "replay": 100,
-    "toml": 100,
+    "toml": 80,
     "folder": 50,
     "onnx": 100,
     "json": 100,
-    "own file": 50,
+    "own file": 100,
 }
 PARTS = 5
 SECONDS, MEGABYTES = 20, 2000
