@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError
-from robustq.files import check_export_folder, sha256
+from robustq.files import check_export_folder, misfit, read_table, sha256
 
 MODEL = "model.pt"
 RECORD = "bundle.json"
 FAILED = ".failed.onnx"
 """Suffix of a file whose answers are not those of its network."""
+
+_SHAPE = {
+    "format": str,
+    "sha256": dict,
+    "label?": str,
+    "data?": str,
+    **{f"{key}?": [str] for key in ("integer_layers", "float_layers", "shortfalls", "equal_in", "not_for")},
+    "recheck?": {
+        **dict.fromkeys(("clean_accuracy", "robust_accuracy", "epsilon"), int | float),
+        **dict.fromkeys(("clean_interval", "interval"), (int | float, int | float)),
+        "images": int,
+        "verdict": str,
+        "flags": [{"name": str, "text": str}],
+    },
+}
+"""Entries of bundle.json that are read, in the form of :func:`robustq.files.misfit`; it holds more."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +50,7 @@ class Bundle:
     @property
     def failures(self) -> list[str]:
         """A line for each check that the file did not pass at export, with the file's name in front."""
-        found = self.record.get("shortfalls")
-        return [f"{self.onnx.name}: {fall}" for fall in found] if isinstance(found, list) else []
+        return [f"{self.onnx.name}: {fall}" for fall in self.record.get("shortfalls") or ()]
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -51,16 +67,19 @@ def open_bundle(path: Path) -> Bundle:
             f"{path}: holds {len(found)} .onnx files, an export folder holds one; export the model again"
         )
     for name in (MODEL, RECORD):
-        if not (path / name).is_file():
+        if not (path / name).exists():
             raise ModelFileError(f"{path}: has no {name} beside {found[0].name}; export the model again")
-    try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelFileError(f"{path / RECORD}: is not valid JSON; export the model again") from error
-    if not isinstance(record, dict) or "format" not in record or not isinstance(record.get("sha256"), dict):
-        raise ModelFileError(f"{path / RECORD}: does not say format and sha256; export the model again")
+    record = read_table(path / RECORD, error=ModelFileError)
+    wrong = misfit(record, _SHAPE)
+    if wrong is not None:
+        raise ModelFileError(f"{path / RECORD}: {wrong} is missing or has another form; export the model again")
+    digests = record["sha256"]
+    own = digests.get(RECORD)  # older folders have none
+    intact = own is None or own == _digest((path / RECORD).read_text(encoding="utf-8"), own)
+    if not intact or not digests.keys() <= {found[0].name, MODEL, RECORD}:
+        raise ModelFileError(f"{path / RECORD}: was changed since the export (its sha256 differs); export again")
     for file in (found[0], path / MODEL):
-        if record["sha256"].get(file.name) != sha256(file):
+        if digests.get(file.name) != sha256(file):
             raise ModelFileError(
                 f"{file}: is not the file that {RECORD} speaks of (its sha256 differs); export the model again"
             )
@@ -68,6 +87,13 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def write_record(folder: Path, record: dict[str, Any], *files: Path) -> None:
-    """Write bundle.json with the digests of ``files``."""
-    digests = {file.name: sha256(file) for file in files}
-    (folder / RECORD).write_text(json.dumps({**record, "sha256": digests}, indent=2) + "\n", encoding="utf-8")
+    """Write bundle.json with the digests of ``files`` and its own."""
+    blank = "0" * 64
+    digests = {**{file.name: sha256(file) for file in files}, RECORD: blank}
+    text = json.dumps({**record, "sha256": digests}, indent=2) + "\n"
+    (folder / RECORD).write_text(text.replace(blank, _digest(text, blank)), encoding="utf-8")
+
+
+def _digest(text: str, own: object) -> str:
+    """SHA-256 of the text of bundle.json, without its ``own`` digest in it."""
+    return hashlib.sha256(text.replace(str(own), "").encode()).hexdigest()

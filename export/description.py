@@ -11,14 +11,16 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from robustq.errors import ModelFileError
+from robustq.errors import ModelFileError, one_line
+from robustq.export.graph_limits import QUANTIZERS, broken_limit
 from robustq.export.lowering.constants import folded_constants
 from robustq.export.lowering.graph import attributes
+from robustq.files import open_regular, parse_bounded
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 
-QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
-"""QONNX operators; their second input is the scale."""
+MOST_UNPACKED = 1 << 27
+"""Weights that are unpacked for a description."""
 
 _WEIGHT = {"QLinearConv": 3, "QGemm": 3}
 """Index of the weight among a node's inputs, where it is not 1."""
@@ -35,14 +37,24 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         ModelFileError: not an ONNX file.
     """
     try:
-        model = onnx.load(path)
+        with open_regular(path) as file:
+            model = onnx.load(file, load_external_data=False)
         if all(entry.domain in ("", "ai.onnx") for entry in model.opset_import):
             onnx.checker.check_model(model)
-    except Exception as error:  # protobuf and the checker share no base class
-        reason = " ".join(str(error).split())[:120]
+        found = _description(model)
+        json.dumps(found)  # text that is not UTF-8 comes as bytes
+        return found
+    except ModelFileError:
+        raise
+    except Exception as error:  # protobuf, the checker and a broken graph have any exception
+        reason = one_line(error, longest=120)
         raise ModelFileError(f"{path}: is not a whole ONNX file ({reason}); export it again") from error
+
+
+def _description(model: onnx.ModelProto) -> dict[str, Any]:
     counts = Counter(node.op_type for node in model.graph.node)
-    folded_constants(model)  # unpacks packed weights
+    if broken_limit(model, constants=MOST_UNPACKED) is None:
+        folded_constants(model)  # unpacks packed weights
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
@@ -65,7 +77,7 @@ def describe_onnx(path: Path) -> dict[str, Any]:
 
 def _json(text: str | None) -> Any:
     try:
-        return json.loads(text or "null")
+        return parse_bounded(text or "null", json.loads)
     except ValueError:
         return text
 
@@ -88,7 +100,9 @@ def _layer(
     name = node.input[_WEIGHT.get(node.op_type, 1)]
     scale: np.ndarray[Any, Any] | None = None
     # Back to the initializer, through DequantizeLinear, Clip, Transpose, ...; QONNX keeps float weights.
-    while name in makers and makers[name].input:
+    for _ in makers:  # so that a circle in a broken graph ends
+        if name not in makers or not makers[name].input:
+            break
         maker = makers[name]
         if maker.op_type in QUANTIZERS and maker.input[1] in values:
             scale = numpy_helper.to_array(values[maker.input[1]])

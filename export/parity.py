@@ -108,10 +108,11 @@ def parity(
 ) -> dict[str, Agreement]:
     """Compare the file with the folded network on ``x`` (N, C, H, W) float32 in [0, 1], in each of ``runs``."""
     reference = logits_of(folded, x, label="parity: PyTorch")
-    return {
-        run: compare(reference, logits_of(OnnxModel(path, **RUNS[run]), x, label=f"parity: {run}"), bound=bound)
-        for run in runs
-    }
+    found = {}
+    for run in runs:
+        model = OnnxModel(path, classes=reference.shape[1], **RUNS[run])
+        found[run] = compare(reference, logits_of(model, x, label=f"parity: {run}"), bound=bound)
+    return found
 
 
 def drift(model: nn.Module, folded: nn.Module, x: Tensor) -> Agreement:

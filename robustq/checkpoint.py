@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import ModelFileError, RobustqError, UsageError
-from robustq.files import atomic_file
+from robustq.files import atomic_file, seal
 from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.resnet import SIGN_NORMS
@@ -20,6 +20,9 @@ from robustq.torch_file import read_checkpoint
 
 FORMAT = "robustq-model"
 VERSION = 1
+
+LARGEST_LOG_THRESHOLD = 32.0
+"""Of activations, as a natural logarithm; float32 overflows at 88."""
 
 
 class _Sink:
@@ -57,6 +60,7 @@ def save_atomically(content: Any, path: Path) -> None:
             if sink.error is not None:
                 raise sink.error from error
             raise
+        seal(file)
 
 
 def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
@@ -206,6 +210,9 @@ def _load_state(model: nn.Module, state: Any, path: Path) -> None:
     if wrong:
         raise ModelFileError(f"{path}: weights do not fit the spec in {len(wrong)} entries ({wrong[0]}, ...)")
     check_finite(state, path)
+    for name, value in state.items():
+        if _is_threshold(name) and value.abs() > LARGEST_LOG_THRESHOLD:
+            raise ModelFileError(f"{path}: {name} is {float(value):g}, out of range; use another checkpoint")
     model.load_state_dict(state)
 
 

@@ -8,6 +8,11 @@ def one_line(error: BaseException, *, longest: int | None = None) -> str:
     return " ".join(str(error).split())[:longest] or type(error).__name__
 
 
+def printable(line: str) -> str:
+    """One line for a terminal: line breaks, terminal codes and marks of text direction become visible codes."""
+    return "".join(one if one.isprintable() else f"\\u{ord(one):04x}" for one in line)
+
+
 class RobustqError(Exception):
     """Base class; the command line prints the message as one line and exits with 2."""
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from robustq.errors import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -29,7 +31,7 @@ def show(enabled: bool, *, details: bool = False) -> None:
 def note(text: str) -> None:
     """Print one line; never part of a result."""
     if _shown and (_kept is None or text.startswith(_kept)):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def only_notes(start: str) -> Iterator[None]:
 def detail(text: str) -> None:
     """Print one line with ``--verbose`` only."""
     if _detailed:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Bar:
@@ -92,7 +94,7 @@ def bar(label: str, total: float, unit: str = "img") -> Iterator[Bar]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
@@ -101,6 +103,6 @@ def bar(label: str, total: float, unit: str = "img") -> Iterator[Bar]:
     _drawn = True
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            yield Bar(progress, progress.add_task(label, total=total, text=""), unit)
+            yield Bar(progress, progress.add_task(printable(label), total=total, text=""), unit)
     finally:
         _drawn = False

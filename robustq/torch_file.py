@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from robustq.errors import ModelFileError
-from robustq.files import check_model_file
+from robustq.errors import ModelFileError, RobustqWarning, one_line
+from robustq.files import DEEPEST, check_model_file, check_seal, open_regular
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of a file by torch before 1.6, a pickled number."""
+
+MOST_VALUES = 1_000_000
+"""Values in a file: a pickle of a few bytes can hold a list of 2^100, every half of which is the same list."""
 
 ADVICE = "save the weights alone: torch.save(model.state_dict(), FILE)"
 
@@ -33,19 +37,29 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
 
     Raises:
         ModelFileError: the file is missing, a folder, empty, truncated, damaged (its checksums differ), not a torch
-            file, a TorchScript archive, or a pickle that needs code.
+            file, a TorchScript archive, a pickle that needs code, or tensors that are not plain (see
+            :func:`_check_plain`).
+
+    Warns:
+        RobustqWarning: the file is of torch before 1.6, which wrote no checksums.
     """
     check_model_file(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(LEGACY))
         if start.startswith(b"PK"):
             _check_archive(path)
+            check_seal(path, error=ModelFileError)
         elif not start.startswith(b"\x80"):
             raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, then refuses them
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _check_plain(content, path)
+        if start == LEGACY:
+            found = f"{path}: has no checksum (torch before 1.6 wrote none), so damage goes unnoticed; "
+            warnings.warn(found + "save it again with today's torch", RobustqWarning, stacklevel=2)
+        return content
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if start.startswith(b"PK") or (start == LEGACY and refused):
@@ -68,15 +82,42 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
 def _check_archive(path: Path) -> None:
     """Refuse a zip archive that changed since it was written, or that torch.save did not write."""
     with zipfile.ZipFile(path) as archive:
+        if "constants.pkl" in {name.partition("/")[2] for name in archive.namelist()}:
+            raise ModelFileError(
+                f"{path}: is a TorchScript file, which holds a program; save its weights alone: "
+                "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
+            )
+        if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+            raise ModelFileError(f"{path}: holds compressed records, which torch.save does not write; {ADVICE}")
         damaged = archive.testzip()  # torch ignores the CRC-32 of a record, and so flipped bits
-        names = {name.partition("/")[2] for name in archive.namelist()}
     if damaged is not None:
         raise ModelFileError(f"{path}: is damaged (the checksum of {damaged} differs); copy or train it again")
-    if "constants.pkl" in names:
-        raise ModelFileError(
-            f"{path}: is a TorchScript file, which holds a program; save its weights alone: "
-            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pt')"
-        )
+
+
+def _check_plain(content: Any, path: Path) -> None:
+    """Refuse tensors that are sparse, quantized, complex, without values, or larger than their storage; and containers
+    that are nested too deeply or too large.
+    """
+    level, count = [("content", content)], 0
+    for _ in range(DEEPEST):
+        for name, value in level:
+            if isinstance(value, Tensor) and not _is_plain(value):
+                raise ModelFileError(f"{path}: {name} is not a dense tensor of real numbers; {ADVICE}")
+        tables = [value for _, value in level if isinstance(value, dict | list | tuple | set | frozenset)]
+        count += sum(map(len, tables))
+        if count > MOST_VALUES:
+            break
+        rows = [table.items() if isinstance(table, dict) else enumerate(table) for table in tables]
+        level = [(str(name), value) for row in rows for name, value in row]
+        if not level:
+            return
+    raise ModelFileError(f"{path}: holds more than weights (over {MOST_VALUES:,} values, or deep nesting); {ADVICE}")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _read_trusted(path: Path) -> Any:
@@ -86,8 +127,8 @@ def _read_trusted(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=False)
     except (AttributeError, ImportError) as error:
         raise ModelFileError(
-            f"{path}: needs code that cannot be imported here ({_first_line(error)}); start robustq where that code "
-            f"lies, or {ADVICE}"
+            f"{path}: needs code that cannot be imported here ({one_line(error, longest=90)}); start robustq where "
+            f"that code lies, or {ADVICE}"
         ) from error
     except Exception as error:  # any error of the file's code
         raise _broken(path, error) from error
@@ -105,8 +146,4 @@ def _working_folder_importable() -> Iterator[None]:
 
 
 def _broken(path: Path, error: Exception) -> ModelFileError:
-    return ModelFileError(f"{path}: is broken or truncated ({_first_line(error)}); copy or train it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+    return ModelFileError(f"{path}: is broken or truncated ({one_line(error, longest=100)}); copy or train it again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,23 @@ FOLDABLE = frozenset(
 )
 
 
-def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset()) -> int:
+SMALL = 1024
+"""Elements of a shape or of the amounts of a padding, with room to spare."""
+
+
+def folded_constants(
+    model: onnx.ModelProto, *, but: frozenset[str] = frozenset(), sizes: Mapping[str, int] | None = None
+) -> int:
     """Replace nodes of :data:`FOLDABLE`, ``but`` some, whose inputs are constants by initializers; returns how many.
 
     In order of execution, so that a chain folds completely: the exporter writes a padding's amounts as seven nodes and
     derives zero points from one another. Quantized weights and biases stay integers, since DequantizeLinear is not
     foldable.
+
+    Args:
+        model: changed in place.
+        but: operators that stay.
+        sizes: elements of each tensor; if given, only nodes with outputs of up to :data:`SMALL` are replaced.
     """
     foldable = FOLDABLE - but
     graph = model.graph
@@ -67,6 +79,8 @@ def folded_constants(model: onnx.ModelProto, *, but: frozenset[str] = frozenset(
     for node in list(graph.node):
         inputs = [name for name in node.input if name]
         if node.op_type not in foldable or not all(name in known for name in inputs) or outputs & set(node.output):
+            continue
+        if sizes is not None and any(sizes.get(name, SMALL + 1) > SMALL for name in node.output):
             continue
         values = _run(model, node, {name: known[name] for name in inputs})
         known |= values

@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from robustq.cli.process import Quiet, Verbose, console_output
-from robustq.errors import CheckFailedError
+from robustq.errors import CheckFailedError, printable
 
 
 def registered(module: str, registry: str) -> tuple[str, ...]:
@@ -286,7 +286,7 @@ def run_job(
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(out, document + "\n")
-    _print(document if as_json else "\n".join(lines(result)))
+    _print(document if as_json else "\n".join(map(printable, lines(result))))
     failed = failure(result)
     if failed is not None:
         raise CheckFailedError(failed)

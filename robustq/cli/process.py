@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from robustq import progress
-from robustq.errors import RobustqWarning, UsageError
+from robustq.errors import RobustqWarning, UsageError, printable
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def console_output() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object) -> None:
             if issubclass(category, RobustqWarning):
-                print(f"robustq: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+                print(f"robustq: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
             else:
                 print(warnings.formatwarning(message, category, filename, lineno).rstrip(), file=sys.stderr, flush=True)
 

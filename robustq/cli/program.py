@@ -17,7 +17,7 @@ from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes
 from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
-from robustq.errors import CheckFailedError, RobustqError, RunStoppedError
+from robustq.errors import CheckFailedError, RobustqError, RunStoppedError, printable
 
 PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", "numpy")
 
@@ -164,8 +164,5 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def _one_line(text: str) -> str:
     """Printable characters only: a typed value may hold line breaks, terminal codes or undecodable bytes."""
-    shown = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in " ".join(text.split())
-    )
+    shown = printable(" ".join(text.split()))
     return shown if len(shown) <= LONGEST_LINE else f"{shown[:LONGEST_LINE]}..."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ STREAM_ABOVE_BYTES = 1 << 30
 """A folder with more bytes than this, as uint8 at the network's image size, is streamed."""
 
 IMAGENET_SIZE = 224
+
+MOST_FOLDERS = 10_000
+"""Folders of one class: links may lead out of the data set to a whole disk."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip
         )
     else:
         class_names = class_folders(folder)
-        files = _image_files(folder, class_names, skip_bad_images)
+        files = _image_files(folder, class_names, skip_bad_images, {})
         rest, part = split_by_name(
             [Path(os.path.relpath(path, folder)).as_posix() for path in files.paths], files.labels
         )
@@ -141,31 +145,80 @@ def _two_folders(
     unknown = sorted(set(class_folders(test_folder)) - set(class_names))
     if unknown:
         raise DataError(f"{test_folder} has the class {unknown[0]}, which {train_folder} lacks; remove or add it")
-    train = _image_files(train_folder, class_names, skip_bad_images)
-    return class_names, train, _image_files(test_folder, class_names, skip_bad_images, every=False)
+    places: dict[str, str] = {}
+    train = _image_files(train_folder, class_names, skip_bad_images, places)
+    return class_names, train, _image_files(test_folder, class_names, skip_bad_images, places, every=False)
 
 
-def _image_files(folder: Path, class_names: tuple[str, ...], skip_bad_images: bool, *, every: bool = True) -> _Files:
+def _image_files(
+    folder: Path, class_names: tuple[str, ...], skip_bad_images: bool, places: dict[str, str], *, every: bool = True
+) -> _Files:
     """All image files below the class folders, class by class, sorted.
 
-    With `every`, as for training, a class without images is an error, and so is a single class.
+    With `every`, as for training, a class without images is an error, and so is a single class. `places`: see
+    :func:`_files_below`.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if every and len(class_names) < 2:
         raise DataError(
             f"{folder} has one class only ({class_names[0]}); a classifier needs at least two class folders"
         )
-    numbers = {name: number for number, name in enumerate(class_names)}
-    samples: list[tuple[str, int]] = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    samples = [
+        (path, number)
+        for number, name in enumerate(class_names)
+        if (folder / name).is_dir()
+        for path in _files_below(folder / name, IMG_EXTENSIONS, places)
+    ]
     if skip_bad_images:
         samples = _readable(samples, folder)
     labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
-    empty = sorted(set(numbers.values()) - set(labels.tolist()))
+    empty = sorted(set(range(len(class_names))) - set(labels.tolist()))
     if not samples or (every and empty):
         where = folder / class_names[empty[0]] if samples else folder
         raise DataError(f"{where} has no images; file names must end in one of {' '.join(IMG_EXTENSIONS)}")
     return _Files([path for path, _ in samples], labels)
+
+
+def _files_below(folder: Path, extensions: tuple[str, ...], places: dict[str, str]) -> list[str]:
+    """Image files below a class folder, sorted by folder and name; links are followed.
+
+    A folder or file that links lead to more than once counts once, also where a link leads back into its own folder.
+
+    Args:
+        folder: the class folder.
+        extensions: of image files.
+        places: real path of an image -> its class folder, for all class folders; extended.
+
+    Raises:
+        DataError: a folder cannot be read, an image belongs to another class folder too, or links lead to more than
+            :data:`MOST_FOLDERS` folders.
+    """
+    found: dict[str, str] = {}
+    seen: set[str] = set()
+    waiting = deque([str(folder)])
+    while waiting:
+        inner = waiting.popleft()
+        real = os.path.realpath(inner)
+        if real in seen:
+            continue
+        seen.add(real)
+        if len(seen) > MOST_FOLDERS:
+            raise DataError(f"{folder} has links to over {MOST_FOLDERS:,} folders, such as {inner}; remove the link")
+        try:
+            for entry in sorted(os.scandir(inner), key=lambda entry: entry.name):
+                if entry.is_dir():
+                    # Folders before links, so that an image keeps its own name.
+                    (waiting.append if entry.is_symlink() else waiting.appendleft)(entry.path)
+                elif entry.name.lower().endswith(extensions):
+                    place = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                    found.setdefault(place, entry.path)
+        except OSError as error:
+            raise DataError(f"{error.filename or inner} cannot be read: {error.strerror}") from error
+    for place, path in found.items():
+        if places.setdefault(place, str(folder)) != str(folder):
+            raise DataError(f"{path} is also an image of {places[place]}; remove the link")
+    return sorted(found.values(), key=os.path.split)
 
 
 def _readable(samples: list[tuple[str, int]], folder: Path) -> list[tuple[str, int]]:

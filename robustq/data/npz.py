@@ -12,8 +12,12 @@ import torch
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.splits import TensorSplit
 from robustq.errors import DataError, one_line
+from robustq.files import open_regular
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+
+LARGEST_RATIO, UNSUSPICIOUS_SIZE = 100, 256 << 20
+"""Compression of arrays, and bytes unpacked up to which it does not matter. Zip packs zeros a thousandfold."""
 
 
 def load_npz(path: Path, *, train_images: int) -> Dataset:
@@ -48,16 +52,27 @@ def load_npz(path: Path, *, train_images: int) -> Dataset:
     )
 
 
+def check_unpacked_size(path: Path) -> None:
+    """Refuse an archive that a few bytes fill the memory from.
+
+    Raises:
+        ValueError: it unpacks to far more than its size.
+        OSError, zipfile.BadZipFile: it cannot be read.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > max(UNSUSPICIOUS_SIZE, LARGEST_RATIO * path.stat().st_size):
+        raise ValueError(f"it unpacks to {unpacked:,} bytes, over {LARGEST_RATIO} times its size")
+
+
 def _read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    try:
-        with path.open("rb") as file:
-            whole = zipfile.is_zipfile(file)
-    except OSError as error:
-        raise DataError(f"{path} cannot be opened: {error.strerror}") from error
+    with open_regular(path, error=DataError) as file:
+        whole = zipfile.is_zipfile(file)
     if not whole:
         raise DataError(f"{path} is not a whole .npz file (truncated, or something else); write it with numpy.savez")
     arrays = {}
     try:
+        check_unpacked_size(path)
         archive = np.load(path, allow_pickle=False)
         names = archive.files
     except Exception as error:  # numpy and zipfile raise many types for a broken archive

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset as IndexedImages
 from robustq.data.augment import NO_AUGMENT, Augment, mixed_seed, to_float
 from robustq.data.splits import Batch, check_batch_size, evenly_spaced
 from robustq.errors import DataError, one_line
+from robustq.files import open_regular
 from robustq.progress import bar
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of more than 8 bits, which it would convert by clipping: the image would turn white."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Image formats that are read. Pillow knows others, and runs Ghostscript on an EPS file whatever its name."""
+
+LARGEST_IMAGE = 100_000_000
+"""Pixels."""
 
 TAKE_BATCH = 64
 """Images that a worker decodes at a time for `take`; changes no result."""
@@ -36,7 +43,9 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with open_regular(Path(path), error=DataError) as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_IMAGE:
+                raise DataError(f"{image.width}x{image.height} is more than {LARGEST_IMAGE:,} pixels")
             yield image
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError and more on broken files
         raise DataError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import LEVEL_TOLERANCE
-from robustq.errors import UsageError
-from robustq.files import atomic_file
+from robustq.data.npz import check_unpacked_size
+from robustq.errors import UsageError, one_line
+from robustq.files import atomic_file, check_seal, misfit, open_regular, parse_bounded, seal
 
 _KINDS = {"x_adv": "u", "labels": "i", "places": "i", "attack": "U", "broken": "b", "epsilon": "f"}
 _KINDS |= dict.fromkeys(("data", "clean_sha256", "about"), "U")
@@ -64,22 +64,25 @@ class AdversarialImages:
                 clean_sha256=np.str_(self.clean_sha256),
                 about=np.str_(json.dumps(self.about)),
             )
+            seal(file)
 
     @classmethod
     def load(cls, path: Path) -> AdversarialImages:
         """Read the file; nothing in it is executed. UsageError if it is missing, damaged, or another kind of file."""
         advice = "give the .npz that 'robustq attack --out FILE' or --save-adversarial wrote"
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(f"{path}: no such file; {advice}")
+        open_regular(path, error=UsageError).close()
+        check_seal(path, error=UsageError)
         try:
+            check_unpacked_size(path)
             with np.load(path, allow_pickle=False) as archive:
                 arrays = {name: np.asarray(archive[name]) for name in _KINDS}
-            about = json.loads(str(arrays["about"]))
+            about = parse_bounded(str(arrays["about"]), json.loads)
         except KeyError as error:
             raise UsageError(f"{path}: lacks {error.args[0].split()[0]}; {advice}") from error
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-            reason = " ".join(str(error).split())[:100]
-            raise UsageError(f"{path}: cannot be read ({reason}); {advice}") from error
+        except Exception as error:  # numpy, zipfile and zlib raise many types for a broken archive
+            raise UsageError(f"{path}: cannot be read ({one_line(error, longest=100)}); {advice}") from error
         for name, kind in _KINDS.items():
             if arrays[name].dtype.kind != kind:
                 raise UsageError(f"{path}: {name} is {arrays[name].dtype}; {advice}")
@@ -89,6 +92,9 @@ class AdversarialImages:
         is_radius = epsilon.ndim == 0 and 0.0 <= epsilon <= 1.0
         if count == 0 or not one_per_image or not is_radius or not isinstance(about, dict):
             raise UsageError(f"{path}: its arrays do not fit together; {advice}")
+        wrong = misfit(about, {"label?": str, "robust_accuracy?": int | float})
+        if wrong is not None:
+            raise UsageError(f"{path}: {wrong} of its about is {type(about[wrong]).__name__}; {advice}")
         return cls(
             x_adv=torch.from_numpy(x_adv),
             labels=torch.from_numpy(labels.astype(np.int64)),

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
-from robustq.files import atomic_folder, check_new, remove_partials, write_text_atomically
+from robustq.files import atomic_folder, check_new, open_regular, remove_partials, write_text_atomically
 from robustq.hardening.metrics import TensorBoardLogger
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
@@ -27,6 +27,7 @@ from robustq.torch_file import read_checkpoint
 
 RUNS = Path("runs")
 LAST_HARDENED = "last-hardened"
+LONGEST_PATH = 4096
 
 CONFIG, METRICS, RESULT, RESUME = "config.json", "metrics.jsonl", "result.json", "resume.pt"
 FORMAT = "robustq-resume"
@@ -335,7 +336,8 @@ def last_hardened() -> Path:
         raise UsageError(
             f"no model given and no {pointer} here; give a model file, or run 'robustq harden MODEL' first"
         )
-    model = Path(pointer.read_text(encoding="utf-8").strip()) / "best.pt"
+    with open_regular(pointer, error=UsageError) as file:
+        model = Path(os.fsdecode(file.read(LONGEST_PATH)).strip()) / "best.pt"
     if not model.is_file():
         raise UsageError(f"{pointer} names {model}, which is gone; give a model file")
     return model

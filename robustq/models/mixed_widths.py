@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
+from robustq.files import read_table
 from robustq.models.layers import same_shape, weight_quantizer
 from robustq.models.quant.folded_layers import BiasQuant, FixedScaling
 from robustq.models.quant.quantizers import learned_thresholds
@@ -81,13 +82,7 @@ def read_layer_bits(path: Path) -> dict[str, int]:
 
     UsageError for no such file, no TOML, no entries, or values that are not integers (all are named).
     """
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--bits-per-layer {path} cannot be read; give a TOML file of layer names and bits") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--bits-per-layer {path} is not valid TOML ({error})") from error
-    bits = _flat(table)
+    bits = _flat(read_table(path, tomllib.loads, error=UsageError))
     if not bits:
         raise UsageError(f'--bits-per-layer {path} names no layer; write lines such as "layer1.0.conv1" = 8')
     wrong = [f"{name} = {value!r}" for name, value in bits.items() if type(value) is not int]

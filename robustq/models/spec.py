@@ -97,10 +97,17 @@ def _is_text(value: Any) -> bool:
 
 
 _Requirement = tuple[Callable[[Any], bool], str]
-_SIZE: _Requirement = (lambda value: _is_integer(value) and value >= 1, "an integer of at least 1")
+
+
+def _size(largest: int) -> _Requirement:
+    """Bounds the memory that a file of a few bytes can ask for."""
+    return lambda value: _is_integer(value) and 1 <= value <= largest, f"an integer from 1 to {largest:,}"
+
+
 _REQUIREMENTS: dict[str, _Requirement] = {
     "architecture": (_is_text, "a text"),
-    **dict.fromkeys(("weight_bits", "act_bits", "classes", "channels", "image_size"), _SIZE),
+    **dict.fromkeys(("weight_bits", "act_bits"), _size(32)),
+    **{"classes": _size(100_000), "channels": _size(4096), "image_size": _size(4096)},
     "data": (_is_text, "a text"),
     "epsilon": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a number in [0, 1], or None"),
     "class_names": (lambda names: isinstance(names, list | tuple) and all(map(_is_text, names)), "a list of texts"),

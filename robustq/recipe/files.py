@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from importlib import resources
@@ -10,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import RecipeError, UsageError
+from robustq.files import parse_bounded, read_table
 from robustq.recipe.paper import evidence_errors, paper_rows_errors
 from robustq.recipe.schema import METADATA, Recipe, Vocabulary, parse_epsilon, validation_errors
 
 EXTENDS = "extends"
+
+MOST_EXTENDED = 16
+"""Recipes in a row, each of which extends the next."""
 
 NOT_INHERITED = ("summary", *METADATA)
 """Keys that describe one recipe alone: the recipe that extends it is another run, with other figures."""
@@ -79,9 +84,9 @@ def _override(values: dict[str, Any], text: str) -> str | None:
     if table in (EXTENDS, *METADATA):
         return f"--set '{text}': {key} is allowed in a recipe file only; change it there"
     try:
-        parsed = tomllib.loads(f"value = {raw}")
+        parsed = parse_bounded(f"value = {raw}", tomllib.loads)
         value = parsed["value"] if len(parsed) == 1 else raw
-    except (ValueError, RecursionError):
+    except ValueError:
         value = raw  # a bare word: --set schedule=steps
     if not dot:
         values[table] = value
@@ -101,12 +106,14 @@ def _read_extended(name: str, children: list[str]) -> dict[str, Any]:
     ``children`` are the recipes that extend this one, directly or not; the first is the one that was asked for.
 
     Raises:
-        RecipeError: no such recipe, broken TOML, or recipes that extend one another in a circle.
+        RecipeError: no such recipe, broken TOML, or recipes that extend one another in a circle or in a long row.
     """
-    identity = str(Path(name).resolve()) if name.endswith(".toml") else name
+    identity = os.path.abspath(name) if name.endswith(".toml") else name
     if identity in children:
         circle = " -> ".join([*children[children.index(identity) :], identity])
         raise RecipeError(f"{children[0]}: recipes extend one another in a circle ({circle}); remove one 'extends'")
+    if len(children) > MOST_EXTENDED:
+        raise RecipeError(f"{children[0]}: extends more than {MOST_EXTENDED} recipes, one another; write one file")
     try:
         values = _read(name)
     except RecipeError as error:
@@ -135,20 +142,13 @@ def _read_extended(name: str, children: list[str]) -> dict[str, Any]:
 def _read(name: str) -> dict[str, Any]:
     """The values of one file, without those of the recipe that it extends."""
     if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
+        if not os.path.exists(name):
             raise RecipeError(f"{name}: no such recipe file; give a path to a .toml, or a name from 'robustq recipes'")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"{name}: is not UTF-8 text, so not a recipe; give a .toml file") from error
-    else:
-        known = recipe_names()
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise RecipeError(f"unknown recipe '{name}' (nearest: {near}); 'robustq recipes' lists them all")
-        text = resources.files("robustq.recipes").joinpath(*f"{name}.toml".split("/")).read_text(encoding="utf-8")
-    try:
-        return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # tomllib's own error is a ValueError, a number too long another one
-        raise RecipeError(f"{name}: not valid TOML ({' '.join(str(error).split())})") from error
+        return read_table(Path(name), tomllib.loads, error=RecipeError)
+    known = recipe_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise RecipeError(f"unknown recipe '{name}' (nearest: {near}); 'robustq recipes' lists them all")
+    return tomllib.loads(
+        resources.files("robustq.recipes").joinpath(*f"{name}.toml".split("/")).read_text(encoding="utf-8")
+    )

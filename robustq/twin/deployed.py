@@ -6,15 +6,14 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 import torch
-from onnx import TensorProto
 from torch import Tensor, nn
 
 from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
-from robustq.export.session import open_session, session_options
+from robustq.evaluation.target import one_by_one
+from robustq.export.session import OnnxModel
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH
 from robustq.twin.inputs import ImageForm
 from robustq.twin.network import Twin
@@ -57,26 +56,16 @@ class TwinOnImages(nn.Module):
         return logits, feature.flatten(1)
 
 
-class Judge:
-    """A file in onnxruntime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
+def judge_of(path: Path, form: ImageForm) -> Model:
+    """The file in onnxruntime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
+
+    Its twin has been made before: operators and sizes are within the twin's limits.
 
     Raises:
         ModelFileError: onnxruntime cannot load the file.
     """
-
-    def __init__(self, path: Path, form: ImageForm) -> None:
-        self._session = open_session(path, session_options(optimise=True))
-        self._form = form
-        source = self._session.get_inputs()[0]
-        self._name = source.name
-        self._integers = source.type == "tensor(uint8)"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See the class."""
-        images = self._form.apply(x.detach().cpu()).contiguous()
-        images = images.to(torch.uint8) if self._integers else images
-        batches = torch.split_with_sizes(images, [1] * len(images)) if self._form.single else [images]
-        return torch.cat([torch.from_numpy(self._session.run(None, {self._name: one.numpy()})[0]) for one in batches])
+    model = OnnxModel(path, prepare=form.apply, checked=True)
+    return one_by_one(model) if form.single else model
 
 
 @torch.no_grad()
@@ -98,11 +87,10 @@ def first_difference(path: Path, network: TwinOnImages, x: Tensor) -> str | None
     with tempfile.TemporaryDirectory() as folder:
         wide = Path(folder) / "values.onnx"
         onnx.save(model, wide)
-        session = open_session(wide, session_options(optimise=False))
-    kind = np.uint8 if twin.graph.input_type == TensorProto.UINT8 else np.float32
-    expected = session.run(list(nodes), {twin.graph.input: images.numpy().astype(kind)})
+        session = OnnxModel(wide, optimise=False, prepare=network.form.apply, checked=True)
+        expected = session.values(x, list(nodes))
     for (name, node), wanted, found in zip(nodes.items(), expected, twin.values(images, list(nodes)), strict=True):
-        values = torch.from_numpy(np.asarray(wanted, dtype=np.float32))
+        values = wanted.float()
         if values.shape != found.shape:
             return f"{node}: shape {tuple(found.shape)} instead of {tuple(values.shape)}"
         span = float(values.max() - values.min()) if values.numel() else 0.0

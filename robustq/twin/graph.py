@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import load_external_data_for_model
 from onnx.inliner import inline_local_functions
 
-from robustq.errors import ModelFileError
-from robustq.files import check_model_file
+from robustq.errors import ModelFileError, one_line
+from robustq.files import check_model_file, open_regular
 
 MAX_ELEMENTS = 2**27
 """Elements of one tensor: 512 MiB in float32, 50 times the largest activation of a ResNet-50 for one image."""
@@ -85,10 +85,11 @@ def read_graph(path: Path) -> Graph:
     """
     check_model_file(path)
     try:
-        model = onnx.load(path, load_external_data=False)
+        with open_regular(path) as file:
+            model = onnx.load(file, load_external_data=False)
         load_external_data_for_model(model, str(path.parent))
     except Exception as error:  # protobuf's own errors share no base with onnx'
-        raise ModelFileError(f"{path}: is not a readable ONNX model ({_first_line(error)})") from error
+        raise ModelFileError(f"{path}: is not a readable ONNX model ({one_line(error, longest=160)})") from error
     try:
         graph = graph_of(model)
         _check_classifier(graph, len(model.graph.output))
@@ -155,7 +156,7 @@ def array(tensor: TensorProto) -> NDArray[Any]:
     try:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-        raise ModelFileError(f"constant '{tensor.name}' cannot be read ({_first_line(error)})") from error
+        raise ModelFileError(f"constant '{tensor.name}' cannot be read ({one_line(error, longest=160)})") from error
 
 
 def _check_classifier(graph: Graph, outputs: int) -> None:
@@ -195,7 +196,3 @@ def _node(node: onnx.NodeProto, number: int, domains: Mapping[str, int], types: 
         types=tuple(types.get(name) for name in node.input),
         opset=opset,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustq.errors import ModelFileError
+from robustq.errors import ModelFileError, one_line
 from robustq.models.quant.backward_rules import STRAIGHT_THROUGH
 from robustq.twin import elementwise, integers, layers, quantizers, shapes
 from robustq.twin.graph import Graph, Node, read_graph
@@ -141,8 +141,7 @@ def _run(node: Node, inputs: list[Tensor | None], rule: str) -> dict[str, Tensor
     except _FAULTS as error:
         if "allocate memory" in str(error):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise ModelFileError(f"{node} cannot be computed ({first})") from error
+        raise ModelFileError(f"{node} cannot be computed ({one_line(error, longest=160)})") from error
     outputs = found if isinstance(found, tuple) else (found,)
     return {name: value for name, value in zip(node.outputs, outputs, strict=False) if name}
 

@@ -13,13 +13,22 @@ from robustq.checkpoint import FORMAT, describe_state_dict, load_model
 from robustq.errors import ModelFileError
 from robustq.export.bundle import open_bundle
 from robustq.export.description import describe_onnx
-from robustq.files import check_model_file, sha256
+from robustq.files import check_model_file, misfit, read_table, sha256
 from robustq.hardening.run_folder import CONFIG, RESULT
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dict
 from robustq.torch_file import read_checkpoint
 from robustq.workflow import Result
+
+_SHAPES: dict[str, Any] = {
+    CONFIG: {"recipe?": {"name?": str, "method?": str}},
+    RESULT: {
+        **dict.fromkeys(("clean_accuracy?", "holdout_clean_accuracy?", "holdout_pgd10_accuracy?"), int | float),
+        "shortfalls?": [str],
+    },
+}
+"""Entries that the report of a run folder needs, in the form of :func:`robustq.files.misfit`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,12 +59,13 @@ def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDesc
 def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
     """Kind and content."""
     if path.is_dir():
-        if (path / CONFIG).is_file():
+        if (path / CONFIG).exists():
             return "run folder", _run(path, own_model)
         bundle = open_bundle(path)
         network, spec, _ = load_model(bundle.model, own_model=own_model)
         about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
-        return "export folder", {**_network(network, spec), **bundle.record, **about}
+        record = {"data": spec.data, **bundle.record}
+        return "export folder", {**record, **_network(network, spec), "data": record["data"], **about}
     check_model_file(path)
     size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".onnx":
@@ -102,12 +112,10 @@ def _run(path: Path, own_model: str | None) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelFileError(f"{path}: is not valid JSON ({error}); the run was probably interrupted") from error
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path}: holds no table; give a run folder of robustq")
+    content = read_table(path, error=ModelFileError)
+    wrong = misfit(content, _SHAPES[path.name])
+    if wrong is not None:
+        raise ModelFileError(f"{path}: {wrong} is missing or has another form; give a run folder of robustq")
     return content

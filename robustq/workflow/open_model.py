@@ -17,15 +17,15 @@ from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
-from robustq.export.session import OnnxModel
-from robustq.files import check_attackable
+from robustq.export.session import OnnxModel, load_limited
+from robustq.files import check_attackable, parse_bounded
 from robustq.hardening.features import FeatureTap
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
-from robustq.twin.deployed import Judge, TwinOnImages
+from robustq.twin.deployed import TwinOnImages, judge_of
 from robustq.twin.inputs import SPEC, find_form
 from robustq.twin.network import load_twin
 from robustq.twin.registry import DIALECTS
@@ -77,7 +77,7 @@ class OpenedModel:
             judge=self.judge,
             gradient_models=rules,
             features=features,
-            image_by_image=self.deployed is not None and is_dynamic(self.deployed),
+            image_by_image=self.deployed is not None and is_dynamic(self.deployed, checked=self.network is None),
         )
 
 
@@ -112,7 +112,7 @@ def open_attackable(
         log_failures(failures)
     network, spec, _ = load_model(checkpoint, own_model=own_model)
     gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
-    judge = OnnxModel(deployed) if deployed else gradient_model
+    judge = OnnxModel(deployed, classes=spec.classes) if deployed else gradient_model
     return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
 
 
@@ -123,7 +123,7 @@ def _open_file(
     form = find_form(path, twin.graph, pixels=pixels, layout=layout)
     gradient_model = TwinOnImages(twin, form)
     runs = not any("Quant" in node.operator and node.operator.startswith(DIALECTS) for node in twin.graph.nodes)
-    judge = Judge(path, form) if runs else gradient_model
+    judge = judge_of(path, form) if runs else gradient_model
     if not runs:
         note("judge   the twin: onnxruntime cannot run QONNX")
     spec = _spec_of(path, gradient_model, data)
@@ -137,7 +137,7 @@ def _spec_of(path: Path, network: TwinOnImages, data: str | None) -> ModelSpec:
     stored = graph.metadata.get(SPEC)
     if stored is not None:
         try:
-            return ModelSpec.from_dict(json.loads(stored))
+            return ModelSpec.from_dict(parse_bounded(stored, json.loads))
         except (ValueError, ModelFileError) as error:
             raise ModelFileError(f"{path}: its metadata {SPEC} cannot be read ({error})") from error
     if data is None:
@@ -168,6 +168,7 @@ def _gradient_models(network: nn.Module) -> dict[str, Model]:
     return {AS_TRAINED: network, **{rule: under_rule(network, rule) for rule in others}}
 
 
-def is_dynamic(path: Path) -> bool:
-    """Whether an .onnx file quantizes activations with a scale of the batch."""
-    return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
+def is_dynamic(path: Path, *, checked: bool = False) -> bool:
+    """Whether an .onnx file quantizes activations with a scale of the batch; ``checked``: its limits were checked."""
+    model = onnx.load(path, load_external_data=False) if checked else load_limited(path)
+    return any(node.op_type in DYNAMIC for node in model.graph.node)

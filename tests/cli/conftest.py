@@ -59,3 +59,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def bundle(digits_w4a4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export folder of the hardened digits model."""
+    import robustq
+
+    out = tmp_path_factory.mktemp("exported") / "bundle"
+    robustq.export_model(digits_w4a4, images=10, recheck=False, device="cpu", out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def adversarial(digits_w4a4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adversarial images of the hardened digits model."""
+    import robustq
+
+    file = tmp_path_factory.mktemp("found") / "adversarial.npz"
+    robustq.attack_model(digits_w4a4, suite="recheck", images=10, device="cpu", save_adversarial=file)
+    return file

@@ -28,7 +28,7 @@ def test_there_and_back(bundle: Path) -> None:
     opened = open_bundle(bundle)
     assert (opened.path, opened.onnx, opened.model) == (bundle, bundle / "net.onnx", bundle / MODEL)
     assert opened.format == "integer" and opened.record["parity"] == {"optimised": 1}
-    assert opened.record["sha256"].keys() == {"net.onnx", MODEL}
+    assert opened.record["sha256"].keys() == {"net.onnx", MODEL, RECORD}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def record(content: object) -> Callable[[Path], object]:
         (lambda folder: (folder / "net.onnx").unlink(), "holds 0 .onnx files"),
         (lambda folder: (folder / MODEL).unlink(), f"has no {MODEL} beside net.onnx; export the model again"),
         (record(b'{"format": "integer"'), f"{RECORD}: is not valid JSON"),
-        (record({"format": "integer", "sha256": "abc"}), f"{RECORD}: does not say format and sha256"),
+        (record({"format": "integer", "sha256": "abc"}), f"{RECORD}: sha256 is missing or has another form"),
         (
             lambda folder: (folder / "net.onnx").write_bytes(b"onnx!"),
             f"net.onnx: is not the file that {RECORD} speaks of",
@@ -72,3 +72,22 @@ def test_a_damaged_bundle(bundle: Path, damage: Callable[[Path], object], line: 
     with pytest.raises(ModelFileError) as caught:
         open_bundle(bundle)
     assert str(caught.value).startswith(f"{bundle}") and line in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_flipped_bit_of_bundle_json_is_named(bundle: Path) -> None:
+    path = bundle / RECORD
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ModelFileError):
+            open_bundle(bundle)
+
+
+def test_a_record_without_its_own_digest_is_read(bundle: Path) -> None:
+    """As older folders have it."""
+    content = json.loads((bundle / RECORD).read_text())
+    del content["sha256"][RECORD]
+    (bundle / RECORD).write_text(json.dumps(content))
+    assert open_bundle(bundle).format == "integer"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -104,5 +105,20 @@ def test_a_file_that_does_not_load_is_one_line(tmp_path: Path, content: bytes | 
         path.write_bytes(half_integer().SerializeToString()[:-50])
     with pytest.raises(ModelFileError) as caught:
         read(path)
-    assert str(caught.value).startswith(f"{path}: onnxruntime cannot load it (")
+    reason = "cannot be read" if content is None else "onnxruntime cannot load it"
+    assert str(caught.value).startswith(f"{path}: {reason} (")
     assert "\n" not in str(caught.value)
+
+
+def test_a_batch_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OnnxModel(saved(tmp_path, half_integer()))
+
+    class Elapsed(threading.Timer):
+        """Has no time left."""
+
+        def start(self) -> None:
+            self.function(*self.args)
+
+    monkeypatch.setattr("threading.Timer", Elapsed)
+    with pytest.raises(ModelFileError, match=r"model.onnx: onnxruntime cannot run it \(not done after 600 s\)"):
+        model(torch.zeros(1, 1, 6, 6))

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 import robustq
+from robustq.attacks.base import Model
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset, to_float
 from robustq.errors import RobustqError
 from robustq.models.quant.backward_rules import RULES, SMOOTH, under_rule
 from robustq.models.quant.folding import fold
-from robustq.twin.deployed import Judge, TwinOnImages, first_difference
+from robustq.twin.deployed import TwinOnImages, first_difference, judge_of
 from robustq.twin.graph import read_graph
 from robustq.twin.inputs import find_form
 from robustq.twin.network import Twin, load_twin
@@ -39,10 +40,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(trained(to_float(x), y), tmp_path_factory.mktemp("foreign") / "float.onnx")
 
 
-def opened(path: Path, **options: Any) -> tuple[TwinOnImages, Judge]:
+def opened(path: Path, **options: Any) -> tuple[TwinOnImages, Model]:
     twin = load_twin(path)
     form = find_form(path, twin.graph, **options)
-    return TwinOnImages(twin, form), Judge(path, form)
+    return TwinOnImages(twin, form), judge_of(path, form)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, None], ids=str)
