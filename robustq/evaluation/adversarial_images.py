@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.data.npz import check_unpacked_size
 from robustq.errors import UsageError, one_line
-from robustq.files import atomic_file, check_seal, misfit, open_regular, parse_bounded, seal
+from robustq.files import check_seal, misfit, open_regular, parse_bounded, seal
+from robustq.outputs import write_new
 
 _TYPES = {
     "x_adv": "u1",
@@ -61,9 +62,10 @@ class AdversarialImages:
     clean_sha256: str
     about: dict[str, Any]
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        with atomic_file(path) as file:
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all; returns its path (:func:`robustq.outputs.write_new`)."""
+
+        def write(file: BinaryIO) -> None:
             np.savez_compressed(
                 file,
                 x_adv=self.x_adv.numpy(),
@@ -77,6 +79,8 @@ class AdversarialImages:
                 about=np.str_(json.dumps(self.about)),
             )
             seal(file)
+
+        return write_new(path, write)
 
     @classmethod
     def load(cls, path: Path) -> AdversarialImages:

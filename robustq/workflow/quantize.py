@@ -14,12 +14,13 @@ from robustq.checkpoint import load_weights, save_model
 from robustq.data import Dataset, to_float
 from robustq.errors import OutOfMemoryError
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import atomic_folder, free_path, write_text_atomically
+from robustq.files import free_path, write_text_atomically
 from robustq.hardening.diagnosis import runs_out_of_memory
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import CONFIG, RESULT, RUNS
 from robustq.models.spec import ModelSpec, build_model
+from robustq.outputs import atomic_folder
 from robustq.progress import detail, note
 from robustq.recipe import Recipe
 from robustq.recipe.schema import check_settings
