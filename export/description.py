@@ -12,14 +12,11 @@ import onnx
 from onnx import numpy_helper
 
 from robustq.errors import ModelFileError, one_line
-from robustq.export.graph_limits import broken_limit
+from robustq.export.graph_limits import QUANTIZERS, broken_limit
 from robustq.export.lowering.constants import folded_constants
 from robustq.files import open_regular, parse_bounded
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
-
-QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
-"""QONNX operators; their second input is the scale."""
 
 MOST_UNPACKED = 1 << 27
 """Weights that are unpacked for a description."""

@@ -27,7 +27,7 @@ from robustq.export.integer_layers import Layers, optimised_layers
 from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.runtime_limits import not_for
-from robustq.export.session import OnnxModel
+from robustq.export.session import OnnxModel, load_limited
 from robustq.models.spec import ModelSpec
 
 QONNX_EXECUTOR = "qonnx_executor"
@@ -132,7 +132,7 @@ def prove(
         images: uint8 (N, C, H, W), real test images.
         unfolded: the reference of a QONNX file that kept BatchNorm.
     """
-    model, x, agreements = onnx.load(path), to_float(images), {}
+    model, x, agreements = load_limited(path), to_float(images), {}
     limits = tuple(not_for(model, spec))
     runs_itself = bool(FORMATS[format_name].runs)
     if not runs_itself:

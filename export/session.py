@@ -89,17 +89,29 @@ def open_session(path: Path, options: ort.SessionOptions) -> Any:
     """A session on the CPU.
 
     Raises:
-        ModelFileError: no regular file, a graph that :func:`robustq.export.graph_limits.broken_limit` refuses, or one
-            that onnxruntime cannot load.
+        ModelFileError: as :func:`load_limited`, or onnxruntime cannot load the file.
+    """
+    load_limited(path)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exception types share no base below Exception
+        raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
+
+
+def load_limited(path: Path) -> onnx.ModelProto:
+    """The graph of an .onnx file that robustq may run.
+
+    Raises:
+        ModelFileError: no regular file, no ONNX, or a limit of :func:`robustq.export.graph_limits.broken_limit`.
     """
     try:
         with open_regular(path) as file:
             model = onnx.load(file, load_external_data=False)
         refused = broken_limit(model)
-        if refused is not None:
-            raise ModelFileError(f"{path}: {refused}, which robustq does not run")
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except ModelFileError:
         raise
-    except Exception as error:  # those of protobuf and of onnxruntime share no base below Exception
+    except Exception as error:  # protobuf, and shape inference of a broken graph
         raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
+    if refused is not None:
+        raise ModelFileError(f"{path}: {refused}; robustq does not run such files")
+    return model

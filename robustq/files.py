@@ -282,7 +282,7 @@ def _digest(file: BinaryIO, length: int) -> str:
 SEAL = b"robustq sha256:"
 _SEAL_LENGTH = len(SEAL) + 64
 _END_OF_ZIP = b"PK\x05\x06"
-"""Signature of the last record of a zip archive: 22 bytes, then the comment."""
+"""Signature of the last record of a zip archive: 22 bytes, the last two the comment's length; then the comment."""
 
 
 def seal(archive: BinaryIO) -> None:
@@ -307,10 +307,11 @@ def check_seal(path: Path, *, error: type[RobustqError]) -> None:
     with open_regular(path, error=error) as archive:
         length = archive.seek(0, os.SEEK_END) - _SEAL_LENGTH
         archive.seek(max(length - 22, 0))
-        end, comment = archive.read(22), archive.read()
+        tail = archive.read()
+        end = tail.rfind(_END_OF_ZIP)
         # Either mark tells a sealed archive: one flipped bit cannot change both.
-        is_sealed = comment.startswith(SEAL) or end.startswith(_END_OF_ZIP)
-        if is_sealed and comment != SEAL + _digest(archive, length).encode():
+        is_sealed = SEAL in tail or (end >= 0 and tail[end + 20 : end + 22] != b"\0\0")
+        if is_sealed and tail[-_SEAL_LENGTH:] != SEAL + _digest(archive, length).encode():
             raise error(
                 f"{path}: is damaged (its sha256 is not the one that it was written with); copy or make it again"
             )

@@ -52,13 +52,13 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
             check_seal(path, error=ModelFileError)
         elif not start.startswith(b"\x80"):
             raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
-        elif start == LEGACY:
-            legacy = f"{path}: has no checksum (torch before 1.6 wrote none), so that damage goes unnoticed; "
-            warnings.warn(legacy + "save it again with today's torch", RobustqWarning, stacklevel=2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, then refuses them
             content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content, path)
+        if start == LEGACY:
+            found = f"{path}: has no checksum (torch before 1.6 wrote none), so damage goes unnoticed; "
+            warnings.warn(found + "save it again with today's torch", RobustqWarning, stacklevel=2)
         return content
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -193,7 +193,8 @@ def test_any_damage_is_one_line(tmp_path: Path) -> None:
                 except ModelFileError as error:
                     refused += 1
                     assert "\n" not in str(error)
-    assert not warned  # a warning would be a second line
+    # A warning would be a second line of an error; an accepted file of torch before 1.6 has one.
+    assert len(warned) < 180 - refused and all("has no checksum" in str(one.message) for one in warned)
     assert refused > 120
 
 

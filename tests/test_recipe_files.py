@@ -78,7 +78,7 @@ def test_another_method_leaves_the_others_table_behind(folder: Path) -> None:
         ('extends = "odqg"', "child.toml extends 'odqg': unknown recipe 'odqg' (nearest: odgq)"),
         ('extends = "none.toml"', "none.toml: no such recipe file"),
         ("extends = 3", "extends = '3' is not a word"),
-        ('extends = "broken.toml"', "broken.toml: not valid TOML"),
+        ('extends = "broken.toml"', "broken.toml: is not valid TOML"),
         ('extends = "child.toml"', "extend one another in a circle"),
         ('extends = "back.toml"', "extend one another in a circle"),
     ],

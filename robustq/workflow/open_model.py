@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import torch
 from torch import nn
 
@@ -16,7 +15,7 @@ from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
-from robustq.export.session import OnnxModel
+from robustq.export.session import OnnxModel, load_limited
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
@@ -108,7 +107,7 @@ def _gradient_models(network: nn.Module) -> dict[str, Model]:
 
 def is_dynamic(path: Path) -> bool:
     """Whether an .onnx file quantizes activations with a scale of the batch."""
-    return any(node.op_type in DYNAMIC for node in onnx.load(path, load_external_data=False).graph.node)
+    return any(node.op_type in DYNAMIC for node in load_limited(path).graph.node)
 
 
 def _features(network: nn.Module) -> Features | None:

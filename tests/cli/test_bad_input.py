@@ -101,7 +101,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     # recipes and data
     (("harden", "weights.pt", "--bits", "4"), "is a bare state dict (resnet8, 10 classes)"),
     ((*H4, "--recipe", "odqg"), "nearest: odgq"),
-    ((*H4, "--recipe", "deep.toml"), "deep.toml: not valid TOML"),
+    ((*H4, "--recipe", "deep.toml"), "deep.toml: is not valid TOML"),
     ((*H4, "--set", "crop_padding=8"), "crop_padding = 8 is no less than the side"),
     ((*H4, "--set", "epochs=" + "9" * 5000), "epochs = "),
     ((*H4, "--data", "digit"), "did you mean digits"),

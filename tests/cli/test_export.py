@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 import robustq
 from robustq.checkpoint import load_model, save_model
-from robustq.export.bundle import RECORD
+from robustq.export.bundle import RECORD, write_record
 from robustq.export.formats import build
 from robustq.files import sha256
 from tests.cli.conftest import FAST_TRAIN, Run
@@ -109,8 +109,7 @@ def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w
         model.get_parameter("fc.weight").neg_()
     save_model(Path("bundle/model.pt"), model, spec, info=info)
     record = json.loads(Path("bundle", RECORD).read_text())
-    record["sha256"]["model.pt"] = sha256(Path("bundle/model.pt"))
-    Path("bundle", RECORD).write_text(json.dumps(record))
+    write_record(Path("bundle"), record, *Path("bundle").glob("*.onnx"), Path("bundle/model.pt"))
     result = run("recheck", "bundle", "--images", "10", "--json")
     assert result.code == 1 and result.json["shortfalls"]
     assert "another class" in result.err

@@ -89,7 +89,7 @@ def test_names_may_be_quoted_or_not(tmp_path: Path, text: str) -> None:
     ("content", "message"),
     [
         (None, "cannot be read"),
-        (b"\xff\xfe", "cannot be read"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (b"conv1 = ", "is not valid TOML"),
         (b"", "names no layer"),
         (b"conv1 = 4.0\nfc = '8'\nrelu = true\n", r"integers \(conv1 = 4.0, fc = '8', relu = True\)"),

@@ -1,0 +1,135 @@
+"""Limits of the ONNX files that robustq runs: operators without loops, and sizes of tensors.
+
+onnxruntime would run a loop without end, and computes constants when it loads a file: a few bytes can ask for 100 GB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import onnx
+
+OPERATORS = frozenset(
+    {"Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "Cast", "Ceil"}
+    | {"Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvInteger", "DepthToSpace", "DequantizeLinear"}
+    | {"Div", "Dropout", "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather"}
+    | {"Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish"}
+    | {
+        "Identity",
+        "LayerNormalization",
+        "LeakyRelu",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "LogSoftmax",
+        "MatMul",
+        "MatMulInteger",
+        "Max",
+    }
+    | {"MaxPool", "Min", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow", "QLinearConv", "QLinearMatMul"}
+    | {"QuantizeLinear", "RandomNormalLike", "RandomUniformLike", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin"}
+    | {
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Resize",
+        "Round",
+        "Selu",
+        "Shape",
+        "Sigmoid",
+        "Sign",
+        "Slice",
+        "Softmax",
+        "Softplus",
+    }
+    | {"SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Transpose", "Unsqueeze", "Where"}
+)
+"""Operators of ONNX that a feed-forward network has."""
+
+QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
+"""Operators of QONNX; the first input is quantized, the second is the scale."""
+
+LARGEST_ACTIVATION = 1 << 24
+"""Elements of a tensor that depends on the image, for one image."""
+
+LARGEST_CONSTANTS = 1 << 29
+"""Elements of all other tensors together."""
+
+
+def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS) -> str | None:
+    """The limit that a file exceeds, in words; None if it keeps all. Nothing is computed.
+
+    The limits: operators of :data:`OPERATORS` alone, all weights in the file, no constant of more elements than are
+    stored, and no tensor that is too large or of unknown size.
+
+    Args:
+        model: without external data loaded.
+        constants: see :data:`LARGEST_CONSTANTS`.
+
+    Raises:
+        Exception: onnx cannot infer the shapes of a broken graph.
+    """
+    graph = model.graph
+    for node in graph.node:
+        if node.op_type not in QUANTIZERS and (node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx")):
+            return f"has the operator {node.op_type}"
+    if model.functions:
+        return "has functions"
+    for tensor in stored_tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            return f"keeps the values of {tensor.name or 'a constant'} in another file"
+        if _count(tensor.dims) > 8 * tensor.ByteSize():  # at most 8 elements a byte
+            return f"declares {_count(tensor.dims):,} values of {tensor.name or 'a constant'}, and has fewer"
+    sizes = tensor_sizes(model)
+    stored = {tensor.name for tensor in graph.initializer}
+    from_image = {value.name for value in graph.input} - stored
+    for node in graph.node:
+        depends = not from_image.isdisjoint(node.input)
+        from_image |= set(node.output) if depends else set()
+        for name in filter(None, node.output):
+            size = sizes.get(name)
+            if size is None:
+                return f"has a tensor of unknown size ({name}, by {node.op_type})"
+            constants -= 0 if depends else size
+            if size > LARGEST_ACTIVATION if depends else constants < 0:
+                return f"makes a tensor of {size:,} values ({name}, by {node.op_type})"
+    return None
+
+
+def stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Initializers, and tensors in attributes."""
+    yield from model.graph.initializer
+    for sparse in model.graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            yield from ([attribute.t] if attribute.HasField("t") else [])
+            yield from attribute.tensors
+
+
+def tensor_sizes(model: onnx.ModelProto) -> dict[str, int]:
+    """Name -> number of elements for one image, of the tensors whose size the graph tells."""
+    single = onnx.ModelProto()
+    single.CopyFrom(model)
+    del single.graph.value_info[:]  # what the file claims
+    for node in single.graph.node:
+        if node.op_type in QUANTIZERS:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+    for output in single.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    for value in single.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            if not axis.HasField("dim_value"):
+                axis.dim_value = 1
+    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    sizes = {}
+    for value in [*inferred.value_info, *inferred.output]:
+        shape = value.type.tensor_type.shape
+        if value.type.tensor_type.HasField("shape") and all(axis.HasField("dim_value") for axis in shape.dim):
+            sizes[value.name] = _count([axis.dim_value for axis in shape.dim])
+    return sizes
+
+
+def _count(dims: Iterable[int]) -> int:
+    return math.prod(max(size, 0) for size in dims)
