@@ -89,7 +89,7 @@ def compare(reference: Tensor, answers: Tensor, *, bound: float = LARGEST_MEAN_D
     )
 
 
-RUNS: dict[str, dict[str, bool]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "optimised": {"optimise": True},
     "unoptimised": {"optimise": False},
     "exact": {"optimise": True, "exact": True},

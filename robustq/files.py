@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, ValuesView
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -162,6 +161,22 @@ PARTIAL = ".partial"
 
 
 @contextmanager
+def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside ``path``; if the block has not renamed it, it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+    try:
+        with partial.open("x+b") as file:  # mode 0666 without the umask's bits
+            yield partial, file
+    except OSError as error:
+        if error.filename is None or Path(error.filename) == partial:  # write() and fsync() name no file
+            error.filename = str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that replaces ``path`` when the block ends without an exception, and is removed otherwise.
 
@@ -171,22 +186,17 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written (a full disk, say); its ``filename`` is ``path``, which is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o644)
+    with partial_file(path) as (partial, file):
+        yield file
+        sync_file(file)
         partial.replace(path)
-        sync_folder(path.parent)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # the errors of write() and fsync() do not name the file
-        raise
+    sync_folder(path.parent)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Flush the content of ``file`` to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -212,11 +222,14 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 def free_path(wanted: Path) -> Path:
     """``wanted``, or ``wanted-2``, ``wanted-3``, ... if it exists; for default names only."""
-    candidate, number = wanted, 2
-    while candidate.exists():
-        candidate = wanted.with_name(f"{wanted.name}-{number}")
-        number += 1
-    return candidate
+    return next(path for path in free_names(wanted) if not path.exists())
+
+
+def free_names(wanted: Path, suffix: str = "") -> Iterator[Path]:
+    """Names for an output: ``wanted`` with ``suffix``, then with ``-2``, ``-3``, ... in front of the suffix."""
+    yield wanted.with_name(f"{wanted.name}{suffix}")
+    for number in count(2):
+        yield wanted.with_name(f"{wanted.name}-{number}{suffix}")
 
 
 def check_new(path: Path) -> Path:
@@ -248,27 +261,6 @@ def _check_writable(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(f"--out {path} cannot be written below {parent}; name another --out")
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to ``path`` when the block ends without an exception, and removed otherwise.
-
-    Raises:
-        OutputExistsError: another process made ``path`` while the block ran.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            raise OutputExistsError(f"{path} was made by another run in the meantime; name another --out")
-        partial.rename(path)
-        sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def sha256(path: Path) -> str:

@@ -275,7 +275,8 @@ def run_job(
     """
     import contextlib
 
-    from robustq.files import check_new, write_text_atomically
+    from robustq.files import check_new
+    from robustq.outputs import write_new
 
     if out is not None:
         check_new(out)
@@ -283,10 +284,12 @@ def run_job(
     with console_output(), contextlib.redirect_stdout(sys.stderr):
         result = job()
     document = json.dumps(dict(result), indent=2)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out, document + "\n")
-    _print(document if as_json else "\n".join(map(printable, lines(result))))
+    try:
+        if out is not None:
+            with console_output():
+                write_new(out, lambda file: file.write(f"{document}\n".encode()))
+    finally:  # a full disk does not lose the result
+        _print(document if as_json else "\n".join(map(printable, lines(result))))
     failed = failure(result)
     if failed is not None:
         raise CheckFailedError(failed)

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor
 from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.data.npz import check_unpacked_size
 from robustq.errors import UsageError, one_line
-from robustq.files import atomic_file, check_seal, misfit, open_regular, parse_bounded, seal
+from robustq.files import check_seal, misfit, open_regular, parse_bounded, seal
+from robustq.outputs import write_new
 
 _KINDS = {"x_adv": "u", "labels": "i", "places": "i", "attack": "U", "broken": "b", "epsilon": "f"}
 _KINDS |= dict.fromkeys(("data", "clean_sha256", "about"), "U")
@@ -49,9 +50,10 @@ class AdversarialImages:
     clean_sha256: str
     about: dict[str, Any]
 
-    def save(self, path: Path) -> None:
-        """Write the file, whole or not at all."""
-        with atomic_file(path) as file:
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all; returns its path (:func:`robustq.outputs.write_new`)."""
+
+        def write(file: BinaryIO) -> None:
             np.savez_compressed(
                 file,
                 x_adv=self.x_adv.numpy(),
@@ -65,6 +67,8 @@ class AdversarialImages:
                 about=np.str_(json.dumps(self.about)),
             )
             seal(file)
+
+        return write_new(path, write)
 
     @classmethod
     def load(cls, path: Path) -> AdversarialImages:

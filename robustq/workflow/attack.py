@@ -174,12 +174,13 @@ def attack_model(
         curve=curve,
         surrogates=tuple(target.surrogates),
         control=target.control is not None,
-        adversarial=None if save_adversarial is None else save_adversarial.absolute(),
+        adversarial=None,
         seconds=seconds,
     )
-    if save_adversarial is not None:
-        _adversarial_images(result, x, y, loaded).save(save_adversarial)
-    return result
+    if save_adversarial is None:
+        return result
+    saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
+    return replace(result, adversarial=saved.absolute())
 
 
 def _check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:

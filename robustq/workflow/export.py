@@ -19,9 +19,10 @@ from robustq.export.integer_layers import Layers
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import Proof, attack_file, prove
-from robustq.files import atomic_folder, check_output, free_path
+from robustq.files import check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
+from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.workflow import Result
 from robustq.workflow.open_model import log_failures
@@ -134,8 +135,8 @@ def export_model(
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
-    final = out or free_path(EXPORTS / name)
-    with atomic_folder(final) as folder:
+    wanted = out or free_path(EXPORTS / name)
+    with partial_folder(wanted) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
         kept = network.eval() if batch_norm == "keep" else None
@@ -176,6 +177,9 @@ def export_model(
         )
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
+        final = publish(folder, out or EXPORTS / name, numbered=True)
+    if out is not None:
+        warn_of_other_name(out, final)
     final = final.absolute()
     return ExportResult(final, tuple(final / file for file in (path.name, MODEL, RECORD)), record)
 

@@ -14,10 +14,11 @@ from torch import nn
 from robustq.checkpoint import load_weights, save_model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import correct
-from robustq.files import atomic_folder, free_path, write_text_atomically
+from robustq.files import free_path, write_text_atomically
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.run_folder import CONFIG, RESULT
 from robustq.models.spec import ModelSpec, build_model
+from robustq.outputs import atomic_folder
 from robustq.progress import detail, note
 from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
