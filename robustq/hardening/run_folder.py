@@ -197,7 +197,12 @@ class RunFolder:
             raise ModelFileError(f"{path}: holds no state; best.pt and last.pt beside it can still be used")
         if began is None:
             note(f"note    {path} is of an older robustq: {CONFIG} is taken as it is")
-        elif (changed := first_change(json.loads(began), self.config)) is not None:
+            return state
+        try:
+            changed = first_change(json.loads(began), self.config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelFileError(f"{path}: its copy of {CONFIG} cannot be read; start a new run") from error
+        if changed is not None:
             raise ModelFileError(
                 f"{self.path / CONFIG}: {changed} in {RESUME}; a run goes on only as it began: put it back, or start a "
                 f"new run from {self.path / 'best.pt'}"
