@@ -1,7 +1,8 @@
 """The folder of one training run: config.json, metrics.jsonl, best.pt, last.pt, result.json; its lock; resuming.
 
-Until a run has finished, resume.pt holds its state. metrics.jsonl, last.pt and best.pt are derived from it and written
-after it; if the process is killed in between, :meth:`RunFolder.reopen` writes them again.
+Until a run has finished, resume.pt holds its state and a copy of config.json. metrics.jsonl, last.pt and best.pt are
+derived from the state and written after it; if the process is killed in between, :meth:`RunFolder.repair` writes them
+again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from filelock import FileLock, Timeout
 
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
-from robustq.files import check_new, open_regular, remove_partials, write_text_atomically
+from robustq.files import check_new, open_regular, read_table, remove_partials, write_text_atomically
 from robustq.hardening.metrics import TensorBoardLogger
+from robustq.hardening.run_config import first_change, wrong_entry
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
 from robustq.outputs import atomic_folder
@@ -123,19 +125,18 @@ class RunFolder:
         config = json.loads(json.dumps(config))  # as a resumed run gets it: lists, no tuples
         with atomic_folder(path) as partial:
             write_text_atomically(partial / CONFIG, json.dumps(config, indent=2) + "\n")
-            _write_resume(partial, state)
+            _write_resume(partial, state, config)
         lock = RunLock(path)
         lock.acquire()
         return cls(path, config, lock)
 
     @classmethod
     def reopen(cls, path: Path) -> Self:
-        """The folder of an unfinished run; files that a killed process left behind are repaired.
+        """The folder of an unfinished run; nothing in it changes but its lock (see :meth:`repair`).
 
         Raises:
             UsageError: no such folder, no run folder, one without resume.pt, or a finished run.
             RunLockedError: the run is still going.
-            ModelFileError: resume.pt is broken or of another version.
         """
         # Before the lock writes its file: any other folder stays unchanged.
         read_config(path)
@@ -145,13 +146,15 @@ class RunFolder:
         try:
             config = read_config(path)
             check_unfinished(path)
-            folder = cls(path, config, lock)
-            remove_partials(path)
-            folder._write_copies(folder.load(), last=None, best=True)
         except BaseException:
             lock.release()
             raise
-        return folder
+        return cls(path, config, lock)
+
+    def repair(self, state: dict[str, Any]) -> None:
+        """Write the files that follow from ``state``, of :meth:`load`, and remove what a killed process left behind."""
+        remove_partials(self.path)
+        self._write_copies(state, last=None, best=True)
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +175,7 @@ class RunFolder:
         Raises:
             OSError: a file cannot be written; the state saved before is unchanged.
         """
-        _write_resume(self.path, state)
+        _write_resume(self.path, state, self.config)
         if epoch_ended:
             self._write_copies(state, last=True, best=is_best)
 
@@ -180,7 +183,7 @@ class RunFolder:
         """The last saved state, with tensors on the CPU.
 
         Raises:
-            ModelFileError: resume.pt is broken or of another version.
+            ModelFileError: resume.pt is broken or of another version, or belongs to another config.json.
         """
         path = self.path / RESUME
         content = read_checkpoint(path)
@@ -189,7 +192,21 @@ class RunFolder:
                 f"{path}: is no state of a run that this robustq reads (format {FORMAT}, version {VERSION}); "
                 "best.pt and last.pt beside it can still be used"
             )
-        state: dict[str, Any] = content["state"]
+        state, began = content.get("state"), content.get("config")
+        if not isinstance(state, dict):
+            raise ModelFileError(f"{path}: holds no state; best.pt and last.pt beside it can still be used")
+        if began is None:
+            note(f"note    {path} is of an older robustq: {CONFIG} is taken as it is")
+            return state
+        try:
+            changed = first_change(json.loads(began), self.config)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelFileError(f"{path}: its copy of {CONFIG} cannot be read; start a new run") from error
+        if changed is not None:
+            raise ModelFileError(
+                f"{self.path / CONFIG}: {changed} in {RESUME}; a run goes on only as it began: put it back, or start a "
+                f"new run from {self.path / 'best.pt'}"
+            )
         return state
 
     def progress(self) -> str:
@@ -237,8 +254,9 @@ class RunFolder:
         save_state(self.path / name, weights, ModelSpec.from_dict(self.config["spec"]), info=info)
 
 
-def _write_resume(folder: Path, state: dict[str, Any]) -> None:
-    save_atomically({"format": FORMAT, "version": VERSION, "state": state}, folder / RESUME)
+def _write_resume(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
+    content = {"format": FORMAT, "version": VERSION, "config": json.dumps(config), "state": state}
+    save_atomically(content, folder / RESUME)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -250,12 +268,15 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         what = "is a file" if path.exists() else "no such folder"
         raise UsageError(f"{path}: {what}; give the folder of a run, such as runs/NAME")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: has no readable {CONFIG}, so it is not the folder of a run") from error
-    if not isinstance(config, dict) or not {"recipe", "spec", "seed"} <= config.keys():
-        raise UsageError(f"{path}: its {CONFIG} does not describe a run of robustq train or harden")
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path}: has no {CONFIG}, so it is not the folder of a run")
+    config = read_table(path / CONFIG, error=UsageError)
+    wrong = wrong_entry(config)
+    if wrong is not None:
+        raise UsageError(
+            f"{path / CONFIG}: does not describe a run of robustq train or harden ('{wrong}' is missing or cannot be "
+            "used); put it back, or start a new run"
+        )
     return config
 
 

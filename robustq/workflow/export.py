@@ -31,6 +31,9 @@ from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius
 EXPORTS = Path("export-out")
 RECHECK_SUITE = SUITES["recheck"].name
 
+LARGEST_DRIFT = 0.02
+"""Share of the answers that folding BatchNorm may change; more come from broken running statistics."""
+
 COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
 COUNTED = (*COUNTED_CLEAN, "robust_accuracy", "interval", "epsilon", "verdict", "flags")
 """Keys of the accuracy in the file's metadata, without and with attacks."""
@@ -147,6 +150,13 @@ def export_model(
         _log_layers(proof.layers)
         if proof.parity_failures:
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
+        drifted = drift(network, folded, to_float(x))
+        shortfalls = list(proof.shortfalls)
+        if kept is None and drifted.different_top1 > LARGEST_DRIFT * drifted.images:
+            shortfalls.append(
+                f"folding BatchNorm changed the class of {drifted.different_top1} of {drifted.images} images, "
+                f"more than {LARGEST_DRIFT:.0%}: train the model longer, or export with --batch-norm keep"
+            )
         record: dict[str, Any] = {
             "format": format_name,
             "label": spec.label,
@@ -158,8 +168,8 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
-            "drift": drift(network, folded, to_float(x)).to_dict(),
-            "shortfalls": proof.shortfalls,
+            "drift": drifted.to_dict(),
+            "shortfalls": shortfalls,
             "versions": versions(),
         }
         radius = radius_of(spec, epsilon)
@@ -172,9 +182,7 @@ def export_model(
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
-        add_results(
-            path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=proof.shortfalls
-        )
+        add_results(path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=shortfalls)
         record["size_bytes"] = path.stat().st_size
         write_record(folder, record, path, folder / MODEL)
         final = publish(folder, out or EXPORTS / name, numbered=True)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robustq.data import Augment, Dataset
-from robustq.errors import DataError, ModelFileError, RobustqError, UsageError
+from robustq.errors import DataError, ModelFileError, RobustqError, UsageError, one_line
 from robustq.files import sha256
-from robustq.hardening.methods.registry import resolved_settings
 from robustq.hardening.metrics import check_tensorboard
-from robustq.hardening.run_folder import RESUME, RunFolder
+from robustq.hardening.run_config import read_entries
+from robustq.hardening.run_folder import CONFIG, RESUME, RunFolder
+from robustq.hardening.saved_state import check_state
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note
 from robustq.recipe import Recipe
 from robustq.workflow.run_log import check_forecast, log_run
-from robustq.workflow.setup import data_for, pick_device, versions
+from robustq.workflow.setup import check_last_batch, data_for, pick_device, versions
 from robustq.workflow.training_run import TrainResult, complete_run, prepare
 
 
@@ -28,7 +28,7 @@ def resume_run(
     """Continue a run of train or harden that has not finished.
 
     The folder holds recipe, network, data and seed. On the same CPU the result is bit for bit that of a run without the
-    stop.
+    stop. Everything is checked before a file of the folder is written.
 
     Args:
         run: its folder.
@@ -46,7 +46,8 @@ def resume_run(
     folder = RunFolder.reopen(path)
     with folder:
         config = folder.config
-        recipe, spec, augment = _read_config(path, config)
+        recipe, spec, augment = _read_entries(path, config)
+        state = folder.load()
         if recipe.tensorboard:
             check_tensorboard()
         place = pick_device(device or config["device"])
@@ -57,16 +58,19 @@ def resume_run(
         )
         _check_same_data(config, loaded)
         network = build_model(spec, own_model=own_model).to(place)
+        check_last_batch(network, spec, len(loaded.train), recipe)
         training = prepare(network, spec, loaded, recipe, augment=augment, seed=config["seed"], device=place)
-        state = folder.load()
         try:
+            check_state(state, training)
             training.load_state_dict(state)
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0][:100]
-            raise ModelFileError(f"{path / RESUME}: does not fit the config of {path} ({first})") from error
+            raise ModelFileError(
+                f"{path / RESUME}: does not fit the config of {path} ({one_line(error, longest=100)})"
+            ) from error
         log_run(spec, loaded, training, config, resumed=path)
         if not training.finished:
             check_forecast(training, parent=path)
+        folder.repair(state)
         return complete_run(folder, training, spec, loaded)
 
 
@@ -80,7 +84,7 @@ def differences(config: dict[str, Any], device: torch.device) -> list[str]:
     ]
     if config["device"] != str(device):
         lines.append(f"the run began on {config['device']} and continues on {device}: results may differ by rounding")
-    source = config["source"]
+    source = config.get("source")
     if source is not None:
         file = Path(source["path"])
         if not file.is_file():
@@ -90,23 +94,17 @@ def differences(config: dict[str, Any], device: torch.device) -> list[str]:
     return lines
 
 
-def _read_config(path: Path, config: dict[str, Any]) -> tuple[Recipe, ModelSpec, Augment]:
+def _read_entries(path: Path, config: dict[str, Any]) -> tuple[Recipe, ModelSpec, Augment]:
     """Recipe, network and augmentation of config.json.
 
     Raises:
         UsageError: it was edited, or another version wrote it.
     """
     try:
-        values = config["recipe"]
-        unknown = sorted(set(values) - {entry.name for entry in fields(Recipe)})
-        if unknown:
-            raise UsageError(f"the recipe key '{unknown[0]}' is unknown")
-        recipe = Recipe(**{**values, "milestones": tuple(values["milestones"])})
-        resolved_settings(recipe)
-        return recipe, ModelSpec.from_dict(config["spec"]), Augment(**config["augment"])
-    except (RobustqError, KeyError, TypeError) as error:
+        return read_entries(config)
+    except (RobustqError, TypeError) as error:
         raise UsageError(
-            f"{path / 'config.json'}: cannot be used ({error}); resume with the robustq that began the run"
+            f"{path / CONFIG}: cannot be used ({error}); resume with the robustq that began the run"
         ) from error
 
 

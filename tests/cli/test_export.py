@@ -170,3 +170,15 @@ def test_results_of_the_python_functions_are_typed_and_read_like_the_json(
         assert dict(result) == result.to_dict() == json.loads(json.dumps(result.to_dict()))
         with pytest.raises(AttributeError):
             result.seed = 1  # type: ignore[misc, union-attr]
+
+
+@pytest.mark.parametrize(("changed", "code"), [(2, 0), (3, 1)])
+def test_folding_that_changes_more_than_two_percent_of_the_answers_fails(
+    run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch, changed: int, code: int
+) -> None:
+    from robustq.export.parity import Agreement
+
+    monkeypatch.setattr("robustq.workflow.export.drift", lambda *_: Agreement(100, changed, 0.1, 0.1))
+    told = run("export", digits_w4a4, "--images", "5", "--no-recheck", "--device", "cpu")
+    assert told.code == code
+    assert ("folding BatchNorm changed the class of 3 of 100 images" in told.err.splitlines()[-1]) == (code == 1)

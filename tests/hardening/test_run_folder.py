@@ -24,7 +24,9 @@ CONFIG: dict[str, Any] = {
     "command": "harden",
     "recipe": {"name": "test", "method": "natural", "epochs": 3},
     "spec": SPEC.to_dict(),
+    "data": {"name": "digits", "digest": "0", "skip_bad_images": False},
     "seed": 0,
+    "device": "cpu",
     "versions": {},
 }
 
@@ -84,6 +86,7 @@ def test_the_last_weights_are_those_that_were_evaluated(tmp_path: Path) -> None:
         assert (held(path / "last.pt"), held(path / "best.pt")) == (7, 1)
         (path / "last.pt").unlink()  # as if killed before it was written
     with RunFolder.reopen(path) as folder:
+        folder.repair(folder.load())
         assert held(path / "last.pt") == 7
         folder.save({**state(3, best=1), "judged": None}, epoch_ended=True, is_best=False)
         assert held(path / "last.pt") == 3
@@ -157,7 +160,8 @@ def test_copies_follow_the_state_after_a_kill_between_the_writes(tmp_path: Path)
     for name, content in old.items():
         (path / name).write_bytes(content)
     (path / ".last.pt.abc.partial").write_bytes(b"half")
-    with RunFolder.reopen(path):
+    with RunFolder.reopen(path) as folder:
+        folder.repair(folder.load())
         assert names(path) == {"config.json", RESUME, LOCK, *old}
         assert (path / "metrics.jsonl").read_bytes() == new["metrics.jsonl"]
         assert (held(path / "last.pt"), held(path / "best.pt")) == (2, 2)
@@ -188,8 +192,8 @@ def broken(path: Path, case: str) -> None:
     [
         ("nothing", UsageError, "no such folder"),
         ("a file", UsageError, "is a file"),
-        ("no config", UsageError, "no readable config.json"),
-        ("another config", UsageError, "does not describe a run"),
+        ("no config", UsageError, "has no config.json"),
+        ("another config", UsageError, "holds no table"),
         ("finished", UsageError, "has finished, nothing is left"),
         ("no state", UsageError, "has no resume.pt"),
         ("half a state", ModelFileError, "broken or truncated"),
@@ -202,8 +206,8 @@ def test_what_cannot_be_resumed_says_why_and_is_not_changed(
     path = tmp_path / "run"
     broken(path, case)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    with pytest.raises(error, match=words):
-        RunFolder.reopen(path)
+    with pytest.raises(error, match=words), RunFolder.reopen(path) as folder:
+        folder.load()
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 

@@ -174,17 +174,58 @@ def test_what_changed_since_is_told(
     ("change", "error", "words"),
     [
         (lambda config: config["recipe"].update(momentun=0.5), UsageError, "'momentun' is unknown"),
-        (lambda config: config["spec"].update(weight_bits=7), UsageError, "7"),
-        (lambda config: config["spec"].update(architecture="resnet20"), ModelFileError, "does not fit the config"),
+        (lambda config: config["recipe"].update(epochs=3.5), UsageError, "epochs = 3.5 is not an integer"),
+        (lambda config: config["recipe"].update(epochs=9), ModelFileError, "recipe.epochs is 9, and 2 in resume.pt"),
+        (lambda config: config["spec"].update(weight_bits=7), ModelFileError, "spec.weight_bits is 7, and 32"),
+        (lambda config: config["spec"].update(architecture="resnet20"), ModelFileError, "spec.architecture is"),
+        (lambda config: config.update(seed=1), ModelFileError, "seed is 1, and 0"),
+        (lambda config: config.update(data=None), UsageError, "'data' is missing"),
+        (lambda config: config["recipe"].update(tensorboard=True), UsageError, "needs the package tensorboard"),
     ],
 )
-def test_a_config_that_was_changed_is_refused(signal_at: Any, change: Any, error: type[Exception], words: str) -> None:
+def test_a_config_that_was_changed_is_refused_and_no_file_changes(
+    signal_at: Any, monkeypatch: pytest.MonkeyPatch, change: Any, error: type[Exception], words: str
+) -> None:
+    monkeypatch.setattr("robustq.hardening.metrics.importlib.util.find_spec", lambda _: None)
     run = stopped_train(signal_at)
     config = json.loads((run / "config.json").read_text())
     change(config)
     (run / "config.json").write_text(json.dumps(config))
+    refused(run, error, words)
+
+
+def refused(run: Path, error: type[Exception], words: str) -> None:
+    before = {file: file.read_bytes() for file in run.iterdir()}
     with pytest.raises(error, match=words):
         robustq.resume_run(run)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("optimizer"), "optimizer is missing"),
+        (lambda state: state.pop("standing"), "standing is missing"),
+        (lambda state: state["standing"].pop("rows"), "standing.rows is missing"),
+        (lambda state: state["standing"].update(epoch="1"), "standing.epoch is missing"),
+        (lambda state: state["totals"]["sums"].clear(), "totals.sums.(loss|train_accuracy) is missing"),
+        (lambda state: state.update(random=torch.zeros(3)), "random is missing"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_and_no_file_changes(signal_at: Any, change: Any, words: str) -> None:
+    run = stopped_train(signal_at)
+    content = torch.load(run / "resume.pt", weights_only=True)
+    change(content["state"])
+    torch.save(content, run / "resume.pt")
+    refused(run, ModelFileError, words)
+
+
+def test_a_state_of_an_older_version_without_its_config_is_resumed(signal_at: Any) -> None:
+    run = stopped_train(signal_at)
+    content = torch.load(run / "resume.pt", weights_only=True)
+    del content["config"]
+    torch.save(content, run / "resume.pt")
+    assert robustq.resume_run(run)["epochs_done"] == 2
 
 
 def test_the_same_run_is_not_trained_twice_unnoticed(signal_at: Any, capsys: pytest.CaptureFixture[str]) -> None:
