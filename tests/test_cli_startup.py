@@ -32,7 +32,6 @@ LIGHT = [
     (["harden", "--help"], 0),
     (["harden", "none.pt"], 2),
     (["attack", "none.pt"], 2),
-    (["attack", "lone.onnx"], 2),
     (["export", "none.pt"], 2),
     (["recheck", "none"], 2),
     (["info", "none.pt"], 2),
@@ -53,7 +52,6 @@ def calls(folder: Path, *lines: list[str]) -> tuple[list[int], set[str]]:
 
 def test_help_and_missing_files_load_nothing_heavy(tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("text")
-    (tmp_path / "lone.onnx").write_text("x")
     codes, modules = calls(tmp_path, *(words for words, _ in LIGHT))
     assert codes == [code for _, code in LIGHT]
     assert "robustq.cli" in modules and not modules & HEAVY

@@ -59,6 +59,9 @@ def export(
             autocompletion=one_of("finn", "hls4ml"),
         ),
     ] = None,
+    max_drift: Annotated[
+        float, rare(help="Share of the answers that folding BatchNorm may change.", min=0, max=1)
+    ] = 0.02,
 ) -> None:
     """Write the deploy file of a model and check it.
 
@@ -76,7 +79,7 @@ def export(
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(
-        lambda: robustq.export_model(model, recheck=recheck, out=out, **keywords),
+        lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, out=out, **keywords),
         printing.as_json,
         export_lines,
         failure=failed_checks,

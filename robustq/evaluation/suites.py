@@ -123,11 +123,12 @@ FULL: tuple[NamedAttack, ...] = (
 )
 """The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS."""
 
-_SUITES = (
-    Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
-    Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
-    Suite("standard", STANDARD),
-    Suite("full", FULL),
+SUITES: MappingProxyType[str, Suite] = MappingProxyType(
+    {
+        "paper": Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
+        "recheck": Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
+        "standard": Suite("standard", STANDARD),
+        "full": Suite("full", FULL),
+    }
 )
-SUITES: MappingProxyType[str, Suite] = MappingProxyType({suite.name: suite for suite in _SUITES})
 """Name -> suite (read-only)."""

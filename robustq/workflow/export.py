@@ -11,6 +11,7 @@ import onnx
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
+from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, SUITES
 from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
@@ -31,7 +32,7 @@ from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius
 EXPORTS = Path("export-out")
 RECHECK_SUITE = SUITES["recheck"].name
 
-LARGEST_DRIFT = 0.02
+MAX_DRIFT = 0.02
 """Share of the answers that folding BatchNorm may change; more come from broken running statistics."""
 
 COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
@@ -95,6 +96,7 @@ def export_model(
     epsilon: float | None = None,
     images: int = 1000,
     recheck: bool = True,
+    max_drift: float = MAX_DRIFT,
     data: str | None = None,
     own_model: str | None = None,
     skip_bad_images: bool = False,
@@ -113,6 +115,7 @@ def export_model(
         epsilon: radius of the re-check; None: as the model was trained, else 8/255.
         images: test images for parity and re-check, evenly spaced; 0: all.
         recheck: also count accuracy under attack.
+        max_drift: share of the answers that folding BatchNorm may change.
         data: overrides the model's.
         own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
@@ -152,10 +155,11 @@ def export_model(
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
         drifted = drift(network, folded, to_float(x))
         shortfalls = list(proof.shortfalls)
-        if kept is None and drifted.different_top1 > LARGEST_DRIFT * drifted.images:
+        if kept is None and wilson_interval(drifted.different_top1, drifted.images)[0] > max_drift:
             shortfalls.append(
-                f"folding BatchNorm changed the class of {drifted.different_top1} of {drifted.images} images, "
-                f"more than {LARGEST_DRIFT:.0%}: train the model longer, or export with --batch-norm keep"
+                f"folding BatchNorm changed the class of {drifted.different_top1} of {drifted.images} images, more "
+                f"than {max_drift:.0%}: train the model longer, keep BatchNorm (--batch-norm keep, qonnx), or allow it "
+                "by --max-drift"
             )
         record: dict[str, Any] = {
             "format": format_name,
