@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+STOPPED = "stopped; nothing half-written is left behind"
+"""The line after Ctrl-C."""
+
 
 def one_line(error: BaseException, *, longest: int | None = None) -> str:
     """The text of an exception on one line, cut to ``longest`` characters; its class name where it has no text."""

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from robustq.cli.program import app, main
+import sys
+from typing import NoReturn
 
-__all__ = ["app", "main"]
+from robustq.errors import STOPPED
+
+
+def main() -> NoReturn:
+    """Entry point, see :func:`robustq.cli.program.main`; Ctrl-C while the program is loaded is one line too."""
+    try:
+        from robustq.cli.program import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print(f"robustq: {STOPPED}", file=sys.stderr)
+        sys.exit(130)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustq.cli.program import main
+from robustq.cli import main
 
 if __name__ == "__main__":
     main()

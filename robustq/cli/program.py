@@ -17,7 +17,7 @@ from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes
 from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
-from robustq.errors import CheckFailedError, RobustqError, RunStoppedError, printable
+from robustq.errors import STOPPED, CheckFailedError, RobustqError, RunStoppedError, printable
 
 PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", "numpy")
 
@@ -106,9 +106,6 @@ for _command in (quickstart, train, harden, attack, export, recheck, info, recip
     app.command(cls=Command)(_command)
 
 
-_STOPPED = "stopped; nothing half-written is left behind"
-
-
 def main() -> NoReturn:
     """Entry point: every error is one line on stderr.
 
@@ -133,14 +130,14 @@ def main() -> NoReturn:
     except Exception as error:
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None and interrupts:
-            _fail(_STOPPED, 130)
+            _fail(STOPPED, 130)
         if shown is None:
             if not is_verbose():
                 traceback.print_exc()
             _fail(f"unexpected {type(error).__name__}: {error}; please report it with the lines above", 70)
         _fail(f"{shown()}{_typed_value(error)} (robustq --help)", 2)
     if code == 130:  # typer's code for Ctrl-C
-        _fail(_STOPPED, 130)
+        _fail(STOPPED, 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
