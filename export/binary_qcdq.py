@@ -18,7 +18,7 @@ from brevitas.quant.solver.act import ActQuantSolver
 from torch import Tensor, nn
 
 from robustq.errors import ExportError
-from robustq.models.layers import weight_quantizer
+from robustq.models.layers import same_shape, weight_quantizer
 from robustq.models.quant.binary import ChannelThresholds
 from robustq.models.quant.folded_layers import BiasQuant
 
@@ -95,11 +95,8 @@ def _is_binary(module: nn.Module, quantizer: str) -> bool:
 @torch.no_grad()
 def _two_bit_layer(layer: Any) -> nn.Module:
     options = {**weight_quantizer(TERNARY_BITS, folded=True), "bias_quant": BiasQuant}
-    if isinstance(layer, nn.Linear):
-        twin: Any = qnn.QuantLinear(layer.in_features, layer.out_features, bias=True, **options)
-    else:
-        shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        twin = qnn.QuantConv2d(*shape, layer.groups, **options)
+    kind = qnn.QuantLinear if isinstance(layer, nn.Linear) else qnn.QuantConv2d
+    twin = same_shape(layer, kind, bias=True, **options)
     twin.weight.copy_(layer.weight)
     twin.bias.copy_(layer.bias)
     for which in ("weight_quant", "bias_quant"):

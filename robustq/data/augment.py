@@ -17,17 +17,10 @@ from robustq.errors import UsageError
 
 @dataclass(frozen=True)
 class Augment:
-    """Augmentation of training images.
+    """Augmentation of training images; UsageError for a negative padding."""
 
-    `crop_padding`: zero pixels added on every side before a random crop of the original size (0: no crop).
-    `flip`: mirror left and right with probability 1/2.
-
-    Raises:
-        UsageError: a negative padding.
-    """
-
-    crop_padding: int = 0
-    flip: bool = False
+    crop_padding: int = 0  # zero pixels added on every side before a random crop of the original size; 0: no crop
+    flip: bool = False  # mirror left and right with probability 1/2
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
@@ -62,12 +55,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 def draw_crops_and_flips(augment: Augment, count: int, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the augmentation of `count` images, on the CPU: the same for every device.
-
-    Returns:
-        offsets int64 (count, 2), row and column of the crop's corner in the padded image, each 0..2 * crop_padding;
-        flips bool (count,).
-    """
+    """Draw offsets and flips of `count` images for `crop_and_flip`, on the CPU: the same for every device."""
     offsets = torch.randint(0, 2 * augment.crop_padding + 1, (count, 2), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5 if augment.flip else torch.zeros(count, dtype=torch.bool)
     return offsets, flips

@@ -46,22 +46,19 @@ class Dataset:
 def training_indices(
     labels: Tensor, train_images: int, *, name: str, class_names: tuple[str, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on, and of the hold-out: a fixed stratified tenth of the whole training part.
+    """Indices of the images to train on, and of the hold-out: int64, increasing, disjoint.
 
-    The hold-out does not depend on `train_images`: no run trains on the hold-out images of another run.
+    The hold-out is a fixed stratified tenth of the whole training part. It does not depend on `train_images`, so that
+    no run trains on the hold-out images of another run.
 
     Args:
         labels: int64 (N,) of the whole training part.
         train_images: number of training images, class shares kept, every class present; 0 for all.
         name, class_names: the data set's, for the messages.
 
-    Returns:
-        int64, increasing, disjoint.
-
     Raises:
         UsageError: a negative number.
-        DataError: labels of one class only, one image per class, more images wanted than there are, or fewer than there
-            are classes.
+        DataError: one class only, one image per class, or a number that the data set cannot give.
     """
     if len(set(labels.tolist())) < 2:
         raise DataError(f"{name} has training images of one class only ({class_names[int(labels[0])]}); need two")

@@ -160,11 +160,7 @@ class Split(Protocol):
 
 
 def evenly_spaced(length: int, n: int) -> Tensor:
-    """The indices floor(i * length / n), i = 0..n-1: int64, increasing, from 0; all for n = 0 or n >= length.
-
-    Raises:
-        UsageError: a negative n.
-    """
+    """The indices floor(i * length / n), i = 0..n-1: int64; all for n = 0 or n >= length, UsageError for n < 0."""
     if n < 0:
         raise UsageError(f"cannot take {n} images; give a positive number, or 0 for all")
     if n == 0 or n >= length:
@@ -181,12 +177,8 @@ def check_batch_size(batch_size: int) -> None:
 class TensorSplit:
     """A split that fits into memory: one uint8 tensor, copied to a compute device once and augmented there.
 
-    Args:
-        images: uint8 (N, C, H, W) on the CPU.
-        labels: integers (N,); kept as int64 on the CPU.
-
-    Raises:
-        DataError: no images, another dtype or shape, or another number of labels.
+    `images`: uint8 (N, C, H, W), `labels`: integers (N,), both on the CPU. DataError for no images, another dtype or
+    shape, or another number of labels.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:

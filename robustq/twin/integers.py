@@ -122,43 +122,24 @@ def qgemm(
     return total * scale if y_scale is None else _requantized(call, total, scale / y_scale, y_zero, 8)
 
 
-def _binary(call: Call, result: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+@operator(MICROSOFT + "QLinearAdd", MICROSOFT + "QLinearMul")
+def qlinear_arithmetic(
+    call: Call,
+    a: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """Sum or product of codes of two scales."""
+    common_shape(call, a.shape, b.shape)
+    combine = torch.add if call.node.operator.endswith("Add") else torch.mul
+    result = combine(dequantized(a, a_scale, a_zero), dequantized(b, b_scale, b_zero))
     kind = call.node.types[7] if zero_point is not None and len(call.node.types) > 7 else call.node.types[0]
     return quantized(call, result, scale, zero_point, codes_of(call, kind or TensorProto.UINT8))
-
-
-@operator(MICROSOFT + "QLinearAdd")
-def qlinear_add(
-    call: Call,
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-) -> Tensor:
-    """Sum of codes of two scales."""
-    common_shape(call, a.shape, b.shape)
-    return _binary(call, dequantized(a, a_scale, a_zero) + dequantized(b, b_scale, b_zero), scale, zero_point)
-
-
-@operator(MICROSOFT + "QLinearMul")
-def qlinear_mul(
-    call: Call,
-    a: Tensor,
-    a_scale: Tensor,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-) -> Tensor:
-    """Product of codes of two scales."""
-    common_shape(call, a.shape, b.shape)
-    return _binary(call, dequantized(a, a_scale, a_zero) * dequantized(b, b_scale, b_zero), scale, zero_point)
 
 
 def _unary(call: Call, y: Tensor, scale: Tensor, zero_point: Tensor | None, kind: int | None) -> Tensor:
