@@ -51,6 +51,7 @@ def train(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_method_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(PLANTED)
     (tmp_path / "own.toml").write_text(RECIPE)
