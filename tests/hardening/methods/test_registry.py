@@ -41,6 +41,8 @@ PROGRAM = """
 import sys
 import robustq.hardening.methods
 robustq.hardening.methods.__path__.append(".")
+import pytest
+
 from robustq.cli import main
 main()
 """
