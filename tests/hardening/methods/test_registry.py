@@ -9,6 +9,8 @@ from pathlib import Path
 PLANTED = """
 from dataclasses import dataclass
 
+import pytest
+
 from robustq.hardening.methods.method import AdversarialTraining
 from robustq.hardening.methods.settings import MethodSettings, number
 
@@ -41,8 +43,6 @@ PROGRAM = """
 import sys
 import robustq.hardening.methods
 robustq.hardening.methods.__path__.append(".")
-import pytest
-
 from robustq.cli import main
 main()
 """
