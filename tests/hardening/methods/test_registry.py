@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PLANTED = """
 from dataclasses import dataclass
-
-import pytest
 
 from robustq.hardening.methods.method import AdversarialTraining
 from robustq.hardening.methods.settings import MethodSettings, number
