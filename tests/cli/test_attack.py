@@ -136,7 +136,8 @@ def test_compiled_attack_generation_finds_the_same(
 ) -> None:
     """The graphs that torch.compile finds, run eagerly; integer sums turn a sign now and then."""
     compile_with(monkeypatch, "eager")
-    assert run("export", digits_w4a4, "--no-recheck", "--images", "20", "--out", "bundle").code == 0
+    barely_trained = ("--max-drift", "1")
+    assert run("export", digits_w4a4, "--no-recheck", "--images", "20", *barely_trained, "--out", "bundle").code == 0
     how = ("attack", "bundle", "--images", "20", "--epsilon", "32/255", "--control", digits_float, "--json")
     plain, fast = run(*how), run(*how, "--compile", "--out", "f.json")
     assert plain.code == fast.code == 0, fast.err
