@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HEAVY = {"brevitas", "numpy", "onnx", "onnxruntime", "qonnx", "scipy", "sklearn", "torch", "torchvision"}
 
 PROGRAM = """
@@ -57,6 +59,7 @@ def test_help_and_missing_files_load_nothing_heavy(tmp_path: Path) -> None:
     assert "robustq.cli" in modules and not modules & HEAVY
 
 
+@pytest.mark.slow
 def test_training_and_attacking_load_neither_the_compiler_nor_sympy(tmp_path: Path) -> None:
     tiny = ["--data", "digits", "--set", "epochs=1", "--set", "train_images=64", "--set", "monitor_images=16"]
     train = ["train", "--arch", "resnet8", "--bits", "4", *tiny, "--out", "run"]

@@ -103,6 +103,7 @@ def test_a_float_network_is_written_as_float(run: Run, digits_float: Path) -> No
     assert found["integer_layers"] == [] and found["parity"]["optimised"]["different_top1"] == 0
 
 
+@pytest.mark.slow
 def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w4a4: Path) -> None:
     export(run, digits_w4a4, "--no-recheck")
     model, spec, info = load_model(Path("bundle/model.pt"))
@@ -116,6 +117,7 @@ def test_recheck_fails_a_file_that_is_not_the_model_beside_it(run: Run, digits_w
     assert "another class" in result.err
 
 
+@pytest.mark.slow
 def test_a_file_that_failed_parity_has_another_name_and_says_so_first(
     run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_sizes_and_thresholds_out_of_range(run: Run, digits_w4a4: Path) -> None:
     check_refused(run("info", "a.pt"), f"a.pt: {name} is 100, out of range")
 
 
+@pytest.mark.slow
 def test_a_pickle_that_grows(run: Run) -> None:
     grown: list[Any] = [0]
     for _ in range(30):

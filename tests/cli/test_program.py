@@ -308,6 +308,7 @@ def answer(code: str, **environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     kept, faults = answer(FAULTS)

@@ -161,6 +161,7 @@ def recorded() -> tuple[bool, bool]:
     return recipe["compile"], recipe["cuda_graphs"]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_says_so_and_records_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, "eager")
     done = run(*COMPILED, "--compile")
@@ -176,6 +177,7 @@ def test_no_compile_outweighs_the_recipe(run: Run, monkeypatch: pytest.MonkeyPat
     assert recorded() == (False, False)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_leaves_nothing_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_with(monkeypatch, no_compiler)
     done = run(*COMPILED, "--compile")

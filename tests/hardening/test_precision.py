@@ -241,8 +241,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Counted]:
 
 CASES = [
     ("natural", 4, {"precision": "bfloat16"}, 1),
-]
-MORE = [
     ("odgq", 4, {}, 3),
     ("odgq", 4, {"side_precision": "integer"}, 3),
     ("odgq", 4, {"settings": {"natural_gradient": True, "batch_norm": "train"}}, 2),
@@ -251,9 +249,8 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("method", "bits", "keys", "kinds"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "bits", "keys", "kinds"), CASES)
 def test_steps_are_the_same_and_compile_once_for_each_kind_of_pass(
     steps: Callable[..., Counted], method: str, bits: int, keys: dict[str, Any], kinds: int
 ) -> None:
@@ -273,6 +270,7 @@ def test_steps_are_the_same_and_compile_once_for_each_kind_of_pass(
     assert "forward" not in vars(model)
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_length_runs_eager() -> None:
     model = network(4).train()
     counter = CompileCounterWithBackend("eager")

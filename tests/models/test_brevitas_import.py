@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 FIRST = """
 import sys, torch
 import robustq.models
@@ -34,9 +36,11 @@ def output(code: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_first_import() -> None:
     assert output(FIRST) == ["True", "False", "False", "False", "True", "torch._dynamo", "True", "2.0"]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_loaded_already_is_used() -> None:
     assert output(LOADED_BEFORE) == ["True", "True"]

@@ -22,7 +22,8 @@ COMMON: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("format_name", ["integer", pytest.param("qonnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["integer", "qonnx"])
 def test_a_lone_file_is_as_robust_as_with_its_network(digits_w4a4: Path, tmp_path: Path, format_name: str) -> None:
     out = tmp_path / "export"
     robustq.export_model(digits_w4a4, format_name=format_name, images=20, recheck=False, device="cpu", out=out)

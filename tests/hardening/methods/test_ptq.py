@@ -99,6 +99,7 @@ def test_a_float_network_does_not_change(digits_float: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_quantized_run_is_one_like_any_other(
     digits_float: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
