@@ -160,15 +160,11 @@ def gelu(call: Call, x: Tensor) -> Tensor:
     return functional.gelu(x, approximate=call.get("approximate", b"none").decode())
 
 
-def hard_sigmoid_of(x: Tensor, alpha: float, beta: float) -> Tensor:
-    """max(0, min(1, alpha x + beta))."""
-    return (alpha * x + beta).clamp(0.0, 1.0)
-
-
 @operator("HardSigmoid")
 def hard_sigmoid(call: Call, x: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__HardSigmoid.html"""
-    return hard_sigmoid_of(x, call.get("alpha", 0.2), call.get("beta", 0.5))
+    y: Tensor = (call.get("alpha", 0.2) * x + call.get("beta", 0.5)).clamp(0.0, 1.0)
+    return y
 
 
 @operator("Softmax", "LogSoftmax")

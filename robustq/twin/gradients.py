@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,26 +11,13 @@ from robustq.models.quant.backward_rules import (
     PASS_THROUGH,
     SMOOTH,
     STRAIGHT_THROUGH,
+    WithGradient,
     sign_derivative,
     staircase_derivative,
 )
 
 _MOSTLY = 0.5
 """Share of a sign's inputs that lie outside of its codes."""
-
-
-class _Replaced(torch.autograd.Function):
-    """``value``, with the gradient of x times a factor (None for 1)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
-        ctx.save_for_backward(factor)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        return (grads[0] if factor is None else grads[0] * factor), None, None
 
 
 def _recorded(x: Tensor) -> bool:
@@ -113,5 +99,5 @@ def _step_derivative(x: Tensor, rule: str) -> Tensor:
 def _replaced(x: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
     # Outside of no_grad, which a caller may be in: an autograd function there records nothing.
     with torch.enable_grad():
-        answer: Tensor = _Replaced.apply(x, value, factor)
+        answer: Tensor = WithGradient.apply(x, value, factor)
     return answer

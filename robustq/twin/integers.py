@@ -11,7 +11,6 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from robustq.twin.elementwise import hard_sigmoid_of
 from robustq.twin.gradients import to_codes
 from robustq.twin.layers import average_pool, convolution
 from robustq.twin.quantizers import along, codes_of, dequantized, plain, quantized
@@ -165,16 +164,7 @@ def qlinear_average_pool(
     return _unary(call, average_pool(call, dequantized(x, x_scale, x_zero)), y_scale, y_zero, call.node.types[0])
 
 
-@operator(MICROSOFT + "QLinearReduceMean")
-def qlinear_reduce_mean(
-    call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor
-) -> Tensor:
-    """Mean over axes."""
-    mean = dequantized(x, x_scale, x_zero).mean(dim=call.get("axes", None), keepdim=bool(call.get("keepdims", 1)))
-    return _unary(call, mean, y_scale, y_zero, call.node.types[0])
-
-
-@operator(MICROSOFT + "QLinearSigmoid", MICROSOFT + "QLinearLeakyRelu", MICROSOFT + "QLinearHardSigmoid")
+@operator(MICROSOFT + "QLinearSigmoid", MICROSOFT + "QLinearLeakyRelu")
 def qlinear_activation(
     call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor | None, y_scale: Tensor, y_zero: Tensor | None = None
 ) -> Tensor:
@@ -182,8 +172,6 @@ def qlinear_activation(
     values = dequantized(x, x_scale, x_zero)
     if call.node.operator.endswith("LeakyRelu"):
         y = functional.leaky_relu(values, call.get("alpha", 0.01))
-    elif call.node.operator.endswith("HardSigmoid"):
-        y = hard_sigmoid_of(values, call.get("alpha", 0.2), call.get("beta", 0.5))
     else:
         y = values.sigmoid()
     return _unary(call, y, y_scale, y_zero, call.node.types[0])

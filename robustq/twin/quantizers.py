@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from onnx import TensorProto
 from torch import Tensor
@@ -156,8 +154,3 @@ def trunc(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor, in_bits: Ten
     codes = rounded(codes, codes.round())
     narrower = codes / 2.0 ** float(in_bits - rest[0])
     return (rounded(narrower, round_by(narrower)) - zero_point) * scale
-
-
-def implied_levels(lowest: float, highest: float) -> int:
-    """Bits that hold the codes of a quantizer."""
-    return max(1, math.ceil(math.log2(highest - lowest + 1)))

@@ -196,19 +196,21 @@ def _replace_gradient(
         return answer
     with torch.no_grad():
         factor = derivative(x, answer)
-    return (_WithGradient.apply(x, answer[0].detach(), factor), *answer[1:])
+    return (WithGradient.apply(x, answer[0].detach(), factor), *answer[1:])
 
 
-class _WithGradient(torch.autograd.Function):
+class WithGradient(torch.autograd.Function):
     """``value``, with the gradient of x times a factor (None for 1)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, factor: Tensor | None) -> Tensor:
+        """Return ``value``."""
         ctx.save_for_backward(factor)
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Multiply the gradient by the factor."""
         (factor,) = ctx.saved_tensors
         return (grads[0] if factor is None else grads[0] * factor), None, None
 
@@ -239,4 +241,4 @@ class _PlainRounding(TorchFunctionMode):
         if self.rule == SMOOTH and func in _SIGNS:
             with torch.no_grad():
                 factor = sign_derivative(x)
-        return _WithGradient.apply(x, answer.detach(), factor)
+        return WithGradient.apply(x, answer.detach(), factor)
