@@ -36,8 +36,8 @@ from robustq.data import to_float
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.evaluator import DIAGNOSIS
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import run_suite
-from robustq.recipe.schema import DEFAULT_EPSILON
+from robustq.evaluation.run_suite import run_suite
+from robustq.recipe import DEFAULT_EPSILON
 from robustq.workflow.open_model import open_attackable
 from robustq.workflow.setup import data_for, pick_device
 

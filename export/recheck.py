@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from robustq.data import to_float
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import evaluate
+from robustq.evaluation.run_suite import evaluate
 from robustq.evaluation.suites import RECHECK, NamedAttack
 from robustq.export.first_difference import first_difference
 from robustq.export.formats import FORMATS, build

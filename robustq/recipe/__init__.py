@@ -7,8 +7,9 @@ method's own settings.
 
 from __future__ import annotations
 
+from robustq.recipe.epsilon import DEFAULT_EPSILON, format_epsilon, parse_epsilon
 from robustq.recipe.files import check_name, load_recipe, recipe_names
-from robustq.recipe.schema import DEFAULT_EPSILON, METADATA, Recipe, format_epsilon, parse_epsilon
+from robustq.recipe.schema import METADATA, Recipe
 
 __all__ = [
     "DEFAULT_EPSILON",

@@ -6,13 +6,12 @@ All errors of a recipe are collected, each as one phrase with the key, the value
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType, NoneType
 from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
-from robustq.errors import RecipeError, UsageError
+from robustq.errors import RecipeError
 
 FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
 PRECISIONS = (FLOAT32, TF32, BFLOAT16)  # of a training pass (robustq.hardening.precision)
@@ -37,7 +36,6 @@ class Choices(NamedTuple):
 
 
 TRAINING = "training"  # marks keys without a meaning for methods that do not train
-DEFAULT_EPSILON = 8 / 255  # without an option, recipe or model that sets a radius: the usual one for CIFAR-10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Recipe:
     weight_bits: int | None = None
     act_bits: int | None = None
     shared_sum_scale: bool | None = None  # quantize both inputs of each residual sum by one quantizer
-    epsilon: float | None = None  # radius of the threat model in [0, 1]; None: the model's, else DEFAULT_EPSILON
+    epsilon: float | None = None  # radius of the threat model in [0, 1]; None: the model's, else recipe.epsilon's
     epochs: Annotated[int, Range(1, 100_000), TRAINING]
     batch_size: Annotated[int, Range(2, 65_536), TRAINING]
     lr: Annotated[float, Range(0, 100), TRAINING]  # peak learning rate
@@ -302,32 +300,3 @@ def _unknown(key: str, known: Sequence[str], inner: Mapping[str, str] = MappingP
     key = key[:80]
     near = difflib.get_close_matches(key, [*inner, *known], n=1, cutoff=0.5)
     return f"unknown key '{key}'" + (f" (nearest: {inner.get(near[0], near[0])})" if near else "")
-
-
-def parse_epsilon(value: float | str) -> float:
-    """A radius in [0, 1] from a number, ``"8/255"`` or ``"0.03"``.
-
-    Raises:
-        UsageError: not a number, NaN, negative, over 1, or a division by zero.
-    """
-    text = f"'{value}'" if isinstance(value, str) else str(value)
-    advice = "give a number from 0 to 1, such as 8/255 or 0.03"
-    if isinstance(value, bool):
-        raise UsageError(f"epsilon {text} is not a number; {advice}")
-    try:
-        if isinstance(value, str) and "/" in value:
-            numerator, denominator = value.split("/")
-            number = float(numerator) / float(denominator)
-        else:
-            number = float(value)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"epsilon {text} is not a number; {advice}") from error
-    if not math.isfinite(number) or not 0.0 <= number <= 1.0:
-        raise UsageError(f"epsilon {text} is outside [0, 1] (pixels are divided by 255); {advice}")
-    return number
-
-
-def format_epsilon(epsilon: float) -> str:
-    """``8/255`` when the radius is a multiple of 1/255, else the number."""
-    levels = epsilon * 255
-    return f"{round(levels)}/255" if abs(levels - round(levels)) < 1e-9 else f"{epsilon:g}"

@@ -24,7 +24,7 @@ from robustq.evaluation.accuracy import predict, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.flags import TWIN_SHARE
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import check_radius, find_suite, run_suite
+from robustq.evaluation.run_suite import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new

@@ -13,7 +13,7 @@ import torch
 from robustq.checkpoint import load_model
 from robustq.data import load_dataset
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import evaluate
+from robustq.evaluation.run_suite import evaluate
 from robustq.evaluation.suites import RECHECK
 from robustq.files import check_output, free_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS

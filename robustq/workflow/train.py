@@ -16,8 +16,7 @@ from robustq.models.fx.factory import runs_user_code
 from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
-from robustq.recipe import Recipe
-from robustq.recipe.schema import DEFAULT_EPSILON
+from robustq.recipe import DEFAULT_EPSILON, Recipe
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
 from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher

@@ -28,9 +28,7 @@ FLAG = {
 
 @pytest.fixture(autouse=True)
 def small_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "robustq.evaluation.robust_accuracy.SUITES", {name: small(name) for name in ("standard", "paper")}
-    )
+    monkeypatch.setattr("robustq.evaluation.run_suite.SUITES", {name: small(name) for name in ("standard", "paper")})
 
 
 def found(**changed: Any) -> dict[str, Any]:

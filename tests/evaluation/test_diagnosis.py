@@ -14,7 +14,7 @@ from torch import nn
 
 from robustq.attacks.base import Model
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import run_suite
+from robustq.evaluation.run_suite import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from tests.evaluation.nets import (
     HardPixels,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustq.data import load_dataset, to_float
 from robustq.evaluation.accuracy import correct, predict
-from robustq.evaluation.robust_accuracy import run_suite
+from robustq.evaluation.run_suite import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork

@@ -15,7 +15,7 @@ from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import evaluate, find_suite, run_suite
+from robustq.evaluation.run_suite import evaluate, find_suite, run_suite
 from robustq.evaluation.suites import RECHECK, NamedAttack, Suite
 from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, adapt_target
 from tests.evaluation.budgets import small
