@@ -25,9 +25,9 @@ from robustq.export.ranges import check_ranges
 from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
 
-FINN, HLS4ML = "finn", "hls4ml"
-CONSUMERS = (FINN, HLS4ML)
-"""Tools that a QONNX file can be written for; the first is the default."""
+HLS4ML = "hls4ml"
+CONSUMERS = {"finn": "FINN", "hls4ml": "hls4ml"}
+"""Tools that a QONNX file can be written for, as --for takes them -> their names; the first is the default."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Format:
     """
 
     make: Callable[[nn.Module, ModelSpec], onnx.ModelProto]  # of the folded network; QONNX takes unfolded ones as well
+    summary: str  # a phrase for --help
     is_float: bool = False  # for 32-bit networks instead of quantized ones
     promises_integers: bool = False  # onnxruntime must run every convolution as integers
     runs: tuple[str, ...] = ("optimised", "unoptimised", "exact")
@@ -91,11 +92,11 @@ def _packed(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
 
 
 FORMATS: dict[str, Format] = {
-    "qonnx": Format(_qonnx, runs=(), pixels=("float",), batch_norm=("fold", "keep")),
-    "qcdq": Format(_qcdq),
-    "integer": Format(_integer, promises_integers=True),
-    "packed": Format(_packed, promises_integers=True),
-    "float": Format(export_float, is_float=True),
+    "qonnx": Format(_qonnx, summary="FINN, hls4ml", runs=(), pixels=("float",), batch_norm=("fold", "keep")),
+    "qcdq": Format(_qcdq, summary="any ONNX runtime"),
+    "integer": Format(_integer, summary="onnxruntime, all layers integer", promises_integers=True),
+    "packed": Format(_packed, summary="as integer, in the smallest file", promises_integers=True),
+    "float": Format(export_float, summary="32-bit networks", is_float=True),
 }
 """qonnx: Quant nodes, for FINN and hls4ml. qcdq: standard QuantizeLinear - Clip - DequantizeLinear, with weight codes
 multiplied so that the accumulator counts in the steps of the bias. integer: the same arithmetic arranged so that

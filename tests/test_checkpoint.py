@@ -161,16 +161,6 @@ def test_a_truncated_file_and_a_zip_archive_of_something_else(tmp_path: Path) ->
     assert refusal(lambda: load_model(path)).startswith(f"{path}: is broken or truncated (")
 
 
-def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path, good())
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(torch, "load", refuse)  # root may read everything, so a mode would not do
-    assert "Permission denied" in refusal(lambda: load_model(path))
-
-
 def test_any_damage_is_one_line(tmp_path: Path) -> None:
     """torch.load has no error of its own: a damaged pickle ends in whatever its unpickler stumbles over."""
     draw = random.Random(0)

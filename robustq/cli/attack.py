@@ -18,6 +18,7 @@ from robustq.cli.options import (
     parse_radius,
     rare,
     run_job,
+    summaries,
     with_groups,
 )
 from robustq.errors import UsageError
@@ -30,8 +31,7 @@ def attack(
     suite: Annotated[
         str,
         typer.Option(
-            help="standard: five stages and masking checks; full: adds AutoAttack's attacks, 5,000 queries and RayS; "
-            "paper: GN, FGSM, PGD-20, BIM-20, TPGD-20; recheck: FGSM, PGD-20, margin-PGD-40.",
+            help=f"{summaries(SUITES)}.",
             autocompletion=one_of(*SUITES),
         ),
     ] = "standard",

@@ -9,6 +9,7 @@ import typer
 
 import robustq
 from robustq.cli.options import (
+    CONSUMERS,
     FORMATS,
     FileOut,
     Judging,
@@ -17,6 +18,7 @@ from robustq.cli.options import (
     one_of,
     rare,
     run_job,
+    summaries,
     with_groups,
 )
 
@@ -29,8 +31,7 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="qonnx (FINN, hls4ml), qcdq (any ONNX runtime), integer (onnxruntime, all layers integer), packed "
-            "(integer, smallest file) or float (32-bit networks).",
+            help=f"{summaries(FORMATS)}.",
             autocompletion=one_of(*FORMATS),
         ),
     ] = "integer",
@@ -55,8 +56,8 @@ def export(
         str | None,
         rare(
             "--for",
-            help="Tool that reads the qonnx file: finn (default) or hls4ml.",
-            autocompletion=one_of("finn", "hls4ml"),
+            help=f"Tool that reads the qonnx file: {' or '.join(CONSUMERS)}. Default: {next(iter(CONSUMERS))}.",
+            autocompletion=one_of(*CONSUMERS),
         ),
     ] = None,
     max_drift: Annotated[

@@ -20,24 +20,40 @@ from robustq.cli.process import Quiet, Verbose, console_output
 from robustq.errors import CheckFailedError, printable
 
 
-def registered(module: str, registry: str) -> tuple[str, ...]:
-    """The keys of the dict literal ``registry`` in a module of robustq, for help and completion.
+def registered(module: str, registry: str) -> dict[str, str]:
+    """The keys of the dict literal ``registry`` in a module of robustq, for help and completion, with their summaries.
 
-    The source is read and not imported: modules with registries load torch, which takes seconds.
+    The summary is the argument ``summary`` of the entry's constructor, or empty. The source is read and not imported:
+    modules with registries load torch, which takes seconds.
     """
     source = files("robustq").joinpath(f"{module}.py").read_text(encoding="utf-8")
     for node in ast.parse(source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
         if isinstance(target, ast.Name) and target.id == registry:
-            keys = next(part.keys for part in ast.walk(node) if isinstance(part, ast.Dict))
-            return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+            literal = next(part for part in ast.walk(node) if isinstance(part, ast.Dict))
+            return {
+                ast.literal_eval(key): _summary(entry)
+                for key, entry in zip(literal.keys, literal.values, strict=True)
+                if key is not None
+            }
     raise LookupError(f"{module}.py has no dict {registry}")
+
+
+def _summary(entry: ast.expr) -> str:
+    keywords = {word.arg: word.value for word in entry.keywords} if isinstance(entry, ast.Call) else {}
+    return str(ast.literal_eval(keywords["summary"])) if "summary" in keywords else ""
+
+
+def summaries(entries: Mapping[str, str]) -> str:
+    """Entries of a registry for a help text: ``name: summary; name: summary``."""
+    return "; ".join(f"{name}: {summary}" for name, summary in entries.items())
 
 
 ARCHITECTURES = registered("models/spec", "ARCHITECTURES")
 FORMATS = registered("export/formats", "FORMATS")
+CONSUMERS = registered("export/formats", "CONSUMERS")
 SUITES = registered("evaluation/suites", "SUITES")
-DATA = registered("data/load", "SIDES")
+DATA = registered("data/load", "KNOWN")
 
 
 def rare(*names: str, **settings: Any) -> Any:

@@ -10,16 +10,16 @@ The split of an image is fixed: no seed changes it. Order and augmentation of a 
 
 from __future__ import annotations
 
-from robustq.data.augment import NO_AUGMENT, Augment, to_float, usual_augment
+from robustq.data.augment import NO_AUGMENT, Augment, to_float
 from robustq.data.dataset import Dataset
-from robustq.data.load import DATASET_NAMES, SIDES, load_dataset
+from robustq.data.load import DATASET_NAMES, KNOWN, load_dataset, usual_augment
 from robustq.data.splits import Batch, Split, TensorSplit
 from robustq.data.streamed import StreamedSplit
 
 __all__ = [
     "DATASET_NAMES",
+    "KNOWN",
     "NO_AUGMENT",
-    "SIDES",
     "Augment",
     "Batch",
     "Dataset",

@@ -29,16 +29,6 @@ class Augment:
 
 NO_AUGMENT = Augment()
 
-_FLIPPED = frozenset({"cifar10", "cifar100", "fashion-mnist", "imagenet"})
-
-
-def usual_augment(name: str, image_size: int) -> Augment:
-    """The usual augmentation of a data set: padding by an eighth of the side, and flips for photographs.
-
-    Digits and the user's own data are not flipped: a mirrored digit is another sign.
-    """
-    return Augment(crop_padding=image_size // 8, flip=name in _FLIPPED)
-
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 0..255 (any shape) to float32 in [0, 1]: pixel / 255, on the same device."""

@@ -8,11 +8,13 @@ import io
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from robustq.data.augment import Augment
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.folder import IMAGENET_SIZE, load_folder, load_imagenet
 from robustq.data.npz import load_npz
@@ -20,15 +22,37 @@ from robustq.data.splits import TEST_SEED, TEST_SHARE, TensorSplit, stratified_s
 from robustq.errors import DataError, UsageError, one_line
 from robustq.progress import Bar, bar, note
 
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-"""Name -> class of torchvision.datasets."""
 
-DATASET_NAMES = ("digits", *TORCHVISION, "imagenet")
+@dataclass(frozen=True)
+class Known:
+    """A data set that has a name."""
 
-SIDES = {"digits": 8, "mnist": 28, "fashion-mnist": 28, "cifar10": 32, "cifar100": 32, "imagenet": IMAGENET_SIZE}
-"""Side of the images in pixels."""
+    side: int  # of the images, in pixels
+    torchvision: str | None = None  # class of torchvision.datasets
+    photographs: bool = False  # mirror images are images of the same class, so that training flips
+
+
+KNOWN = {
+    "digits": Known(8),
+    "mnist": Known(28, "MNIST"),
+    "fashion-mnist": Known(28, "FashionMNIST", photographs=True),
+    "cifar10": Known(32, "CIFAR10", photographs=True),
+    "cifar100": Known(32, "CIFAR100", photographs=True),
+    "imagenet": Known(IMAGENET_SIZE, photographs=True),
+}
+"""Name -> data set."""
+
+DATASET_NAMES = tuple(KNOWN)
 
 LARGEST_SIDE = 4096
+
+
+def usual_augment(name: str, image_size: int) -> Augment:
+    """The usual augmentation of a data set: padding by an eighth of the side, and flips for photographs.
+
+    Digits and the user's own data are not flipped: a mirrored digit is another sign.
+    """
+    return Augment(crop_padding=image_size // 8, flip=name in KNOWN and KNOWN[name].photographs)
 
 
 def load_torchvision_parts(name: str, root: Path) -> list[Any]:
@@ -39,7 +63,7 @@ def load_torchvision_parts(name: str, root: Path) -> list[Any]:
     """
     from torchvision import datasets
 
-    kind = getattr(datasets, TORCHVISION[name])
+    kind = getattr(datasets, str(KNOWN[name].torchvision))
     try:
         # torchvision prints during a download; stdout is for the result (--json).
         with contextlib.redirect_stdout(io.StringIO()):
@@ -136,7 +160,7 @@ def load_dataset(
         return load_imagenet(data_root(), **options)
     if name_or_path == "digits":
         dataset = _load_digits(train_images)
-    elif name_or_path in TORCHVISION:
+    elif name_or_path in KNOWN:
         dataset = _load_torchvision(name_or_path, data_root(), train_images)
     else:
         # os.path never raises here, whatever was typed; Path does.

@@ -69,6 +69,7 @@ class Suite:
 
     Args:
         name, attacks: as ``--suite`` takes it, and from cheap to expensive.
+        summary: a phrase for ``--help``.
         drops_broken: later attacks run on the images that are still robust; else each is a column over all images.
         checks_masking: the flags are checked, and a verdict is given.
         transfers: the white-box attacks run on the surrogates too, as columns of their own.
@@ -76,6 +77,7 @@ class Suite:
 
     name: str
     attacks: tuple[NamedAttack, ...]
+    summary: str = ""
     drops_broken: bool = True
     checks_masking: bool = True
     transfers: bool = False
@@ -125,10 +127,19 @@ FULL: tuple[NamedAttack, ...] = (
 
 SUITES: MappingProxyType[str, Suite] = MappingProxyType(
     {
-        "paper": Suite("paper", PAPER, drops_broken=False, checks_masking=False, transfers=True),
-        "recheck": Suite("recheck", RECHECK, drops_broken=False, checks_masking=False),
-        "standard": Suite("standard", STANDARD),
-        "full": Suite("full", FULL),
+        "standard": Suite("standard", STANDARD, summary="five stages and masking checks"),
+        "full": Suite("full", FULL, summary="adds AutoAttack's attacks, 5,000 queries and RayS"),
+        "paper": Suite(
+            "paper",
+            PAPER,
+            summary="GN, FGSM, PGD-20, BIM-20, TPGD-20",
+            drops_broken=False,
+            checks_masking=False,
+            transfers=True,
+        ),
+        "recheck": Suite(
+            "recheck", RECHECK, summary="FGSM, PGD-20, margin-PGD-40", drops_broken=False, checks_masking=False
+        ),
     }
 )
 """Name -> suite (read-only)."""

@@ -11,7 +11,7 @@ import pkgutil
 from dataclasses import asdict
 from typing import Any
 
-from robustq.data import SIDES, usual_augment
+from robustq.data import KNOWN, usual_augment
 from robustq.errors import UsageError
 from robustq.hardening import methods
 from robustq.hardening.methods.method import Method, MethodContext
@@ -44,8 +44,8 @@ def resolved_recipe(recipe: Recipe) -> dict[str, Any]:
     # One bit width applies to both.
     values["weight_bits"] = recipe.weight_bits or recipe.act_bits
     values["act_bits"] = recipe.act_bits or recipe.weight_bits
-    if recipe.data in SIDES and recipe.trains:
-        usual = usual_augment(recipe.data, recipe.image_size or SIDES[recipe.data])
+    if recipe.data in KNOWN and recipe.trains:
+        usual = usual_augment(recipe.data, recipe.image_size or KNOWN[recipe.data].side)
         values["crop_padding"] = usual.crop_padding if recipe.crop_padding is None else recipe.crop_padding
         values["flip"] = usual.flip if recipe.flip is None else recipe.flip
     return values
