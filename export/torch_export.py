@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import nn
 
+from robustq.errors import ExportError, one_line
 from robustq.export.lowering.pads import explicit_pads
 from robustq.models.spec import ModelSpec
 
@@ -51,19 +52,24 @@ def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProt
     example = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
     with tempfile.TemporaryDirectory() as folder, _without_library_noise():
         path = Path(folder) / "exported.onnx"
-        exporter(
-            folded,
-            args=example,
-            export_path=str(path),
-            # The dynamo exporter fails on residual networks or grows inputs, and Int32Bias raises in it.
-            dynamo=False,
-            # Brevitas' default makes every initializer an input, and then onnxruntime fuses nothing.
-            keep_initializers_as_inputs=False,
-            opset_version=OPSET,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
-        )
+        try:
+            exporter(
+                folded,
+                args=example,
+                export_path=str(path),
+                # The dynamo exporter fails on residual networks or grows inputs, and Int32Bias raises in it.
+                dynamo=False,
+                # Brevitas' default makes every initializer an input, and then onnxruntime fuses nothing.
+                keep_initializers_as_inputs=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(
+                f"{spec.label}: torch cannot write it as ONNX ({one_line(error, longest=120)})"
+            ) from error
         model = onnx.load(path)
     explicit_pads(model)
     return model

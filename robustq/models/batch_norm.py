@@ -41,7 +41,7 @@ def needs_two_images(model: nn.Module, image_shape: tuple[int, int, int]) -> boo
     smallest: list[int] = []
     with ExitStack() as hooks:
         for norm in model.modules():
-            if isinstance(norm, nn.BatchNorm2d):
+            if isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d):
                 hook = norm.register_forward_pre_hook(lambda _, inputs: smallest.append(inputs[0][0, 0].numel()))
                 hooks.enter_context(hook)
         hooks.enter_context(running_statistics(model))

@@ -9,6 +9,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustq.data import to_float
 from robustq.export.formats import build
@@ -123,12 +124,35 @@ class Windows(nn.Module):
         return logits
 
 
+class Moves(nn.Module):
+    """Operations that ONNX lacks and others stand for, and a first convolution that does not take the images."""
+
+    position: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares = nn.PixelUnshuffle(2)
+        self.stem = nn.Conv2d(12, 8, 1)
+        self.shuffle = nn.ChannelShuffle(2)
+        self.register_buffer("position", torch.linspace(-1, 1, 6).expand(1, 8, 6, 6).clone())
+        self.groups = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.max = nn.AdaptiveMaxPool2d(3)
+        self.fc = nn.Linear(72, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shuffle(self.stem(self.squares(x)).relu()) + self.position.expand(x.shape[0], -1, -1, -1)
+        x = functional.channel_shuffle(self.groups(x).relu(), 4)
+        logits: Tensor = self.fc(self.max(x).flatten(1))
+        return logits
+
+
 @pytest.mark.parametrize("bits", [4, 32])
-def test_paddings_and_windows_are_the_same_everywhere(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize("kind", [Windows, Moves])
+def test_unusual_operations_are_the_same_everywhere(tmp_path: Path, kind: type[nn.Module], bits: int) -> None:
     torch.manual_seed(0)
     what = spec(bits)
     graph = quantized_graph(
-        Windows().eval(), name="net", widths=Widths(bits, bits), classes=CLASSES, channels=3, image_size=SIDE
+        kind().eval(), name="net", widths=Widths(bits, bits), classes=CLASSES, channels=3, image_size=SIDE
     )
     calibrate(graph, X)
     folded = fold(graph, what)

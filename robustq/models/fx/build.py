@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 from brevitas.backport.fx import GraphModule, Node
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
 from robustq.models.fx.quantize import quantize
-from robustq.models.fx.trace import called_module, free_name, shape_prop, trace
+from robustq.models.fx.trace import BATCH, called_module, free_name, shape_prop, trace
 from robustq.models.layers import Normalisation, Normalise
 from robustq.models.quant.quantizers import Widths
 from robustq.models.state_dict import FEATURE_LAYER
@@ -46,6 +47,7 @@ def quantized_graph(
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
+    check_answers(network, model, normalisation, channels=channels, image_size=image_size, name=name)
     output = next(node for node in model.graph.nodes if node.op == "output")
     shape = output.all_input_nodes[0].meta["shape"]
     if shape is None or len(shape) != 2:
@@ -53,8 +55,8 @@ def quantized_graph(
     if shape[1] != classes:
         raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
+    shapes.fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
-        shapes.fix_adaptive_pooling(model)
         quantize(model, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return model.eval()
 
@@ -74,6 +76,40 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     shapes.fix_reshapes(model)
     passes.relu_first(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
+
+
+@torch.no_grad()
+def check_answers(
+    network: nn.Module,
+    model: GraphModule,
+    normalisation: Normalisation | None,
+    *,
+    channels: int,
+    image_size: int,
+    name: str,
+) -> None:
+    """UsageError unless a standardised model answers as the network it was traced from, on images of random pixels.
+
+    Rounding alone may differ, by 1e-5 of the largest logit.
+    """
+    draws = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (BATCH, channels, image_size, image_size), generator=draws) / 255.0
+    x = pixels.to(next(model.parameters(), torch.empty(0)).device)
+    expected = network(x if normalisation is None else Normalise(normalisation)(x))
+    if not isinstance(expected, Tensor):
+        return  # refused below by its shape
+    again = network(x if normalisation is None else Normalise(normalisation)(x))
+    if not torch.equal(expected.nan_to_num(), again.nan_to_num()):
+        raise UsageError(f"{name}: answers twice differently to the same images; make its forward deterministic")
+    found = model(x)
+    close = found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=0.0, atol=1e-5 * float(expected.nan_to_num().abs().max()), equal_nan=True
+    )
+    if not close:
+        raise UsageError(
+            f"{name}: its graph, traced in eval mode, answers otherwise than the network; write its forward without "
+            "branches on values, calls or modes that tracing cannot see"
+        )
 
 
 _POOLING = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveMaxPool2d, nn.MaxPool2d)
@@ -101,7 +137,8 @@ def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> 
             )
         return str(matching[0].target)
     pooling = [node for node in calls if isinstance(called_module(model, node), _POOLING)]
-    pooling = [node for node in pooling if len(_input_shape(node)) == 4]
+    # Pooling that returns indices too has a pair of tensors for its output, and is refused later by its name.
+    pooling = [node for node in pooling if len(_input_shape(node)) == 4 and node.meta["shape"] is not None]
     chosen = [node for node in pooling if node.meta["shape"][2:] == (1, 1)] or pooling
     return str(chosen[-1].target) if chosen else None
 

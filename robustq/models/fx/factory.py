@@ -12,6 +12,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from robustq.errors import ModelFileError, UsageError, one_line
@@ -97,7 +98,22 @@ def _user_network(architecture: str, classes: int) -> nn.Module:
         raise UsageError(f"{architecture}: raised {_described(error)}") from error
     if not isinstance(network, nn.Module):
         raise UsageError(f"{architecture}: returned a {type(network).__name__}; it must return a torch.nn.Module")
-    return network
+    return _unwrapped(network, architecture)
+
+
+def _unwrapped(network: nn.Module, architecture: str) -> nn.Module:
+    """The network inside torch.compile's and DataParallel's modules; UsageError for TorchScript."""
+    while True:
+        if isinstance(network, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{architecture}: returned a TorchScript module, which cannot be traced; return the module"
+            )
+        inner = getattr(network, "_orig_mod", None)  # of torch.compile; importing its class would load the compiler
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = network.module
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
 
 
 def _import(name: str, architecture: str) -> ModuleType:

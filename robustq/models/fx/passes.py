@@ -48,6 +48,12 @@ FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
 """Brevitas' table of functions and their modules, and the functions that it lacks."""
 
 
+DROPOUTS = {
+    *(functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d, torch.dropout),
+    *(functional.alpha_dropout, functional.feature_alpha_dropout),
+}
+
+
 def remove_inplace(model: GraphModule) -> None:
     """Replace in-place operations: nodes behind one read its result, and its input keeps its value.
 
@@ -114,13 +120,25 @@ def functions_to_modules(model: GraphModule) -> None:
     """Each call of a function in :data:`FUNCTIONS`, and of the method ``relu``, becomes a module named like its node.
 
     By Brevitas' rewriters, which would overwrite a module that has the name already: such nodes are renamed first.
+    UsageError names a dropout that is on in eval mode too: the module would be off there.
     """
     for node in model.graph.nodes:
+        if node.target in DROPOUTS and _is_always_on(node):
+            raise UsageError(
+                f"{describe(model, node)} drops values in eval mode too, so that answers are random; "
+                "pass training=self.training"
+            )
         while node.op in ("call_function", "call_method") and hasattr(model, node.name):
             node.name = model.graph._graph_namespace.create_name(f"{node.name}_call", None)
     for function, module in FUNCTIONS:
         FnToModule(function, module).apply(model)
     MethodToModule("relu", nn.ReLU).apply(model)
+
+
+def _is_always_on(node: Node) -> bool:
+    arguments = call_arguments(node, "p", "training")
+    on = arguments.get("training", arguments.get("train", True))
+    return bool(on) and arguments.get("p", 0.5) != 0
 
 
 def duplicate_shared_modules(model: GraphModule) -> None:

@@ -186,6 +186,12 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
     if is_conv and layer.padding_mode != "zeros":
         pads = f"{describe(plan.model, node)} pads with '{layer.padding_mode}'"
         raise UsageError(f"{pads}, which cannot be quantized; use padding_mode='zeros'")
+    shape = node.all_input_nodes[0].meta["shape"]
+    if not is_conv and len(shape) != 2:
+        raise UsageError(
+            f"{describe(plan.model, node)} takes a tensor of shape {shape}, and only linear layers on (images, "
+            "features) can be quantized; for (N, H, W, C) use Conv2d(C, D, 1) on (N, C, H, W) instead"
+        )
     bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
     options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
     ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
 from robustq.errors import UsageError
+from robustq.models.fx.ops import DIVISIONS, PRODUCTS, SUBTRACTIONS, SUMS
 from robustq.models.fx.trace import BATCH, call_arguments, called_module, describe, free_name, replace_call
 
 
@@ -98,17 +99,46 @@ def _adds_windows(node: Node, pool: nn.AvgPool2d | nn.MaxPool2d) -> bool:
     return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes) != tuple(after)
 
 
+_SHUFFLES = (functional.channel_shuffle, torch.channel_shuffle)
+
+
+def _shuffle_by_reshapes(model: GraphModule, node: Node, groups: int) -> None:
+    source = node.all_input_nodes[0]
+    batch, channels, *sides = source.meta["shape"]
+    grouped, shuffled = (groups, channels // groups, *sides), (channels // groups, groups, *sides)
+    with model.graph.inserting_before(node):
+        split = model.graph.call_function(torch.reshape, (source, (-1, *grouped)))
+        moved = model.graph.call_function(torch.transpose, (split, 1, 2))
+    split.meta = {**node.meta, "shape": (batch, *grouped)}
+    moved.meta = {**node.meta, "shape": (batch, *shuffled)}
+    replace_call(model, node, torch.reshape, moved, (-1, channels, *sides))
+
+
+def _expands_batch_alone(node: Node) -> bool:
+    """Whether a constant is repeated for each image, for operations that broadcast it anyway."""
+    source = node.all_input_nodes[0]
+    if not source.meta["constant"] or source.meta["shape"] != (1, *node.meta["shape"][1:]):
+        return False
+    return all(user.target in SUMS | SUBTRACTIONS | PRODUCTS | DIVISIONS for user in node.users)
+
+
 _RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squeeze, torch.flatten)
 
 
 def fix_reshapes(model: GraphModule) -> None:
     """Reshapes that keep the batch axis get fixed sizes; ``chunk`` becomes ``torch.split`` with fixed sizes.
 
-    They become ``torch.flatten(x, 1)`` where the result has two axes, else ``torch.reshape(x, (-1, C, H, W))``.
+    They become ``torch.flatten(x, 1)`` where the result has two axes, else ``torch.reshape(x, (-1, C, H, W))``. A
+    channel shuffle becomes two reshapes around a transposition, as ONNX has no operation for it.
 
     Why: behind sizes computed at run time an ONNX file has no fixed shapes, and onnxruntime runs the layers in float.
     """
     for node in list(model.graph.nodes):
+        shuffle = called_module(model, node)
+        if isinstance(shuffle, nn.ChannelShuffle) or node.target in _SHUFFLES:
+            groups = getattr(shuffle, "groups", None) or call_arguments(node, "groups")["groups"]
+            _shuffle_by_reshapes(model, node, groups)
+            continue
         if node.target in ("chunk", torch.chunk):
             arguments = {"dim": 0} | call_arguments(node, "chunks", "dim")
             source = node.all_input_nodes[0]
@@ -116,6 +146,9 @@ def fix_reshapes(model: GraphModule) -> None:
             size = -(-length // arguments["chunks"])
             sizes = [min(size, length - start) for start in range(0, length, size)]
             replace_call(model, node, torch.split, source, sizes, arguments["dim"])
+            continue
+        if node.target == "expand" and _expands_batch_alone(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
             continue
         if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
             continue
@@ -130,26 +163,31 @@ def fix_reshapes(model: GraphModule) -> None:
     model.recompile()
 
 
-def fix_adaptive_pooling(model: GraphModule) -> None:
-    """Give AdaptiveAvgPool2d the windows that it has at this image size; modules keep their names.
+def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
+    """Give adaptive pooling the windows that it has at this image size; modules keep their names.
 
-    From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d, to a multiple a nearest-neighbour
-    enlargement; to (1, 1) it stays.
+    From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d or MaxPool2d, to a multiple a
+    nearest-neighbour enlargement. An average to (1, 1) stays; without ``averages`` all do, since a float network keeps
+    its answers bit for bit.
 
     Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6. UsageError
     names a pooling with windows of unequal size.
     """
     for node in model.graph.nodes:
-        if not isinstance(called_module(model, node), nn.AdaptiveAvgPool2d):
+        pool = called_module(model, node)
+        if not isinstance(pool, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
             continue
+        if isinstance(pool, nn.AdaptiveAvgPool2d) and not averages:
+            continue
+        windows = nn.AvgPool2d if isinstance(pool, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
         before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
         sizes = list(zip(before, after, strict=True))
-        if after == (1, 1):
+        if after == (1, 1) and windows is nn.AvgPool2d:
             continue
         if before == after:
             fixed: nn.Module = nn.Identity()
         elif all(old % new == 0 for old, new in sizes):
-            fixed = nn.AvgPool2d(tuple(old // new for old, new in sizes))
+            fixed = windows(tuple(old // new for old, new in sizes))
         elif all(new % old == 0 for old, new in sizes):
             fixed = nn.UpsamplingNearest2d(size=after)
         else:

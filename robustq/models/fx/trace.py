@@ -71,7 +71,12 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
     entries = set(network.state_dict())
     tracer = _Tracer()
     try:
-        graph = tracer.trace(network, _defaults(network, name))
+        try:
+            graph = tracer.trace(network, _defaults(network, name))
+        except TypeError:  # a method of a buffer that gets sizes of the images, such as expand
+            tracer = _Tracer()
+            tracer.proxy_buffer_attributes = True
+            graph = tracer.trace(network, _defaults(network, name))
     except UsageError:
         raise
     except Exception as error:  # the user's forward may raise anything
@@ -218,15 +223,16 @@ def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str)
     UsageError names an operation that fails on images of this shape.
     """
     model.eval()
-    modules = [called_module(model, node) for node in model.graph.nodes]
-    first = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
-    if first is not None and first.in_channels != channels:
-        raise UsageError(
-            f"{name} takes images of {first.in_channels} channels, the data have {channels}; give other data"
-        )
     weight = next(model.parameters(), torch.empty(0))
     x = torch.zeros(BATCH, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
     try:
         _ShapeProp(model, name).run(x)
-    except UsageError as error:  # Brevitas' Interpreter appends the node and a traceback to the message
+    except UsageError as error:
+        modules = [called_module(model, node) for node in model.graph.nodes]
+        first = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
+        if first is not None and first.in_channels != channels:
+            raise UsageError(
+                f"{name} takes images of {first.in_channels} channels, the data have {channels}; give other data"
+            ) from error
+        # Brevitas' Interpreter appends the node and a traceback to the message.
         raise UsageError(str(error).partition("\n\nWhile executing")[0]) from error

@@ -50,6 +50,14 @@ def number():
     return 7
 
 
+def wrapped():
+    return nn.DataParallel(torch.compile(Net()))
+
+
+def scripted():
+    return torch.jit.script(Net())
+
+
 class Nets:
     small = Net
 
@@ -110,6 +118,7 @@ def test_the_current_folder_is_importable(own_code: str) -> None:
     assert network.state_dict()["fc.weight"].shape == (6, 4), "num_classes= is passed"
     assert float_network(f"{own_code}:ten", classes=6).state_dict()["fc.weight"].shape == (10, 4)
     assert isinstance(float_network(f"{own_code}:Nets.small", classes=6), nn.Module)
+    assert type(float_network(f"{own_code}:wrapped", classes=6)).__name__ == "Net"
     assert sys.path == path
 
 
@@ -117,6 +126,7 @@ def test_the_current_folder_is_importable(own_code: str) -> None:
     ("function", "message"),
     [
         ("raises", r"raised ValueError: no luck \(.*\.py:25\)"),
+        ("scripted", "returned a TorchScript module"),
         ("number", "returned a int; it must return a torch.nn.Module"),
         ("instance", "is a Net, not a function or class"),
         ("tenn", "has no 'tenn'; nearest: ten"),

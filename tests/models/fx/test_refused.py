@@ -75,6 +75,22 @@ AT_ITS_LINE: list[tuple[Callable[..., Any], dict[str, nn.Module], str]] = [
         "6x6 to 4x4 in unequal windows",
     ),
     (
+        lambda net, x: net.pooled(net.pool(net.conv(x))),
+        {"pool": nn.AdaptiveMaxPool2d(4)},
+        "6x6 to 4x4 in unequal windows",
+    ),
+    (
+        lambda net, x: net.pooled(net.pool(net.conv(x))[0]),
+        {"pool": nn.MaxPool2d(2, return_indices=True)},
+        "MaxPool2d 'pool'.* cannot be quantized",
+    ),
+    (lambda net, x: net.pooled(functional.dropout(net.conv(x), 0.2)), {}, r"dropout\(\) .* in eval mode too"),
+    (
+        lambda net, x: net.pooled(net.mix(net.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        {"mix": nn.Linear(4, 4)},
+        r"Linear 'mix'.* takes a tensor of shape \(2, 6, 6, 4\)",
+    ),
+    (
         lambda net, x: net.pooled(functional.avg_pool2d(net.conv(x), 2, divisor_override=3)),
         {},
         "has divisor_override=3",
@@ -114,6 +130,7 @@ def test_the_message_names_the_operation_and_its_line(
         (TwoInputs(plain), "forward needs a second input 'more'"),
         (Net(lambda net, x: net.conv(x)), "its answer has the shape (2, 4, 6, 6) for 2 images"),
         (Net(lambda net, x: net.fc(net.conv(x).flatten(1))), "Linear 'fc'"),  # on 144 values instead of 4
+        (Net(lambda net, x: net.pooled(net.conv(x) * torch.rand(1).item())), "answers twice differently"),
         (NoLayer(), "has no convolution and no linear layer"),
     ],
 )
