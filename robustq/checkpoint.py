@@ -15,7 +15,7 @@ from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.resnet import SIGN_NORMS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
-from robustq.models.state_dict import find_state_dict, is_bare_state_dict
+from robustq.models.state_dict import COUNTER, find_state_dicts, is_bare_state_dict
 from robustq.torch_file import read_checkpoint
 
 FORMAT = "robustq-model"
@@ -149,10 +149,11 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
         spec = ModelSpec(architecture, FLOAT_BITS, FLOAT_BITS, classes, channels, 32, "", None, ())
         with torch.device("meta"):  # without memory: a file may claim any number of classes
             expected = build_model(spec).state_dict()
-        if {n: v.shape for n, v in expected.items()} == {n: v.shape for n, v in state.items()}:
+        if _shapes(expected) == _shapes(state):
             return architecture, classes, channels
-        wrong = [n for n in expected if n not in names or expected[n].shape != state[n].shape]
-        differences[architecture] = wrong + sorted(names - set(expected))
+        ours, theirs = _shapes(expected), _shapes(state)
+        wrong = [name for name in ours if ours[name] != theirs.get(name)]
+        differences[architecture] = wrong + sorted(theirs.keys() - ours.keys())
     if not differences:
         raise ModelFileError(
             f"{path}: is a bare state dict of an unknown architecture (no conv1.weight and fc.weight); "
@@ -164,6 +165,11 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
         f"{path}: is a bare state dict of an unknown architecture; nearest: {nearest}, "
         f"which differs in {len(differences[nearest])} entries ({shown}, ...)"
     )
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """Counters of batches aside, which some checkpoints lack."""
+    return {name: value.shape for name, value in state.items() if not name.endswith(COUNTER)}
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -217,18 +223,21 @@ def _load_state(model: nn.Module, state: Any, path: Path) -> None:
 
 
 def check_finite(state: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights that hold NaN or Inf.
+    """Refuse weights that hold NaN or Inf, and negative variances of BatchNorm.
 
     Raises:
         ModelFileError: one does; it is named.
     """
+    negative = [name for name, value in state.items() if name.endswith("running_var") and bool((value < 0).any())]
+    if negative:
+        raise ModelFileError(f"{path}: {negative[0]} holds a negative variance; use an earlier checkpoint")
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ModelFileError(f"{path}: {broken[0]} holds NaN or Inf; use an earlier checkpoint")
 
 
 def _describe_foreign(content: Any) -> str:
-    if find_state_dict(content) is not None:
+    if find_state_dicts(content):
         return (
             "is a bare state dict, without the spec that this needs; harden it first (robustq harden FILE --data NAME)"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import pathlib
 import pickle
 import re
 import sys
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +57,8 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
             raise pickle.UnpicklingError("neither a zip archive nor a pickle (which torch wrote before 1.6)")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, then refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_harmless_types()):
+                content = torch.load(path, map_location="cpu", weights_only=True)
         _check_plain(content, path)
         if start == LEGACY:
             found = f"{path}: has no checksum (torch before 1.6 wrote none), so damage goes unnoticed; "
@@ -77,6 +81,17 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # torch.load has no error of its own: IndexError, struct.error, AssertionError, ...
         raise _broken(path, error) from error
+
+
+def _harmless_types() -> list[Any]:
+    """What training scripts save beside the weights, and what cannot run code: numbers and arrays of numpy, paths,
+    argparse's options.
+    """
+    scalars = [type(np.dtype(kind)) for kind in ("bool", "int32", "int64", "uint8", "float16", "float32", "float64")]
+    rebuilds: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    old_names = [(rebuild, f"numpy.core.multiarray.{rebuild.__name__}") for rebuild in rebuilds]  # of numpy before 2
+    paths = [pathlib.PosixPath, pathlib.PurePosixPath]
+    return [*scalars, *rebuilds, *old_names, np.dtype, np.ndarray, *paths, argparse.Namespace]
 
 
 def _check_archive(path: Path) -> None:

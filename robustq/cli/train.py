@@ -48,6 +48,9 @@ def harden(
     epsilon: Epsilon = None,
     options: Training,
     printing: Printing,
+    weights: Annotated[
+        str | None, rare(metavar="KEY", help="Of several sets of weights in MODEL, such as state_dict_ema.")
+    ] = None,
     trust_pickle: Annotated[
         bool,
         rare(
@@ -73,7 +76,12 @@ def harden(
     def job() -> Mapping[str, Any]:
         assert model is not None  # checked above
         return robustq.harden_model(
-            model, recipe=recipe, epsilon=radius, trust_pickle=trust_pickle, **options.keywords()
+            model,
+            recipe=recipe,
+            epsilon=radius,
+            weights=weights,
+            trust_pickle=trust_pickle,
+            **options.keywords(),
         )
 
     _run(context, options, recipe, job, as_json=printing.as_json)

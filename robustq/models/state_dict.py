@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,11 +10,17 @@ from torch import Tensor, nn
 
 from robustq.models.quant.quantizers import FLOAT_BITS
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "weights")
-"""Keys of training checkpoints that hold the weights."""
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+)
+"""Keys of training checkpoints that hold the weights; averaged ones last."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Prefixes of every name by DataParallel, torch.compile, and modules that hold the network as a member."""
+
+COUNTER = "num_batches_tracked"
+"""Last part of the names of BatchNorm's counters, which nothing here reads."""
 
 ALIASES = {"linear.": "fc.", "shortcut.": "downsample."}
 """Layer names of ResNets for CIFAR -> torchvision's."""
@@ -32,19 +39,68 @@ def is_bare_state_dict(content: Any) -> bool:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
-def find_state_dict(content: Any) -> dict[str, Tensor] | None:
-    """The weights under torchvision's names, without prefixes; None when there are none.
+def find_state_dicts(content: Any) -> dict[str, dict[str, Tensor]]:
+    """The sets of weights in a file, by their key in it; of a bare state dict or module the key is empty.
 
-    ``content`` is a state dict, a module, or a dict that holds one of them under a name of :data:`WRAPPERS`.
+    The names of the weights are those of the file. Other entries of a training checkpoint are left out.
     """
-    # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
-    for _ in range(2):
-        if isinstance(content, dict) and not is_bare_state_dict(content):
-            inner = [content[name] for name in WRAPPERS if isinstance(content.get(name), dict | nn.Module)]
-            content = inner[0] if inner else content
     if isinstance(content, nn.Module):
         content = content.state_dict()
-    return _renamed(_without_prefixes(dict(content))) if is_bare_state_dict(content) else None
+    if is_bare_state_dict(content):
+        return {"": dict(content)}
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in WRAPPERS if isinstance(content, dict) else ():
+        inner = content.get(key)
+        # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
+        if isinstance(inner, dict) and not is_bare_state_dict(inner):
+            inner = next((inner[name] for name in WRAPPERS if isinstance(inner.get(name), dict | nn.Module)), inner)
+        if isinstance(inner, nn.Module):
+            inner = inner.state_dict()
+        if is_bare_state_dict(inner):
+            found[key] = dict(inner)
+    return found
+
+
+def with_usual_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without prefixes and without what tools add, under torchvision's names."""
+    state = {name: value for name, value in state.items() if not _is_extra(name)}
+    heads = {name.removesuffix("conv1.weight") for name in state if name.endswith(".conv1.weight")}
+    heads = {head for head in heads if head in PREFIXES and f"{head}fc.weight" in state}
+    if len(heads) == 1:  # Lightning: the network is one part of the module, and a loss with weights another
+        state = {name: value for name, value in state.items() if name.startswith(tuple(heads))}
+    return _renamed(_without_prefixes(state))
+
+
+def with_names_of(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` under the names of ``network``, whose own may begin with ``net.`` or another of :data:`PREFIXES`.
+
+    What tools add is left out, and counters of batches that are missing are the network's. Where the names do not fit,
+    they are those of :func:`with_usual_names`.
+    """
+    own = network.state_dict()
+    wanted = [name for name in own if not name.endswith(("log_threshold", COUNTER))]
+    for candidate in (state, with_usual_names(state)):
+        for named in _under_other_prefixes(candidate, wanted):
+            if named.keys() >= set(wanted):
+                counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
+                extra = {name for name in named if _is_extra(name)} - own.keys()
+                return {**counters, **{name: value for name, value in named.items() if name not in extra}}
+    return with_usual_names(state)
+
+
+def _under_other_prefixes(state: dict[str, Tensor], wanted: list[str]) -> Iterator[dict[str, Tensor]]:
+    """``state`` as it is, its parts under one prefix, and all of it under the prefix that ``wanted`` share."""
+    yield state
+    last = wanted[0] if wanted else ""
+    for prefix in [name.removesuffix(last) for name in state if name.endswith(f".{last}")]:
+        yield {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in wanted):
+            yield {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def _is_extra(name: str) -> bool:
+    return name == "n_averaged" or name.rpartition(".")[2] in ("total_ops", "total_params")
 
 
 def _without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from robustq.files import check_model_file, misfit, read_table, sha256
 from robustq.hardening.run_folder import CONFIG, RESULT
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
-from robustq.models.state_dict import describe_layers, find_state_dict
+from robustq.models.state_dict import describe_layers, find_state_dicts, with_usual_names
 from robustq.torch_file import read_checkpoint
 from robustq.workflow import Result
 
@@ -71,9 +71,10 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
     if path.suffix == ".onnx":
         return "onnx", {**size, **describe_onnx(path)}
     content = read_checkpoint(path)
-    state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
-    if state is None:
+    sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
+    if not sets:
         return "model", {**size, **_model(path, own_model)}
+    state = with_usual_names(next(iter(sets.values())))
     architecture, classes, channels = describe_state_dict(state, path)
     parameters = sum(value.numel() for value in state.values())
     found = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}

@@ -18,6 +18,7 @@ from robustq.files import free_path, write_text_atomically
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.run_folder import CONFIG, RESULT
 from robustq.models.spec import ModelSpec, build_model
+from robustq.models.state_dict import with_names_of
 from robustq.outputs import atomic_folder
 from robustq.progress import detail, note
 from robustq.recipe.schema import check_settings
@@ -41,11 +42,15 @@ def quantize(
     Activation scales are calibrated where they are unknown, and always for post-training quantization.
     """
     model = build_model(job.spec, own_model=own_model)
+    weights = with_names_of(model, weights)
     same_quantizers = all(
         getattr(source, name) == getattr(job.spec, name) for name in ("widths", "layer_bits", "shared_sum_scale")
     )
     if same_quantizers and job.recipe.trains:
-        model.load_state_dict(weights)
+        if source.widths.is_float:
+            load_weights(model, weights, path)
+        else:
+            model.load_state_dict(weights)
         return model.to(job.device)
     load_weights(model, weights, path)
     model = model.to(job.device)

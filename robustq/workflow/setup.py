@@ -17,12 +17,13 @@ from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.precision import forbid_tf32
 from robustq.models.batch_norm import needs_two_images
+from robustq.models.fx.factory import is_custom
 from robustq.models.layers import parse_normalisation
 from robustq.models.mixed_widths import read_layer_bits
 from robustq.models.quant.quantizers import BITS, FLOAT_BITS, Widths
 from robustq.models.spec import ARCHITECTURES, ModelSpec, check_architecture
-from robustq.models.state_dict import find_state_dict
-from robustq.progress import detail
+from robustq.models.state_dict import find_state_dicts, with_usual_names
+from robustq.progress import detail, note
 from robustq.recipe import DEFAULT_EPSILON, Recipe, format_epsilon, load_recipe
 from robustq.recipe.schema import Vocabulary
 from robustq.torch_file import read_checkpoint
@@ -147,35 +148,40 @@ def open_source(
     image_size: int | None = None,
     architecture: str | None = None,
     own_model: str | None = None,
+    weights: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
 ) -> tuple[dict[str, torch.Tensor], ModelSpec]:
     """Weights and spec of a robustq model file or of a bare float state dict.
 
-    A state dict may be part of a training checkpoint (``{"state_dict": ...}``) and have DataParallel's prefix.
+    A state dict may be part of a training checkpoint (``{"state_dict": ...}``). For a known architecture its names
+    become torchvision's; else they stay as in the file.
 
     Args:
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
-        own_model, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+        own_model, weights, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.
         DataError: the data do not fit a bare state dict.
     """
     content = read_checkpoint(path, trust_pickle=trust_pickle)
-    state = None if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dict(content)
-    if state is None:
+    sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
+    if not sets:
         model, spec, _ = load_model(path, own_model=own_model)
         if architecture is not None and architecture != spec.architecture:
             raise UsageError(
                 f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
             )
         return model.state_dict(), spec
+    state = _chosen_weights(sets, weights, path)
     chosen = own_model or architecture
     if chosen is not None:
         check_architecture(chosen)
+    if chosen is None or not is_custom(chosen):
+        state = with_usual_names(state)
     found, classes, channels = describe_state_dict(state, path) if chosen is None else (chosen, None, None)
     check_finite(state, path)
     if data is None:
@@ -198,6 +204,23 @@ def open_source(
     )
     check_fit(spec, loaded, path)
     return state, spec
+
+
+def _chosen_weights(
+    sets: dict[str, dict[str, torch.Tensor]], wanted: str | None, path: Path
+) -> dict[str, torch.Tensor]:
+    """One of the sets of weights of a checkpoint, by default the first; a note names what was chosen among several."""
+    if wanted is not None and wanted not in sets:
+        known = ", ".join(filter(None, sets)) or "weights without a key"
+        raise UsageError(f"--weights {wanted}: {path} holds {known}")
+    key = next(iter(sets)) if wanted is None else wanted
+    if wanted is None and len(sets) > 1:
+        others = " or ".join(f"--weights {name}" for name in sets if name != key)
+        note(f"weights {key} of {path.name}; the file holds others too: {others}")
+    kinds = {str(one.dtype).removeprefix("torch.") for one in sets[key].values() if one.is_floating_point()}
+    if kinds & {"float16", "bfloat16"}:
+        note(f"weights {' and '.join(sorted(kinds))} in {path.name}; float32 from here on")
+    return sets[key]
 
 
 def with_normalisation(source: ModelSpec, text: str | None, path: Path) -> ModelSpec:

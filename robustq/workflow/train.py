@@ -127,6 +127,7 @@ def harden_model(
     own_model: str | None = None,
     feature_layer: str | None = None,
     epsilon: float | None = None,
+    weights: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
     seed: int = 0,
@@ -146,6 +147,8 @@ def harden_model(
         own_model: the ``module:function`` that builds the network, if it is a custom model.
         feature_layer: as :func:`train_model`; overrides the model's.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
+        weights: key of the weights in a checkpoint that holds several, such as ``state_dict_ema``; None: the first of
+            :data:`robustq.models.state_dict.WRAPPERS`.
         trust_pickle: also load a ``torch.save(model)`` file, which can run any code.
 
     Returns:
@@ -165,12 +168,13 @@ def harden_model(
     options.check()
     wanted_data = data or settings.data
     model = Path(model)
-    weights, source = open_source(
+    state, source = open_source(
         model,
         wanted_data,
         image_size=settings.image_size or None,
         architecture=chosen_architecture(architecture, own_model),
         own_model=own_model,
+        weights=weights,
         trust_pickle=trust_pickle,
         skip_bad_images=skip_bad_images,
     )
@@ -204,7 +208,7 @@ def harden_model(
         source=model,
         skip_bad_images=skip_bad_images,
     )
-    network = quantize(weights, source, job, path=model, own_model=own_model)
+    network = quantize(state, source, job, path=model, own_model=own_model)
     return run_recipe(network, job) if settings.trains else quantize_only(network, job)
 
 

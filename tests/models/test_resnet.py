@@ -16,7 +16,7 @@ from robustq.checkpoint import describe_state_dict
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
-from robustq.models.state_dict import find_state_dict
+from robustq.models.state_dict import find_state_dicts, with_usual_names
 from tests.models.small_nets import perturb_batch_norm, small_spec
 
 BLOCKS = {"resnet8": 1, "resnet20": 3}
@@ -131,6 +131,6 @@ def test_checkpoints_with_other_names_are_recognised(tmp_path: Path, architectur
     state = build_model(small_spec(32, architecture=architecture, channels=3)).state_dict()
     renamed = {name.replace("downsample", "shortcut").replace("fc.", "linear."): v for name, v in state.items()}
     for theirs in (renamed, {"state_dict": {f"module.{name}": v for name, v in renamed.items()}, "best_prec1": 91.7}):
-        found = find_state_dict(theirs)
-        assert found is not None and found.keys() == state.keys()
+        (found,) = map(with_usual_names, find_state_dicts(theirs).values())
+        assert found.keys() == state.keys()
         assert describe_state_dict(found, tmp_path) == (architecture, 10, 3)
