@@ -58,6 +58,13 @@ def harden(
             help="Also load a torch.save(model) file. It can run any code: use it only if you trust its author.",
         ),
     ] = False,
+    checks: Annotated[
+        bool,
+        rare(
+            "--checks/--no-checks",
+            help="Refuse weights near chance and networks that cannot be exported, before any training.",
+        ),
+    ] = True,
 ) -> None:
     """Quantize a trained network and harden it by a recipe (default: ODG-Q).
 
@@ -81,6 +88,7 @@ def harden(
             epsilon=radius,
             weights=weights,
             trust_pickle=trust_pickle,
+            checks=checks,
             **options.keywords(),
         )
 

@@ -17,7 +17,7 @@ from robustq.recipe.schema import Vocabulary, shown, validation_errors
 _SHAPE: dict[str, Any] = {
     "command": str,
     "recipe": {"name": str, "method": str, "settings?": dict},
-    "source?": {"path": str, "sha256": str},
+    "source?": {"path": str, "sha256": str, "float_accuracy?": float},
     "spec": {"architecture": str},
     "data": {"name": str, "digest": str, "skip_bad_images": bool},
     "augment?": {"crop_padding": int, "flip": bool},

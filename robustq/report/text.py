@@ -51,6 +51,8 @@ def training_lines(result: Result, *, next_command: str) -> list[str]:
     if result["holdout_pgd10_accuracy"] is not None:
         held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
     clean = with_interval(result["clean_accuracy"], result["clean_interval"])
+    before = result.get("float_holdout_accuracy")
+    held_out += "" if before is None else f"; the float network: clean {percent(before)}"
     epoch = f"epoch {result['best_epoch']} of {result['epochs_done']}; " if result["epochs"] else ""
     time = f"{result['seconds_per_epoch']:.2f} s per epoch" if result["epochs"] else f"{result['seconds']:.1f} s"
     return [

@@ -97,6 +97,7 @@ def quantize_only(model: nn.Module, job: Job) -> TrainResult:
             answers,
             hardened=True,
             holdout_clean_accuracy=holdout_accuracy,
+            float_holdout_accuracy=job.float_accuracy,
             seconds=time.perf_counter() - start,
             size_bytes=(folder / "best.pt").stat().st_size,
             seed=job.seed,

@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from robustq.progress import detail, note
 from robustq.recipe import DEFAULT_EPSILON, Recipe, format_epsilon, load_recipe
 from robustq.recipe.schema import Vocabulary
 from robustq.torch_file import read_checkpoint
+from robustq.workflow.float_check import stated_accuracy
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -141,6 +143,15 @@ def check_last_batch(model: nn.Module, spec: ModelSpec, images: int, recipe: Rec
         )
 
 
+class Source(NamedTuple):
+    """The network that harden starts from."""
+
+    state: dict[str, torch.Tensor]
+    spec: ModelSpec
+    is_foreign: bool = False  # from a state dict: its normalisation may be unknown
+    stated: float | None = None  # accuracy in the checkpoint, as a fraction
+
+
 def open_source(
     path: Path,
     data: str | None,
@@ -151,7 +162,7 @@ def open_source(
     weights: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
-) -> tuple[dict[str, torch.Tensor], ModelSpec]:
+) -> Source:
     """Weights and spec of a robustq model file or of a bare float state dict.
 
     A state dict may be part of a training checkpoint (``{"state_dict": ...}``). For a known architecture its names
@@ -175,7 +186,7 @@ def open_source(
             raise UsageError(
                 f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
             )
-        return model.state_dict(), spec
+        return Source(model.state_dict(), spec)
     state = _chosen_weights(sets, weights, path)
     chosen = own_model or architecture
     if chosen is not None:
@@ -203,7 +214,7 @@ def open_source(
         loaded.class_names,
     )
     check_fit(spec, loaded, path)
-    return state, spec
+    return Source(state, spec, is_foreign=True, stated=stated_accuracy(content))
 
 
 def _chosen_weights(

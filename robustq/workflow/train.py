@@ -12,11 +12,13 @@ from robustq.errors import UsageError
 from robustq.files import check_output
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.run_folder import RUNS, check_new_run
-from robustq.models.fx.factory import runs_user_code
+from robustq.models.fx.factory import is_custom, runs_user_code
 from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import DEFAULT_EPSILON, Recipe
+from robustq.workflow.export_check import check_export
+from robustq.workflow.float_check import count_float_network
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
 from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher
@@ -130,6 +132,7 @@ def harden_model(
     weights: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
+    checks: bool = True,
     seed: int = 0,
     device: str | None = None,
     out: Path | None = None,
@@ -150,6 +153,8 @@ def harden_model(
         weights: key of the weights in a checkpoint that holds several, such as ``state_dict_ema``; None: the first of
             :data:`robustq.models.state_dict.WRAPPERS`.
         trust_pickle: also load a ``torch.save(model)`` file, which can run any code.
+        checks: refuse a state dict whose float network answers near chance, or far below what its file states, and a
+            custom network that cannot be exported.
 
     Returns:
         As :func:`train_model`, with ``bits`` and ``method``.
@@ -168,7 +173,7 @@ def harden_model(
     options.check()
     wanted_data = data or settings.data
     model = Path(model)
-    state, source = open_source(
+    opened = open_source(
         model,
         wanted_data,
         image_size=settings.image_size or None,
@@ -178,7 +183,7 @@ def harden_model(
         trust_pickle=trust_pickle,
         skip_bad_images=skip_bad_images,
     )
-    source = with_normalisation(source, normalisation, model)
+    source = with_normalisation(opened.spec, normalisation, model)
     widths, layer_bits = options.resolve(settings, source=source)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
     if not settings.trains:
@@ -197,6 +202,18 @@ def harden_model(
         feature_layer=feature_layer or source.feature_layer,
         shared_sum_scale=(source.shared_sum_scale if settings.shared_sum_scale is None else settings.shared_sum_scale),
     )
+    counted: float | None = None
+    if checks and source.widths.is_float:
+        counted = count_float_network(
+            opened.state,
+            source,
+            loaded,
+            path=model,
+            own_model=own_model,
+            device=place,
+            is_foreign=opened.is_foreign,
+            stated=opened.stated,
+        )
     torch.manual_seed(seed)
     job = Job(
         spec=spec,
@@ -206,9 +223,12 @@ def harden_model(
         device=place,
         out=out,
         source=model,
+        float_accuracy=counted,
         skip_bad_images=skip_bad_images,
     )
-    network = quantize(state, source, job, path=model, own_model=own_model)
+    network = quantize(opened.state, source, job, path=model, own_model=own_model)
+    if checks and is_custom(spec.architecture):
+        check_export(network, spec, loaded)
     return run_recipe(network, job) if settings.trains else quantize_only(network, job)
 
 

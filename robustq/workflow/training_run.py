@@ -110,6 +110,7 @@ class Job:
     device: torch.device
     out: Path | None  # run folder, checked to be free; None: ``runs/<label>-<method>``
     source: Path | None  # the model file that is fine-tuned; None: from scratch
+    float_accuracy: float | None = None  # of the float network in that file, on held-out images
     skip_bad_images: bool = False  # how the data were loaded, for a later resume
 
     @property
@@ -123,7 +124,9 @@ class Job:
         return {
             "command": "train" if source is None else "harden",
             "recipe": {**self.recipe.to_dict(), "settings": resolved_settings(self.recipe)},
-            "source": None if source is None else {"path": str(source.absolute()), "sha256": sha256(source)},
+            "source": None
+            if source is None
+            else {"path": str(source.absolute()), "sha256": sha256(source), "float_accuracy": self.float_accuracy},
             "spec": self.spec.to_dict(),
             "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": self.skip_bad_images},
             **({} if augment is None else {"augment": asdict(augment)}),
@@ -140,7 +143,7 @@ class TrainResult(Result):
     Accuracies of the hold-out are those of the best epoch; None: not measured.
     """
 
-    OPTIONAL = ("seconds", "bits", "method")
+    OPTIONAL = ("seconds", "float_holdout_accuracy", "bits", "method")
 
     checkpoint: Path  # the best epoch's model file, in the run folder
     run: Path
@@ -161,6 +164,7 @@ class TrainResult(Result):
     seed: int
     collapsed: Collapse | None = None  # the collapse of robust accuracy that ended the run
     shortfalls: tuple[str, ...] = ()  # failed checks, in words
+    float_holdout_accuracy: float | None = None  # of the float network that harden was given
     bits: int | None = None  # of harden, as the next
     method: str | None = None
 
@@ -307,6 +311,7 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
                 seconds_per_epoch=state.seconds / state.epoch,
                 size_bytes=(folder.path / "best.pt").stat().st_size,
                 seed=training.seed,
+                float_holdout_accuracy=(folder.config.get("source") or {}).get("float_accuracy"),
                 collapsed=collapse,
                 shortfalls=() if collapse is None else (f"{folder.path}: {collapse}",),
             )

@@ -81,7 +81,7 @@ def test_the_first_set_of_weights_is_taken_and_others_are_named(
     torch.save({"epoch": 3, "state_dict_ema": averaged, "state_dict": plain}, path)
     assert list(find_state_dicts(read_checkpoint(path))) == ["state_dict", "state_dict_ema"]
     for wanted, expected in ((None, plain), ("state_dict_ema", averaged)):
-        state, _ = open_source(path, "digits", weights=wanted)
+        state = open_source(path, "digits", weights=wanted).state
         assert torch.equal(state["conv1.weight"], expected["conv1.weight"])
     told = capsys.readouterr().err
     assert told.count("weights state_dict of timm.pt; the file holds others too: --weights state_dict_ema") == 1

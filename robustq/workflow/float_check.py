@@ -1,0 +1,79 @@
+"""The float network of a checkpoint as it came in: its accuracy on held-out images, before it is quantized.
+
+A wrong normalisation, other data or another order of classes shows here, and not after hours of training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustq.checkpoint import load_weights
+from robustq.data import Dataset, to_float
+from robustq.errors import UsageError
+from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.models.spec import ModelSpec, build_model
+from robustq.models.state_dict import with_names_of
+from robustq.progress import note
+
+IMAGES = 500
+"""Held-out images that are counted."""
+
+STATED = ("best_prec1", "best_acc1", "best_acc", "best_accuracy", "acc1", "acc", "accuracy")
+"""Keys of training checkpoints with an accuracy in percent or as a fraction."""
+
+SHORTFALL = 0.1
+"""How far below the stated accuracy the counted one may surely lie."""
+
+
+def stated_accuracy(content: Any) -> float | None:
+    """The accuracy that a training checkpoint states, as a fraction; None if it states none."""
+    values: list[Any] = [content.get(key) for key in STATED] if isinstance(content, dict) else []
+    numbers = [float(value) for value in values if isinstance(value, int | float) or getattr(value, "ndim", None) == 0]
+    return next((value / 100 if value > 1 else value for value in numbers if 0 < value <= 100), None)
+
+
+def count_float_network(
+    state: dict[str, torch.Tensor],
+    spec: ModelSpec,
+    data: Dataset,
+    *,
+    path: Path,
+    own_model: str | None,
+    device: torch.device,
+    is_foreign: bool,
+    stated: float | None,
+) -> float:
+    """The share of up to :data:`IMAGES` held-out images that the float network of ``spec`` answers right.
+
+    Args:
+        state: its weights, under the names of the file at ``path``.
+        is_foreign: whether another program than robustq wrote the file, so that its normalisation may be unknown.
+        stated: the accuracy that the file states, as a fraction.
+
+    UsageError for a foreign network that is not surely better than a constant answer, or surely worse than the file
+    states.
+    """
+    network = build_model(spec, own_model=own_model)
+    load_weights(network, with_names_of(network, state), path)
+    images, labels = data.holdout.take(min(IMAGES, len(data.holdout)))
+    x, y = to_float(images.to(device)), labels.to(device)
+    right = int(correct(network.to(device).eval(), x, y, batch_size=100).sum())
+    count, share = len(labels), right / len(labels)
+    low, high = wilson_interval(right, count)
+    found = f"{100 * share:.1f}% [{100 * low:.1f}, {100 * high:.1f}] of {count:,} held-out images"
+    note(f"float   as given: clean {found}")
+    chance = int(labels.bincount().max()) / count
+    wrong = ""
+    if low <= chance:
+        wrong = "near chance"
+    elif stated is not None and high < stated - SHORTFALL:
+        wrong = f"where the file states {100 * stated:.1f}%"
+    if is_foreign and wrong:
+        raise UsageError(
+            f"{path} as given answers {found} right, {wrong}; name the normalisation that it was trained with "
+            "(--normalisation), or check --data and the order of the classes; --no-checks goes on all the same"
+        )
+    return share
