@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_custom
+from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_custom, torchvision_names
 from robustq.models.layers import Layers, Normalisation
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quant.quantizers import Widths
@@ -141,6 +141,8 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 def check_architecture(name: str) -> str:
     """Return ``name`` if it is known or has the form of a custom network's; else UsageError with the nearest name."""
     if name not in ARCHITECTURES and not is_custom(name):
+        if name in torchvision_names():
+            raise UsageError(f"unknown architecture '{name}'; torchvision's is {TORCHVISION}{name}")
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")
     return name

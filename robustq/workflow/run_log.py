@@ -55,7 +55,8 @@ def log_run(
     if recipe.side_precision not in (SAME, recipe.precision):
         computing += f" · auxiliary passes in {recipe.side_precision}"
     computing += " · compiled" if recipe.compile else ""
-    note(f"recipe  {recipe.name}: {recipe.method}{radius} · batches of {recipe.batch_size} · {device}{computing}")
+    named = recipe.method if recipe.name == recipe.method else f"{recipe.name}: {recipe.method}"
+    note(f"recipe  {named}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
     for line in hints(config, device, resumed=resumed):
         note(f"note    {line}")
@@ -82,9 +83,10 @@ def check_forecast(training: Training, *, parent: Path) -> None:
     )
     state = training.state  # the forecast has put it back
     begun = bool(state.epoch or state.step)
-    epochs = f"the last {recipe.epochs - state.epoch} of {recipe.epochs} epochs" if begun else f"{recipe.epochs} epochs"
+    planned = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
+    epochs = f"the last {recipe.epochs - state.epoch} of {planned}" if begun else planned
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    count = f"{parameters / 1e6:.1f} M" if parameters >= 1_000_000 else f"{parameters / 1000:.0f} k"
+    count = f"{parameters / 1e6:.1f} M" if parameters >= 1_000_000 else f"{parameters / 1000:.3g} k"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(
         f"takes   about {duration(found.seconds)}, {found.memory_bytes / 1e9:.1f} GB memory, "

@@ -79,3 +79,5 @@ def test_an_unknown_architecture_names_the_nearest(name: str, nearest: str) -> N
     assert f"(nearest: {nearest}" in str(caught.value)
     with pytest.raises(UsageError, match="unknown architecture"):
         build_model(dataclasses.replace(small_spec(4), architecture=name))
+    with pytest.raises(UsageError, match="unknown architecture 'resnet50'; torchvision's is torchvision:resnet50"):
+        check_architecture("resnet50")
