@@ -40,7 +40,7 @@ class Dataset:
     def digest(self) -> str:
         """A hash of all images, labels and class names; their path takes no part."""
         parts = [*self.class_names, *(split.digest() for split in (self.train, self.holdout, self.test))]
-        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b("\0".join(parts).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def training_indices(

@@ -27,6 +27,10 @@ MOST_FOLDERS = 10_000
 """Folders of one class: links may lead out of the data set to a whole disk."""
 
 
+PARTS = (("train", "training"), ("test", "testing", "val", "valid", "validation"))
+"""Names of the folders of the training and of the test part, in any case; the first that is there counts."""
+
+
 @dataclass(frozen=True)
 class _Files:
     """Image files and the class of each, int64 (N,)."""
@@ -40,7 +44,7 @@ class _Files:
 
 def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
     """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else from FOLDER/<class>/*, of which a
-    fifth becomes the test part (see `splits.split_by_name`).
+    fifth becomes the test part (see `splits.split_by_name`). Other names of the two parts are in :data:`PARTS`.
 
     One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once: shorter side scaled
     to the image size, centre cropped. Large sets are streamed (see `StreamedSplit`).
@@ -52,15 +56,13 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip
     Warns:
         RobustqWarning: unreadable images were left out, with `skip_bad_images`.
     """
-    has_train = (folder / "train").is_dir()
-    test_folder = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
-    if has_train and test_folder is not None:
-        class_names, train, test = _two_folders(folder / "train", test_folder, skip_bad_images)
-    elif has_train or test_folder is not None:
-        present = "train" if test_folder is None else test_folder.name
+    train_folder, test_folder = (_part_folder(folder, names) for names in PARTS)
+    if train_folder is not None and test_folder is not None:
+        class_names, train, test = _two_folders(train_folder, test_folder, skip_bad_images)
+    elif present := train_folder or test_folder:
         raise DataError(
-            f"{folder} has {present} but not {'test or val' if has_train else 'train'}; give both, or class folders "
-            "only, of which a fixed fifth becomes the test part"
+            f"{folder} has {present.name} but not {'train' if train_folder is None else 'test or val'}; give both, or "
+            "class folders only, of which a fixed fifth becomes the test part"
         )
     else:
         class_names = class_folders(folder)
@@ -84,7 +86,7 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip
         return TensorSplit(*decoded.take(0))
 
     parts = [split(files) for files in (train.subset(kept), train.subset(held), test)]
-    return Dataset(str(folder.resolve()), class_names, channels, side, *parts)
+    return Dataset(str(folder.resolve()), tuple(map(_as_text, class_names)), channels, side, *parts)
 
 
 def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
@@ -110,6 +112,19 @@ def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip
         name="imagenet",
         class_names=imagenet_class_names(folder_names),
     )
+
+
+def _part_folder(folder: Path, names: tuple[str, ...]) -> Path | None:
+    try:  # of two names that differ in case alone, the lower-case one
+        found = {entry.name.lower(): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}") from error
+    return next((found[name] for name in names if name in found), None)
+
+
+def _as_text(name: str) -> str:
+    """A file name as text; bytes that are no UTF-8 become the replacement character."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.splits import TensorSplit
-from robustq.errors import DataError, one_line
+from robustq.errors import DataError, RobustqWarning, one_line
 from robustq.files import open_regular
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -29,6 +30,9 @@ def load_npz(path: Path, *, train_images: int) -> Dataset:
     Raises:
         DataError: not a whole .npz file, an array that is missing, pickled, empty, or of another type or shape, another
             number of labels than images, invalid labels, or test images or labels that do not fit the training part.
+
+    Warns:
+        RobustqWarning: no training image has the label 0.
     """
     arrays = _read_arrays(path)
     train, test = (_split(path, part, arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test"))
@@ -40,6 +44,12 @@ def load_npz(path: Path, *, train_images: int) -> Dataset:
     highest = int(train.labels.max())
     if highest >= len(train):
         raise DataError(f"y_train of {path} has the label {highest} for {len(train)} images; number the classes from 0")
+    if not bool((train.labels == 0).any()):
+        warnings.warn(
+            f"y_train of {path} has no label 0, so that class 0 stays empty; number the classes from 0",
+            RobustqWarning,
+            2,
+        )
     unknown = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if unknown:
         raise DataError(f"y_test of {path} has the label {unknown[0]}, which y_train lacks; test on training classes")

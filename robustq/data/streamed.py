@@ -54,7 +54,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def image_header(path: str | Path) -> tuple[str, tuple[int, int]]:
-    """Pillow's mode ("L", "RGB", ...) and (width, height) of an image file; its pixels are not decoded.
+    """Pillow's mode ("L", "RGB", ...) and (width, height) of an image file as it is stored; it is not decoded.
 
     Raises:
         DataError: no readable image.
@@ -64,14 +64,18 @@ def image_header(path: str | Path) -> tuple[str, tuple[int, int]]:
 
 
 def read_image(path: str | Path, *, channels: int) -> Image.Image:
-    """Decode an image file into 8-bit grey (`channels` 1) or RGB (3); transparency is dropped.
+    """Decode an image file into 8-bit grey (`channels` 1) or RGB (3), turned as its EXIF data say.
+
+    Transparency is dropped.
 
     Raises:
         DataError: no readable image, or one of more than 8 bits per channel.
     """
+    from PIL import ImageOps
+
     with _opened(path) as image:
         mode = image.mode
-        decoded = image.convert("L" if channels == 1 else "RGB")
+        decoded = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
     if mode in DEEP_MODES:
         raise DataError(f"{path} has more than 8 bits per channel (Pillow's mode {mode}); convert it to 8 bits first")
     return decoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zlib
@@ -196,6 +197,12 @@ def test_npz(
     assert load_dataset(str(path), train_images=20).train.labels.bincount().tolist() == [5] * 4
 
 
+def test_npz_with_labels_from_one(tmp_path: Path) -> None:
+    labels = {"y_train": 1 + np.arange(40) % 4, "y_test": 1 + np.arange(8) % 4}
+    with pytest.warns(RobustqWarning, match="has no label 0, so that class 0 stays empty"):
+        assert load_dataset(str(write_npz(tmp_path / "data.npz", **labels))).classes == 5
+
+
 OBJECTS = np.array([{"a": 1}] * 40, dtype=object)
 BAD_ARRAYS: list[tuple[dict[str, Any], str]] = [
     ({"x_test": None, "y_test": None}, "lacks x_test, y_test .it holds x_train, y_train"),
@@ -260,9 +267,9 @@ def test_npz_that_is_broken(tmp_path: Path) -> None:
         check_error(path, f"{name}.npz " + ("cannot be read .*CRC" if name == "flipped" else "is not a whole"))
 
 
-@pytest.mark.parametrize("part", ["test", "val"])
-def test_folder_with_train_and_test(part: str, tmp_path: Path) -> None:
-    write_images(tmp_path / "train", {"dog": 12, "ant": 9, "cat": 9})
+@pytest.mark.parametrize(("train", "part"), [("train", "test"), ("Train", "val"), ("training", "Testing")])
+def test_folder_with_train_and_test(train: str, part: str, tmp_path: Path) -> None:
+    write_images(tmp_path / train, {"dog": 12, "ant": 9, "cat": 9})
     write_images(tmp_path / part, {"dog": 2, "cat": 3}, seed=1)
     data = load_dataset(str(tmp_path))
     assert data.name == str(tmp_path) and data.class_names == ("ant", "cat", "dog")
@@ -316,6 +323,23 @@ def test_bad_images_are_skipped_only_when_asked_and_named(tmp_path: Path) -> Non
         path.write_bytes(b"no image")
     with pytest.warns(RobustqWarning, match="skipped 13 of 24"), pytest.raises(DataError, match="b has no images"):
         load_dataset(str(tmp_path), skip_bad_images=True)
+
+
+def test_photographs_are_turned_as_their_exif_data_say(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 5, "b": 5})
+    expected = load_dataset(str(tmp_path))
+    for path in tmp_path.rglob("*.png"):
+        with Image.open(path) as image:
+            exif = image.getexif()
+            exif[0x0112] = 6  # turned by 90 degrees to be shown
+            image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    assert same_images(load_dataset(str(tmp_path)).train, expected.train)
+
+
+def test_class_names_that_are_no_utf8(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 5, os.fsdecode(b"b\xff"): 5})
+    data = load_dataset(str(tmp_path))
+    assert data.class_names == ("a", "b\ufffd") and data.digest()
 
 
 def test_folder_is_grey_only_when_every_image_is(tmp_path: Path) -> None:
