@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+ZOO = (".json", ".npz", ".onnx", ".pt")
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "robustq", "export", "recipes")
 
 
@@ -22,7 +23,7 @@ def packaged_files() -> set[str]:
         Path(folder, name).relative_to(ROOT).as_posix()
         for folder, _, names in os.walk(ROOT / "robustq", followlinks=True)
         for name in names
-        if name.endswith((".py", ".toml")) or name == "py.typed"
+        if name.endswith((".py", ".toml", *ZOO)) or name == "py.typed"
     }
 
 

@@ -27,7 +27,7 @@ from robustq.errors import UsageError
 @with_groups
 def attack(
     *,
-    model: Annotated[Path, typer.Argument(help="A .pt of robustq, an export folder or an .onnx.")],
+    model: Annotated[Path, typer.Argument(help="A .pt of robustq, an export folder, an .onnx or zoo:NAME.")],
     suite: Annotated[
         str,
         typer.Option(
@@ -80,7 +80,10 @@ def attack(
     """
     from robustq.files import check_attackable, check_model_file, check_new
     from robustq.report.text import attack_lines
+    from robustq.zoo import images_path, model_path
 
+    replay = None if replay is None else images_path(replay)
+    model = model_path(model)
     check_attackable(model)
     keywords = options.keywords()
     radii = [one for one in (parse_radius(text) for text in (epsilons or "").split(",") if text) if one is not None]

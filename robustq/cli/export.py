@@ -26,7 +26,9 @@ from robustq.cli.options import (
 @with_groups
 def export(
     *,
-    model: Annotated[Path | None, typer.Argument(help="A .pt of robustq. Default: the last hardened model.")] = None,
+    model: Annotated[
+        Path | None, typer.Argument(help="A .pt of robustq, or zoo:NAME. Default: the last hardened model.")
+    ] = None,
     format_name: Annotated[
         str,
         typer.Option(
@@ -74,9 +76,10 @@ def export(
     """
     from robustq.files import check_model_file
     from robustq.report.text import export_lines
+    from robustq.zoo import model_path
 
     if model is not None:
-        check_model_file(model)
+        model = check_model_file(model_path(model))
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(

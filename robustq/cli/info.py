@@ -25,7 +25,7 @@ from robustq.cli.options import (
 @with_groups
 def info(
     *,
-    path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder or a run folder.")],
+    path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder, a run folder or zoo:NAME.")],
     options: Reading,
     own_model: OwnModel = None,
 ) -> None:
@@ -37,7 +37,9 @@ def info(
     from robustq.errors import ModelFileError
     from robustq.files import check_model_file
     from robustq.report.info import description_lines
+    from robustq.zoo import model_path
 
+    path = model_path(path)
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; give a .pt, an .onnx, an export folder or a run folder")
     if not path.is_dir():
@@ -45,6 +47,22 @@ def info(
     run_job(
         lambda: robustq.describe_file(path, own_model=own_model), options.as_json, description_lines, out=options.out
     )
+
+
+@with_groups
+def zoo(*, options: Reading) -> None:
+    """List the networks that come with robustq.
+
+    harden, attack, export and info take zoo:NAME as their model, and attack --replay as adversarial images.
+
+    Examples:
+      robustq zoo
+      robustq attack zoo:cifar10-resnet20-w4a4 --data cifar10
+    """
+    from robustq.report.info import zoo_lines
+    from robustq.zoo import entries
+
+    run_job(lambda: {"zoo": [entry.card for entry in entries()]}, options.as_json, zoo_lines, out=options.out)
 
 
 @with_groups

@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from robustq.cli.attack import attack
 from robustq.cli.export import export, recheck
-from robustq.cli.info import info, quickstart, recipes
+from robustq.cli.info import info, quickstart, recipes, zoo
 from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
 from robustq.errors import STOPPED, CheckFailedError, RobustqError, RunStoppedError, printable
@@ -102,7 +102,7 @@ def _root(
     """Common to all commands."""
 
 
-for _command in (quickstart, train, harden, attack, export, recheck, info, recipes):
+for _command in (quickstart, train, harden, attack, export, recheck, info, recipes, zoo):
     app.command(cls=Command)(_command)
 
 

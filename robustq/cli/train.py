@@ -42,7 +42,8 @@ def harden(
     context: typer.Context,
     *,
     model: Annotated[
-        Path | None, typer.Argument(help="model.pt of robustq, or a state dict (add --data, and --arch if not ours).")
+        Path | None,
+        typer.Argument(help="A .pt of robustq, zoo:NAME, or a state dict (with --data, and --arch if not ours)."),
     ] = None,
     recipe: RecipeName = "odgq",
     epsilon: Epsilon = None,
@@ -73,11 +74,12 @@ def harden(
       robustq harden --resume runs/resnet20-w4a4-odgq
     """
     from robustq.files import check_model_file
+    from robustq.zoo import model_path
 
     if options.resume is None and model is None:
         raise UsageError("harden needs the MODEL to start from, a model.pt; or --resume RUN_FOLDER")
     if options.resume is None and model is not None:
-        check_model_file(model)
+        model = check_model_file(model_path(model))
     radius = parse_radius(epsilon)
 
     def job() -> Mapping[str, Any]:

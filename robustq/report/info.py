@@ -116,6 +116,22 @@ def _run(found: Mapping[str, Any]) -> list[str]:
     return lines + [f"FAILED  {failure}" for failure in result.get("shortfalls", [])]
 
 
+def zoo_lines(found: Mapping[str, Any]) -> list[str]:
+    """Lines of zoo: a paragraph for each network."""
+    lines = []
+    for card in found["zoo"]:
+        width = "float" if card["weight_bits"] == 32 else f"{card['weight_bits']} bits"
+        clean = with_interval(card["clean_accuracy"], card["clean_interval"])
+        robust = with_interval(card["robust_accuracy"], card["interval"])
+        lines += [
+            f"zoo:{card['name']}  {card['summary']}",
+            f"  {card['architecture']} on {card['data']} · {width} · {card['size_bytes']:,} bytes",
+            f"  clean {clean}, robust at most {robust} at {format_epsilon(card['epsilon'])} "
+            f"({card['suite']}, {card['images']:,} images)",
+        ]
+    return lines
+
+
 _OPEN = {
     "data": "from model.pt or --data",
     "architecture": "from model.pt or --architecture",

@@ -28,6 +28,7 @@ from robustq.progress import detail, note
 from robustq.workflow import Result
 from robustq.workflow.open_model import log_failures
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions
+from robustq.zoo import model_path
 
 EXPORTS = Path("export-out")
 RECHECK_SUITE = SUITES["recheck"].name
@@ -131,7 +132,7 @@ def export_model(
         RobustqError: bad input; nothing is written.
     """
     place = pick_device(device)
-    chosen = last_hardened() if model is None else Path(model)
+    chosen = last_hardened() if model is None else model_path(model)
     check_output(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")

@@ -20,6 +20,7 @@ from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dicts, with_usual_names
 from robustq.torch_file import read_checkpoint
 from robustq.workflow import Result
+from robustq.zoo import model_path
 
 _SHAPES: dict[str, Any] = {
     CONFIG: {"recipe?": {"name?": str, "method?": str}},
@@ -52,7 +53,7 @@ def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDesc
     Raises:
         ModelFileError: nothing there, or nothing that robustq knows.
     """
-    path = Path(path)
+    path = model_path(path)
     return FileDescription(path.absolute(), *_describe(path, own_model))
 
 

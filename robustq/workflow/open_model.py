@@ -29,6 +29,7 @@ from robustq.twin.deployed import TwinOnImages, judge_of
 from robustq.twin.inputs import SPEC, find_form
 from robustq.twin.network import load_twin
 from robustq.twin.registry import DIALECTS
+from robustq.zoo import model_path
 
 LARGE = 64  # image side above which other architectures are those for photographs
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
@@ -96,7 +97,7 @@ def open_attackable(
         data: of a lone .onnx that does not name its data.
         pixels, layout: of a lone .onnx, as :func:`robustq.twin.inputs.find_form`.
     """
-    path = check_attackable(Path(model))
+    path = check_attackable(model_path(model))
     if path.suffix == ".onnx" and path.is_file():
         return _open_file(path, data=data, pixels=pixels, layout=layout, device=device)
     if pixels is not None or layout is not None:

@@ -20,6 +20,7 @@ from robustq.progress import note
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
 from robustq.workflow.setup import data_for, pick_device
+from robustq.zoo import images_path
 
 BATCH = 256
 REPLAY = "replay"  # in the place of a suite
@@ -75,7 +76,7 @@ def replay_pictures(
     Raises:
         RobustqError: bad input, other data than those of the file, or an image outside the ball.
     """
-    file = Path(file)
+    file = images_path(file)
     images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(model, own_model=own_model, device=place)

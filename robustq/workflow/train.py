@@ -22,6 +22,7 @@ from robustq.workflow.float_check import count_float_network
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
 from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher
+from robustq.zoo import model_path
 
 
 def train_model(
@@ -172,7 +173,7 @@ def harden_model(
     options = WidthOptions(bits=bits, weight_bits=weight_bits, act_bits=act_bits, bits_per_layer=bits_per_layer)
     options.check()
     wanted_data = data or settings.data
-    model = Path(model)
+    model = model_path(model)
     opened = open_source(
         model,
         wanted_data,
@@ -202,18 +203,6 @@ def harden_model(
         feature_layer=feature_layer or source.feature_layer,
         shared_sum_scale=(source.shared_sum_scale if settings.shared_sum_scale is None else settings.shared_sum_scale),
     )
-    counted: float | None = None
-    if checks and source.widths.is_float:
-        counted = count_float_network(
-            opened.state,
-            source,
-            loaded,
-            path=model,
-            own_model=own_model,
-            device=place,
-            is_foreign=opened.is_foreign,
-            stated=opened.stated,
-        )
     torch.manual_seed(seed)
     job = Job(
         spec=spec,
@@ -223,10 +212,22 @@ def harden_model(
         device=place,
         out=out,
         source=model,
-        float_accuracy=counted,
         skip_bad_images=skip_bad_images,
     )
     network = quantize(opened.state, source, job, path=model, own_model=own_model)
+    if checks and source.widths.is_float:
+        with torch.random.fork_rng():  # the training draws what it would draw without this
+            counted = count_float_network(
+                opened.state,
+                source,
+                loaded,
+                path=model,
+                own_model=own_model,
+                device=place,
+                is_foreign=opened.is_foreign,
+                stated=opened.stated,
+            )
+        job = replace(job, float_accuracy=counted)
     if checks and is_custom(spec.architecture):
         check_export(network, spec, loaded)
     return run_recipe(network, job) if settings.trains else quantize_only(network, job)

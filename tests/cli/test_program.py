@@ -26,7 +26,7 @@ from robustq.recipe import recipe_names
 from robustq.recipe.schema import KEYS
 from tests.cli.conftest import FAST_TRAIN, Run
 
-COMMANDS = ("quickstart", "train", "harden", "attack", "export", "recheck", "info", "recipes")
+COMMANDS = ("quickstart", "train", "harden", "attack", "export", "recheck", "info", "recipes", "zoo")
 MAIN = [sys.executable, "-c", "from robustq.cli import main; main()"]
 FEW = ("--images", "5", "--epsilon", "0")
 TRAIN = ("train", "--data", "digits", "--architecture", "resnet8", *FAST_TRAIN)
