@@ -117,11 +117,10 @@ def load_twin(path: Path) -> Twin:
     Raises:
         ModelFileError: the file cannot be read, or holds an operator that is not supported.
     """
+    graph = read_graph(path)
     try:
-        return Twin(read_graph(path)).eval()
+        return Twin(graph).eval()
     except ModelFileError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise ModelFileError(f"{path}: {error}") from error
 
 

@@ -62,8 +62,10 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
         if (path / CONFIG).exists():
             return "run folder", _run(path, own_model)
         bundle = open_bundle(path)
-        network, spec, _ = load_model(bundle.model, own_model=own_model)
         about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
+        if bundle.model is None:
+            return "export folder", {**bundle.record, **about}
+        network, spec, _ = load_model(bundle.model, own_model=own_model)
         record = {"data": spec.data, **bundle.record}
         return "export folder", {**record, **_network(network, spec), "data": record["data"], **about}
     check_model_file(path)
