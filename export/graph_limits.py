@@ -18,6 +18,22 @@ QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
 UNBOUNDED = frozenset({"Einsum"})
 """Operators whose inner values may be larger than their inputs and outputs."""
 
+MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+
+SAME_SHAPE: dict[str, tuple[str, slice]] = {
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), ("Add", slice(0, 4, 3))),
+    **dict.fromkeys(("QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"), ("Identity", slice(0, 1))),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "Gelu"), ("Identity", slice(0, 1))),
+    **dict.fromkeys(("MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", slice(0, 2))),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", slice(0, 1)),
+    "QLinearAveragePool": ("AveragePool", slice(0, 1)),
+    "QLinearConcat": ("Concat", slice(2, None, 3)),
+    "QGemm": ("Gemm", slice(0, 4, 3)),
+    "FusedConv": ("Conv", slice(0, 2)),
+}
+"""Operator of onnxruntime -> the one of ONNX with the same shape, and the inputs that it has of the first."""
+
 LARGEST_ACTIVATION = 1 << 24
 """Elements of a tensor that depends on the image, for one image."""
 
@@ -28,8 +44,8 @@ LARGEST_CONSTANTS = 1 << 29
 def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS, side: int = 1) -> str | None:
     """The limit that a file exceeds, in words; None if it keeps all. Nothing large is computed.
 
-    The limits: operators of ONNX without inner graphs (:func:`is_feed_forward`) or QONNX' quantizers, all weights in
-    the file, no constant of more elements than are stored, and no tensor that is too large or of unknown size.
+    The limits: operators without inner graphs (:func:`is_feed_forward`) or QONNX' quantizers, all weights in the file,
+    no constant of more elements than are stored, and no tensor that is too large or of unknown size.
 
     Args:
         model: without external data loaded.
@@ -67,7 +83,9 @@ def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS, 
 
 
 def is_feed_forward(node: onnx.NodeProto) -> bool:
-    """Whether the operator is ONNX' own, and runs no inner graph: it is no loop, condition or scan."""
+    """Whether an operator of ONNX runs no inner graph (loop, condition, scan), or one of onnxruntime is known here."""
+    if node.domain == MICROSOFT:
+        return node.op_type in SAME_SHAPE
     if node.domain not in ("", "ai.onnx") or node.op_type in UNBOUNDED or not onnx.defs.has(node.op_type):
         return False
     kinds = {attribute.type for attribute in onnx.defs.get_schema(node.op_type).attributes.values()}
@@ -96,6 +114,10 @@ def tensor_sizes(model: onnx.ModelProto, *, side: int = 1) -> dict[str, int]:
     for node in single.graph.node:
         if node.op_type in QUANTIZERS:
             node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+        elif node.domain == MICROSOFT and node.op_type in SAME_SHAPE:
+            node.domain = ""
+            node.op_type, kept = SAME_SHAPE[node.op_type]
+            node.input[:] = node.input[kept]
     for output in single.graph.output:
         output.type.tensor_type.ClearField("shape")
     for value in single.graph.input:

@@ -218,9 +218,7 @@ def _proof_lines(result: Result) -> list[str]:
         judged = "the QCDQ file of the same model" if result["judged_file"] != "qonnx" else "the twin of the file"
         lines.append(f"onnxruntime cannot load QONNX: all other results are of {judged}")
     if integer or in_float:
-        lines.append(f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers")
-    if in_float:
-        lines[-1] += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
+        lines.append(layers_line(integer, in_float))
     for run, agreement in result["parity"].items():
         same = agreement["images"] - agreement["different_top1"]
         mean, largest = scientific(agreement["mean_difference"]), scientific(agreement["max_difference"])
@@ -233,6 +231,14 @@ def _proof_lines(result: Result) -> list[str]:
         runs = ", ".join(result["on_ties"])
         lines.append(f"parity  {runs}: the largest differences come from values on rounding ties")
     return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
+
+
+def layers_line(integer: Sequence[str], in_float: Sequence[str]) -> str:
+    """Layers by name, as onnxruntime runs them."""
+    line = f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers"
+    if in_float:
+        line += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
+    return line
 
 
 def not_for_lines(result: Result) -> list[str]:

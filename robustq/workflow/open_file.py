@@ -59,7 +59,7 @@ def open_lone_file(
     """
     graph = read_graph(path)
     form = find_form(path, graph, pixels=pixels, layout=layout)
-    spec = _stored_spec(path, graph) or _spec_by_data(path, form, data)
+    spec = stored_spec(path, graph) or _spec_by_data(path, form, data)
     black = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
     named = graph.answers_classes
     try:
@@ -109,7 +109,7 @@ def _judge_without_twin(path: Path, form: ImageForm, lack: ModelFileError, *, si
         raise ModelFileError(f"{path}: {lack}; without gradients: {reason}") from refused
 
 
-def _stored_spec(path: Path, graph: Graph) -> ModelSpec | None:
+def stored_spec(path: Path, graph: Graph) -> ModelSpec | None:
     """The spec in the metadata of a file of robustq; None in a file of another tool."""
     stored = graph.metadata.get(SPEC)
     if stored is None:
