@@ -105,7 +105,7 @@ def run_suite(
             _attack(evaluator, target, suite)
             if suite.checks_masking:
                 checks = diagnose(target, evaluator, suite=suite, different=different, random=random)
-            elif target.file_alone is not None:
+            elif target.file_alone is not None and not suite.drops_broken:
                 checks = [_through_file_alone(evaluator, target.file_alone, suite)]
     return Evaluation(
         images=len(x),
@@ -165,7 +165,10 @@ def _through_file_alone(evaluator: Evaluator, model: Model, suite: Suite) -> Che
 
     The count through model.pt stays comparable with that of the export.
     """
-    white_box = [result.kept for result in evaluator.results if result.stage == "white-box"]
+    first = evaluator.clean.clone()
+    for result in evaluator.results:
+        if result.stage == "white-box":
+            first[result.broken_indices] = False
     settings: dict[str, Any] = {name: getattr(evaluator, name) for name in ("epsilon", "batch_size", "seed")}
     second = Evaluator(evaluator.judge, evaluator.x, evaluator.y, **settings)
     for attack in suite.attacks:
@@ -173,7 +176,6 @@ def _through_file_alone(evaluator: Evaluator, model: Model, suite: Suite) -> Che
             label = f"{attack.name} (file alone)"
             second.run(attack, model, torch.arange(len(second.x)), label=label, stage=DIAGNOSIS)
     evaluator.results += second.results
-    first = evaluator.clean & torch.stack(white_box).all(dim=0)
     images = len(second.x)
     left = (int(first.sum()) / images, int(second.robust.sum()) / images)
     return flags.file_alone(compare_kept(first, second.robust, images=images), left=left)

@@ -155,8 +155,10 @@ def attack_model(
         # At radius 0 there is no attack.
         train=trains and max([radius, *epsilons]) > 0.0,
     )
+    notes = [] if opened.lack is None else [f"no gradients, and no attack with them: {opened.lack}"]
     if opened.network is not None and opened.deployed is not None:
-        target = replace(target, file_alone=twin_of_export(opened.deployed, place))
+        alone, notes = twin_of_export(opened.deployed, opened.spec, place)
+        target = replace(target, file_alone=alone)
     start = time.perf_counter()
     with prepared_target(target, opened.differentiable, x, compiled=compiled) as prepared:
         found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
@@ -175,7 +177,7 @@ def attack_model(
         seed=seed,
         file_failures=tuple(opened.failures),
         compiled=compiled,
-        evaluation=found,
+        evaluation=replace(found, notes=[*notes, *found.notes]),
         curve=curve,
         surrogates=tuple(target.surrogates),
         control=target.control is not None,

@@ -34,6 +34,7 @@ class LoneFile:
         in_onnxruntime: whether onnxruntime judges.
         answers_classes: whether the file answers with classes instead of logits.
         spec: stored in the file, or what file and data tell.
+        lack: why there is no twin.
     """
 
     path: Path
@@ -42,12 +43,13 @@ class LoneFile:
     in_onnxruntime: bool
     answers_classes: bool
     spec: ModelSpec
+    lack: str | None = None
 
 
 def open_lone_file(
     path: Path, *, data: str | None = None, pixels: str | None = None, layout: str | None = None
 ) -> LoneFile:
-    """Open a file; a file whose gradient cannot be computed has no twin, and a warning says why.
+    """Open a file. A file whose gradients cannot be computed has no twin.
 
     Args:
         data: of a file that does not name its data.
@@ -68,8 +70,8 @@ def open_lone_file(
             classes = twin(black).shape[1]
     except ModelFileError as lack:
         judge = _judge_without_twin(path, form, lack, side=spec.image_size, classes=spec.classes if named else None)
-        note(f"WARNING {path.name}: {lack}: no gradients, so that only attacks without them run")
-        return LoneFile(path, None, judge, True, named, _completed(spec, graph, judge(black).shape[1]))
+        note(f"twin    none: {lack}")
+        return LoneFile(path, None, judge, True, named, _completed(spec, graph, judge(black).shape[1]), str(lack))
     spec = _completed(spec, graph, classes, quantized=twin.twin.quantizes)
     if any("Quant" in node.operator and node.operator.startswith(DIALECTS) for node in graph.nodes):
         note("judge   the twin: onnxruntime cannot run QONNX")
@@ -77,14 +79,16 @@ def open_lone_file(
     return LoneFile(path, twin, judge_of(path, form, classes=classes if named else None), True, named, spec)
 
 
-def twin_of_export(path: Path, device: torch.device) -> TwinOnImages | None:
-    """The twin of a file that robustq wrote; None, and a note, where it has no twin."""
+def twin_of_export(path: Path, spec: ModelSpec, device: torch.device) -> tuple[TwinOnImages | None, list[str]]:
+    """The twin of a file that robustq wrote, or None and a note on why it has none."""
     try:
         twin = load_twin(path)
-        return TwinOnImages(twin, find_form(path, twin.graph)).to(device)
+        found = TwinOnImages(twin, find_form(path, twin.graph)).to(device)
+        with torch.no_grad():
+            found(torch.zeros(1, spec.channels, spec.image_size, spec.image_size, device=device))
     except (ModelFileError, UsageError) as error:
-        note(f"twin    not attacked through the file alone: {error}")
-        return None
+        return None, [f"not attacked through the file alone: {error}"]
+    return found, []
 
 
 def _completed(spec: ModelSpec, graph: Graph, classes: int, *, quantized: bool = False) -> ModelSpec:

@@ -43,6 +43,7 @@ class OpenedModel:
     checkpoint: Path  # the model.pt, or the lone .onnx
     failures: list[str]  # failed checks of the deployed file's export, a line each
     answers_classes: bool = False  # the judge answers with classes: 1 for one of the logits, 0 for the others
+    lack: str | None = None  # why nothing gives gradients
 
     @property
     def gradient_model(self) -> nn.Module:
@@ -130,7 +131,9 @@ def open_attackable(
 def _open_file(path: Path, found: LoneFile, failures: list[str], device: torch.device) -> OpenedModel:
     twin = None if found.twin is None else frozen(found.twin, device)
     deployed = found.path if found.in_onnxruntime else None
-    return OpenedModel(path, None, twin, found.judge, deployed, found.spec, found.path, failures, found.answers_classes)
+    return OpenedModel(
+        path, None, twin, found.judge, deployed, found.spec, found.path, failures, found.answers_classes, found.lack
+    )
 
 
 def log_failures(failures: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,14 @@ def _with_model(opened: Bundle, model: Path, own_model: str | None, device: torc
     check_format(opened.format, spec)
     folded = fold(network, spec)
     kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
-    twin = twin_of_export(opened.onnx, device)
-    return _Subject(
-        spec,
-        "onnxruntime",
-        partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept),
-        partial(attack_file, opened.onnx, opened.format, folded, spec, file_alone=twin),
-    )
+
+    def attack(x: Tensor, y: Tensor, **options: Any) -> Evaluation:
+        twin, notes = twin_of_export(opened.onnx, spec, device)
+        found = attack_file(opened.onnx, opened.format, folded, spec, x, y, file_alone=twin, **options)
+        return replace(found, notes=[*notes, *found.notes])
+
+    proof = partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept)
+    return _Subject(spec, "onnxruntime", proof, attack)
 
 
 def _alone(opened: Bundle, device: torch.device) -> _Subject:
