@@ -137,16 +137,14 @@ SUITES: MappingProxyType[str, Suite] = MappingProxyType(
 """Name -> suite (read-only)."""
 
 
-def without_gradients(suite: Suite) -> Suite:
+def without_gradients(suite: Suite, *, reason: str) -> Suite:
     """The attacks of a suite that need no gradient of the model, and RayS; the flags need gradients.
 
     Raises:
-        UsageError: the suite has no such attack.
+        UsageError: the suite has no such attack; ``reason`` says why there are no gradients.
     """
     left = tuple(attack for attack in suite.attacks if attack.uses in ("queries", "surrogates"))
     if not left:
-        raise UsageError(
-            f"suite '{suite.name}' needs gradients, which this file does not give; take --suite standard or full"
-        )
+        raise UsageError(f"suite '{suite.name}' needs gradients ({reason}); take --suite standard or full")
     added = () if any(attack.name == RAYS.name for attack in left) else (RAYS,)
     return replace(suite, attacks=(*left, *added), checks_masking=False)

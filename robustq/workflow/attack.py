@@ -142,8 +142,9 @@ def attack_model(
     x, y = loaded.test.take(images)
     if opened.network is None:
         _check_answers(opened, x, y)
-    if opened.differentiable is None:
-        chosen = without_gradients(chosen)
+    if opened.lack is not None:
+        chosen = without_gradients(chosen, reason=opened.lack)
+        note(f"twin    none: {opened.lack}")
     radius = radius_of(opened.spec, epsilon)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(

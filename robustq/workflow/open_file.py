@@ -70,7 +70,6 @@ def open_lone_file(
             classes = twin(black).shape[1]
     except ModelFileError as lack:
         judge = _judge_without_twin(path, form, lack, side=spec.image_size, classes=spec.classes if named else None)
-        note(f"twin    none: {lack}")
         return LoneFile(path, None, judge, True, named, _completed(spec, graph, judge(black).shape[1]), str(lack))
     spec = _completed(spec, graph, classes, quantized=twin.twin.quantizes)
     if any("Quant" in node.operator and node.operator.startswith(DIALECTS) for node in graph.nodes):
