@@ -20,26 +20,22 @@ from torch import Tensor, nn
 from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import predict, wilson_interval
+from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
-from robustq.evaluation.flags import TWIN_SHARE
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.robust_accuracy import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite, without_gradients
-from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
+from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new
 from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
-from robustq.twin.deployed import TwinOnImages, first_difference
 from robustq.workflow import Result
 from robustq.workflow.open_file import twin_of_export
-from robustq.workflow.open_model import OpenedModel, open_attackable
+from robustq.workflow.open_model import OpenedModel, check_answers, open_attackable
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
 from robustq.workflow.surrogates import OtherNetworks
-
-ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
 
 WORTH_COMPILING = 300.0
 """Seconds of an eager attack on a CPU that deserve the hint at --compile: compiling takes about a quarter of them and
@@ -141,7 +137,7 @@ def attack_model(
     loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     if opened.network is None:
-        _check_answers(opened, x, y)
+        check_answers(opened, x, y)
     if opened.lack is not None:
         chosen = without_gradients(chosen, reason=opened.lack)
         note(f"twin    none: {opened.lack}")
@@ -189,32 +185,6 @@ def attack_model(
         return result
     saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
     return replace(result, adversarial=saved.absolute())
-
-
-def _check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
-    """Compare a lone file with its twin, and with the labels.
-
-    Raises:
-        UsageError: it is right no more often than by chance, so that its input form or its classes are not as assumed.
-    """
-    place = evenly_spaced(len(x), ANSWERS)
-    images, labels = to_float(x[place]), y[place]
-    judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
-    answers = predict(judge, images, batch_size=100)
-    right = int((answers == labels).sum())
-    if wilson_interval(right, len(labels))[0] <= 1.0 / opened.spec.classes:
-        raise UsageError(
-            f"{opened.path}: {right} of {len(labels)} answers are right, no more than by chance; check --input, "
-            "--layout, --data and the order of its classes"
-        )
-    twin = opened.differentiable
-    if not isinstance(twin, TwinOnImages):
-        return
-    device = next(twin.buffers(), labels).device
-    same = float((predict(twin, images.to(device), batch_size=100).cpu() == answers).float().mean())
-    note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
-    if same < 1.0 - TWIN_SHARE and opened.deployed is not None:
-        note(f"twin    first difference: {first_difference(opened.deployed, twin, images[:8])}")
 
 
 @contextmanager

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.attacks.base import Model
 from robustq.checkpoint import load_model
+from robustq.data import to_float
+from robustq.data.splits import evenly_spaced
 from robustq.errors import ModelFileError, UsageError
-from robustq.evaluation.target import AS_TRAINED, Target
+from robustq.evaluation.accuracy import predict, wilson_interval
+from robustq.evaluation.flags import TWIN_SHARE
+from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel, load_limited
@@ -22,9 +26,10 @@ from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activat
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
-from robustq.twin.deployed import TwinOnImages
+from robustq.twin.deployed import TwinOnImages, first_difference
 from robustq.workflow.open_file import LoneFile, open_lone_file
 
+ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
 LARGE = 64  # image side above which other architectures are those for photographs
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
 """Operations with a scale of the whole batch: an image's answer depends on the other images of its batch."""
@@ -134,6 +139,32 @@ def _open_file(path: Path, found: LoneFile, failures: list[str], device: torch.d
     return OpenedModel(
         path, None, twin, found.judge, deployed, found.spec, found.path, failures, found.answers_classes, found.lack
     )
+
+
+def check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
+    """Compare a lone file with its twin, and with the labels.
+
+    Raises:
+        UsageError: it is right no more often than by chance, so that its input form or its classes are not as assumed.
+    """
+    place = evenly_spaced(len(x), ANSWERS)
+    images, labels = to_float(x[place]), y[place]
+    judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
+    answers = predict(judge, images, batch_size=100)
+    right = int((answers == labels).sum())
+    if wilson_interval(right, len(labels))[0] <= 1.0 / opened.spec.classes:
+        raise UsageError(
+            f"{opened.path}: {right} of {len(labels)} answers are right, no more than by chance; check --input, "
+            "--layout, --data and the order of its classes"
+        )
+    twin = opened.differentiable
+    if not isinstance(twin, TwinOnImages):
+        return
+    device = next(twin.buffers(), labels).device
+    same = float((predict(twin, images.to(device), batch_size=100).cpu() == answers).float().mean())
+    note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
+    if same < 1.0 - TWIN_SHARE and opened.deployed is not None:
+        note(f"twin    first difference: {first_difference(opened.deployed, twin, images[:8])}")
 
 
 def log_failures(failures: list[str]) -> None:
