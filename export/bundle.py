@@ -39,7 +39,7 @@ class Bundle:
 
     path: Path
     onnx: Path
-    model: Path
+    model: Path | None  # model.pt; None where it was removed
     record: dict[str, Any]
 
     @property
@@ -57,8 +57,8 @@ def open_bundle(path: Path) -> Bundle:
     """Read an export folder.
 
     Raises:
-        ModelFileError: not a folder, not exactly one .onnx beside model.pt and bundle.json, a broken record, or a file
-            whose sha256 is not the recorded one.
+        ModelFileError: not a folder, not exactly one .onnx beside bundle.json, a broken record, or a file whose sha256
+            is not the recorded one. model.pt may have been removed.
     """
     check_export_folder(path)
     found = sorted(path.glob("*.onnx"))
@@ -66,9 +66,8 @@ def open_bundle(path: Path) -> Bundle:
         raise ModelFileError(
             f"{path}: holds {len(found)} .onnx files, an export folder holds one; export the model again"
         )
-    for name in (MODEL, RECORD):
-        if not (path / name).exists():
-            raise ModelFileError(f"{path}: has no {name} beside {found[0].name}; export the model again")
+    if not (path / RECORD).exists():
+        raise ModelFileError(f"{path}: has no {RECORD} beside {found[0].name}; export the model again")
     record = read_table(path / RECORD, error=ModelFileError)
     wrong = misfit(record, _SHAPE)
     if wrong is not None:
@@ -78,12 +77,13 @@ def open_bundle(path: Path) -> Bundle:
     intact = own is None or own == _digest((path / RECORD).read_text(encoding="utf-8"), own)
     if not intact or not digests.keys() <= {found[0].name, MODEL, RECORD}:
         raise ModelFileError(f"{path / RECORD}: was changed since the export (its sha256 differs); export again")
-    for file in (found[0], path / MODEL):
+    model = path / MODEL if (path / MODEL).exists() else None
+    for file in (found[0], *([] if model is None else [model])):
         if digests.get(file.name) != sha256(file):
             raise ModelFileError(
                 f"{file}: is not the file that {RECORD} speaks of (its sha256 differs); export the model again"
             )
-    return Bundle(path, found[0], path / MODEL, record)
+    return Bundle(path, found[0], model, record)
 
 
 def write_record(folder: Path, record: dict[str, Any], *files: Path) -> None:

@@ -12,22 +12,27 @@ import onnx
 
 from robustq.export.lowering.constants import folded_constants
 
-OPERATORS = frozenset(
-    {"Abs", "Add", "And", "ArgMax", "AveragePool", "BatchNormalization", "BitShift", "BitwiseAnd", "Cast", "Ceil"}
-    | {"Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvInteger", "DepthToSpace", "DequantizeLinear"}
-    | {"Div", "Dropout", "DynamicQuantizeLinear", "Elu", "Equal", "Erf", "Exp", "Expand", "Flatten", "Floor"}
-    | {"Gather", "Gelu", "Gemm", "GlobalAveragePool", "GlobalMaxPool", "Greater", "GreaterOrEqual", "HardSigmoid"}
-    | {"HardSwish", "Identity", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax"}
-    | {"MatMul", "MatMulInteger", "Max", "MaxPool", "Min", "Mod", "Mul", "Neg", "Not", "Or", "PRelu", "Pad", "Pow"}
-    | {"QLinearConv", "QLinearMatMul", "QuantizeLinear", "RandomNormalLike", "RandomUniformLike", "Reciprocal"}
-    | {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Selu", "Shape"}
-    | {"Sigmoid", "Sign", "Slice", "Softmax", "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum"}
-    | {"Tanh", "Transpose", "Unsqueeze", "Where"}
-)
-"""Operators of ONNX that a feed-forward network has."""
-
 QUANTIZERS = frozenset({"Quant", "BipolarQuant"})
 """Operators of QONNX; the first input is quantized, the second is the scale."""
+
+UNBOUNDED = frozenset({"Einsum"})
+"""Operators whose inner values may be larger than their inputs and outputs."""
+
+MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+
+SAME_SHAPE: dict[str, tuple[str, slice]] = {
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), ("Add", slice(0, 4, 3))),
+    **dict.fromkeys(("QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"), ("Identity", slice(0, 1))),
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear", "Gelu"), ("Identity", slice(0, 1))),
+    **dict.fromkeys(("MatMulIntegerToFloat", "DynamicQuantizeMatMul"), ("MatMul", slice(0, 2))),
+    "QLinearGlobalAveragePool": ("GlobalAveragePool", slice(0, 1)),
+    "QLinearAveragePool": ("AveragePool", slice(0, 1)),
+    "QLinearConcat": ("Concat", slice(2, None, 3)),
+    "QGemm": ("Gemm", slice(0, 4, 3)),
+    "FusedConv": ("Conv", slice(0, 2)),
+}
+"""Operator of onnxruntime -> the one of ONNX with the same shape, and the inputs that it has of the first."""
 
 LARGEST_ACTIVATION = 1 << 24
 """Elements of a tensor that depends on the image, for one image."""
@@ -36,22 +41,23 @@ LARGEST_CONSTANTS = 1 << 29
 """Elements of all other tensors together."""
 
 
-def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS) -> str | None:
+def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS, side: int = 1) -> str | None:
     """The limit that a file exceeds, in words; None if it keeps all. Nothing large is computed.
 
-    The limits: operators of :data:`OPERATORS` alone, all weights in the file, no constant of more elements than are
-    stored, and no tensor that is too large or of unknown size.
+    The limits: operators without inner graphs (:func:`is_feed_forward`) or QONNX' quantizers, all weights in the file,
+    no constant of more elements than are stored, and no tensor that is too large or of unknown size.
 
     Args:
         model: without external data loaded.
         constants: see :data:`LARGEST_CONSTANTS`.
+        side: see :func:`tensor_sizes`.
 
     Raises:
         Exception: onnx cannot infer the shapes of a broken graph.
     """
     graph = model.graph
     for node in graph.node:
-        if node.op_type not in QUANTIZERS and (node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx")):
+        if node.op_type not in QUANTIZERS and not is_feed_forward(node):
             return f"has the operator {node.op_type}"
     if model.functions:
         return "has functions"
@@ -60,7 +66,7 @@ def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS) 
             return f"keeps the values of {tensor.name or 'a constant'} in another file"
         if _count(tensor.dims) > 8 * tensor.ByteSize():  # at most 8 elements a byte
             return f"declares {_count(tensor.dims):,} values of {tensor.name or 'a constant'}, and has fewer"
-    sizes = tensor_sizes(model)
+    sizes = tensor_sizes(model, side=side)
     stored = {tensor.name for tensor in graph.initializer}
     from_image = {value.name for value in graph.input} - stored
     for node in graph.node:
@@ -76,6 +82,16 @@ def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS) 
     return None
 
 
+def is_feed_forward(node: onnx.NodeProto) -> bool:
+    """Whether an operator of ONNX runs no inner graph (loop, condition, scan), or one of onnxruntime is known here."""
+    if node.domain == MICROSOFT:
+        return node.op_type in SAME_SHAPE
+    if node.domain not in ("", "ai.onnx") or node.op_type in UNBOUNDED or not onnx.defs.has(node.op_type):
+        return False
+    kinds = {attribute.type for attribute in onnx.defs.get_schema(node.op_type).attributes.values()}
+    return kinds.isdisjoint({onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS})
+
+
 def stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Initializers, and tensors in attributes."""
     yield from model.graph.initializer
@@ -87,20 +103,27 @@ def stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def tensor_sizes(model: onnx.ModelProto) -> dict[str, int]:
-    """Name -> number of elements for one image, of the tensors whose size the graph tells."""
+def tensor_sizes(model: onnx.ModelProto, *, side: int = 1) -> dict[str, int]:
+    """Name -> number of elements for one image, of the tensors whose size the graph tells.
+
+    ``side`` is the size of the input's axes that are open, but for the first, which counts images.
+    """
     single = onnx.ModelProto()
     single.CopyFrom(model)
     del single.graph.value_info[:]  # what the file claims
     for node in single.graph.node:
         if node.op_type in QUANTIZERS:
             node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output))
+        elif node.domain == MICROSOFT and node.op_type in SAME_SHAPE:
+            node.domain = ""
+            node.op_type, kept = SAME_SHAPE[node.op_type]
+            node.input[:] = node.input[kept]
     for output in single.graph.output:
         output.type.tensor_type.ClearField("shape")
     for value in single.graph.input:
-        for axis in value.type.tensor_type.shape.dim:
+        for place, axis in enumerate(value.type.tensor_type.shape.dim):
             if not axis.HasField("dim_value"):
-                axis.dim_value = 1
+                axis.dim_value = side if place else 1
     sizes = _inferred_sizes(single)
     if any(name and name not in sizes for node in single.graph.node for name in node.output):
         folded_constants(single, sizes=sizes)  # the amounts of a Pad, which the exporter writes as seven nodes

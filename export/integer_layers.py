@@ -12,11 +12,23 @@ from robustq.export.session import open_session, session_options
 
 INTEGER_LAYERS = frozenset(
     {"QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger"}
+    | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
     | {"QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearAveragePool", "QLinearGlobalAveragePool"}
 )
 
 NOT_LAYERS = frozenset(
-    {"QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "Clip", "Relu", "Less", "Where", "MaxPool"}
+    {
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "Cast",
+        "Identity",
+        "Clip",
+        "Relu",
+        "Less",
+        "Where",
+        "MaxPool",
+    }
     | {"NhwcMaxPool", "Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split"}
     | {"Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput"}
 )

@@ -32,6 +32,7 @@ from robustq.models.spec import ModelSpec
 
 QONNX_EXECUTOR = "qonnx_executor"  # the run by the qonnx package, beside those of robustq.export.parity.RUNS
 EXECUTOR_IMAGES = 100  # qonnx's executor takes seconds for them
+TWIN = "the twin of the file"
 STAND_IN = "qcdq"  # the format that onnxruntime runs in place of QONNX
 SEARCHED_IMAGES = 8  # in the search for the first differing layer
 
@@ -51,6 +52,7 @@ class Proof:
     first_difference: str | None = None  # the first layer that differs, in words; None where parity holds
     on_ties: tuple[str, ...] = ()
     not_for: tuple[str, ...] = ()  # runtimes and settings in which the file may not be used, in sentences
+    compared_with: str = "the folded network"
 
     @property
     def parity_failures(self) -> list[str]:
@@ -96,6 +98,7 @@ class Proof:
             "float_layers": list(self.layers.in_float),
             "judged_file": self.judged_file,
             "not_for": list(self.not_for),
+            "compared_with": self.compared_with,
         }
 
 
@@ -131,6 +134,28 @@ def prove(
         layers = optimised_layers(judged)
     agreements |= measured
     return Proof(judged_format, agreements, layers, chosen.promises_integers, found, on_ties, limits)
+
+
+def prove_alone(path: Path, format_name: str, twin: nn.Module, spec: ModelSpec, images: Tensor) -> Proof:
+    """Layers of an .onnx file without its network, and the agreement of its runs with its twin.
+
+    The twin computes what the file says; whether the file says what its network does remains open.
+
+    Args:
+        twin: torch's computation of the same graph, on the CPU: (N, C, H, W) in [0, 1] -> logits.
+        images: uint8 (N, C, H, W).
+    """
+    model, x, chosen = load_limited(path), to_float(images), FORMATS[format_name]
+    limits = tuple(not_for(model, spec))
+    if not chosen.runs:
+        few = x[:EXECUTOR_IMAGES]
+        agreement = compare(logits_of(twin, few, label="parity: the twin"), execute(model, few))
+        nothing = Layers((), (), ())
+        return Proof(format_name, {QONNX_EXECUTOR: agreement}, nothing, False, not_for=limits, compared_with=TWIN)
+    # The wider bound at every width: no search tells which differences come from rounding ties.
+    agreements = parity(path, twin, x, runs=chosen.runs)
+    layers = optimised_layers(path)
+    return Proof(format_name, agreements, layers, chosen.promises_integers, not_for=limits, compared_with=TWIN)
 
 
 def _find_differences(
@@ -169,6 +194,7 @@ def attack_file(
     epsilon: float,
     device: torch.device,
     seed: int,
+    file_alone: nn.Module | None = None,
 ) -> Evaluation:
     """Accuracy under attack of the file's answers; ``folded`` gives the gradients.
 
@@ -178,11 +204,13 @@ def attack_file(
         attacks: none for clean accuracy alone.
         epsilon: radius in [0, 1].
         seed: of the random starts.
+        file_alone: the file's twin, on ``device``, for a second count through the file alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         judged = path if FORMATS[format_name].runs else _write_stand_in(Path(folder), folded, spec)
         network, file = folded.to(device), OnnxModel(judged)
-        return evaluate(file, network, images, labels, attacks=attacks, epsilon=epsilon, device=device, seed=seed)
+        options: dict[str, Any] = {"attacks": attacks, "epsilon": epsilon, "device": device, "seed": seed}
+        return evaluate(file, network, images, labels, file_alone=file_alone, **options)
 
 
 def _write_stand_in(folder: Path, folded: nn.Module, spec: ModelSpec) -> Path:

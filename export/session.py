@@ -120,8 +120,8 @@ def open_session(path: Path, options: ort.SessionOptions, *, checked: bool = Fal
         raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
 
 
-def load_limited(path: Path) -> onnx.ModelProto:
-    """The graph of an .onnx file that robustq may run.
+def load_limited(path: Path, *, side: int = 1) -> onnx.ModelProto:
+    """The graph of an .onnx file that robustq may run; ``side`` of the images where its input leaves it open.
 
     Raises:
         ModelFileError: no regular file, no ONNX, or a limit of :func:`robustq.export.graph_limits.broken_limit`.
@@ -129,7 +129,7 @@ def load_limited(path: Path) -> onnx.ModelProto:
     try:
         with open_regular(path) as file:
             model = onnx.load(file, load_external_data=False)
-        refused = broken_limit(model)
+        refused = broken_limit(model, side=side)
     except ModelFileError:
         raise
     except Exception as error:  # protobuf, and shape inference of a broken graph

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
-    from robustq.workflow.export import export_model, recheck_bundle
+    from robustq.workflow.export import export_model
     from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
+    from robustq.workflow.recheck import recheck_bundle
     from robustq.workflow.replay import replay_pictures
     from robustq.workflow.resume import resume_run
     from robustq.workflow.train import harden_model, train_model
@@ -22,7 +23,7 @@ _HOMES = {
     "attack_model": "robustq.workflow.attack",
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
-    "recheck_bundle": "robustq.workflow.export",
+    "recheck_bundle": "robustq.workflow.recheck",
     "replay_pictures": "robustq.workflow.replay",
     "resume_run": "robustq.workflow.resume",
     "quickstart": "robustq.workflow.quickstart",

@@ -134,8 +134,7 @@ def check_export_folder(path: Path) -> Path:
     if not path.is_dir():
         if path.suffix == ".onnx":
             raise ModelFileError(
-                f"{path}: is a lone .onnx, without the model.pt whose gradients find the attacks; "
-                "give the export folder that it lies in"
+                f"{path}: is a lone .onnx; give the export folder that it lies in, or robustq attack the file alone"
             )
         raise ModelFileError(f"{path}: is not an export folder; give the folder that 'robustq export' wrote")
     return path

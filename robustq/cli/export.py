@@ -93,14 +93,15 @@ def export(
 @with_groups
 def recheck(
     *,
-    bundle: Annotated[Path, typer.Argument(help="Export folder of 'robustq export'.")],
+    bundle: Annotated[Path, typer.Argument(help="Export folder of 'robustq export', with or without its model.pt.")],
     options: Judging,
     out: FileOut = None,
     printing: Printing,
 ) -> None:
     """Check an exported file again under onnxruntime.
 
-    Checks: same answers as PyTorch, integer layers, accuracy under attack. Exits with 1 when a check fails.
+    Checks: same answers as PyTorch, integer layers, accuracy under attack with the gradients of model.pt and with those
+    of the file alone. Exits with 1 when a check fails.
 
     Examples:
       robustq recheck export-out/resnet20-w4a4-odgq-integer

@@ -49,7 +49,7 @@ def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: i
 
     ``different`` is the number of clean images on which gradient model and judge disagree, ``random`` the share of
     images that two calls of the judge answered differently. Returns one check per flag; no ``harness`` and ``noise``
-    without a control, no ``transfer`` without surrogates.
+    without a control, no ``transfer`` without surrogates, no ``file alone`` without a second gradient model.
     """
     diagnosis = _Diagnosis(target, evaluator, suite)
     checks = [
@@ -63,6 +63,7 @@ def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: i
         *diagnosis.transfer(),
         flags.randomness(share=random, draws=DRAWS),
         flags.twin(different=different, images=len(evaluator.x), random=random > 0.0),
+        *diagnosis.file_alone(),
     ]
     return sorted(checks, key=lambda check: flags.FLAG_NAMES.index(check.name))
 
@@ -174,6 +175,14 @@ class _Diagnosis:
             broken = sum(len(result.broken_indices) for result in by_transfer if result.name.endswith(f": {name}"))
             found.append((name, Comparison(len(self.evaluator.x), broken, 0)))
         return [flags.transfer(found)] if found else []
+
+    def file_alone(self) -> list[Check]:
+        """The same PGD through the file alone; its images count like those of any other attack."""
+        if self.target.file_alone is None:
+            return []
+        found = self.evaluator.run(PGD, self.target.file_alone, self.right, label="pgd20 (file alone)")
+        left = (len(self.pgd.kept_indices) / self.images, len(found.kept_indices) / self.images)
+        return [flags.file_alone(compare_kept(self.pgd.kept, found.kept, images=self.images), left=left)]
 
     def _completed(
         self, second: AttackResult, attack: NamedAttack, others: Tensor, *, points: float, images: int

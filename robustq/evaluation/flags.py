@@ -22,6 +22,7 @@ GRADIENT_FREE_SHARE = 0.01
 TRANSFER_POINTS = 2.0
 CONTROL_POINTS = 5.0
 TWIN_SHARE = 0.001
+FILE_ALONE_POINTS = 1.0
 
 MASKED = "upper bound: masking suspected"
 NOT_FOUND = "no masking found"
@@ -29,7 +30,7 @@ NOT_JUDGED = "not judged"
 
 FLAG_NAMES = (
     *("harness", "step order", "large ball", "noise", "zero gradient", "logit scale", "loss", "gradient-free"),
-    *("transfer", "randomness", "twin"),
+    *("transfer", "randomness", "twin", "file alone"),
 )
 """In the order of docs/flags.md."""
 
@@ -201,6 +202,21 @@ def twin(*, different: int, images: int, random: bool) -> Check:
         not random and different > max(TWIN_SHARE * images, 1),
         f"twin and judge agree on {images - different:,} of {images:,} images",
         {"different": different, "images": images},
+    )
+
+
+def file_alone(found: Comparison, *, left: tuple[float, float]) -> Check:
+    """The same attacks break over 1 point more through the file alone than through its model.pt.
+
+    found: through model.pt (first) and through the file alone (second). left: the accuracies. Where the file alone
+    breaks that much less, the evidence is ``weaker``.
+    """
+    weaker = Comparison(found.images, found.only_second, found.only_first).exceeds(FILE_ALONE_POINTS)
+    return Check(
+        "file alone",
+        found.exceeds(FILE_ALONE_POINTS),
+        f"the same attacks leave {left[1]:.1%} through the file alone, {left[0]:.1%} through model.pt",
+        {"model_minus_file": found.to_dict(), "through_model": left[0], "through_file": left[1], "weaker": weaker},
     )
 
 

@@ -68,7 +68,8 @@ class Evaluation:
         clean: (N,) bool, right without attack.
         robust: (N,) bool, right without attack and under every attack (the worst case per image).
         attacked: attack name -> (n,) bool, right under that attack, of the images it was run on.
-        twin_agreement: share of clean images that gradient model and judge put into the same class.
+        twin_agreement: share of clean images that gradient model and judge put into the same class; None without a
+            gradient model.
         x_adv, found_by: (N, C, H, W) uint8, the worst adversarial image of each image, and the attacks that found them.
         results: of every attack, in order.
         checks, not_checked: for gradient masking, and reasons why no verdict can be given.
@@ -80,7 +81,7 @@ class Evaluation:
     clean: Tensor
     robust: Tensor
     attacked: dict[str, Tensor]
-    twin_agreement: float
+    twin_agreement: float | None
     seconds: float
     x_adv: Tensor
     found_by: tuple[str, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
 from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.errors import RobustqError, UsageError
-from robustq.evaluation.accuracy import all_logits, predict
+from robustq.evaluation import flags
+from robustq.evaluation.accuracy import all_logits, compare_kept, predict
 from robustq.evaluation.diagnosis import diagnose
 from robustq.evaluation.evaluator import DIAGNOSIS, Evaluator
 from robustq.evaluation.flags import Check
@@ -37,10 +39,11 @@ def evaluate(
     device: torch.device,
     batch_size: int = 256,
     seed: int = 0,
+    file_alone: Model | None = None,
 ) -> Evaluation:
     """:func:`run_suite` of attacks that each run on all images, with one gradient model and no checks for masking."""
     suite = Suite("own", tuple(attacks), drops_broken=False, checks_masking=False)
-    target = Target(judge, {AS_TRAINED: gradient_model})
+    target = Target(judge, {AS_TRAINED: gradient_model}, file_alone=file_alone)
     return run_suite(
         target, images, labels, suite=suite, epsilon=epsilon, device=device, batch_size=batch_size, seed=seed
     )
@@ -94,19 +97,23 @@ def run_suite(
             )
         if known is not None:
             evaluator.start_from(known.x_adv, known.found_by, broken=known.clean & ~known.robust)
-        different = int((predict(target.gradient_model, x, batch_size=batch_size) != evaluator.predicted).sum())
+        different = 0
+        if target.gradient_models:
+            different = int((predict(target.gradient_model, x, batch_size=batch_size) != evaluator.predicted).sum())
         checks: list[Check] = []
         if epsilon > 0.0 and evaluator.classes > 1:
             _attack(evaluator, target, suite)
             if suite.checks_masking:
                 checks = diagnose(target, evaluator, suite=suite, different=different, random=random)
+            elif target.file_alone is not None and not suite.drops_broken:
+                checks = [_through_file_alone(evaluator, target.file_alone, suite)]
     return Evaluation(
         images=len(x),
         epsilon=epsilon,
         clean=evaluator.clean,
         robust=evaluator.robust,
         attacked={result.name: result.kept for result in evaluator.results if result.stage != DIAGNOSIS},
-        twin_agreement=1.0 - different / len(x),
+        twin_agreement=1.0 - different / len(x) if target.gradient_models else None,
         seconds=time.perf_counter() - start,
         x_adv=(evaluator.x_adv * 255.0).round().to("cpu", torch.uint8),
         found_by=tuple(evaluator.found_by),
@@ -153,9 +160,31 @@ def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
                 evaluator.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
 
 
+def _through_file_alone(evaluator: Evaluator, model: Model, suite: Suite) -> Check:
+    """The columns of a suite once more, with another gradient model for the same judge; they are a count of their own.
+
+    The count through model.pt stays comparable with that of the export.
+    """
+    first = evaluator.clean.clone()
+    for result in evaluator.results:
+        if result.stage == "white-box":
+            first[result.broken_indices] = False
+    settings: dict[str, Any] = {name: getattr(evaluator, name) for name in ("epsilon", "batch_size", "seed")}
+    second = Evaluator(evaluator.judge, evaluator.x, evaluator.y, **settings)
+    for attack in suite.attacks:
+        if attack.uses == "gradients":
+            label = f"{attack.name} (file alone)"
+            second.run(attack, model, torch.arange(len(second.x)), label=label, stage=DIAGNOSIS)
+    evaluator.results += second.results
+    images = len(second.x)
+    left = (int(first.sum()) / images, int(second.robust.sum()) / images)
+    return flags.file_alone(compare_kept(first, second.robust, images=images), left=left)
+
+
 def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str]:
     """The first reason why no verdict can be given, if there is one."""
     reasons = {
+        "no gradient was used; an attack with gradients may find less": not target.gradient_models,
         "this suite does not check for gradient masking": not suite.checks_masking,
         "there is nothing to attack at epsilon 0": evaluator.epsilon == 0.0,
         "there is nothing to attack in a model with one class": evaluator.classes < 2,

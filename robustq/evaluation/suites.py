@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from robustq import attacks
 from robustq.attacks.losses import cross_entropy, margin, targeted_dlr
+from robustq.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,15 @@ STANDARD: tuple[NamedAttack, ...] = (
 )
 """The five stages: noise and corners; white-box; the aligned features; transfer; Square."""
 
+RAYS = NamedAttack("rays", attacks.rays, {"queries": 1000}, stage="hard label", uses="queries")
+
 FULL: tuple[NamedAttack, ...] = (
     *_NOISE,
     *_white_box(steps=100),
     NamedAttack("fab-t", attacks.fab_targeted, {"steps": 100, "target_classes": 9}),
     *_INDIRECT,
     NamedAttack("square", attacks.square, {"queries": 5000}, stage="square", uses="queries"),
-    NamedAttack("rays", attacks.rays, {"queries": 1000}, stage="hard label", uses="queries"),
+    RAYS,
 )
 """The same with AutoAttack's four attacks at its standard settings (arXiv:2003.01690), and RayS."""
 
@@ -143,3 +146,16 @@ SUITES: MappingProxyType[str, Suite] = MappingProxyType(
     }
 )
 """Name -> suite (read-only)."""
+
+
+def without_gradients(suite: Suite, *, reason: str) -> Suite:
+    """The attacks of a suite that need no gradient of the model, and RayS; the flags need gradients.
+
+    Raises:
+        UsageError: the suite has no such attack; ``reason`` says why there are no gradients.
+    """
+    left = tuple(attack for attack in suite.attacks if attack.uses in ("queries", "surrogates"))
+    if not left:
+        raise UsageError(f"suite '{suite.name}' needs gradients ({reason}); take --suite standard or full")
+    added = () if any(attack.name == RAYS.name for attack in left) else (RAYS,)
+    return replace(suite, attacks=(*left, *added), checks_masking=False)

@@ -34,12 +34,14 @@ class Target:
     Args:
         judge: the model whose robustness is claimed. It is never differentiated.
         gradient_models: name of the backward rule -> a differentiable model with the judge's forward; the rule of
-            training first. For a PyTorch model the judge itself.
+            training first. For a PyTorch model the judge itself. Empty where nothing gives gradients.
         features: logits (B, K) and the layer that training aligned, of one pass and with gradient, or None.
         surrogates: name -> another network for the same task, whose adversarial images may transfer.
         control: a naturally trained network without defence on the same data, or None.
         image_by_image: the judge gets one image at a time, as its answer depends on the batch (dynamic quantization).
-        proxy: a faster form of the judge, or None, for queries of attacks without gradient; it decides over no image.
+        proxy: another form of the judge, faster or with more than the class, or None: for queries of attacks without
+            gradient; it decides over no image.
+        file_alone: the twin of a file whose gradient models are of its model.pt, or None: both are compared.
     """
 
     judge: Model
@@ -49,6 +51,7 @@ class Target:
     control: Model | None = None
     image_by_image: bool = False
     proxy: Model | None = None
+    file_alone: Model | None = None
 
     @classmethod
     def of(cls, model: Model) -> Target:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from robustq.recipe import METADATA, format_epsilon, parse_epsilon
 from robustq.recipe.paper import PAPER_TABLES
-from robustq.report.text import not_for_lines, percent, size, with_interval
+from robustq.report.text import layers_line, not_for_lines, percent, size, with_interval
 
 
 def description_lines(found: Mapping[str, Any]) -> list[str]:
     """A few lines for any kind of file; ``--json`` has the rest."""
     failures = found.get("file_failures" if found["kind"] == "export folder" else "failed", ())
     lines = [*(f"FAILED  {failure}" for failure in failures), f"{found['kind']}  {found['path']}"]
-    if "label" in found or "architecture" in found:
+    if found.get("without_model"):
+        lines.append("model   model.pt is not in the folder; the lines below are of the file alone")
+    if "architecture" in found:
         lines += _network(found)
     if found["kind"] == "onnx":
         lines += _onnx(found)
@@ -47,7 +50,8 @@ def _entry(key: str, value: Any) -> str:
 def _network(found: Mapping[str, Any]) -> list[str]:
     is_float = found["weight_bits"] == 32
     width = "float" if is_float else f"{found['weight_bits']}-bit weights, {found['act_bits']}-bit activations"
-    lines = [f"network {found['architecture']} · {found['parameters']:,} parameters · {width}"]
+    parameters = f" · {found['parameters']:,} parameters" if "parameters" in found else ""
+    lines = [f"network {found['architecture']}{parameters} · {width}"]
     shape = f"{found['classes']} classes, {found['channels']} channels"
     if "image_size" in found:
         shape += f", {found['image_size']}x{found['image_size']} pixels"
@@ -82,8 +86,51 @@ def _onnx(found: Mapping[str, Any]) -> list[str]:
     for what in ("inputs", "outputs"):
         shown = ", ".join(f"{one['name']} {one['type'].lower()} {one['shape']}" for one in found[what])
         lines.append(f"{what.ljust(7)} {shown}")
+    lines.append(_images(found))
     lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
+    lines.append(f"values  {found['stored_values']:,} stored in {size(found['size_bytes'])}")
+    lines += _quantizers(found["quantizers"]) + _scales(found) + [_runs(found)]
+    if found["no_gradient"]:
+        lines.append(f"attack  without gradients: no derivative of {', '.join(found['no_gradient'])}")
     return lines + not_for_lines(found)
+
+
+def _images(found: Mapping[str, Any]) -> str:
+    """Layout, range and normalisation of the images, as far as the file states them."""
+    images = found["images"]
+    if images is None:
+        return f"images  no classifier of images: {found['no_classifier']}"
+    ranges = {None: "pixel range and normalisation not stated (--input)", "unit": "[0, 1]", "uint8": "0 to 255"}
+    pixels = ranges.get(images["pixels"], f"mean/deviation {images['pixels']}")
+    source = f", by {images['found_in']}" if images["found_in"] else ""
+    classes = "; answers with classes" if found["answers"] == "classes" else ""
+    return f"images  {images['layout'] or 'layout not stated (--layout)'}, {pixels}{source}{classes}"
+
+
+def _quantizers(rows: list[dict[str, Any]]) -> list[str]:
+    """Widths of activations."""
+    counts = Counter("an unknown number of" if row["bits"] is None else str(row["bits"]) for row in rows)
+    shown = ", ".join(f"{count} of {bits} bits" for bits, count in sorted(counts.items()))
+    return [f"codes   activations: {shown}"] if rows else []
+
+
+def _scales(found: Mapping[str, Any]) -> list[str]:
+    """Range of the scales of weights and of activations."""
+    parts = []
+    for what, rows in (("weights", found["layers"]), ("activations", found["quantizers"])):
+        for per in ("channel", "tensor"):
+            scales = [row["scale"] for row in rows if row["scale"] is not None and row["scale"]["per"] == per]
+            if scales:
+                low, high = min(scale["low"] for scale in scales), max(scale["high"] for scale in scales)
+                parts.append(f"{what} per {per} {low:.3g} to {high:.3g}")
+    return [f"scales  {'; '.join(parts)}"] if parts else []
+
+
+def _runs(found: Mapping[str, Any]) -> str:
+    integer, in_float = found["integer_layers"], found["float_layers"]
+    if integer is None:
+        return f"runs    not in onnxruntime: {found['not_run']}"
+    return layers_line(integer, in_float)
 
 
 def _export(found: Mapping[str, Any]) -> list[str]:

@@ -154,9 +154,13 @@ def _additions(result: Result) -> list[str]:
     """What some attacks have: an unlike gradient model, radii, costs, files, the attack that is replayed."""
     lines = []
     is_flagged = any(flag["name"] in ("twin", "randomness") for flag in result["flags"])
-    if not (is_flagged or result["twin_agreement"] >= 0.999):
+    if not is_flagged and result["twin_agreement"] is not None and result["twin_agreement"] < 0.999:
         agreement = f"{result['twin_agreement']:.1%}"
         lines.append(f"WARNING the model that gives the gradients agrees with the judge on {agreement} only")
+    for check in result.get("checks", ()):
+        if check["name"] == "file alone" and not check["raised"]:
+            weaker = "WARNING" if check["evidence"]["weaker"] else "file   "
+            lines.append(f"{weaker} {check['text']}")
     if result.get("curve"):
         points = (f"{format_epsilon(one['epsilon'])} {percent(one['robust_accuracy'])}" for one in result["curve"])
         lines.append(f"curve   {' · '.join(points)}")
@@ -202,7 +206,8 @@ def recheck_lines(result: Result) -> list[str]:
     judged = attack_lines(result)
     failed = [line for line in judged if line.startswith("FAILED")]
     head = f"{result['label']} as {result['format']} on {result['data']}"
-    return [*failed, head, *_proof_lines(result), *judged[len(failed) :], *not_for_lines(result)]
+    missing = [f"not compared: {what}" for what in result["not_compared"]]
+    return [*failed, head, *missing, *_proof_lines(result), *judged[len(failed) :], *not_for_lines(result)]
 
 
 def _proof_lines(result: Result) -> list[str]:
@@ -212,15 +217,15 @@ def _proof_lines(result: Result) -> list[str]:
     integer, in_float = result["integer_layers"], result["float_layers"]
     lines = []
     if QONNX_EXECUTOR in result["parity"]:
-        lines.append("onnxruntime cannot load QONNX: all other results are of the QCDQ file of the same model")
-    lines.append(f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers")
-    if in_float:
-        lines[-1] += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
+        judged = "the QCDQ file of the same model" if result["judged_file"] != "qonnx" else "the twin of the file"
+        lines.append(f"onnxruntime cannot load QONNX: all other results are of {judged}")
+    if integer or in_float:
+        lines.append(layers_line(integer, in_float))
     for run, agreement in result["parity"].items():
         same = agreement["images"] - agreement["different_top1"]
         mean, largest = scientific(agreement["mean_difference"]), scientific(agreement["max_difference"])
         lines.append(
-            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as the folded network "
+            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as {result['compared_with']} "
             f"(logits differ by {mean} of their range, at most {largest}"
             + (f"; {agreement['images_apart']:,} images on rounding ties)" if agreement["images_apart"] else ")")
         )
@@ -228,6 +233,14 @@ def _proof_lines(result: Result) -> list[str]:
         runs = ", ".join(result["on_ties"])
         lines.append(f"parity  {runs}: the largest differences come from values on rounding ties")
     return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
+
+
+def layers_line(integer: Sequence[str], in_float: Sequence[str]) -> str:
+    """Layers by name, as onnxruntime runs them."""
+    line = f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers"
+    if in_float:
+        line += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
+    return line
 
 
 def not_for_lines(result: Result) -> list[str]:

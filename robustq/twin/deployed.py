@@ -9,9 +9,11 @@ from pathlib import Path
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
+from robustq.errors import ModelFileError
 from robustq.evaluation.target import one_by_one
 from robustq.export.session import OnnxModel
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH
@@ -56,23 +58,37 @@ class TwinOnImages(nn.Module):
         return logits, feature.flatten(1)
 
 
-def judge_of(path: Path, form: ImageForm) -> Model:
+def judge_of(path: Path, form: ImageForm, *, classes: int | None = None) -> Model:
     """The file in onnxruntime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
 
-    Its twin has been made before: operators and sizes are within the twin's limits.
+    Its limits have been checked: by its twin, or by :func:`robustq.export.session.load_limited`.
+
+    Args:
+        classes: K of a file that answers with classes; its logits are 1 for the class and 0 for all others.
 
     Raises:
         ModelFileError: onnxruntime cannot load the file.
     """
     model = OnnxModel(path, prepare=form.apply, checked=True)
-    return one_by_one(model) if form.single else model
+    judge = model if classes is None else partial(_classes_as_logits, model, classes)
+    return one_by_one(judge) if form.single else judge
+
+
+def _classes_as_logits(model: OnnxModel, classes: int, x: Tensor) -> Tensor:
+    found = model.values(x, None)[0].reshape(-1)
+    if len(found) != len(x) or not 0 <= int(found.min()) <= int(found.max()) < classes:
+        raise ModelFileError(
+            f"the file answers {len(x)} images with {len(found)} values, not with a class of {classes} each"
+        )
+    return one_hot(found.long(), classes).float()
 
 
 @torch.no_grad()
 def first_difference(path: Path, network: TwinOnImages, x: Tensor) -> str | None:
     """The first node whose values differ from those of onnxruntime without optimisations, with the difference.
 
-    Nodes differ if over 1% of their values are more than 1e-3 of their range apart: few codes differ by rounding.
+    Nodes differ if over 1% of their values are more than 1e-3 of their range, with 0 in it, apart: few codes differ by
+    rounding.
 
     Args:
         path: the file.
@@ -95,7 +111,7 @@ def first_difference(path: Path, network: TwinOnImages, x: Tensor) -> str | None
             found = found.reshape(values.shape)
         if values.shape != found.shape:
             return f"{node}: shape {tuple(found.shape)} instead of {tuple(values.shape)}"
-        span = float(values.max() - values.min()) if values.numel() else 0.0
+        span = float(values.clamp_min(0.0).max() - values.clamp_max(0.0).min()) if values.numel() else 0.0
         apart = (values - found.float()).abs() > _SAME * span
         if float(apart.float().mean()) > _MANY:
             return f"{node}: {float(apart.float().mean()):.1%} of the values of '{name}' differ"

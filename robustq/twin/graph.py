@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ MAX_ELEMENTS = 2**27
 """Elements of one tensor: 512 MiB in float32, 50 times the largest activation of a ResNet-50 for one image."""
 
 _ONNX_DOMAINS = ("", "ai.onnx")
+
+_MOVES = frozenset({"Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape", "Flatten"})
+"""Operators that keep classes as they are."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Graph:
         input_shape: of a classifier (N, C, H, W) or (N, H, W, C); None where a size is free.
         metadata: ``metadata_props``.
         domains: domain -> opset version.
+        answers_classes: the file's output is the ArgMax of ``output``, and not ``output`` itself.
     """
 
     nodes: tuple[Node, ...]
@@ -74,6 +78,7 @@ class Graph:
     input_shape: tuple[int | None, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     domains: Mapping[str, int] = field(default_factory=dict)
+    answers_classes: bool = False
 
 
 def read_graph(path: Path) -> Graph:
@@ -92,8 +97,8 @@ def read_graph(path: Path) -> Graph:
         raise ModelFileError(f"{path}: is not a readable ONNX model ({one_line(error, longest=160)})") from error
     try:
         graph = graph_of(model)
-        _check_classifier(graph, len(model.graph.output))
-        return graph
+        _check_classifier(graph, [one.name for one in model.graph.output])
+        return _without_argmax(graph)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
 
@@ -159,14 +164,34 @@ def array(tensor: TensorProto) -> NDArray[Any]:
         raise ModelFileError(f"constant '{tensor.name}' cannot be read ({one_line(error, longest=160)})") from error
 
 
-def _check_classifier(graph: Graph, outputs: int) -> None:
-    if outputs != 1:
-        raise ModelFileError(f"has {outputs} outputs; a classifier has one")
+def _check_classifier(graph: Graph, outputs: list[str]) -> None:
+    if len(outputs) != 1:
+        names = ", ".join(outputs[:4]) + (", ..." if len(outputs) > 4 else "")
+        raise ModelFileError(
+            f"has {len(outputs)} outputs ({names}); a classifier has one: cut the file to its logits with "
+            "onnx.utils.extract_model"
+        )
     if len(graph.input_shape) != 4 or graph.input_type not in (TensorProto.FLOAT, TensorProto.UINT8):
         kind = helper.tensor_dtype_to_string(graph.input_type) if graph.input_type else "no tensor"
         raise ModelFileError(
             f"input '{graph.input}' is {kind} {graph.input_shape}; images are float or uint8 with 4 axes"
         )
+
+
+def _without_argmax(graph: Graph) -> Graph:
+    """The graph up to the logits, if it ends with the class of the highest one."""
+    makers = {name: node for node in graph.nodes for name in node.outputs if name}
+    last = makers.get(graph.output)
+    while last is not None and last.operator in _MOVES:
+        last = makers.get(last.inputs[0])
+    if last is None or last.operator != "ArgMax":
+        return graph
+    needed, nodes = {last.inputs[0]}, []
+    for node in reversed(graph.nodes):
+        if not needed.isdisjoint(node.outputs):
+            needed.update(filter(None, node.inputs))
+            nodes.append(node)
+    return replace(graph, nodes=tuple(reversed(nodes)), output=last.inputs[0], answers_classes=True)
 
 
 def _types(model: onnx.ModelProto, constants: Mapping[str, NDArray[Any]]) -> dict[str, int]:

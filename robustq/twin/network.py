@@ -117,16 +117,20 @@ def load_twin(path: Path) -> Twin:
     Raises:
         ModelFileError: the file cannot be read, or holds an operator that is not supported.
     """
+    graph = read_graph(path)
     try:
-        return Twin(read_graph(path)).eval()
+        return Twin(graph).eval()
     except ModelFileError as error:
-        if str(error).startswith(str(path)):
-            raise
         raise ModelFileError(f"{path}: {error}") from error
 
 
+def without_operator(nodes: tuple[Node, ...]) -> list[Node]:
+    """The nodes whose operator the twin does not have."""
+    return [node for node in nodes if node.operator not in OPERATORS]
+
+
 def _check_operators(nodes: tuple[Node, ...]) -> None:
-    missing = [node for node in nodes if node.operator not in OPERATORS]
+    missing = without_operator(nodes)
     if missing:
         kinds = Counter(node.operator for node in missing)
         others = f" (and {len(kinds) - 1} other kinds)" if len(kinds) > 1 else ""

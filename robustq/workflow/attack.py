@@ -20,25 +20,22 @@ from torch import Tensor, nn
 from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import predict, wilson_interval
+from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
-from robustq.evaluation.flags import TWIN_SHARE
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import check_radius, find_suite, run_suite
-from robustq.evaluation.suites import Suite
+from robustq.evaluation.suites import Suite, without_gradients
 from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.files import check_new
 from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
 from robustq.models.quant.shared_weights import SharedWeights
 from robustq.progress import note
 from robustq.recipe import format_epsilon
-from robustq.twin.deployed import TwinOnImages, first_difference
 from robustq.workflow import Result
-from robustq.workflow.open_model import OpenedModel, open_attackable
+from robustq.workflow.open_file import twin_of_export
+from robustq.workflow.open_model import OpenedModel, check_answers, open_attackable
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
 from robustq.workflow.surrogates import OtherNetworks
-
-ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
 
 WORTH_COMPILING = 300.0
 """Seconds of an eager attack on a CPU that deserve the hint at --compile: compiling takes about a quarter of them and
@@ -131,6 +128,7 @@ def attack_model(
     if save_adversarial is not None:
         check_new(save_adversarial)
     place = pick_device(device)
+    trains = train_surrogates and (chosen.checks_masking or chosen.transfers)
     opened = open_attackable(model, own_model=own_model, device=place, data=data, pixels=pixels, layout=layout)
     if compiled and opened.network is None:
         raise UsageError(f"{opened.path}: --compile is for the network of a model.pt; leave it out")
@@ -139,7 +137,10 @@ def attack_model(
     loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     if opened.network is None:
-        _check_answers(opened, x, y)
+        check_answers(opened, x, y)
+    if opened.lack is not None:
+        chosen = without_gradients(chosen, reason=opened.lack)
+        note(f"twin    none: {opened.lack}")
     radius = radius_of(opened.spec, epsilon)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
@@ -149,14 +150,17 @@ def attack_model(
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),
         # At radius 0 there is no attack.
-        train=train_surrogates and (chosen.checks_masking or chosen.transfers) and max([radius, *epsilons]) > 0.0,
+        train=trains and max([radius, *epsilons]) > 0.0,
     )
+    notes = [] if opened.lack is None else [f"no gradients, and no attack with them: {opened.lack}"]
+    if opened.network is not None and opened.deployed is not None:
+        alone, notes = twin_of_export(opened.deployed, opened.spec, place)
+        target = replace(target, file_alone=alone)
     start = time.perf_counter()
-    with prepared_target(target, opened.gradient_model, x, compiled=compiled) as prepared:
+    with prepared_target(target, opened.differentiable, x, compiled=compiled) as prepared:
         found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
-        attack = partial(
-            run_suite, prepared, x, y, suite=replace(chosen, checks_masking=False), device=place, seed=seed
-        )
+        once, unchecked = replace(prepared, file_alone=None), replace(chosen, checks_masking=False)
+        attack = partial(run_suite, once, x, y, suite=unchecked, device=place, seed=seed)
         curve = _curve(attack, found, epsilons)
     seconds = time.perf_counter() - start
     if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
@@ -170,7 +174,7 @@ def attack_model(
         seed=seed,
         file_failures=tuple(opened.failures),
         compiled=compiled,
-        evaluation=found,
+        evaluation=replace(found, notes=[*notes, *found.notes]),
         curve=curve,
         surrogates=tuple(target.surrogates),
         control=target.control is not None,
@@ -183,34 +187,12 @@ def attack_model(
     return replace(result, adversarial=saved.absolute())
 
 
-def _check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
-    """Compare a lone file with its twin, and with the labels.
-
-    Raises:
-        UsageError: it is right no more often than by chance, so that its input form or its classes are not as assumed.
-    """
-    place = evenly_spaced(len(x), ANSWERS)
-    images, labels = to_float(x[place]), y[place]
-    answers = predict(opened.judge, images, batch_size=100)
-    right = int((answers == labels).sum())
-    if wilson_interval(right, len(labels))[0] <= 1.0 / opened.spec.classes:
-        raise UsageError(
-            f"{opened.path}: {right} of {len(labels)} answers are right, no more than by chance; check --input, "
-            "--layout, --data and the order of its classes"
-        )
-    device = next(opened.gradient_model.buffers(), labels).device
-    same = float((predict(opened.gradient_model, images.to(device), batch_size=100).cpu() == answers).float().mean())
-    note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
-    if same < 1.0 - TWIN_SHARE and opened.deployed is not None and isinstance(opened.gradient_model, TwinOnImages):
-        note(f"twin    first difference: {first_difference(opened.path, opened.gradient_model, images[:8])}")
-
-
 @contextmanager
-def prepared_target(target: Target, network: nn.Module, images: Tensor, *, compiled: bool) -> Iterator[Target]:
+def prepared_target(target: Target, network: nn.Module | None, images: Tensor, *, compiled: bool) -> Iterator[Target]:
     """Yield the target with faster networks, which must not change within the block.
 
     Args:
-        network: the network under attack, in eval mode, on its device.
+        network: the network under attack, in eval mode, on its device; None where only its answers are known.
         images: uint8 (N, C, H, W), one or more of the images to attack.
         compiled: compile a copy of the network for the target's gradient models, and for gradient-free attacks on a
             PyTorch judge.

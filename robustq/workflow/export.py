@@ -1,4 +1,4 @@
-"""export and recheck: write the deploy file of a trained network, and check it."""
+"""export: write the deploy file of a trained network, and check it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import wilson_interval
-from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, SUITES
-from robustq.export.bundle import FAILED, MODEL, RECORD, open_bundle, write_record
+from robustq.export.bundle import FAILED, MODEL, RECORD, write_record
 from robustq.export.formats import build, check_format
 from robustq.export.integer_layers import Layers
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
-from robustq.export.recheck import Proof, attack_file, prove
+from robustq.export.recheck import attack_file, prove
 from robustq.files import check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.workflow import Result
-from robustq.workflow.open_model import log_failures
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions
 from robustq.zoo import model_path
 
@@ -57,34 +55,6 @@ class ExportResult(Result):
     bundle: Path
     files: tuple[Path, ...]
     record: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class RecheckResult(Result):
-    """Result of recheck.
-
-    Args:
-        bundle: the export folder.
-        file_failures: checks that failed at the export.
-        proof: parity and integer layers of the file.
-        shortfalls: failed checks, in words.
-        evaluation: accuracy under attack of the file.
-    """
-
-    FLAT = ("proof", "evaluation")
-
-    bundle: Path
-    format: str
-    label: str
-    data: str
-    suite: str = RECHECK_SUITE
-    judge: str = "onnxruntime"
-    seed: int
-    size_bytes: int
-    file_failures: tuple[str, ...]
-    proof: Proof
-    shortfalls: tuple[str, ...]
-    evaluation: Evaluation
 
 
 def export_model(
@@ -195,50 +165,6 @@ def export_model(
         warn_of_other_name(out, final)
     final = final.absolute()
     return ExportResult(final, tuple(final / file for file in (path.name, MODEL, RECORD)), record)
-
-
-def recheck_bundle(
-    bundle: Path | str,
-    *,
-    epsilon: float | None = None,
-    images: int = 1000,
-    data: str | None = None,
-    own_model: str | None = None,
-    skip_bad_images: bool = False,
-    seed: int = 0,
-    device: str | None = None,
-) -> RecheckResult:
-    """Check an export folder again: parity, layers, and accuracy under attack of the deployed file.
-
-    Args and errors are those of :func:`export_model`.
-    """
-    place = pick_device(device)
-    if images < 0:
-        raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
-    opened = open_bundle(Path(bundle))
-    network, spec, _ = load_model(opened.model, own_model=own_model)
-    check_format(opened.format, spec)
-    log_failures(opened.failures)
-    loaded = data_for(spec, data, opened.model, skip_bad_images=skip_bad_images)
-    x, y = loaded.test.take(images)
-    folded = fold(network, spec)
-    kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
-    proof = prove(opened.onnx, opened.format, folded, spec, x, unfolded=kept)
-    radius = radius_of(spec, epsilon)
-    log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
-    found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
-    return RecheckResult(
-        bundle=opened.path.absolute(),
-        format=opened.format,
-        label=spec.label,
-        data=loaded.name,
-        seed=seed,
-        size_bytes=opened.onnx.stat().st_size,
-        file_failures=tuple(opened.failures),
-        proof=proof,
-        shortfalls=tuple(proof.shortfalls),
-        evaluation=found,
-    )
 
 
 def _log_layers(layers: Layers) -> None:

@@ -19,7 +19,11 @@ from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dicts, with_usual_names
 from robustq.torch_file import read_checkpoint
+from robustq.twin.graph import read_graph
+from robustq.twin.inputs import stated_form
+from robustq.twin.network import without_operator
 from robustq.workflow import Result
+from robustq.workflow.open_file import stored_spec
 from robustq.zoo import model_path
 
 _SHAPES: dict[str, Any] = {
@@ -63,14 +67,17 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
         if (path / CONFIG).exists():
             return "run folder", _run(path, own_model)
         bundle = open_bundle(path)
+        about: dict[str, Any] = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
+        if bundle.model is None:
+            layers = about["onnx"]["layers"]
+            return "export folder", {**bundle.record, **_stored_spec(bundle.onnx), "layers": layers, **about}
         network, spec, _ = load_model(bundle.model, own_model=own_model)
-        about = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
         record = {"data": spec.data, **bundle.record}
         return "export folder", {**record, **_network(network, spec), "data": record["data"], **about}
     check_model_file(path)
     size = {"size_bytes": path.stat().st_size, "sha256": sha256(path)}
     if path.suffix == ".onnx":
-        return "onnx", {**size, **describe_onnx(path)}
+        return "onnx", {**size, **describe_onnx(path), **_as_classifier(path)}
     content = read_checkpoint(path)
     sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
     if not sets:
@@ -80,6 +87,26 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
     parameters = sum(value.numel() for value in state.values())
     found = {"architecture": architecture, "classes": classes, "channels": channels, "parameters": parameters}
     return "state dict", {**size, **found, "weight_bits": FLOAT_BITS, "act_bits": FLOAT_BITS}
+
+
+def _stored_spec(path: Path) -> dict[str, Any]:
+    """The spec in the metadata of a file whose model.pt is not there."""
+    spec = stored_spec(path, read_graph(path))
+    return {"without_model": True} | ({} if spec is None else json.loads(json.dumps(spec.to_dict())))
+
+
+def _as_classifier(path: Path) -> dict[str, Any]:
+    """How an .onnx file takes images, and which of its operators have no gradient; or why it is no classifier."""
+    try:
+        graph = read_graph(path)
+    except ModelFileError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        return {"images": None, "answers": None, "no_gradient": None, "no_classifier": reason}
+    stated = stated_form(graph)
+    images = {"layout": stated.layout, "pixels": stated.pixels, "found_in": stated.source or None}
+    lacking = sorted({node.operator for node in without_operator(graph.nodes)})
+    answers = "classes" if graph.answers_classes else "logits"
+    return {"images": images, "answers": answers, "no_gradient": lacking, "no_classifier": None}
 
 
 def _model(path: Path, own_model: str | None) -> dict[str, Any]:

@@ -2,35 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.attacks.base import Model
 from robustq.checkpoint import load_model
-from robustq.data import load_dataset
+from robustq.data import to_float
+from robustq.data.splits import evenly_spaced
 from robustq.errors import ModelFileError, UsageError
-from robustq.evaluation.target import AS_TRAINED, Target
+from robustq.evaluation.accuracy import predict, wilson_interval
+from robustq.evaluation.flags import TWIN_SHARE
+from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel, load_limited
-from robustq.files import check_attackable, parse_bounded
+from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.quant.folding import fold
-from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
-from robustq.twin.deployed import TwinOnImages, judge_of
-from robustq.twin.inputs import SPEC, find_form
-from robustq.twin.network import load_twin
-from robustq.twin.registry import DIALECTS
+from robustq.twin.deployed import TwinOnImages, first_difference
+from robustq.workflow.open_file import LoneFile, open_lone_file
 from robustq.zoo import model_path
 
+ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
 LARGE = 64  # image side above which other architectures are those for photographs
 DYNAMIC = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat"})
 """Operations with a scale of the whole batch: an image's answer depends on the other images of its batch."""
@@ -42,12 +42,21 @@ class OpenedModel:
 
     path: Path  # as given
     network: nn.Module | None  # as trained, on the CPU, in eval mode; None of a lone .onnx
-    gradient_model: nn.Module  # gives the gradients, on the device; of a folder the folded network, else the twin
+    differentiable: nn.Module | None  # on the device; of a folder the folded network, of a lone file its twin, or None
     judge: Model  # gives the answers that count
     deployed: Path | None  # the .onnx for onnxruntime
     spec: ModelSpec
     checkpoint: Path  # the model.pt, or the lone .onnx
     failures: list[str]  # failed checks of the deployed file's export, a line each
+    answers_classes: bool = False  # the judge answers with classes: 1 for one of the logits, 0 for the others
+    lack: str | None = None  # why nothing gives gradients
+
+    @property
+    def gradient_model(self) -> nn.Module:
+        """The network that gives the gradients; ModelFileError without one."""
+        if self.differentiable is None:
+            raise ModelFileError(f"{self.path}: gives no gradients")
+        return self.differentiable
 
     @property
     def judge_name(self) -> str:
@@ -69,16 +78,18 @@ class OpenedModel:
 
     def target(self) -> Target:
         """The target of attacks, without surrogates."""
-        model = self.gradient_model
+        model = self.differentiable
+        rules: dict[str, Model] = {}
         if isinstance(model, TwinOnImages):
             rules, features = model.gradient_models(AS_TRAINED), model.features
-        else:
+        elif model is not None:
             rules, features = _gradient_models(model), FeatureTap.of_pooling(model)
         return Target(
             judge=self.judge,
             gradient_models=rules,
-            features=features,
+            features=features if rules else None,
             image_by_image=self.deployed is not None and is_dynamic(self.deployed, checked=self.network is None),
+            proxy=model if self.answers_classes else None,
         )
 
 
@@ -96,15 +107,21 @@ def open_attackable(
     Args:
         data: of a lone .onnx that does not name its data.
         pixels, layout: of a lone .onnx, as :func:`robustq.twin.inputs.find_form`.
+
+    A folder without its model.pt is opened as its file alone.
     """
     path = check_attackable(model_path(model))
     if path.suffix == ".onnx" and path.is_file():
-        return _open_file(path, data=data, pixels=pixels, layout=layout, device=device)
+        return _open_file(path, open_lone_file(path, data=data, pixels=pixels, layout=layout), [], device)
     if pixels is not None or layout is not None:
         raise UsageError(f"{path}: --input and --layout are for a lone .onnx; leave them out")
     deployed, checkpoint, failures = None, path, []
     if path.is_dir():
         bundle = open_bundle(path)
+        if bundle.model is None:
+            note(f"note    {path} has no model.pt: its file is opened alone")
+            log_failures(bundle.failures)
+            return _open_file(path, open_lone_file(bundle.onnx, data=data), bundle.failures, device)
         if bundle.format in FORMATS and not FORMATS[bundle.format].runs:
             raise ModelFileError(
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
@@ -117,39 +134,38 @@ def open_attackable(
     return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
 
 
-def _open_file(
-    path: Path, *, data: str | None, pixels: str | None, layout: str | None, device: torch.device
-) -> OpenedModel:
-    twin = load_twin(path)
-    form = find_form(path, twin.graph, pixels=pixels, layout=layout)
-    gradient_model = TwinOnImages(twin, form)
-    runs = not any("Quant" in node.operator and node.operator.startswith(DIALECTS) for node in twin.graph.nodes)
-    judge = judge_of(path, form) if runs else gradient_model
-    if not runs:
-        note("judge   the twin: onnxruntime cannot run QONNX")
-    spec = _spec_of(path, gradient_model, data)
-    frozen(gradient_model, device)
-    return OpenedModel(path, None, gradient_model, judge, path if runs else None, spec, path, [])
+def _open_file(path: Path, found: LoneFile, failures: list[str], device: torch.device) -> OpenedModel:
+    twin = None if found.twin is None else frozen(found.twin, device)
+    deployed = found.path if found.in_onnxruntime else None
+    return OpenedModel(
+        path, None, twin, found.judge, deployed, found.spec, found.path, failures, found.answers_classes, found.lack
+    )
 
 
-def _spec_of(path: Path, network: TwinOnImages, data: str | None) -> ModelSpec:
-    """The spec in the metadata of a file of robustq, or what file and data tell of another."""
-    graph, form = network.twin.graph, network.form
-    stored = graph.metadata.get(SPEC)
-    if stored is not None:
-        try:
-            return ModelSpec.from_dict(parse_bounded(stored, json.loads))
-        except (ValueError, ModelFileError) as error:
-            raise ModelFileError(f"{path}: its metadata {SPEC} cannot be read ({error})") from error
-    if data is None:
-        raise UsageError(f"{path}: does not name its data; add --data NAME, FOLDER or FILE.npz")
-    resized = data == "imagenet" or Path(data).is_dir()
-    loaded = load_dataset(data, image_size=form.image_size if resized else None)
-    channels, side = form.channels or loaded.channels, form.image_size or loaded.image_size
-    with torch.no_grad():
-        classes = network(torch.zeros(1, channels, side, side)).shape[1]
-    bits = 8 if network.twin.quantizes else FLOAT_BITS
-    return ModelSpec(path.stem, bits, bits, classes, channels, side, loaded.name, None, ())
+def check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
+    """Compare a lone file with its twin, and with the labels.
+
+    Raises:
+        UsageError: it is right no more often than by chance, so that its input form or its classes are not as assumed.
+    """
+    place = evenly_spaced(len(x), ANSWERS)
+    images, labels = to_float(x[place]), y[place]
+    judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
+    answers = predict(judge, images, batch_size=100)
+    right = int((answers == labels).sum())
+    if wilson_interval(right, len(labels))[0] <= 1.0 / opened.spec.classes:
+        raise UsageError(
+            f"{opened.path}: {right} of {len(labels)} answers are right, no more than by chance; check --input, "
+            "--layout, --data and the order of its classes"
+        )
+    twin = opened.differentiable
+    if not isinstance(twin, TwinOnImages):
+        return
+    device = next(twin.buffers(), labels).device
+    same = float((predict(twin, images.to(device), batch_size=100).cpu() == answers).float().mean())
+    note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
+    if same < 1.0 - TWIN_SHARE and opened.deployed is not None:
+        note(f"twin    first difference: {first_difference(opened.deployed, twin, images[:8])}")
 
 
 def log_failures(failures: list[str]) -> None:

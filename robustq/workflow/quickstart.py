@@ -19,7 +19,8 @@ from robustq.files import check_output, free_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS
 from robustq.progress import note
 from robustq.workflow import Result
-from robustq.workflow.export import export_model, recheck_bundle
+from robustq.workflow.export import export_model
+from robustq.workflow.recheck import recheck_bundle
 from robustq.workflow.setup import pick_device
 from robustq.workflow.train import harden_model, train_model
 

@@ -47,7 +47,7 @@ class ReplayResult(Result):
     interval: tuple[float, float]
     attacks: dict[str, float]  # ``replay``: share of right answers to the adversarial images
     same_as_recorded: float  # share of images that are robust here and there, or broken here and there
-    twin_agreement: float = 1.0
+    twin_agreement: float | None = 1.0
     flags: tuple[Check, ...] = ()
     verdict: str = NOT_JUDGED
     not_judged_for: tuple[str, ...] = ("these images were found before, and nothing was attacked",)
@@ -61,6 +61,8 @@ def replay_pictures(
     data: str | None = None,
     own_model: str | None = None,
     skip_bad_images: bool = False,
+    pixels: str | None = None,
+    layout: str | None = None,
     device: str | None = None,
 ) -> ReplayResult:
     """Count a model's answers to saved adversarial images: to verify a number, or as a regression test.
@@ -69,9 +71,9 @@ def replay_pictures(
     and an image counts as robust only when its clean image is right too.
 
     Args:
-        model: a .pt of robustq, or an export folder; the attacked model, or another.
+        model: a .pt of robustq, an export folder or a lone .onnx; the attacked model, or another.
         file: an .npz of ``robustq attack``.
-        data, own_model, skip_bad_images, device: as for :func:`robustq.workflow.attack.attack_model`.
+        data, own_model, skip_bad_images, pixels, layout, device: as for :func:`robustq.workflow.attack.attack_model`.
 
     Raises:
         RobustqError: bad input, other data than those of the file, or an image outside the ball.
@@ -79,7 +81,9 @@ def replay_pictures(
     file = images_path(file)
     images = AdversarialImages.load(file)
     place = pick_device(device)
-    opened = open_attackable(model, own_model=own_model, device=place)
+    opened = open_attackable(
+        model, own_model=own_model, device=place, data=data or images.data, pixels=pixels, layout=layout
+    )
     spec = opened.spec
     wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])
     if got != wanted:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -211,6 +212,21 @@ def test_a_replay_of_other_images_is_refused(run: Run, digits_float: Path, saved
     }
     for told, arrays in cases.items():
         check_refused(run("attack", digits_float, "--replay", changed(saved, **arrays)), told)
+
+
+def test_a_replay_on_a_lone_file_needs_no_gradient(run: Run, bundle: Path, saved: Path) -> None:
+    (file,) = bundle.glob("*.onnx")
+    whole = run("attack", bundle, "--replay", saved, "--json").json
+    alone = run("attack", file, "--replay", saved, "--json").json
+    assert alone["judge"] == "onnxruntime" and alone["ball_checked"]
+    for key in ("clean_accuracy", "robust_accuracy", "same_as_recorded", "data"):
+        assert alone[key] == whole[key], key
+
+    foreign = onnx.load(file)  # its data are those of the images
+    del foreign.metadata_props[:]
+    onnx.save(foreign, "foreign.onnx")
+    again = run("attack", "foreign.onnx", "--replay", saved, "--input", "unit", "--json").json
+    assert again["robust_accuracy"] == whole["robust_accuracy"] and again["label"] == "foreign"
 
 
 def test_images_whose_data_are_missing_are_replayed_all_the_same(

@@ -103,7 +103,17 @@ def test_info_reads_widths_from_the_onnx_file_itself(run: Run, digits_w4a4: Path
     assert found["kind"] == "onnx" and found["format"] == format_name
     assert {key: value for key, value in found.items() if key in bundle["onnx"]} == bundle["onnx"]
     assert [layer["weight_bits"] for layer in found["layers"]] == [8, *[4] * 8, 8]
+    assert found["images"] == {"layout": "nchw", "pixels": "unit", "found_in": "metadata of robustq"}
+    assert {row["bits"] for row in found["quantizers"]} == {4, 8} and found["no_gradient"] == []
+    assert all(row["scale"]["per"] == "channel" for row in found["layers"])
+    first = found["quantizers"][0]["scale"]
+    assert first["low"] == first["high"] == pytest.approx(1 / 255)
     told = run("info", file).out
+    if format_name == "integer":
+        assert found["integer_layers"] == bundle["integer_layers"] and found["float_layers"] == []
+        assert f"runs {len(found['integer_layers'])} of {len(found['integer_layers'])} as integers" in told
+    else:
+        assert found["integer_layers"] is None and "runs    not in onnxruntime: it has operators of QONNX" in told
     assert f"format  {format_name}" in told and "layers  4-bit weights" in told and sha256(file) in told
     limits = [f"not for {limit}" for limit in record["not_for"]]
     assert found["not_for"] == record["not_for"] and limits and set(limits) <= set(told.splitlines())
@@ -123,8 +133,11 @@ def test_info_of_files_of_others(run: Run, digits_float: Path) -> None:
     ends = [onnx.helper.make_tensor_value_info(name, floats, ["n", size]) for name, size in (("x", 2), ("y", 3))]
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "g", ends[:1], ends[1:], [weight])), "foreign.onnx")
     foreign = run("info", "foreign.onnx", "--json").json
-    assert foreign["layers"] == [{"name": "y", "kind": "MatMul", "shape": [2, 3], "weight_bits": 32}]
-    assert "not written by robustq" in run("info", "foreign.onnx").out
+    layer = {"name": "y", "kind": "MatMul", "shape": [2, 3], "weight_bits": 32, "scale": None}
+    assert foreign["layers"] == [layer] and foreign["stored_values"] == 6
+    assert foreign["integer_layers"] == [] and foreign["float_layers"] == ["MatMul(y)"]
+    shown = run("info", "foreign.onnx").out
+    assert "not written by robustq" in shown and "images  no classifier of images: input 'x' is" in shown
 
 
 def test_info_refuses_unknown_files(run: Run) -> None:

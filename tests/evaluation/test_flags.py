@@ -57,6 +57,10 @@ CASES: list[tuple[str, Check, bool]] = [
     ("twin", flags.twin(different=1, images=1000, random=False), False),
     ("twin", flags.twin(different=2, images=1000, random=False), True),
     ("twin", flags.twin(different=400, images=1000, random=True), False),
+    ("file alone", flags.file_alone(of(10), left=(0.5, 0.49)), False),
+    ("file alone", flags.file_alone(of(11), left=(0.5, 0.489)), True),
+    ("file alone", flags.file_alone(of(200, 189), left=(0.5, 0.489)), False),  # within the interval
+    ("file alone", flags.file_alone(of(0, 11), left=(0.5, 0.511)), False),
 ]
 
 
@@ -66,6 +70,11 @@ def test_a_flag_is_raised_beyond_its_threshold(name: str, check: Check, raised: 
     assert check.text and "\n" not in check.text
     assert check.evidence
     assert check.to_dict()["doc"] == f"docs/flags.md#{name.replace(' ', '-')}"
+
+
+def test_a_file_that_gives_weaker_gradients_says_so() -> None:
+    weaker = [flags.file_alone(found, left=(0.5, 0.5)).evidence["weaker"] for found in (of(0, 10), of(0, 11), of(11))]
+    assert weaker == [False, True, False]
 
 
 def test_every_flag_is_tested_and_explained() -> None:

@@ -14,6 +14,7 @@ from robustq.attacks import fgsm, pgd, random_corners, square, uniform_noise
 from robustq.data import to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import correct
+from robustq.evaluation.flags import MASKED, Check
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import evaluate, find_suite, run_suite
 from robustq.evaluation.suites import RECHECK, NamedAttack, Suite
@@ -125,7 +126,7 @@ def test_only_the_judge_counts_and_only_rounded_images_inside_the_ball() -> None
     suite = replace(QUICK, attacks=(*QUICK.attacks, NamedAttack("cheat", cheat), NamedAttack("far", far)))
     found = run(Target(judge, {AS_TRAINED: trained("natural")}), suite)
     assert found.clean_accuracy == found.robust_accuracy == 1.0
-    assert found.twin_agreement < 1.0
+    assert found.twin_agreement is not None and found.twin_agreement < 1.0
 
 
 def test_a_proxy_is_queried_and_the_judge_counts() -> None:
@@ -309,6 +310,29 @@ def test_gradients_of_another_model_are_a_flag() -> None:
 
 
 # --- the models that attacks use -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", [replace(QUICK, drops_broken=False), small("standard")], ids=["columns", "standard"])
+def test_a_file_that_gives_away_more_than_its_model_is_a_flag(suite: Suite) -> None:
+    model = trained("natural")
+    saturated = Scaled(model, 1e4)  # cross-entropy has no gradient
+
+    def check(gradients: nn.Module, file_alone: nn.Module) -> tuple[Evaluation, Check]:
+        found = run(Target(model, {AS_TRAINED: gradients}, file_alone=file_alone), suite)
+        return found, next(one for one in found.checks if one.name == "file alone")
+
+    found, raised = check(saturated, model)
+    assert raised.raised and found.verdict == MASKED
+    first, second = (raised.evidence[key] for key in ("through_model", "through_file"))
+    assert second < first and not any("file alone" in name for name in found.attacked)
+    if suite.checks_masking:  # the images that it breaks count
+        assert found.robust_accuracy <= second
+    else:
+        assert found.robust_accuracy <= first
+        assert second == run(Target.of(model), replace(suite, attacks=suite.attacks[1:])).robust_accuracy
+    _, turned = check(model, saturated)
+    assert not turned.raised and turned.evidence["weaker"]
+    assert "file alone" not in [one.name for one in run(Target.of(model), suite).checks]
 
 
 def test_suites_have_the_stages_and_budgets_that_docs_promise() -> None:

@@ -31,11 +31,19 @@ def test_there_and_back(bundle: Path) -> None:
     assert opened.record["sha256"].keys() == {"net.onnx", MODEL, RECORD}
 
 
+def test_a_bundle_without_its_model_is_still_checked(bundle: Path) -> None:
+    (bundle / MODEL).unlink()
+    assert open_bundle(bundle).model is None
+    (bundle / "net.onnx").write_bytes(b"onnx!")
+    with pytest.raises(ModelFileError, match="its sha256 differs"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
         ("none", "no such folder; give the folder that 'robustq export' wrote"),
-        ("net.onnx", "is a lone .onnx, without the model.pt"),
+        ("net.onnx", "is a lone .onnx; give the export folder that it lies in, or robustq attack the file alone"),
         (MODEL, "is not an export folder"),
     ],
 )
@@ -58,7 +66,8 @@ def record(content: object) -> Callable[[Path], object]:
             "holds 2 .onnx files, an export folder holds one",
         ),
         (lambda folder: (folder / "net.onnx").unlink(), "holds 0 .onnx files"),
-        (lambda folder: (folder / MODEL).unlink(), f"has no {MODEL} beside net.onnx; export the model again"),
+        (lambda folder: (folder / RECORD).unlink(), f"has no {RECORD} beside net.onnx; export the model again"),
+        (lambda folder: (folder / MODEL).write_bytes(b"other"), f"{MODEL}: is not the file that {RECORD} speaks of"),
         (record(b'{"format": "integer"'), f"{RECORD}: is not valid JSON"),
         (record({"format": "integer", "sha256": "abc"}), f"{RECORD}: sha256 is missing or has another form"),
         (

@@ -125,6 +125,7 @@ def test_shortfalls_and_json() -> None:
         "float_layers": ["b", "c", "d"],
         "judged_file": "integer",
         "not_for": ["x: y"],
+        "compared_with": "the folded network",
     }
 
 

@@ -1,0 +1,154 @@
+"""recheck: check an export folder again, with its model.pt or through the file alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robustq.checkpoint import load_model
+from robustq.errors import ModelFileError, UsageError
+from robustq.evaluation.result import Evaluation
+from robustq.evaluation.run_suite import evaluate
+from robustq.evaluation.suites import RECHECK
+from robustq.export.bundle import Bundle, open_bundle
+from robustq.export.formats import FORMATS, check_format
+from robustq.export.recheck import Proof, attack_file, prove, prove_alone
+from robustq.models.quant.folding import fold
+from robustq.models.spec import ModelSpec
+from robustq.workflow import Result
+from robustq.workflow.export import RECHECK_SUITE
+from robustq.workflow.open_file import open_lone_file, twin_of_export
+from robustq.workflow.open_model import frozen, log_failures
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RecheckResult(Result):
+    """Result of recheck.
+
+    Args:
+        bundle: the export folder.
+        judge: ``onnxruntime``; ``pytorch`` for the twin of a QONNX file without model.pt.
+        file_failures: checks that failed at the export.
+        not_compared: comparisons that need what is not in the folder, in words.
+        proof: parity and integer layers of the file.
+        shortfalls: failed checks, in words.
+        evaluation: accuracy under attack of the file.
+    """
+
+    FLAT = ("proof", "evaluation")
+
+    bundle: Path
+    format: str
+    label: str
+    data: str
+    suite: str = RECHECK_SUITE
+    judge: str
+    seed: int
+    size_bytes: int
+    file_failures: tuple[str, ...]
+    not_compared: tuple[str, ...]
+    proof: Proof
+    shortfalls: tuple[str, ...]
+    evaluation: Evaluation
+
+
+def recheck_bundle(
+    bundle: Path | str,
+    *,
+    epsilon: float | None = None,
+    images: int = 1000,
+    data: str | None = None,
+    own_model: str | None = None,
+    skip_bad_images: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> RecheckResult:
+    """Check an export folder again: hashes, parity, layers, and accuracy under attack of the deployed file.
+
+    The attacks run with the gradients of model.pt, and once more with those of the file alone. A folder without its
+    model.pt is checked through the file alone.
+
+    Args and errors are those of :func:`robustq.workflow.export.export_model`.
+    """
+    place = pick_device(device)
+    if images < 0:
+        raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
+    opened = open_bundle(Path(bundle))
+    log_failures(opened.failures)
+    subject = _alone(opened, place) if opened.model is None else _with_model(opened, opened.model, own_model, place)
+    spec = subject.spec
+    loaded = data_for(spec, data, opened.model or opened.onnx, skip_bad_images=skip_bad_images)
+    x, y = loaded.test.take(images)
+    proof = subject.prove(x)
+    radius = radius_of(spec, epsilon)
+    log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
+    found = subject.attack(x, y, epsilon=radius, device=place, seed=seed)
+    return RecheckResult(
+        bundle=opened.path.absolute(),
+        format=opened.format,
+        label=spec.label,
+        data=loaded.name,
+        judge=subject.judge,
+        seed=seed,
+        size_bytes=opened.onnx.stat().st_size,
+        file_failures=tuple(opened.failures),
+        not_compared=subject.not_compared,
+        proof=proof,
+        shortfalls=tuple(proof.shortfalls),
+        evaluation=found,
+    )
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """The checks of a folder, with what they need."""
+
+    spec: ModelSpec
+    judge: str
+    prove: Callable[[Tensor], Proof]
+    attack: Callable[..., Evaluation]
+    not_compared: tuple[str, ...] = ()
+
+
+def _with_model(opened: Bundle, model: Path, own_model: str | None, device: torch.device) -> _Subject:
+    network, spec, _ = load_model(model, own_model=own_model)
+    check_format(opened.format, spec)
+    folded = fold(network, spec)
+    kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
+
+    def attack(x: Tensor, y: Tensor, **options: Any) -> Evaluation:
+        twin, notes = twin_of_export(opened.onnx, spec, device)
+        found = attack_file(opened.onnx, opened.format, folded, spec, x, y, file_alone=twin, **options)
+        return replace(found, notes=[*notes, *found.notes])
+
+    proof = partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept)
+    return _Subject(spec, "onnxruntime", proof, attack)
+
+
+def _alone(opened: Bundle, device: torch.device) -> _Subject:
+    file = open_lone_file(opened.onnx)
+    twin = file.twin
+    if twin is None:
+        raise ModelFileError(f"{opened.path}: has no model.pt, and its file gives no gradients; export the model again")
+    check_format(opened.format, file.spec)
+    missing = ["answers of the network in PyTorch: model.pt is not in the folder"]
+    if not FORMATS[opened.format].runs:
+        missing.append("answers in onnxruntime, which cannot load QONNX: the twin of the file is judged")
+
+    def attack(x: Tensor, y: Tensor, **options: Any) -> Evaluation:
+        return evaluate(file.judge, frozen(twin, options["device"]), x, y, attacks=RECHECK, **options)
+
+    return _Subject(
+        file.spec,
+        "onnxruntime" if file.in_onnxruntime else "pytorch",
+        partial(prove_alone, opened.onnx, opened.format, twin, file.spec),
+        attack,
+        tuple(missing),
+    )
