@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, ValuesView
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -162,18 +163,31 @@ PARTIAL = ".partial"
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside ``path``; if the block has not renamed it, it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+    """A new file beside ``path``; if the block has not renamed it, it is removed, with the folders made for it."""
+    with made_parents(path):
+        partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+        try:
+            with partial.open("x+b") as file:  # mode 0666 without the umask's bits
+                yield partial, file
+        except OSError as error:
+            if error.filename is None or Path(error.filename) == partial:  # write() and fsync() name no file
+                error.filename = str(path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Make the folders above ``path``; after the block, those that are new and empty are removed again."""
+    missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
     try:
-        with partial.open("x+b") as file:  # mode 0666 without the umask's bits
-            yield partial, file
-    except OSError as error:
-        if error.filename is None or Path(error.filename) == partial:  # write() and fsync() name no file
-            error.filename = str(path)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        for folder in missing:
+            with suppress(OSError):  # not empty: something was written
+                folder.rmdir()
 
 
 @contextmanager
@@ -259,8 +273,12 @@ def check_output(out: Path | None, default: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {path} cannot be written below {parent}; name another --out")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # permission bits do not tell of a file system for reading only
+    except OSError as error:
+        raise UsageError(
+            f"--out {path} cannot be written below {parent} ({error.strerror}); name another --out"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -8,11 +8,12 @@ from contextlib import suppress
 from typing import NoReturn
 
 from robustq.errors import STOPPED
+from robustq.memory import caused_by_memory, out_of_memory
 
 
 def main() -> NoReturn:
-    """Entry point of a process, see :func:`robustq.cli.program.main`; Ctrl-C while the program is loaded is one line
-    too, and Ctrl-C after the program has ended changes nothing.
+    """Entry point of a process, see :func:`robustq.cli.program.main`; Ctrl-C and too little memory while the program is
+    loaded are one line too, and Ctrl-C after the program has ended changes nothing.
     """
     try:
         try:
@@ -25,6 +26,11 @@ def main() -> NoReturn:
         _ignore_interrupts()
         print(f"robustq: {STOPPED}", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if not caused_by_memory(error):
+            raise
+        print(f"robustq: {out_of_memory(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _ignore_interrupts() -> None:

@@ -35,7 +35,7 @@ from robustq.recipe import format_epsilon
 from robustq.twin.deployed import TwinOnImages, first_difference
 from robustq.workflow import Result
 from robustq.workflow.open_model import OpenedModel, open_attackable
-from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, with_images
 from robustq.workflow.surrogates import OtherNetworks
 
 ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
@@ -153,11 +153,12 @@ def attack_model(
     )
     start = time.perf_counter()
     with prepared_target(target, opened.gradient_model, x, compiled=compiled) as prepared:
-        found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
+        fit = partial(with_images, model=opened.gradient_model, images=x, device=place)
+        found = fit(lambda: run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed))
         attack = partial(
             run_suite, prepared, x, y, suite=replace(chosen, checks_masking=False), device=place, seed=seed
         )
-        curve = _curve(attack, found, epsilons)
+        curve = fit(lambda: _curve(attack, found, epsilons))
     seconds = time.perf_counter() - start
     if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
         note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")

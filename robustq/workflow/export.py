@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.workflow import Result
 from robustq.workflow.open_model import log_failures
-from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 
 EXPORTS = Path("export-out")
 RECHECK_SUITE = SUITES["recheck"].name
@@ -142,6 +143,7 @@ def export_model(
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
     wanted = out or free_path(EXPORTS / name)
+    fit = partial(with_images, model=folded, images=x, device=place)
     with partial_folder(wanted) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
@@ -149,11 +151,11 @@ def export_model(
         onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
-        proof = prove(path, format_name, folded, spec, x, unfolded=kept)
+        proof = fit(lambda: prove(path, format_name, folded, spec, x, unfolded=kept))
         _log_layers(proof.layers)
         if proof.parity_failures:
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
-        drifted = drift(network, folded, to_float(x))
+        drifted = fit(lambda: drift(network, folded, to_float(x)))
         shortfalls = list(proof.shortfalls)
         if kept is None and wilson_interval(drifted.different_top1, drifted.images)[0] > max_drift:
             shortfalls.append(
@@ -180,9 +182,8 @@ def export_model(
         if recheck:
             log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()
-        found = attack_file(
-            path, format_name, folded, spec, x, y, attacks=attacks, epsilon=radius, device=place, seed=seed
-        ).to_dict()
+        count = partial(attack_file, path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
+        found = fit(lambda: count(attacks=attacks)).to_dict()
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
@@ -222,10 +223,13 @@ def recheck_bundle(
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
     kept = network.eval() if opened.record.get("batch_norm") == "keep" else None
-    proof = prove(opened.onnx, opened.format, folded, spec, x, unfolded=kept)
+    fit = partial(with_images, model=folded, images=x, device=place)
+    proof = fit(lambda: prove(opened.onnx, opened.format, folded, spec, x, unfolded=kept))
     radius = radius_of(spec, epsilon)
     log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
-    found = attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
+    found = fit(
+        lambda: attack_file(opened.onnx, opened.format, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
+    )
     return RecheckResult(
         bundle=opened.path.absolute(),
         format=opened.format,

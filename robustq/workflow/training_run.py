@@ -24,7 +24,6 @@ from robustq.errors import (
 )
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.files import check_model_file, free_path, sha256
-from robustq.hardening.diagnosis import within_memory
 from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import MethodContext, Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
@@ -34,6 +33,7 @@ from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Training
+from robustq.memory import within_memory
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
