@@ -8,6 +8,7 @@ import errno
 import gc
 import mmap
 import os
+import resource
 import signal
 import sys
 import time
@@ -15,13 +16,14 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 from robustq.errors import OutOfMemoryError, one_line
+from robustq.progress import note
 
 T = TypeVar("T")
 
-LONGEST_TRIAL = 300.0
+LONGEST_TRIAL = 1800.0
 """Seconds for one size."""
 
-RESERVE = 64 << 20
+RESERVE = 32 << 20
 """Bytes of address space that are kept for the search of a smaller size, see :func:`within_memory`."""
 
 _MESSAGES = (
@@ -137,6 +139,10 @@ def free_memory() -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
+def _is_limited() -> bool:
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
 @contextlib.contextmanager
 def _reserve() -> Iterator[None]:
     """Keep :data:`RESERVE` bytes of address space within the block; they are never touched and take no memory."""
@@ -149,18 +155,23 @@ def _reserve() -> Iterator[None]:
             yield
 
 
-def within_memory(work: Callable[[], T], message: Callable[[], str]) -> T:
+def within_memory(work: Callable[[], T], message: Callable[[], str], *, trial: Callable[[], object] | None = None) -> T:
     """The result of ``work``.
 
     Some address space is free for ``message``, which ``work`` could not take: under a limit of it (``ulimit -v``) the
     allocator keeps what ``work`` has freed, and oneDNN needs new pages for the code of each other batch size.
+
+    Args:
+        trial: the part of ``work`` that takes most memory. Under a limit of address space a copy of the process tries
+            it first, since oneDNN may crash where it gets no memory.
 
     Raises:
         OutOfMemoryError: with ``message``, which is asked for once the memory of ``work`` is free again.
     """
     results: list[T] = []
     with _reserve():
-        failed = runs_out_of_memory(lambda: results.append(work()))
+        failed = trial is not None and _is_limited() and not fits(trial)
+        failed = failed or runs_out_of_memory(lambda: results.append(work()))
     if failed:
         raise OutOfMemoryError(message())
     return results[0]
@@ -176,3 +187,18 @@ def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: i
             return size
         size //= 2
     return None
+
+
+def shrinking(work: Callable[[int], T], size: int) -> T:
+    """``work(size)``; where memory runs out, of half the size, and so on: for results that do not depend on the size.
+
+    Raises:
+        OutOfMemoryError: not even 1 fits.
+    """
+    results: list[T] = []
+    while runs_out_of_memory(lambda size=size: results.append(work(size))):  # type: ignore[misc]
+        if size <= 1:
+            raise OutOfMemoryError("out of memory, not even one image fits; take a machine with more memory")
+        size //= 2
+        note(f"note    too little memory for more than {size} images at once")
+    return results[0]

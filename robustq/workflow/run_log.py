@@ -79,6 +79,7 @@ def check_forecast(training: Training, *, parent: Path) -> None:
             f"out of memory on {training.device} with batches of {recipe.batch_size:,} images; "
             f"{fitting_setting(training)}"
         ),
+        trial=lambda: forecast(training),
     )
     state = training.state  # the forecast has put it back
     begun = bool(state.epoch or state.step)

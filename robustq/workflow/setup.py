@@ -275,16 +275,17 @@ def with_images(work: Callable[[], T], *, model: Callable[[Tensor], Tensor], ima
     Raises:
         OutOfMemoryError: names a number of images that fits, found by trying.
     """
+    at_once = min(len(images), ATTACKED_AT_ONCE)
 
     def gradient(count: int) -> None:
         x = to_float(images[: count + count // 4].to(device)).requires_grad_()
         torch.autograd.grad(model(x).logsumexp(dim=1).sum(), x)
 
     def advice() -> str:
-        fitting = largest_that_fits(gradient, too_large=min(len(images), ATTACKED_AT_ONCE))
+        fitting = largest_that_fits(gradient, too_large=at_once)
         remedy = "not even one image fits; take a machine with more memory"
         if fitting is not None:
             remedy = f"a batch of {fitting} fits: --images {fitting}"
         return f"out of memory on {device} with {len(images):,} images; {remedy}"
 
-    return within_memory(work, advice)
+    return within_memory(work, advice, trial=lambda: gradient(at_once))

@@ -33,7 +33,7 @@ from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Training
-from robustq.memory import within_memory
+from robustq.memory import shrinking, within_memory
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
@@ -362,10 +362,14 @@ def with_calibration_images(job: Job, work: Callable[[Tensor], T], *, purpose: s
 def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:
     """Correct answers and images of the whole test part, unattacked; sets eval mode."""
     model.eval()
-    right = images = 0
-    with bar("test", len(data.test)) as progress:
-        for batch in data.test.batches(EVALUATION_BATCH, device=device):
-            right += int(correct(model, batch.x, batch.y, batch_size=EVALUATION_BATCH).sum())
-            images += len(batch.y)
-            progress.advance(len(batch.y))
-    return right, images
+
+    def count(at_once: int) -> tuple[int, int]:
+        right = images = 0
+        with bar("test", len(data.test)) as progress:
+            for batch in data.test.batches(at_once, device=device):
+                right += int(correct(model, batch.x, batch.y, batch_size=at_once).sum())
+                images += len(batch.y)
+                progress.advance(len(batch.y))
+        return right, images
+
+    return shrinking(count, EVALUATION_BATCH)
