@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,7 @@ def open_session(path: Path, options: ort.SessionOptions, *, checked: bool = Fal
 
     Raises:
         ModelFileError: as :func:`load_limited`, or onnxruntime cannot load the file.
+        OSError: onnxruntime cannot write its optimised graph.
     """
     if not checked:
         load_limited(path)
@@ -123,6 +125,8 @@ def open_session(path: Path, options: ort.SessionOptions, *, checked: bool = Fal
     except Exception as error:  # onnxruntime's own exception types share no base below Exception
         if names_memory(str(error)):
             raise MemoryError(one_line(error, longest=300)) from error
+        if "serialization failed" in str(error) and (written := options.optimized_model_filepath):
+            raise OSError(errno.ENOSPC, "cannot be written", written) from error
         raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
 
 

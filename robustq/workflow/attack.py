@@ -7,6 +7,7 @@ judge of a model file stays eager.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
-from robustq.errors import UsageError
+from robustq.errors import RobustqWarning, UsageError
 from robustq.evaluation.accuracy import predict, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.flags import TWIN_SHARE
@@ -72,7 +73,7 @@ class RobustnessResult(Result):
     curve: tuple[CurvePoint, ...]  # accuracies at all radii, smallest first; empty without ``epsilons``
     surrogates: tuple[str, ...]  # their names
     control: bool  # whether there was a natural control
-    adversarial: Path | None  # file of the adversarial images
+    adversarial: Path | None  # file of the adversarial images, if they were to be saved and could be
     seconds: float
 
 
@@ -110,7 +111,7 @@ def attack_model(
         control: model file of a naturally trained network on the same data; None: trained when it is first needed.
         train_surrogates: make and train the networks that are needed; without them and without ``control`` there is no
             verdict.
-        save_adversarial: new .npz file for the adversarial images.
+        save_adversarial: new .npz file for the adversarial images; a warning if it cannot be written in the end.
         own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
         compiled: compile attack generation; the final count never uses compiled code. Not of a lone .onnx.
@@ -180,7 +181,12 @@ def attack_model(
     )
     if save_adversarial is None:
         return result
-    saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
+    try:
+        saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
+    except OSError as error:  # hours of work are not lost for it
+        reason = error.strerror or error
+        warnings.warn(f"{save_adversarial}: {reason}; the adversarial images are lost", RobustqWarning, stacklevel=2)
+        return result
     return replace(result, adversarial=saved.absolute())
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,9 +30,8 @@ class Call:
     """One call that runs beside this process.
 
     Args:
-        folder: for its stdout and stderr, ``name.out`` and ``name.err``.
+        folder: its working folder.
         words: of the command line.
-        cwd: its working folder; by default ``folder``.
         prepare: called in the process with ``values`` before the program starts.
     """
 
@@ -40,33 +40,37 @@ class Call:
         server: ForkServerContext,
         folder: Path,
         *words: str | Path,
-        name: str = "told",
-        cwd: Path | None = None,
         prepare: Callable[..., None] | None = None,
         values: tuple[Any, ...] = (),
     ) -> None:
-        self._told = [folder / f"{name}.out", folder / f"{name}.err"]
-        arguments = ([str(word) for word in words], self._told, cwd or folder, prepare, values)
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
+        self._told = [reader for reader, _ in pipes]
+        writers = [writer for _, writer in pipes]
+        arguments = ([str(word) for word in words], folder, writers, prepare, values)
         self.process: BaseProcess = server.Process(target=_run, args=arguments)
         self.process.start()
+        for writer in writers:
+            writer.close()
 
     def end(self) -> Outcome:
         self.process.join(PATIENCE)
         code = self.process.exitcode
         assert code is not None
-        out, err = (path.read_text() for path in self._told)
-        for path in self._told:
-            path.unlink()
+        out, err = (open(reader.fileno(), closefd=False).read() for reader in self._told)  # noqa: SIM115
         return Outcome(code, out, err)
 
 
 def _run(
-    words: list[str], told: list[Path], cwd: Path, prepare: Callable[..., None] | None, values: tuple[Any, ...]
+    words: list[str],
+    folder: Path,
+    told: list[Connection],
+    prepare: Callable[..., None] | None,
+    values: tuple[Any, ...],
 ) -> None:
-    for handle, path in zip((1, 2), told, strict=True):  # what native code writes too
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), handle)
+    for handle, pipe in zip((1, 2), told, strict=True):  # what native code writes too
+        os.dup2(pipe.fileno(), handle)
     sys.stdout, sys.stderr = (open(handle, "w", buffering=1) for handle in (1, 2))  # noqa: SIM115
-    os.chdir(cwd)
+    os.chdir(folder)
     import torch
 
     from robustq.cli.program import main
