@@ -82,4 +82,4 @@ def test_a_full_disk_behind_stdout(tmp_path: Path) -> None:
         )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("robustq: ") and "No space left on device" in line
+    assert line.startswith("robustq: stdout: No space left on device")
