@@ -101,7 +101,8 @@ def find_feature_layer(model: GraphModule, wanted: str | None, *, name: str) -> 
             )
         return str(matching[0].target)
     pooling = [node for node in calls if isinstance(called_module(model, node), _POOLING)]
-    pooling = [node for node in pooling if len(_input_shape(node)) == 4]
+    # A pooling without a shape answers with more than one tensor: its indices, too.
+    pooling = [node for node in pooling if len(_input_shape(node)) == 4 and node.meta["shape"] is not None]
     chosen = [node for node in pooling if node.meta["shape"][2:] == (1, 1)] or pooling
     return str(chosen[-1].target) if chosen else None
 

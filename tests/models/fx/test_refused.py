@@ -75,6 +75,11 @@ AT_ITS_LINE: list[tuple[Callable[..., Any], dict[str, nn.Module], str]] = [
         "6x6 to 4x4 in unequal windows",
     ),
     (
+        lambda net, x: net.pooled(net.pool(net.conv(x))[0]),
+        {"pool": nn.MaxPool2d(2, return_indices=True)},
+        "MaxPool2d 'pool'.* cannot be quantized",
+    ),
+    (
         lambda net, x: net.pooled(functional.avg_pool2d(net.conv(x), 2, divisor_override=3)),
         {},
         "has divisor_override=3",
