@@ -19,7 +19,7 @@ from robustq.files import open_regular
 from robustq.memory import names_memory
 
 LONGEST_RUN = 600.0
-"""Seconds for one batch. onnxruntime looks at it between two layers."""
+"""Seconds for one batch. onnxruntime looks at it between two layers, whose work graph_limits bounds."""
 
 
 class OnnxModel:
