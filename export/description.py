@@ -15,7 +15,8 @@ from robustq.errors import ModelFileError, one_line
 from robustq.export.graph_limits import QUANTIZERS, broken_limit
 from robustq.export.lowering.constants import folded_constants
 from robustq.export.lowering.graph import attributes
-from robustq.files import open_regular, parse_bounded
+from robustq.files import open_regular
+from robustq.tables import parse_bounded
 
 LAYERS = frozenset({"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "ConvInteger", "MatMulInteger"})
 

@@ -1,25 +1,17 @@
-"""Input files: opened in one place, checked, sealed. Output files: atomic writes and free names."""
+"""Input files: opened in one place, checked. Output files: atomic writes and free names."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, ValuesView
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from robustq.errors import ModelFileError, OutputExistsError, RobustqError, UsageError, one_line
-
-LARGEST_TEXT = 16 << 20
-"""Bytes of a JSON or TOML file."""
-
-DEEPEST = 32
-"""Levels of tables and lists in JSON and TOML."""
+from robustq.errors import ModelFileError, OutputExistsError, RobustqError, UsageError
 
 
 def open_regular(path: Path, *, error: type[RobustqError] = ModelFileError) -> BinaryIO:
@@ -34,75 +26,6 @@ def open_regular(path: Path, *, error: type[RobustqError] = ModelFileError) -> B
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise error(f"{path}: cannot be read ({getattr(cause, 'strerror', None) or cause})") from cause
     raise error(f"{path}: is not a regular file; give a file, not a folder, a pipe or a device")
-
-
-def parse_bounded(text: str, parse: Callable[[str], Any]) -> Any:
-    """``parse(text)``, where ``parse`` is ``json.loads`` or ``tomllib.loads``.
-
-    Raises:
-        ValueError: it cannot be parsed, is nested deeper than :data:`DEEPEST`, or has an integer of over 64 bits.
-    """
-    try:
-        content = parse(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    level = [content]
-    for _ in range(DEEPEST):
-        if any(isinstance(value, int) and value.bit_length() > 64 for value in level):
-            raise ValueError("an integer of more than 64 bits")
-        tables = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [value for table in tables if isinstance(table, list | ValuesView) for value in table]
-        if not level:
-            return content
-    raise ValueError("nested too deeply")
-
-
-def read_table(path: Path, parse: Callable[[str], Any] = json.loads, *, error: type[RobustqError]) -> dict[str, Any]:
-    """The table in a JSON file, or with ``tomllib.loads`` in a TOML file.
-
-    Raises:
-        error: no readable regular file, more bytes than :data:`LARGEST_TEXT`, not valid (see :func:`parse_bounded`), or
-            no table.
-    """
-    with open_regular(path, error=error) as file:
-        raw = file.read(LARGEST_TEXT + 1)
-    kind = "JSON" if parse is json.loads else "TOML"
-    if len(raw) > LARGEST_TEXT:
-        raise error(f"{path}: is not valid {kind} (more than {LARGEST_TEXT >> 20} MB)")
-    try:
-        content = parse_bounded(raw.decode("utf-8"), parse)
-    except UnicodeDecodeError as cause:
-        raise error(f"{path}: is not UTF-8 text, so not {kind}") from cause
-    except ValueError as cause:
-        raise error(f"{path}: is not valid {kind} ({one_line(cause, longest=200)})") from cause
-    if not isinstance(content, dict):
-        raise error(f"{path}: is {kind}, but holds no table")
-    return content
-
-
-def misfit(value: Any, shape: Any, name: str = "content") -> str | None:
-    """The name of the first entry of parsed JSON that does not have its shape; None if all do.
-
-    Args:
-        value: any JSON value.
-        shape: a type; ``[shape]`` for a list of any length; ``(shape, ...)`` for a list of that length; or
-            ``{key: shape}`` for a table with at least these keys, where ``"key?"`` may be missing or null.
-        name: of ``value``.
-    """
-    rows: list[tuple[Any, Any, str]] = []
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, inner in shape.items():
-            found = value.get(plain := key.removesuffix("?"))
-            if found is not None or plain == key:
-                rows.append((found, inner, plain))
-    elif isinstance(shape, list | tuple) and isinstance(value, list):
-        shapes = shape * len(value) if isinstance(shape, list) else shape
-        if len(value) != len(shapes):
-            return name
-        rows = [(each, inner, name) for each, inner in zip(value, shapes, strict=True)]
-    elif isinstance(shape, dict | list | tuple) or not isinstance(value, shape):
-        return name
-    return next((found for row in rows if (found := misfit(*row)) is not None), None)
 
 
 def check_model_file(path: Path) -> Path:
@@ -279,60 +202,3 @@ def _check_writable(path: Path) -> None:
         raise UsageError(
             f"--out {path} cannot be written below {parent} ({error.strerror}); name another --out"
         ) from error
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open_regular(path) as file:
-        return _digest(file, file.seek(0, os.SEEK_END))
-
-
-def _digest(file: BinaryIO, length: int) -> str:
-    """SHA-256 of the first bytes."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0 and (chunk := file.read(min(length, 1 << 20))):
-        digest.update(chunk)
-        length -= len(chunk)
-    return digest.hexdigest()
-
-
-SEAL = b"robustq sha256:"
-_SEAL_LENGTH = len(SEAL) + 64
-_END_OF_ZIP = b"PK\x05\x06"
-"""Signature of the last record of a zip archive: 22 bytes, the last two the comment's length; then the comment."""
-
-
-def seal(archive: BinaryIO) -> None:
-    """Add the SHA-256 of a whole zip archive (model.pt, .npz) as its comment.
-
-    Zip's own checksums cover the content of the files in it, but not their names, places and sizes.
-    """
-    end = archive.seek(0, os.SEEK_END)
-    archive.seek(end - 2)
-    archive.write(_SEAL_LENGTH.to_bytes(2, "little"))  # the comment's length
-    digest = _digest(archive, end)
-    archive.seek(end)
-    archive.write(SEAL + digest.encode())
-
-
-def check_seal(path: Path, *, error: type[RobustqError]) -> None:
-    """Check the SHA-256 of an archive that :func:`seal` sealed; other files pass.
-
-    Raises:
-        error: a bit or more has changed since.
-    """
-    with open_regular(path, error=error) as archive:
-        length = archive.seek(0, os.SEEK_END) - _SEAL_LENGTH
-        archive.seek(max(length - 22, 0))
-        tail = archive.read()
-        end = tail.rfind(_END_OF_ZIP)
-        comment = tail[end + 22 :]
-        # Either mark tells a sealed archive: one flipped bit cannot change both. Other programs write comments, too.
-        has_length = end >= 0 and tail[end + 20 : end + 22] == _SEAL_LENGTH.to_bytes(2, "little")
-        alike = sum(one == other for one, other in zip(comment, SEAL, strict=False)) > len(SEAL) // 2
-        is_sealed = SEAL in tail or (has_length and (alike or len(comment) < _SEAL_LENGTH))
-        if is_sealed and tail[-_SEAL_LENGTH:] != SEAL + _digest(archive, length).encode():
-            raise error(
-                f"{path}: is damaged (its sha256 is not the one that it was written with); copy or make it again"
-            )

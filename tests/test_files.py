@@ -18,7 +18,9 @@ import torch
 
 from robustq.checkpoint import save_atomically
 from robustq.errors import DataError
-from robustq.files import PARTIAL, atomic_file, check_seal, misfit, parse_bounded, remove_partials, seal
+from robustq.files import PARTIAL, atomic_file, remove_partials
+from robustq.seals import check_seal, seal
+from robustq.tables import misfit, parse_bounded
 
 
 @contextmanager

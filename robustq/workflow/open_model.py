@@ -18,13 +18,14 @@ from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel, load_limited
-from robustq.files import check_attackable, parse_bounded
+from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
+from robustq.tables import parse_bounded
 from robustq.twin.deployed import TwinOnImages, judge_of
 from robustq.twin.inputs import SPEC, find_form
 from robustq.twin.network import load_twin

@@ -23,7 +23,7 @@ from robustq.errors import (
     UsageError,
 )
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import check_model_file, free_path, sha256
+from robustq.files import check_model_file, free_path
 from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import MethodContext, Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
@@ -38,6 +38,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
 from robustq.recipe import Recipe, format_epsilon
+from robustq.seals import sha256
 from robustq.workflow import Result
 from robustq.workflow.run_log import check_forecast, log_run
 from robustq.workflow.setup import augmentation, check_fit, check_last_batch, radius_of, versions

@@ -1,4 +1,4 @@
-"""Real processes of the command line, forked from one that has torch loaded: a start costs no ten seconds."""
+"""Real processes of the command line, forked from one that has torch loaded: a start costs milliseconds."""
 
 from __future__ import annotations
 
