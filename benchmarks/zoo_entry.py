@@ -19,7 +19,8 @@ from typing import Any
 from benchmarks.output import make_parser
 from robustq.checkpoint import load_model, save_state
 from robustq.evaluation.adversarial_images import AdversarialImages
-from robustq.files import sha256, write_text_atomically
+from robustq.files import write_text_atomically
+from robustq.seals import sha256
 from robustq.zoo import FOLDER
 
 TAKEN = ("suite", "judge", "images", "epsilon", "clean_accuracy", "clean_interval", "robust_accuracy", "interval")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError
-from robustq.files import check_export_folder, misfit, read_table, sha256
+from robustq.files import check_export_folder
+from robustq.seals import sha256
+from robustq.tables import misfit, read_table
 
 MODEL = "model.pt"
 RECORD = "bundle.json"
@@ -30,7 +32,7 @@ _SHAPE = {
         "flags": [{"name": str, "text": str}],
     },
 }
-"""Entries of bundle.json that are read, in the form of :func:`robustq.files.misfit`; it holds more."""
+"""Entries of bundle.json that are read, in the form of :func:`robustq.tables.misfit`; it holds more."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from robustq.export.graph_limits import QUANTIZERS, broken_limit, stored_tensors
 from robustq.export.integer_layers import optimised_layers
 from robustq.export.lowering.constants import folded_constants
 from robustq.export.lowering.graph import attributes
-from robustq.files import open_regular, parse_bounded
+from robustq.files import open_regular
+from robustq.tables import parse_bounded
 
 LAYERS = frozenset(
     {"Conv", "Gemm", "MatMul", "QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger", "FusedConv"}

@@ -41,16 +41,29 @@ LARGEST_CONSTANTS = 1 << 29
 """Elements of all other tensors together."""
 
 
+LARGEST_WORK = 1 << 33
+"""Multiplications, or pooled values, of one operator for one image: four times the largest layer of VGG-16.
+
+onnxruntime can be stopped between two operators only. A batch of 200 images has at most 1.7e12, minutes on one core.
+"""
+
+_WEIGHT = {"Conv": 1, "ConvInteger": 1, "QLinearConv": 3}
+"""Place of the weight (K, C, height, width) among the inputs."""
+
+_PRODUCTS = frozenset({"MatMul", "MatMulInteger", "QLinearMatMul", "Gemm"})
+
+
 def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS, side: int = 1) -> str | None:
     """The limit that a file exceeds, in words; None if it keeps all. Nothing large is computed.
 
     The limits: operators without inner graphs (:func:`is_feed_forward`) or QONNX' quantizers, all weights in the file,
-    no constant of more elements than are stored, and no tensor that is too large or of unknown size.
+    no constant of more elements than are stored, no tensor that is too large or of unknown size, and no operator of
+    more than :data:`LARGEST_WORK`.
 
     Args:
         model: without external data loaded.
         constants: see :data:`LARGEST_CONSTANTS`.
-        side: see :func:`tensor_sizes`.
+        side: see :func:`tensor_shapes`.
 
     Raises:
         Exception: onnx cannot infer the shapes of a broken graph.
@@ -66,19 +79,23 @@ def broken_limit(model: onnx.ModelProto, *, constants: int = LARGEST_CONSTANTS, 
             return f"keeps the values of {tensor.name or 'a constant'} in another file"
         if _count(tensor.dims) > 8 * tensor.ByteSize():  # at most 8 elements a byte
             return f"declares {_count(tensor.dims):,} values of {tensor.name or 'a constant'}, and has fewer"
-    sizes = tensor_sizes(model, side=side)
+    shapes = tensor_shapes(model, side=side)
     stored = {tensor.name for tensor in graph.initializer}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     from_image = {value.name for value in graph.input} - stored
     for node in graph.node:
         depends = not from_image.isdisjoint(node.input)
         from_image |= set(node.output) if depends else set()
         for name in filter(None, node.output):
-            size = sizes.get(name)
-            if size is None:
+            if name not in shapes:
                 return f"has a tensor of unknown size ({name}, by {node.op_type})"
+            size = _count(shapes[name])
             constants -= 0 if depends else size
             if size > LARGEST_ACTIVATION if depends else constants < 0:
                 return f"makes a tensor of {size:,} values ({name}, by {node.op_type})"
+            work = size * _work_per_value(node, shapes)
+            if work > LARGEST_WORK:
+                return f"takes {work:,} steps for one tensor ({name}, by {node.op_type})"
     return None
 
 
@@ -92,6 +109,17 @@ def is_feed_forward(node: onnx.NodeProto) -> bool:
     return kinds.isdisjoint({onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS})
 
 
+def _work_per_value(node: onnx.NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Multiplications, or pooled values, for one value of the output; 1 for all operators but the costly ones."""
+    if node.op_type in _WEIGHT:
+        return _count(shapes.get(node.input[_WEIGHT[node.op_type]], ())[1:])
+    if node.op_type in _PRODUCTS:
+        return max(shapes.get(node.input[0], ()), default=1)
+    if node.op_type in ("AveragePool", "MaxPool"):
+        return math.prod(next((each.ints for each in node.attribute if each.name == "kernel_shape"), ()))
+    return 1
+
+
 def stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     """Initializers, and tensors in attributes."""
     yield from model.graph.initializer
@@ -103,8 +131,8 @@ def stored_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
             yield from attribute.tensors
 
 
-def tensor_sizes(model: onnx.ModelProto, *, side: int = 1) -> dict[str, int]:
-    """Name -> number of elements for one image, of the tensors whose size the graph tells.
+def tensor_shapes(model: onnx.ModelProto, *, side: int = 1) -> dict[str, tuple[int, ...]]:
+    """Name -> shape for one image, of the computed tensors whose shape the graph tells.
 
     ``side`` is the size of the input's axes that are open, but for the first, which counts images.
     """
@@ -124,21 +152,22 @@ def tensor_sizes(model: onnx.ModelProto, *, side: int = 1) -> dict[str, int]:
         for place, axis in enumerate(value.type.tensor_type.shape.dim):
             if not axis.HasField("dim_value"):
                 axis.dim_value = side if place else 1
-    sizes = _inferred_sizes(single)
-    if any(name and name not in sizes for node in single.graph.node for name in node.output):
-        folded_constants(single, sizes=sizes)  # the amounts of a Pad, which the exporter writes as seven nodes
-        sizes |= _inferred_sizes(single)
-    return sizes
+    shapes = _inferred_shapes(single)
+    if any(name and name not in shapes for node in single.graph.node for name in node.output):
+        # The amounts of a Pad, which the exporter writes as seven nodes.
+        folded_constants(single, sizes={name: _count(shape) for name, shape in shapes.items()})
+        shapes |= _inferred_shapes(single)
+    return shapes
 
 
-def _inferred_sizes(model: onnx.ModelProto) -> dict[str, int]:
+def _inferred_shapes(model: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    sizes = {}
+    shapes = {}
     for value in [*inferred.value_info, *inferred.output]:
         shape = value.type.tensor_type.shape
         if value.type.tensor_type.HasField("shape") and all(axis.HasField("dim_value") for axis in shape.dim):
-            sizes[value.name] = _count([axis.dim_value for axis in shape.dim])
-    return sizes
+            shapes[value.name] = tuple(axis.dim_value for axis in shape.dim)
+    return shapes
 
 
 def _count(dims: Iterable[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from robustq.errors import ModelFileError, one_line
 from robustq.export.graph_limits import broken_limit
 from robustq.files import open_regular
+from robustq.memory import names_memory
 
 LONGEST_RUN = 600.0
-"""Seconds for one batch. onnxruntime looks at it between two layers."""
+"""Seconds for one batch. onnxruntime looks at it between two layers, whose work graph_limits bounds."""
 
 
 class OnnxModel:
@@ -35,6 +37,7 @@ class OnnxModel:
     Raises:
         ModelFileError: the file does not fit (see :func:`open_session`) or has other inputs and outputs; while it is
             used: onnxruntime fails in a layer, or takes longer than :data:`LONGEST_RUN`.
+        MemoryError: onnxruntime says so.
     """
 
     def __init__(
@@ -90,6 +93,8 @@ class OnnxModel:
         try:
             found = self._session.run(names, {self._input: images.contiguous().numpy()}, options)
         except Exception as error:  # onnxruntime's own exception types share no base below Exception
+            if names_memory(str(error)):
+                raise MemoryError(one_line(error, longest=300)) from error
             reason = f"not done after {LONGEST_RUN:.0f} s" if options.terminate else one_line(error, longest=300)
             raise ModelFileError(f"{self._path.name}: onnxruntime cannot run it ({reason})") from error
         finally:
@@ -111,12 +116,17 @@ def open_session(path: Path, options: ort.SessionOptions, *, checked: bool = Fal
 
     Raises:
         ModelFileError: as :func:`load_limited`, or onnxruntime cannot load the file.
+        OSError: onnxruntime cannot write its optimised graph.
     """
     if not checked:
         load_limited(path)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types share no base below Exception
+        if names_memory(str(error)):
+            raise MemoryError(one_line(error, longest=300)) from error
+        if "serialization failed" in str(error) and (written := options.optimized_model_filepath):
+            raise OSError(errno.ENOSPC, "cannot be written", written) from error
         raise ModelFileError(f"{path}: onnxruntime cannot load it ({one_line(error, longest=300)})") from error
 
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from robustq.errors import ModelFileError, RobustqError, UsageError
-from robustq.files import atomic_file, seal
+from robustq.files import atomic_file
 from robustq.models.quant.binary import SignNorm
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.resnet import SIGN_NORMS
 from robustq.models.spec import ARCHITECTURES, ModelSpec, build_model
 from robustq.models.state_dict import COUNTER, find_state_dicts, is_bare_state_dict
+from robustq.seals import seal
 from robustq.torch_file import read_checkpoint
 
 FORMAT = "robustq-model"

@@ -1,24 +1,17 @@
-"""Input files: opened in one place, checked, sealed. Output files: atomic writes and free names."""
+"""Input files: opened in one place, checked. Output files: atomic writes and free names."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
-from collections.abc import Callable, Iterator, ValuesView
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from robustq.errors import ModelFileError, OutputExistsError, RobustqError, UsageError, one_line
-
-LARGEST_TEXT = 16 << 20
-"""Bytes of a JSON or TOML file."""
-
-DEEPEST = 32
-"""Levels of tables and lists in JSON and TOML."""
+from robustq.errors import ModelFileError, OutputExistsError, RobustqError, UsageError
 
 
 def open_regular(path: Path, *, error: type[RobustqError] = ModelFileError) -> BinaryIO:
@@ -33,75 +26,6 @@ def open_regular(path: Path, *, error: type[RobustqError] = ModelFileError) -> B
     except (OSError, ValueError) as cause:  # ValueError: a NUL in the path
         raise error(f"{path}: cannot be read ({getattr(cause, 'strerror', None) or cause})") from cause
     raise error(f"{path}: is not a regular file; give a file, not a folder, a pipe or a device")
-
-
-def parse_bounded(text: str, parse: Callable[[str], Any]) -> Any:
-    """``parse(text)``, where ``parse`` is ``json.loads`` or ``tomllib.loads``.
-
-    Raises:
-        ValueError: it cannot be parsed, is nested deeper than :data:`DEEPEST`, or has an integer of over 64 bits.
-    """
-    try:
-        content = parse(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    level = [content]
-    for _ in range(DEEPEST):
-        if any(isinstance(value, int) and value.bit_length() > 64 for value in level):
-            raise ValueError("an integer of more than 64 bits")
-        tables = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [value for table in tables if isinstance(table, list | ValuesView) for value in table]
-        if not level:
-            return content
-    raise ValueError("nested too deeply")
-
-
-def read_table(path: Path, parse: Callable[[str], Any] = json.loads, *, error: type[RobustqError]) -> dict[str, Any]:
-    """The table in a JSON file, or with ``tomllib.loads`` in a TOML file.
-
-    Raises:
-        error: no readable regular file, more bytes than :data:`LARGEST_TEXT`, not valid (see :func:`parse_bounded`), or
-            no table.
-    """
-    with open_regular(path, error=error) as file:
-        raw = file.read(LARGEST_TEXT + 1)
-    kind = "JSON" if parse is json.loads else "TOML"
-    if len(raw) > LARGEST_TEXT:
-        raise error(f"{path}: is not valid {kind} (more than {LARGEST_TEXT >> 20} MB)")
-    try:
-        content = parse_bounded(raw.decode("utf-8"), parse)
-    except UnicodeDecodeError as cause:
-        raise error(f"{path}: is not UTF-8 text, so not {kind}") from cause
-    except ValueError as cause:
-        raise error(f"{path}: is not valid {kind} ({one_line(cause, longest=200)})") from cause
-    if not isinstance(content, dict):
-        raise error(f"{path}: is {kind}, but holds no table")
-    return content
-
-
-def misfit(value: Any, shape: Any, name: str = "content") -> str | None:
-    """The name of the first entry of parsed JSON that does not have its shape; None if all do.
-
-    Args:
-        value: any JSON value.
-        shape: a type; ``[shape]`` for a list of any length; ``(shape, ...)`` for a list of that length; or
-            ``{key: shape}`` for a table with at least these keys, where ``"key?"`` may be missing or null.
-        name: of ``value``.
-    """
-    rows: list[tuple[Any, Any, str]] = []
-    if isinstance(shape, dict) and isinstance(value, dict):
-        for key, inner in shape.items():
-            found = value.get(plain := key.removesuffix("?"))
-            if found is not None or plain == key:
-                rows.append((found, inner, plain))
-    elif isinstance(shape, list | tuple) and isinstance(value, list):
-        shapes = shape * len(value) if isinstance(shape, list) else shape
-        if len(value) != len(shapes):
-            return name
-        rows = [(each, inner, name) for each, inner in zip(value, shapes, strict=True)]
-    elif isinstance(shape, dict | list | tuple) or not isinstance(value, shape):
-        return name
-    return next((found for row in rows if (found := misfit(*row)) is not None), None)
 
 
 def check_model_file(path: Path) -> Path:
@@ -161,18 +85,31 @@ PARTIAL = ".partial"
 
 @contextmanager
 def partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside ``path``; if the block has not renamed it, it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+    """A new file beside ``path``; if the block has not renamed it, it is removed, with the folders made for it."""
+    with made_parents(path):
+        partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL}")
+        try:
+            with partial.open("x+b") as file:  # mode 0666 without the umask's bits
+                yield partial, file
+        except OSError as error:
+            if error.filename is None or Path(error.filename) == partial:  # write() and fsync() name no file
+                error.filename = str(path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def made_parents(path: Path) -> Iterator[None]:
+    """Make the folders above ``path``; after the block, those that are new and empty are removed again."""
+    missing = [folder for folder in path.parents if not folder.exists()]  # innermost first
     try:
-        with partial.open("x+b") as file:  # mode 0666 without the umask's bits
-            yield partial, file
-    except OSError as error:
-        if error.filename is None or Path(error.filename) == partial:  # write() and fsync() name no file
-            error.filename = str(path)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        for folder in missing:
+            with suppress(OSError):  # not empty: something was written
+                folder.rmdir()
 
 
 @contextmanager
@@ -258,59 +195,9 @@ def check_output(out: Path | None, default: Path) -> None:
 
 def _check_writable(path: Path) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UsageError(f"--out {path} cannot be written below {parent}; name another --out")
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with open_regular(path) as file:
-        return _digest(file, file.seek(0, os.SEEK_END))
-
-
-def _digest(file: BinaryIO, length: int) -> str:
-    """SHA-256 of the first bytes."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    while length > 0 and (chunk := file.read(min(length, 1 << 20))):
-        digest.update(chunk)
-        length -= len(chunk)
-    return digest.hexdigest()
-
-
-SEAL = b"robustq sha256:"
-_SEAL_LENGTH = len(SEAL) + 64
-_END_OF_ZIP = b"PK\x05\x06"
-"""Signature of the last record of a zip archive: 22 bytes, the last two the comment's length; then the comment."""
-
-
-def seal(archive: BinaryIO) -> None:
-    """Add the SHA-256 of a whole zip archive (model.pt, .npz) as its comment.
-
-    Zip's own checksums cover the content of the files in it, but not their names, places and sizes.
-    """
-    end = archive.seek(0, os.SEEK_END)
-    archive.seek(end - 2)
-    archive.write(_SEAL_LENGTH.to_bytes(2, "little"))  # the comment's length
-    digest = _digest(archive, end)
-    archive.seek(end)
-    archive.write(SEAL + digest.encode())
-
-
-def check_seal(path: Path, *, error: type[RobustqError]) -> None:
-    """Check the SHA-256 of an archive that :func:`seal` sealed; other files pass.
-
-    Raises:
-        error: a bit or more has changed since.
-    """
-    with open_regular(path, error=error) as archive:
-        length = archive.seek(0, os.SEEK_END) - _SEAL_LENGTH
-        archive.seek(max(length - 22, 0))
-        tail = archive.read()
-        end = tail.rfind(_END_OF_ZIP)
-        # Either mark tells a sealed archive: one flipped bit cannot change both.
-        is_sealed = SEAL in tail or (end >= 0 and tail[end + 20 : end + 22] != b"\0\0")
-        if is_sealed and tail[-_SEAL_LENGTH:] != SEAL + _digest(archive, length).encode():
-            raise error(
-                f"{path}: is damaged (its sha256 is not the one that it was written with); copy or make it again"
-            )
+    try:
+        tempfile.TemporaryFile(dir=parent).close()  # permission bits do not tell of a file system for reading only
+    except OSError as error:
+        raise UsageError(
+            f"--out {path} cannot be written below {parent} ({error.strerror}); name another --out"
+        ) from error

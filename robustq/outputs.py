@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from robustq.errors import OutputExistsError, RobustqWarning
-from robustq.files import free_names, partial_file, sync_file, sync_folder
+from robustq.files import free_names, made_parents, partial_file, sync_file, sync_folder
 
 
 def write_new(path: Path, write: Callable[[BinaryIO], object]) -> Path:
@@ -41,15 +41,16 @@ PARTIAL_FOLDER = ".robustq-partial"
 
 @contextmanager
 def partial_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path``; if the block has not published it (:func:`publish`), it is removed.
+    """A new folder beside ``path``; if the block has not published it (:func:`publish`), it is removed, and so are new
+    folders above it.
 
     A kernel lock marks it as long as this process lives. Folders that killed processes left there are removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in path.parent.glob(f".*{PARTIAL_FOLDER}"):
-        with suppress(OSError), _locked(folder):
-            shutil.rmtree(folder, ignore_errors=True)
     with ExitStack() as stack:
+        stack.enter_context(made_parents(path))
+        for folder in path.parent.glob(f".*{PARTIAL_FOLDER}"):
+            with suppress(OSError), _locked(folder):
+                shutil.rmtree(folder, ignore_errors=True)
         while True:
             partial = path.with_name(f".{path.name}.{os.urandom(4).hex()}{PARTIAL_FOLDER}")
             stack.callback(shutil.rmtree, partial, ignore_errors=True)

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from robustq.errors import ModelFileError, RobustqWarning, one_line
-from robustq.files import DEEPEST, check_model_file, check_seal, open_regular
+from robustq.files import check_model_file, open_regular
+from robustq.seals import check_seal
+from robustq.tables import DEEPEST
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 """First bytes of a file by torch before 1.6, a pickled number."""

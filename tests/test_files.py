@@ -18,7 +18,9 @@ import torch
 
 from robustq.checkpoint import save_atomically
 from robustq.errors import DataError
-from robustq.files import PARTIAL, atomic_file, check_seal, misfit, parse_bounded, remove_partials, seal
+from robustq.files import PARTIAL, atomic_file, remove_partials
+from robustq.seals import check_seal, seal
+from robustq.tables import misfit, parse_bounded
 
 
 @contextmanager
@@ -97,6 +99,15 @@ def test_every_flipped_bit_of_a_sealed_archive_is_named(tmp_path: Path) -> None:
         path.write_bytes(whole[:-length])
         with pytest.raises(DataError, match="is damaged"):
             check_seal(path, error=DataError)
+
+
+@pytest.mark.parametrize("length", [5, 79, 2000])
+def test_the_comment_of_another_program_is_no_broken_seal(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a", b"some content")
+        archive.comment = b"c" * length
+    check_seal(path, error=DataError)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from robustq.cli.options import (
     summaries,
     with_groups,
 )
-from robustq.errors import UsageError
+from robustq.errors import OutputError, UsageError
 
 
 @with_groups
@@ -119,6 +119,8 @@ def attack(
         )
 
     def failure(result: Mapping[str, Any]) -> str | None:
+        if save_adversarial is not None and result["adversarial"] is None:
+            raise OutputError(f"{save_adversarial}: cannot be written; free space or name another place")
         if require is None:
             return None
         if result["robust_accuracy"] < require:

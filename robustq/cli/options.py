@@ -319,3 +319,6 @@ def _print(text: str) -> None:
         # complaint at its end. Typer alone would exit with 1, which means a failed check.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(128 + 13) from error
+    except OSError as error:  # a full disk behind it
+        error.filename = "stdout"
+        raise

@@ -18,6 +18,7 @@ from robustq.cli.info import info, quickstart, recipes, zoo
 from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
 from robustq.errors import STOPPED, CheckFailedError, RobustqError, RunStoppedError, printable
+from robustq.memory import caused_by_memory, out_of_memory
 
 PACKAGES = ("torch", "torchvision", "brevitas", "onnx", "onnxruntime", "qonnx", "numpy")
 
@@ -124,10 +125,12 @@ def main() -> NoReturn:
         _fail(str(error), 130)
     except RobustqError as error:
         _fail(str(error), 2)
-    except OSError as error:
-        place = error.filename or "a file"
-        _fail(f"{place}: {error.strerror or error}; {_ADVICE.get(error.errno or 0, 'check the path')}", 2)
     except Exception as error:
+        if caused_by_memory(error):
+            _fail(out_of_memory(error), 2)
+        if isinstance(error, OSError):
+            place = error.filename or "a file"
+            _fail(f"{place}: {error.strerror or error}; {_ADVICE.get(error.errno or 0, 'check the path')}", 2)
         shown = getattr(error, "format_message", None)  # click's usage errors: unknown option, missing argument
         if shown is None and interrupts:
             _fail(STOPPED, 130)

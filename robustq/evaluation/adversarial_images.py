@@ -19,8 +19,10 @@ from torch import Tensor
 from robustq.attacks.ball import LEVEL_TOLERANCE
 from robustq.data.npz import check_unpacked_size
 from robustq.errors import UsageError, one_line
-from robustq.files import check_seal, misfit, open_regular, parse_bounded, seal
+from robustq.files import open_regular
 from robustq.outputs import write_new
+from robustq.seals import check_seal, seal
+from robustq.tables import misfit, parse_bounded
 
 _KINDS = {"x_adv": "u", "labels": "i", "places": "i", "attack": "U", "broken": "b", "epsilon": "f"}
 _KINDS |= dict.fromkeys(("data", "clean_sha256", "about"), "U")

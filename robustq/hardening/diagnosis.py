@@ -1,21 +1,17 @@
-"""Why a run fails: NaN and Inf, traced to the first layer, and memory that runs out."""
+"""Why a run fails: NaN and Inf, traced to the first layer."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustq.data import Batch
-from robustq.errors import OutOfMemoryError
-
-T = TypeVar("T")
 
 INPUT = "the network's input"
 """Listed among the layers if the images that the method generated are not finite."""
@@ -106,62 +102,3 @@ def _all_finite(value: Any) -> bool:
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(value.isfinite().all())
     return not isinstance(value, tuple | list) or all(_all_finite(part) for part in value)
-
-
-_CPU_MESSAGES = (
-    "can't allocate memory",
-    "cannot allocate memory",
-    "not enough memory",
-    "out of memory",
-    # oneDNN without memory for a convolution. It may have other reasons; trying smaller batches shows them.
-    "could not create a primitive",
-    "could not create a memory object",
-)
-"""Parts of the RuntimeErrors of torch's CPU allocator and oneDNN."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that memory ran out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _CPU_MESSAGES)
-
-
-def runs_out_of_memory(work: Callable[[], object]) -> bool:
-    """Do ``work``; True if memory ran out, after freeing what it had allocated. Other errors pass through."""
-    try:
-        work()
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        # The traceback keeps every frame's tensors alive until this block ends.
-    else:
-        return False
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return True
-
-
-def within_memory(work: Callable[[], T], message: Callable[[], str]) -> T:
-    """The result of ``work``.
-
-    Raises:
-        OutOfMemoryError: with ``message``, which is asked for once the memory of ``work`` is free again.
-    """
-    results: list[T] = []
-    if runs_out_of_memory(lambda: results.append(work())):
-        raise OutOfMemoryError(message())
-    return results[0]
-
-
-def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: int = 1) -> int | None:
-    """The first of too_large / 2, too_large / 4, ... for which ``work`` does not run out of memory; None if not even
-    ``least`` fits.
-    """
-    size = too_large // 2
-    while size >= least:
-        if not runs_out_of_memory(lambda size=size: work(size)):  # type: ignore[misc]
-            return size
-        size //= 2
-    return None

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustq.hardening.diagnosis import largest_that_fits, runs_out_of_memory
 from robustq.hardening.metrics import process_peak_memory, reset_peak_memory
 from robustq.hardening.trainer import Training
+from robustq.memory import fits, largest_that_fits
 
 TIMED_STEPS = 2
 """After one that is not timed: allocations and kernel choices of the first step do not repeat."""
@@ -73,14 +73,14 @@ def fitting_setting(training: Training) -> str:
         for batch, _ in zip(batches, range(2), strict=False):
             training.take_step(batch)
 
-    if runs_out_of_memory(lambda: steps(size)):
+    if not fits(lambda: steps(size)):
         # With a reserve: fragmentation grows during a run.
-        fitting = largest_that_fits(lambda count: steps(count + count // 4), too_large=size, least=2)
+        fitting = largest_that_fits(lambda count: steps(count + count // 2), too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"
     images = training.recipe.monitor_images
-    if runs_out_of_memory(lambda: training.monitor.rehearse(training.model)):
+    if not fits(lambda: training.monitor.rehearse(training.model)):
         fitting = largest_that_fits(lambda n: training.monitor.rehearse(training.model, images=n), too_large=images)
         if fitting is not None:
             return f"monitoring {fitting:,} held-out images fits: --set monitor_images={fitting}"

@@ -7,12 +7,12 @@ from typing import Any
 
 from robustq.data import Augment
 from robustq.errors import RecipeError, UsageError
-from robustq.files import misfit
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.models.quant.quantizers import BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.recipe import Recipe, parse_epsilon
 from robustq.recipe.schema import Vocabulary, shown, validation_errors
+from robustq.tables import misfit
 
 _SHAPE: dict[str, Any] = {
     "command": str,
@@ -25,7 +25,7 @@ _SHAPE: dict[str, Any] = {
     "device": str,
     "versions": dict,
 }
-"""Entries of config.json, in the form of :func:`robustq.files.misfit`; recipe and spec have checks of their own."""
+"""Entries of config.json, in the form of :func:`robustq.tables.misfit`; recipe and spec have checks of their own."""
 
 MAY_CHANGE = ("tensorboard", "compile", "cuda_graphs")
 """Keys of the recipe in config.json that may be edited before a run is resumed."""

@@ -19,13 +19,14 @@ from filelock import FileLock, Timeout
 
 from robustq.checkpoint import save_atomically, save_state
 from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
-from robustq.files import check_new, open_regular, read_table, remove_partials, write_text_atomically
+from robustq.files import check_new, open_regular, remove_partials, write_text_atomically
 from robustq.hardening.metrics import TensorBoardLogger
 from robustq.hardening.run_config import first_change, wrong_entry
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
 from robustq.outputs import atomic_folder
 from robustq.progress import note
+from robustq.tables import read_table
 from robustq.torch_file import read_checkpoint
 
 RUNS = Path("runs")

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from robustq.errors import UsageError
-from robustq.files import read_table
 from robustq.models.layers import same_shape, weight_quantizer
 from robustq.models.quant.folded_layers import BiasQuant, FixedScaling
 from robustq.models.quant.quantizers import learned_thresholds
+from robustq.tables import read_table
 
 WEIGHT_BITS = (8, 4, 3, 2, 1)
 ACT_BITS = (8, 4, 3, 2)

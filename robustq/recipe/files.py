@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import RecipeError, UsageError
-from robustq.files import parse_bounded, read_table
 from robustq.recipe.epsilon import parse_epsilon
 from robustq.recipe.paper import evidence_errors, paper_rows_errors
 from robustq.recipe.schema import METADATA, Recipe, Vocabulary, validation_errors
+from robustq.tables import parse_bounded, read_table
 
 EXTENDS = "extends"
 

@@ -7,6 +7,7 @@ judge of a model file stays eager.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from robustq.data import Dataset, to_float
 from robustq.data.splits import evenly_spaced
-from robustq.errors import UsageError
+from robustq.errors import RobustqWarning, UsageError
 from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.result import Evaluation
@@ -34,7 +35,7 @@ from robustq.recipe import format_epsilon
 from robustq.workflow import Result
 from robustq.workflow.open_file import twin_of_export
 from robustq.workflow.open_model import OpenedModel, check_answers, open_attackable
-from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, with_images
 from robustq.workflow.surrogates import OtherNetworks
 
 WORTH_COMPILING = 300.0
@@ -69,7 +70,7 @@ class RobustnessResult(Result):
     curve: tuple[CurvePoint, ...]  # accuracies at all radii, smallest first; empty without ``epsilons``
     surrogates: tuple[str, ...]  # their names
     control: bool  # whether there was a natural control
-    adversarial: Path | None  # file of the adversarial images
+    adversarial: Path | None  # file of the adversarial images, if they were to be saved and could be
     seconds: float
 
 
@@ -107,7 +108,7 @@ def attack_model(
         control: model file of a naturally trained network on the same data; None: trained when it is first needed.
         train_surrogates: make and train the networks that are needed; without them and without ``control`` there is no
             verdict.
-        save_adversarial: new .npz file for the adversarial images.
+        save_adversarial: new .npz file for the adversarial images; a warning if it cannot be written in the end.
         own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
         compiled: compile attack generation; the final count never uses compiled code. Not of a lone .onnx.
@@ -158,10 +159,11 @@ def attack_model(
         target = replace(target, file_alone=alone)
     start = time.perf_counter()
     with prepared_target(target, opened.differentiable, x, compiled=compiled) as prepared:
-        found = run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed)
+        fit = partial(with_images, model=opened.differentiable, images=x, device=place)
+        found = fit(lambda: run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed))
         once, unchecked = replace(prepared, file_alone=None), replace(chosen, checks_masking=False)
         attack = partial(run_suite, once, x, y, suite=unchecked, device=place, seed=seed)
-        curve = _curve(attack, found, epsilons)
+        curve = fit(lambda: _curve(attack, found, epsilons))
     seconds = time.perf_counter() - start
     if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
         note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
@@ -183,7 +185,12 @@ def attack_model(
     )
     if save_adversarial is None:
         return result
-    saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
+    try:
+        saved = _adversarial_images(result, x, y, loaded).save(save_adversarial)
+    except OSError as error:  # hours of work are not lost for it
+        reason = error.strerror or error
+        warnings.warn(f"{save_adversarial}: {reason}; the adversarial images are lost", RobustqWarning, stacklevel=2)
+        return result
     return replace(result, adversarial=saved.absolute())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from robustq.models.quant.folding import fold
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.workflow import Result
-from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 from robustq.zoo import model_path
 
 EXPORTS = Path("export-out")
@@ -113,6 +114,7 @@ def export_model(
     folded = fold(network, spec)
     name = f"{chosen.absolute().parent.name}-{format_name}"
     wanted = out or free_path(EXPORTS / name)
+    fit = partial(with_images, model=folded, images=x, device=place)
     with partial_folder(wanted) as folder:
         path = folder / f"{spec.label}.onnx"
         note(f"writing {spec.label} as {format_name}" + (f" for {consumer}" if consumer else ""))
@@ -120,11 +122,11 @@ def export_model(
         onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
-        proof = prove(path, format_name, folded, spec, x, unfolded=kept)
+        proof = fit(lambda: prove(path, format_name, folded, spec, x, unfolded=kept))
         _log_layers(proof.layers)
         if proof.parity_failures:
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
-        drifted = drift(network, folded, to_float(x))
+        drifted = fit(lambda: drift(network, folded, to_float(x)))
         shortfalls = list(proof.shortfalls)
         if kept is None and wilson_interval(drifted.different_top1, drifted.images)[0] > max_drift:
             shortfalls.append(
@@ -151,9 +153,8 @@ def export_model(
         if recheck:
             log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()
-        found = attack_file(
-            path, format_name, folded, spec, x, y, attacks=attacks, epsilon=radius, device=place, seed=seed
-        ).to_dict()
+        count = partial(attack_file, path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
+        found = fit(lambda: count(attacks=attacks)).to_dict()
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})

@@ -13,11 +13,13 @@ from robustq.checkpoint import FORMAT, describe_state_dict, load_model
 from robustq.errors import ModelFileError
 from robustq.export.bundle import open_bundle
 from robustq.export.description import describe_onnx
-from robustq.files import check_model_file, misfit, read_table, sha256
+from robustq.files import check_model_file
 from robustq.hardening.run_folder import CONFIG, RESULT
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dicts, with_usual_names
+from robustq.seals import sha256
+from robustq.tables import misfit, read_table
 from robustq.torch_file import read_checkpoint
 from robustq.twin.graph import read_graph
 from robustq.twin.inputs import stated_form
@@ -33,7 +35,7 @@ _SHAPES: dict[str, Any] = {
         "shortfalls?": [str],
     },
 }
-"""Entries that the report of a run folder needs, in the form of :func:`robustq.files.misfit`."""
+"""Entries that the report of a run folder needs, in the form of :func:`robustq.tables.misfit`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from robustq.attacks.base import Model
 from robustq.data import load_dataset
 from robustq.errors import ModelFileError, UsageError
 from robustq.export.session import load_limited
-from robustq.files import parse_bounded
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
+from robustq.tables import parse_bounded
 from robustq.twin.deployed import TwinOnImages, judge_of
 from robustq.twin.graph import Graph, read_graph
 from robustq.twin.inputs import SPEC, ImageForm, find_form

@@ -17,6 +17,7 @@ from robustq.evaluation.accuracy import correct
 from robustq.files import free_path, write_text_atomically
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
 from robustq.hardening.run_folder import CONFIG, RESULT
+from robustq.memory import shrinking
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.state_dict import with_names_of
 from robustq.outputs import atomic_folder
@@ -80,7 +81,9 @@ def quantize_only(model: nn.Module, job: Job) -> TrainResult:
         note(f"biases  {corrected} layers corrected")
     model.eval()
     images, labels = data.holdout.take(recipe.monitor_images)
-    held_out = correct(model, to_float(images.to(device)), labels.to(device), batch_size=EVALUATION_BATCH)
+    held_out = shrinking(
+        lambda size: correct(model, to_float(images.to(device)), labels.to(device), batch_size=size), EVALUATION_BATCH
+    )
     answers = accuracy_on_test(model, data, device=device)
     final = job.out or free_path(job.default_folder)
     holdout_accuracy = int(held_out.sum()) / len(held_out)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustq.attacks.base import Model
 from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.result import Evaluation
@@ -25,7 +26,7 @@ from robustq.workflow import Result
 from robustq.workflow.export import RECHECK_SUITE
 from robustq.workflow.open_file import open_lone_file, twin_of_export
 from robustq.workflow.open_model import frozen, log_failures
-from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of
+from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, with_images
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,10 +87,11 @@ def recheck_bundle(
     spec = subject.spec
     loaded = data_for(spec, data, opened.model or opened.onnx, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
-    proof = subject.prove(x)
+    fit = partial(with_images, model=subject.gradient_model, images=x, device=place)
+    proof = fit(lambda: subject.prove(x))
     radius = radius_of(spec, epsilon)
     log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
-    found = subject.attack(x, y, epsilon=radius, device=place, seed=seed)
+    found = fit(lambda: subject.attack(x, y, epsilon=radius, device=place, seed=seed))
     return RecheckResult(
         bundle=opened.path.absolute(),
         format=opened.format,
@@ -112,6 +114,7 @@ class _Subject:
 
     spec: ModelSpec
     judge: str
+    gradient_model: Model
     prove: Callable[[Tensor], Proof]
     attack: Callable[..., Evaluation]
     not_compared: tuple[str, ...] = ()
@@ -129,7 +132,7 @@ def _with_model(opened: Bundle, model: Path, own_model: str | None, device: torc
         return replace(found, notes=[*notes, *found.notes])
 
     proof = partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept)
-    return _Subject(spec, "onnxruntime", proof, attack)
+    return _Subject(spec, "onnxruntime", folded, proof, attack)
 
 
 def _alone(opened: Bundle, device: torch.device) -> _Subject:
@@ -148,6 +151,7 @@ def _alone(opened: Bundle, device: torch.device) -> _Subject:
     return _Subject(
         file.spec,
         "onnxruntime" if file.in_onnxruntime else "pytorch",
+        frozen(twin, device),
         partial(prove_alone, opened.onnx, opened.format, twin, file.spec),
         attack,
         tuple(missing),

@@ -11,7 +11,6 @@ import torch
 
 from robustq.data import Dataset
 from robustq.errors import OutputError, RunLockedError, UsageError
-from robustq.hardening.diagnosis import within_memory
 from robustq.hardening.forecast import fitting_setting, forecast
 from robustq.hardening.precision import WORTH_COMPILING, advice, compile_notes, has_integer_convolution
 from robustq.hardening.run_folder import (
@@ -24,6 +23,7 @@ from robustq.hardening.run_folder import (
     resume_command,
 )
 from robustq.hardening.trainer import Training
+from robustq.memory import within_memory
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
 from robustq.progress import detail, note
@@ -80,6 +80,7 @@ def check_forecast(training: Training, *, parent: Path) -> None:
             f"out of memory on {training.device} with batches of {recipe.batch_size:,} images; "
             f"{fitting_setting(training)}"
         ),
+        trial=lambda: forecast(training),
     )
     state = training.state  # the forecast has put it back
     begun = bool(state.epoch or state.step)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
-from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, usual_augment
+from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, to_float, usual_augment
 from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
 from robustq.hardening.precision import forbid_tf32
+from robustq.memory import largest_that_fits, within_memory
 from robustq.models.batch_norm import needs_two_images
 from robustq.models.fx.factory import is_custom
 from robustq.models.layers import parse_normalisation
@@ -29,6 +31,8 @@ from robustq.recipe import DEFAULT_EPSILON, Recipe, format_epsilon, load_recipe
 from robustq.recipe.schema import Vocabulary
 from robustq.torch_file import read_checkpoint
 from robustq.workflow.float_check import stated_accuracy
+
+T = TypeVar("T")
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -293,3 +297,32 @@ class WidthOptions:
                 raise UsageError(f"only one bit width of weights and activations is given ({other}); add {option}")
         assert weight_bits is not None and act_bits is not None
         return Widths(weight_bits, act_bits), layer_bits
+
+
+ATTACKED_AT_ONCE = 256  # images per call of an attack, as in evaluation/robust_accuracy.py
+
+
+def with_images(
+    work: Callable[[], T], *, model: Callable[[Tensor], Tensor] | None, images: Tensor, device: torch.device
+) -> T:
+    """``work``, which takes gradients of ``model`` (None: of nothing) at uint8 ``images`` (N, C, H, W).
+
+    Raises:
+        OutOfMemoryError: names a number of images that fits, found by trying.
+    """
+    if model is None:
+        return work()
+    at_once = min(len(images), ATTACKED_AT_ONCE)
+
+    def gradient(count: int) -> None:
+        x = to_float(images[: count + count // 4].to(device)).requires_grad_()
+        torch.autograd.grad(model(x).logsumexp(dim=1).sum(), x)
+
+    def advice() -> str:
+        fitting = largest_that_fits(gradient, too_large=at_once)
+        remedy = "not even one image fits; take a machine with more memory"
+        if fitting is not None:
+            remedy = f"a batch of {fitting} fits: --images {fitting}"
+        return f"out of memory on {device} with {len(images):,} images; {remedy}"
+
+    return within_memory(work, advice, trial=lambda: gradient(at_once))

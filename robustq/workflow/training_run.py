@@ -23,8 +23,7 @@ from robustq.errors import (
     UsageError,
 )
 from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import check_model_file, free_path, sha256
-from robustq.hardening.diagnosis import within_memory
+from robustq.files import check_model_file, free_path
 from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import MethodContext, Teacher
 from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
@@ -34,10 +33,12 @@ from robustq.hardening.monitor import Collapse, Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Training
+from robustq.memory import shrinking, within_memory
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
 from robustq.recipe import Recipe, format_epsilon
+from robustq.seals import sha256
 from robustq.workflow import Result
 from robustq.workflow.run_log import check_forecast, log_run
 from robustq.workflow.setup import augmentation, check_fit, check_last_batch, radius_of, versions
@@ -367,10 +368,14 @@ def with_calibration_images(job: Job, work: Callable[[Tensor], T], *, purpose: s
 def accuracy_on_test(model: nn.Module, data: Dataset, *, device: torch.device) -> tuple[int, int]:
     """Correct answers and images of the whole test part, unattacked; sets eval mode."""
     model.eval()
-    right = images = 0
-    with bar("test", len(data.test)) as progress:
-        for batch in data.test.batches(EVALUATION_BATCH, device=device):
-            right += int(correct(model, batch.x, batch.y, batch_size=EVALUATION_BATCH).sum())
-            images += len(batch.y)
-            progress.advance(len(batch.y))
-    return right, images
+
+    def count(at_once: int) -> tuple[int, int]:
+        right = images = 0
+        with bar("test", len(data.test)) as progress:
+            for batch in data.test.batches(at_once, device=device):
+                right += int(correct(model, batch.x, batch.y, batch_size=at_once).sum())
+                images += len(batch.y)
+                progress.advance(len(batch.y))
+        return right, images
+
+    return shrinking(count, EVALUATION_BATCH)

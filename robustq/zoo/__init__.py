@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError, UsageError
-from robustq.files import sha256
+from robustq.seals import sha256
 
 PREFIX = "zoo:"
 

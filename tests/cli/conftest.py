@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from robustq.cli import main
+from robustq.cli.program import main
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,16 @@ def bundle(digits_w4a4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("exported") / "bundle"
     robustq.export_model(digits_w4a4, images=10, recheck=False, device="cpu", out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def float_bundle(digits_float: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export folder of the float digits model."""
+    import robustq
+
+    out = tmp_path_factory.mktemp("exported") / "float"
+    robustq.export_model(digits_float, format_name="float", images=10, recheck=False, device="cpu", out=out)
     return out
 
 

@@ -63,13 +63,15 @@ OPTIONS = {
     "recipes": "--json --seed",
     "nothing": "--version --quiet",
 }
+# A quantized network takes a quarter of a second to build, a float one milliseconds: most calls need only the latter.
+BUNDLES = ("bundle", "float-bundle", "float-bundle", "float-bundle")
 ARGUMENTS = {"train": (), "recipes": ("odgq", "natural"), "nothing": ()}
 
 
 def command_line(draw: random.Random, folder: Path) -> list[str]:
     command = draw.choice(list(OPTIONS))
     words = [command, *(("--suite", "recheck", "--no-surrogates") if command == "attack" else ())]
-    usual: tuple[str, ...] = ARGUMENTS.get(command, ("w4a4.pt", "float.pt"))
+    usual: tuple[str, ...] = ARGUMENTS.get(command, ("w4a4.pt", *["float.pt"] * 4))
     if draw.random() < 0.7:
         words += draw.choices(usual, k=min(len(usual), 1))
     else:
@@ -150,7 +152,7 @@ def npz(draw: random.Random, folder: Path) -> list[str]:
     if kind == 1:
         whole = hostile.repacked(draw, whole, draw.choice(("x_train.npy", "y_train.npy", "y_test.npy")))
     Path("fuzzed.npz").write_bytes(whole)
-    return ["attack", "w4a4.pt", "--data", "fuzzed.npz", *ONE]
+    return ["attack", "float.pt", "--data", "fuzzed.npz", *ONE]
 
 
 DEEP = "[" * 100_000, "[" * 500 + "]" * 500, '{"a":' * 2000
@@ -201,7 +203,7 @@ def toml(draw: random.Random, folder: Path) -> list[str]:
     Path("fuzzed.toml").write_bytes(hostile.damaged(draw, text) if draw.random() < 0.3 else text)
     Path("other.toml").write_text('extends = "fuzzed.toml"')
     if draw.random() < 0.5:
-        return ["harden", "w4a4.pt", "--bits", "4", "--bits-per-layer", "fuzzed.toml", *CHEAP]
+        return ["harden", "float.pt", "--bits", "4", "--bits-per-layer", "fuzzed.toml", *CHEAP]
     return ["train", "--recipe", "fuzzed.toml", "--data", "digits", "--architecture", "resnet8", *CHEAP]
 
 
@@ -221,24 +223,26 @@ def image_folder(draw: random.Random, folder: Path) -> list[str]:
         for _ in range(draw.randrange(1, 4)):
             link = data / str(draw.randrange(10)) / f"link{draw.random()}{draw.choice(('', '.png'))}"
             link.symlink_to(draw.choice((".", "..", "../0", "0.png", "../1/1.png", link.name, "/dev/zero", "/dev/tty")))
-    return ["attack", "w4a4.pt", "--data", "images", *ONE, *draw.choice(((), ("--skip-bad-images",)))]
+    return ["attack", "float.pt", "--data", "images", *ONE, *draw.choice(((), ("--skip-bad-images",)))]
 
 
 def graph(draw: random.Random, folder: Path) -> list[str]:
+    bundle = Path(draw.choice(BUNDLES))
     if draw.random() < 0.5:
         content = hostile.GRAPHS[draw.choice(list(hostile.GRAPHS))]().SerializeToString()
     else:
-        (file,) = Path("bundle").glob("*.onnx")
+        (file,) = bundle.glob("*.onnx")
         content = hostile.damaged(draw, file.read_bytes())
     if draw.random() < 0.3:
         Path("fuzzed.onnx").write_bytes(content)
         return ["info", "fuzzed.onnx"]
-    hostile.edited_bundle(Path("bundle"), Path("fuzzed"), model=content)
+    hostile.edited_bundle(bundle, Path("fuzzed"), model=content)
     return draw.choice((["info", "fuzzed"], ["attack", "fuzzed", *ONE], ["recheck", "fuzzed", *ONE[2:]]))
 
 
 def table(draw: random.Random, folder: Path) -> list[str]:
-    record = json.loads(Path("bundle", RECORD).read_text())
+    bundle = Path(draw.choice(BUNDLES))
+    record = json.loads((bundle / RECORD).read_text())
     odd: tuple[Any, ...] = (
         None,
         3,
@@ -257,7 +261,7 @@ def table(draw: random.Random, folder: Path) -> list[str]:
     entries: dict[str, Any] = {draw.choice(list(record)): draw.choice(odd) for _ in range(draw.randrange(1, 3))}
     if draw.random() < 0.6:
         entries.pop("sha256", None)
-        hostile.edited_bundle(Path("bundle"), Path("fuzzed"), **entries)
+        hostile.edited_bundle(bundle, Path("fuzzed"), **entries)
         if draw.random() < 0.3:
             text = draw.choice((*DEEP, "9" * 5000, "{}", "[]", "", json.dumps({**record, "sha256": draw.choice(odd)})))
             Path("fuzzed", RECORD).write_text(text)

@@ -156,6 +156,25 @@ def padded(by: int) -> onnx.ModelProto:
     return graph(nodes, {"border": border, "w": np.ones((1, 10), np.float32)})
 
 
+def wide_windows(pooling: bool) -> onnx.ModelProto:
+    """A pooling or a convolution with windows of 2,000 pixels at 2,000 places."""
+    side = 2000
+    make = helper.make_node("ConstantOfShape", ["sides"], ["kernel"])
+    if pooling:
+        wide = helper.make_node("MaxPool", ["x"], ["p"], kernel_shape=[side, side], pads=[side - 1] * 4)
+    else:
+        wide = helper.make_node("Conv", ["x", "kernel"], ["p"], pads=[side] * 4)
+    nodes = [
+        *([] if pooling else [make]),
+        wide,
+        helper.make_node("GlobalAveragePool", ["p"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    sides = {} if pooling else {"sides": np.array([1, 1, side, side], np.int64)}
+    return graph(nodes, {**sides, "w": np.ones((1, 10), np.float32)})
+
+
 def fails_while_running() -> onnx.ModelProto:
     """Its last layer takes values from a place that is not there."""
     made = helper.make_node("Gather", ["z", "places"], ["y"], axis=1, name="last_layer")
@@ -170,6 +189,8 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "declared 100 GB": lambda: declared(25_000_000_000),
     "weights elsewhere": lambda: elsewhere("/dev/zero"),
     "wide border": lambda: padded(40_000),
+    "wide kernel": lambda: wide_windows(pooling=False),
+    "wide pooling": lambda: wide_windows(pooling=True),
     "fails while running": fails_while_running,
     "other channels": lambda: graph(linear(output="y"), {"w": np.ones((192, 10), np.float32)}, x=("n", 3, 8, 8)),
     "three classes": lambda: graph(linear(output="y"), {"w": np.ones((64, 3), np.float32)}, y=("n", 3)),

@@ -15,7 +15,7 @@ import robustq
 from robustq.checkpoint import load_model, save_model
 from robustq.export.bundle import RECORD, write_record
 from robustq.export.formats import build
-from robustq.files import sha256
+from robustq.seals import sha256
 from tests.cli.conftest import FAST_TRAIN, Run
 
 

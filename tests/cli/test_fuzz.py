@@ -99,6 +99,7 @@ def test_whatever_comes_in(
     digits_float: Path,
     digits_w4a4: Path,
     bundle: Path,
+    float_bundle: Path,
     adversarial: Path,
     what: str,
     part: int,
@@ -111,6 +112,7 @@ def test_whatever_comes_in(
     shutil.copy(digits_w4a4, "w4a4.pt")
     shutil.copy(adversarial, "own.npz")
     shutil.copytree(bundle, "bundle")
+    shutil.copytree(float_bundle, "float-bundle")
     Path("text.pt").write_text("text")
     Path("folder").mkdir()
     exits: dict[int, int] = {}

@@ -202,6 +202,8 @@ def test_a_file_of_another_graph(run: Run, bundle: Path, name: str, command: str
         "declared 100 GB": "declares 25,000,000,000 values of big",
         "weights elsewhere": "keeps the values of big in another file",
         "fails while running": "last_layer",
+        "wide kernel": "steps for one tensor (p, by Conv)",
+        "wide pooling": "steps for one tensor (p, by MaxPool)",
     }
     check_refused(refused, expected.get(name, ".onnx"))
 

@@ -12,10 +12,10 @@ import torch
 
 import robustq
 from robustq.checkpoint import load_model
-from robustq.files import sha256
 from robustq.hardening.methods.registry import resolved_recipe
 from robustq.recipe import load_recipe, recipe_names
 from robustq.report.info import toml_lines
+from robustq.seals import sha256
 from tests.cli.conftest import Run
 
 

@@ -1,13 +1,10 @@
-"""NaN, Inf and memory that runs out: recognised, traced to step and layer, and answered with what fits."""
+"""NaN and Inf: recognised, and traced to step and layer."""
 
 from __future__ import annotations
 
 import functools
-import gc
 import math
-import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +14,11 @@ from torch import Tensor, nn
 from robustq.data import Batch, TensorSplit
 from robustq.errors import NotFiniteError
 from robustq.hardening import optimization, trainer
-from robustq.hardening.diagnosis import (
-    is_out_of_memory,
-    runs_out_of_memory,
-)
-from robustq.hardening.forecast import fitting_setting
 from robustq.hardening.methods.method import LossOutput
 from robustq.hardening.methods.natural import Natural
 from robustq.hardening.state import StopRequest
 from robustq.models.compiled import CompiledForward
-from tests.hardening.tiny import MemoryCheckpointer, ScriptedMonitor, begin, natural, recipe, training
+from tests.hardening.tiny import MemoryCheckpointer, begin, natural, recipe, training
 
 IMAGES, BATCH = 40, 8  # five steps an epoch
 
@@ -136,81 +128,3 @@ def test_a_fault_that_does_not_repeat_is_reported_as_such() -> None:
 
     message, _ = run(network(Marked(), 16), Once(8, 1.0))
     assert message.startswith("loss or weights became NaN or Inf between steps 1 and 5 of epoch 2, not when repeated")
-
-
-def allocate_an_exbibyte() -> None:
-    torch.empty(2**60, dtype=torch.uint8)
-
-
-def test_a_real_allocation_that_fails_is_recognised() -> None:
-    with pytest.raises(RuntimeError) as failed:
-        allocate_an_exbibyte()
-    assert is_out_of_memory(failed.value)
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
-        (MemoryError(), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you"), True),
-        (RuntimeError("could not create a primitive"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
-def test_which_errors_are_out_of_memory(error: BaseException, expected: bool) -> None:
-    assert is_out_of_memory(error) is expected
-
-
-def test_the_memory_of_the_failed_work_is_free_again() -> None:
-    held: list[weakref.ref[Tensor]] = []
-
-    def work() -> None:
-        kept = torch.zeros(10)
-        held.append(weakref.ref(kept))
-        allocate_an_exbibyte()
-
-    gc.disable()  # the memory is needed now, not at the next collection
-    try:
-        assert runs_out_of_memory(work)
-        assert held[0]() is None
-    finally:
-        gc.enable()
-
-
-def starving_above(limit: int) -> Callable[[int], None]:
-    def work(size: int) -> None:
-        if size > limit:
-            allocate_an_exbibyte()
-
-    return work
-
-
-@pytest.mark.parametrize(
-    ("limit", "images", "words"),
-    [
-        (9, 100, "a batch of 4 fits: --set batch_size=4"),  # 8 would, but without reserve
-        (10, 100, "a batch of 8 fits: --set batch_size=8"),
-        (1, 100, "not even a batch of 2 images fits"),
-        (32, 60, "monitoring 50 held-out images fits: --set monitor_images=50"),
-        (32, 100, "a batch of 32 fits now, so something else took the memory"),
-    ],
-)
-def test_the_answer_names_the_setting_that_fits(limit: int, images: int, words: str) -> None:
-    class Starving(Natural):
-        def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-            starving_above(limit)(len(x))
-            return x
-
-    class StarvingMonitor(ScriptedMonitor):
-        def rehearse(self, model: nn.Module, *, images: int | None = None) -> float:
-            starving_above(watched)(images or 100)
-            return 1.0
-
-    watched = images
-    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    data = TensorSplit(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.arange(40) % 2)
-    settings = recipe(batch_size=32, monitor_images=100)
-    starved = training(model, settings, method=natural(model, Starving), data=data, monitor=StarvingMonitor())
-    assert fitting_setting(starved).startswith(words)
