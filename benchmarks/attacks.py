@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=5000, help="of Square, with --pairs")
     options = parser.parse_args()
     progress.show(True)
-    opened = open_attackable(options.model, own_model=None, device=pick_device(options.device))
+    opened = open_attackable(options.model, custom_model=None, device=pick_device(options.device))
     data = data_for(opened.spec, options.data, opened.checkpoint, skip_bad_images=False)
     images, labels = data.test.take(options.images)
     epsilon = options.epsilon or opened.spec.epsilon or DEFAULT_EPSILON

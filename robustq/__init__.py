@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
     from robustq.workflow.recheck import recheck_bundle
-    from robustq.workflow.replay import replay_pictures
+    from robustq.workflow.replay import replay_images
     from robustq.workflow.resume import resume_run
     from robustq.workflow.train import harden_model, train_model
 
@@ -24,7 +24,7 @@ _HOMES = {
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
     "recheck_bundle": "robustq.workflow.recheck",
-    "replay_pictures": "robustq.workflow.replay",
+    "replay_images": "robustq.workflow.replay",
     "resume_run": "robustq.workflow.resume",
     "quickstart": "robustq.workflow.quickstart",
 }
@@ -36,7 +36,7 @@ __all__ = [
     "harden_model",
     "quickstart",
     "recheck_bundle",
-    "replay_pictures",
+    "replay_images",
     "resume_run",
     "train_model",
 ]

@@ -104,12 +104,12 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
-def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
+def load_model(path: Path, *, custom_model: str | None = None) -> tuple[nn.Module, ModelSpec, dict[str, Any]]:
     """The network of a robustq model file, its spec, and its info; in eval mode, on the CPU.
 
     Args:
         path: the file.
-        own_model: the ``module:function`` whose code the user allows to run, for a custom network.
+        custom_model: the ``module:function`` whose code the user allows to run, for a custom network.
 
     Raises:
         ModelFileError: as :func:`read_checkpoint`; also for a bare state dict (use :func:`load_weights`), a file of
@@ -125,7 +125,7 @@ def load_model(path: Path, *, own_model: str | None = None) -> tuple[nn.Module, 
     try:
         spec = ModelSpec.from_dict(content.get("spec"))
         _check_sizes(spec, content.get("state"))
-        model = build_model(spec, own_model=own_model)
+        model = build_model(spec, custom_model=custom_model)
     except RobustqError as error:  # an unknown architecture or width is an error of the file here, not of the caller
         raise ModelFileError(f"{path}: {error}") from error
     _load_state(model, content.get("state"), path)

@@ -35,7 +35,7 @@ def test_the_zoo_is_small() -> None:
 
 @pytest.mark.parametrize("entry", WITH_IMAGES, ids=lambda entry: entry.name)
 def test_adversarial_images_are_answered_as_their_card_says(entry: ZooEntry) -> None:
-    found = robustq.replay_pictures(f"zoo:{entry.name}", f"zoo:{entry.name}", device="cpu")
+    found = robustq.replay_images(f"zoo:{entry.name}", f"zoo:{entry.name}", device="cpu")
     assert found.same_as_recorded == 1.0
     assert round(found.robust_accuracy * found.images) == entry.card["replayed"]["right"]
 

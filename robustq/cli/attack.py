@@ -102,8 +102,8 @@ def attack(
 
     def job() -> Mapping[str, Any]:
         if replay is not None:
-            shared = {name: keywords[name] for name in ("data", "own_model", "skip_bad_images", "device")}
-            return robustq.replay_pictures(model, replay, pixels=pixels, layout=layout, **shared)
+            shared = {name: keywords[name] for name in ("data", "custom_model", "skip_bad_images", "device")}
+            return robustq.replay_images(model, replay, pixels=pixels, layout=layout, **shared)
         return robustq.attack_model(
             model,
             suite=suite,

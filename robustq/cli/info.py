@@ -10,8 +10,8 @@ import typer
 
 import robustq
 from robustq.cli.options import (
+    CustomModel,
     Device,
-    OwnModel,
     Printing,
     Reading,
     Seed,
@@ -27,7 +27,7 @@ def info(
     *,
     path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder, a run folder or zoo:NAME.")],
     options: Reading,
-    own_model: OwnModel = None,
+    custom_model: CustomModel = None,
 ) -> None:
     """Describe a file: architecture, bits, data, accuracies, flags, hashes.
 
@@ -45,7 +45,10 @@ def info(
     if not path.is_dir():
         check_model_file(path)
     run_job(
-        lambda: robustq.describe_file(path, own_model=own_model), options.as_json, description_lines, out=options.out
+        lambda: robustq.describe_file(path, custom_model=custom_model),
+        options.as_json,
+        description_lines,
+        out=options.out,
     )
 
 

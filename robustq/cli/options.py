@@ -94,7 +94,7 @@ Data = Annotated[
         autocompletion=one_of(*DATA),
     ),
 ]
-OwnModel = Annotated[
+CustomModel = Annotated[
     str | None,
     rare(
         "--model",
@@ -142,7 +142,7 @@ class Judging:
     epsilon: Epsilon = None
     images: Annotated[int, typer.Option(help="Number of test images, evenly spaced; 0: all.", min=0)] = 1000
     data: Data = None
-    own_model: OwnModel = None
+    custom_model: CustomModel = None
     skip_bad_images: SkipBadImages = False
     seed: Seed = 0
     device: Device = None
@@ -175,7 +175,7 @@ class Network:
     out: Annotated[Path | None, typer.Option(help="New run folder. Default: runs/NAME.")] = None
     seed: Seed = 0
     device: Device = None
-    own_model: OwnModel = None
+    custom_model: CustomModel = None
     feature_layer: Annotated[
         str | None, rare(help="Layer whose inputs are aligned. Default: the last global pooling.")
     ] = None

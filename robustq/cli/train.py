@@ -22,7 +22,7 @@ from robustq.cli.options import (
 )
 from robustq.errors import UsageError
 
-WITH_RESUME = frozenset({"resume", "data", "device", "own_model", "as_json", "quiet", "verbose"})
+WITH_RESUME = frozenset({"resume", "data", "device", "custom_model", "as_json", "quiet", "verbose"})
 """Parameters that may be given together with --resume."""
 
 
@@ -110,17 +110,19 @@ def _run(
     def begin_or_resume() -> Mapping[str, Any]:
         if options.resume is None:
             return job()
-        return robustq.resume_run(options.resume, data=options.data, device=options.device, own_model=options.own_model)
+        return robustq.resume_run(
+            options.resume, data=options.data, device=options.device, custom_model=options.custom_model
+        )
 
     def lines(result: Mapping[str, Any]) -> list[str]:
-        return training_lines(result, next_command=next_command(result, options.own_model))
+        return training_lines(result, next_command=next_command(result, options.custom_model))
 
     run_job(begin_or_resume, as_json, lines, failure=failed_checks)
 
 
-def next_command(result: Mapping[str, Any], own_model: str | None) -> str:
+def next_command(result: Mapping[str, Any], custom_model: str | None) -> str:
     """The command that usually follows a finished run; it names a custom model again."""
-    custom = "" if own_model is None else f" --model {own_model}"
+    custom = "" if custom_model is None else f" --model {custom_model}"
     if "bits" not in result:
         return f"robustq harden {result['checkpoint']} --bits 4{custom}"
     from robustq.hardening.methods.registry import SETTINGS

@@ -137,6 +137,6 @@ def check_ball(found: AdversarialImages, images: Tensor) -> None:
     if len(outside):
         first = int(outside[0])
         raise UsageError(
-            f"{len(outside)} pictures leave the ball: that of test image {int(found.indices[first])} by "
+            f"{len(outside)} images leave the ball: that of test image {int(found.indices[first])} by "
             f"{int(levels[first])} levels, {allowed} are allowed; the file was changed or is of other data"
         )

@@ -148,17 +148,17 @@ def check_architecture(name: str) -> str:
     return name
 
 
-def build_model(spec: ModelSpec, *, folded: bool = False, own_model: str | None = None) -> nn.Module:
+def build_model(spec: ModelSpec, *, folded: bool = False, custom_model: str | None = None) -> nn.Module:
     """A network with fresh weights, in eval mode.
 
     ``folded`` builds the form that :func:`robustq.models.quant.folding.fold` fills (not of custom networks);
-    ``own_model`` is the ``module:function`` whose code the user allows to run.
+    ``custom_model`` is the ``module:function`` whose code the user allows to run.
 
     Raises:
-        ModelFileError: the network is the user's code, and ``own_model`` does not allow it.
+        ModelFileError: the network is the user's code, and ``custom_model`` does not allow it.
         UsageError: unknown architecture or width, a layer without that width, or a network that cannot be quantized.
     """
-    check_permission(spec.architecture, own_model)
+    check_permission(spec.architecture, custom_model)
     if spec.shared_sum_scale and spec.widths.is_binary:
         raise UsageError("1 bit has no blocks with shared_sum_scale; set it to false, or choose 8, 4, 3 or 2 bits")
     if is_custom(spec.architecture):

@@ -86,7 +86,7 @@ def attack_model(
     control: Path | str | None = None,
     train_surrogates: bool = True,
     save_adversarial: Path | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     skip_bad_images: bool = False,
     compiled: bool = False,
     pixels: str | None = None,
@@ -109,7 +109,7 @@ def attack_model(
         train_surrogates: make and train the networks that are needed; without them and without ``control`` there is no
             verdict.
         save_adversarial: new .npz file for the adversarial images; a warning if it cannot be written in the end.
-        own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
+        custom_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
         compiled: compile attack generation; the final count never uses compiled code. Not of a lone .onnx.
         pixels: range in which a lone .onnx takes pixels: ``unit`` ([0, 1]), ``uint8`` (0 to 255), ``imagenet`` or
@@ -130,7 +130,7 @@ def attack_model(
         check_new(save_adversarial)
     place = pick_device(device)
     trains = train_surrogates and (chosen.checks_masking or chosen.transfers)
-    opened = open_attackable(model, own_model=own_model, device=place, data=data, pixels=pixels, layout=layout)
+    opened = open_attackable(model, custom_model=custom_model, device=place, data=data, pixels=pixels, layout=layout)
     if compiled and opened.network is None:
         raise UsageError(f"{opened.path}: --compile is for the network of a model.pt; leave it out")
     if compiled:
@@ -146,7 +146,7 @@ def attack_model(
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
         opened,
-        OtherNetworks(loaded, own_model, place),
+        OtherNetworks(loaded, custom_model, place),
         chosen,
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),

@@ -70,7 +70,7 @@ def export_model(
     recheck: bool = True,
     max_drift: float = MAX_DRIFT,
     data: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -89,7 +89,7 @@ def export_model(
         recheck: also count accuracy under attack.
         max_drift: share of the answers that folding BatchNorm may change.
         data: overrides the model's.
-        own_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
+        custom_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
         seed: of the random starts.
         device: of attack generation; None: a GPU if there is one.
@@ -107,7 +107,7 @@ def export_model(
     check_output(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
-    network, spec, info = load_model(chosen, own_model=own_model)
+    network, spec, info = load_model(chosen, custom_model=custom_model)
     check_format(format_name, spec, pixels=pixels, batch_norm=batch_norm, consumer=consumer)
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)

@@ -41,7 +41,7 @@ def count_float_network(
     data: Dataset,
     *,
     path: Path,
-    own_model: str | None,
+    custom_model: str | None,
     device: torch.device,
     is_foreign: bool,
     stated: float | None,
@@ -56,7 +56,7 @@ def count_float_network(
     UsageError for a foreign network that is not surely better than a constant answer, or surely worse than the file
     states.
     """
-    network = build_model(spec, own_model=own_model)
+    network = build_model(spec, custom_model=custom_model)
     load_weights(network, with_names_of(network, state), path)
     images, labels = data.holdout.take(min(IMAGES, len(data.holdout)))
     x, y = to_float(images.to(device)), labels.to(device)

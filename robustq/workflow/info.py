@@ -49,31 +49,31 @@ class FileDescription(Result):
     content: dict[str, Any]  # ``architecture data epsilon weight_bits act_bits parameters layers info sha256`` ...
 
 
-def describe_file(path: Path | str, *, own_model: str | None = None) -> FileDescription:
-    """Describe the file or folder at ``path``; runs no code but that of ``own_model``.
+def describe_file(path: Path | str, *, custom_model: str | None = None) -> FileDescription:
+    """Describe the file or folder at ``path``; runs no code but that of ``custom_model``.
 
     Args:
         path: a .pt, an .onnx, an export folder or a run folder.
-        own_model: the ``module:function`` that built the network, if it is a custom model.
+        custom_model: the ``module:function`` that built the network, if it is a custom model.
 
     Raises:
         ModelFileError: nothing there, or nothing that robustq knows.
     """
     path = model_path(path)
-    return FileDescription(path.absolute(), *_describe(path, own_model))
+    return FileDescription(path.absolute(), *_describe(path, custom_model))
 
 
-def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
+def _describe(path: Path, custom_model: str | None) -> tuple[str, dict[str, Any]]:
     """Kind and content."""
     if path.is_dir():
         if (path / CONFIG).exists():
-            return "run folder", _run(path, own_model)
+            return "run folder", _run(path, custom_model)
         bundle = open_bundle(path)
         about: dict[str, Any] = {"file_failures": bundle.failures, "onnx": describe_onnx(bundle.onnx)}
         if bundle.model is None:
             layers = about["onnx"]["layers"]
             return "export folder", {**bundle.record, **_stored_spec(bundle.onnx), "layers": layers, **about}
-        network, spec, _ = load_model(bundle.model, own_model=own_model)
+        network, spec, _ = load_model(bundle.model, custom_model=custom_model)
         record = {"data": spec.data, **bundle.record}
         return "export folder", {**record, **_network(network, spec), "data": record["data"], **about}
     check_model_file(path)
@@ -83,7 +83,7 @@ def _describe(path: Path, own_model: str | None) -> tuple[str, dict[str, Any]]:
     content = read_checkpoint(path)
     sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
     if not sets:
-        return "model", {**size, **_model(path, own_model)}
+        return "model", {**size, **_model(path, custom_model)}
     state = with_usual_names(next(iter(sets.values())))
     architecture, classes, channels = describe_state_dict(state, path)
     parameters = sum(value.numel() for value in state.values())
@@ -111,8 +111,8 @@ def _as_classifier(path: Path) -> dict[str, Any]:
     return {"images": images, "answers": answers, "no_gradient": lacking, "no_classifier": None}
 
 
-def _model(path: Path, own_model: str | None) -> dict[str, Any]:
-    network, spec, info = load_model(path, own_model=own_model)
+def _model(path: Path, custom_model: str | None) -> dict[str, Any]:
+    network, spec, info = load_model(path, custom_model=custom_model)
     return {**_network(network, spec), "info": {key: value for key, value in info.items() if _is_plain(value)}}
 
 
@@ -133,12 +133,12 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _run(path: Path, own_model: str | None) -> dict[str, Any]:
+def _run(path: Path, custom_model: str | None) -> dict[str, Any]:
     config, result = (_read_json(path / name) for name in (CONFIG, RESULT))
     found: dict[str, Any] = {"finished": result is not None, "config": config, "result": result}
     checkpoint = path / "best.pt"
     if checkpoint.is_file():
-        found = {**_model(checkpoint, own_model), **found, "sha256": {"best.pt": sha256(checkpoint)}}
+        found = {**_model(checkpoint, custom_model), **found, "sha256": {"best.pt": sha256(checkpoint)}}
     return found
 
 

@@ -96,7 +96,7 @@ class OpenedModel:
 def open_attackable(
     model: Path | str,
     *,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     device: torch.device,
     data: str | None = None,
     pixels: str | None = None,
@@ -128,7 +128,7 @@ def open_attackable(
             )
         deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
         log_failures(failures)
-    network, spec, _ = load_model(checkpoint, own_model=own_model)
+    network, spec, _ = load_model(checkpoint, custom_model=custom_model)
     gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
     judge = OnnxModel(deployed, classes=spec.classes) if deployed else gradient_model
     return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)

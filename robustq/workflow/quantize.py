@@ -36,13 +36,13 @@ from robustq.workflow.training_run import (
 
 
 def quantize(
-    weights: dict[str, torch.Tensor], source: ModelSpec, job: Job, *, path: Path, own_model: str | None = None
+    weights: dict[str, torch.Tensor], source: ModelSpec, job: Job, *, path: Path, custom_model: str | None = None
 ) -> nn.Module:
     """A network of the job's bit widths with ``weights`` of ``source``, on the job's device.
 
     Activation scales are calibrated where they are unknown, and always for post-training quantization.
     """
-    model = build_model(job.spec, own_model=own_model)
+    model = build_model(job.spec, custom_model=custom_model)
     weights = with_names_of(model, weights)
     same_quantizers = all(
         getattr(source, name) == getattr(job.spec, name) for name in ("widths", "layer_bits", "shared_sum_scale")

@@ -66,7 +66,7 @@ def recheck_bundle(
     epsilon: float | None = None,
     images: int = 1000,
     data: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -83,7 +83,7 @@ def recheck_bundle(
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     opened = open_bundle(Path(bundle))
     log_failures(opened.failures)
-    subject = _alone(opened, place) if opened.model is None else _with_model(opened, opened.model, own_model, place)
+    subject = _alone(opened, place) if opened.model is None else _with_model(opened, opened.model, custom_model, place)
     spec = subject.spec
     loaded = data_for(spec, data, opened.model or opened.onnx, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
@@ -120,8 +120,8 @@ class _Subject:
     not_compared: tuple[str, ...] = ()
 
 
-def _with_model(opened: Bundle, model: Path, own_model: str | None, device: torch.device) -> _Subject:
-    network, spec, _ = load_model(model, own_model=own_model)
+def _with_model(opened: Bundle, model: Path, custom_model: str | None, device: torch.device) -> _Subject:
+    network, spec, _ = load_model(model, custom_model=custom_model)
     check_format(opened.format, spec)
     folded = fold(network, spec)
     kept = network.eval() if opened.record.get("batch_norm") == "keep" else None

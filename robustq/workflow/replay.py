@@ -54,12 +54,12 @@ class ReplayResult(Result):
     seconds: float
 
 
-def replay_pictures(
+def replay_images(
     model: Path | str,
     file: Path | str,
     *,
     data: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     skip_bad_images: bool = False,
     pixels: str | None = None,
     layout: str | None = None,
@@ -73,7 +73,8 @@ def replay_pictures(
     Args:
         model: a .pt of robustq, an export folder or a lone .onnx; the attacked model, or another.
         file: an .npz of ``robustq attack``.
-        data, own_model, skip_bad_images, pixels, layout, device: as for :func:`robustq.workflow.attack.attack_model`.
+        data, custom_model, skip_bad_images, pixels, layout, device: as for
+            :func:`robustq.workflow.attack.attack_model`.
 
     Raises:
         RobustqError: bad input, other data than those of the file, or an image outside the ball.
@@ -82,7 +83,7 @@ def replay_pictures(
     images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(
-        model, own_model=own_model, device=place, data=data or images.data, pixels=pixels, layout=layout
+        model, custom_model=custom_model, device=place, data=data or images.data, pixels=pixels, layout=layout
     )
     spec = opened.spec
     wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])

@@ -23,7 +23,7 @@ from robustq.workflow.training_run import TrainResult, complete_run, prepare
 
 
 def resume_run(
-    run: Path | str, *, data: str | None = None, device: str | None = None, own_model: str | None = None
+    run: Path | str, *, data: str | None = None, device: str | None = None, custom_model: str | None = None
 ) -> TrainResult:
     """Continue a run of train or harden that has not finished.
 
@@ -34,7 +34,7 @@ def resume_run(
         run: its folder.
         data: new place of the same data, if it was moved: a folder or file; its content is checked.
         device: ``cpu``, ``cuda``; None: as before.
-        own_model: the ``module:function`` that built the network, if it is a custom model.
+        custom_model: the ``module:function`` that built the network, if it is a custom model.
 
     Raises:
         UsageError: no such run, or it has finished; it writes for TensorBoard, which is not installed here.
@@ -57,7 +57,7 @@ def resume_run(
             spec, data, path, train_images=recipe.train_images, skip_bad_images=config["data"]["skip_bad_images"]
         )
         _check_same_data(config, loaded)
-        network = build_model(spec, own_model=own_model).to(place)
+        network = build_model(spec, custom_model=custom_model).to(place)
         check_last_batch(network, spec, len(loaded.train), recipe)
         training = prepare(network, spec, loaded, recipe, augment=augment, seed=config["seed"], device=place)
         try:

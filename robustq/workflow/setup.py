@@ -162,7 +162,7 @@ def open_source(
     *,
     image_size: int | None = None,
     architecture: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     weights: str | None = None,
     trust_pickle: bool = False,
     skip_bad_images: bool = False,
@@ -176,7 +176,7 @@ def open_source(
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
-        own_model, weights, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+        custom_model, weights, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.
@@ -185,14 +185,14 @@ def open_source(
     content = read_checkpoint(path, trust_pickle=trust_pickle)
     sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
     if not sets:
-        model, spec, _ = load_model(path, own_model=own_model)
+        model, spec, _ = load_model(path, custom_model=custom_model)
         if architecture is not None and architecture != spec.architecture:
             raise UsageError(
                 f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
             )
         return Source(model.state_dict(), spec)
     state = _chosen_weights(sets, weights, path)
-    chosen = own_model or architecture
+    chosen = custom_model or architecture
     if chosen is not None:
         check_architecture(chosen)
     if chosen is None or not is_custom(chosen):

@@ -38,11 +38,11 @@ EPOCHS, IMAGES = 10, 10_000
 class OtherNetworks:
     """Makes and loads other networks for the task of ``data``, on ``device``, without gradients of weights.
 
-    ``own_model`` is the custom model whose code may run.
+    ``custom_model`` is the custom model whose code may run.
     """
 
     data: Dataset
-    own_model: str | None
+    custom_model: str | None
     device: torch.device
 
     def requantized(self, opened: OpenedModel) -> dict[str, nn.Module]:
@@ -59,7 +59,7 @@ class OtherNetworks:
             if bits == 8 and min(spec.weight_bits, spec.act_bits) >= 8:
                 continue
             wanted = replace(spec, weight_bits=bits, act_bits=bits, layer_bits=())
-            network = build_model(wanted, own_model=self.own_model)
+            network = build_model(wanted, custom_model=self.custom_model)
             load_weights(network, opened.network.state_dict(), opened.path)
             if bits == 8:
                 images, _ = self.data.train.take(512)
@@ -69,7 +69,7 @@ class OtherNetworks:
 
     def load(self, path: Path) -> nn.Module:
         """A network of the user; ModelFileError or DataError if it cannot be read or is for another task."""
-        return self._load(path, self.own_model)
+        return self._load(path, self.custom_model)
 
     def of_the_paper(self, spec: ModelSpec) -> dict[str, nn.Module]:
         """Surrogates for the columns "(B)": natural networks of the same and of another architecture.
@@ -85,7 +85,7 @@ class OtherNetworks:
     def natural(self, spec: ModelSpec) -> dict[str, nn.Module]:
         """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
         architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
-        owned = self.own_model if runs_user_code(spec.architecture) else None
+        owned = self.custom_model if runs_user_code(spec.architecture) else None
         folder = SURROGATES / _folder_name(spec.architecture, self.data)
         if not (folder / RESULT).is_file():
             note(
@@ -102,14 +102,14 @@ class OtherNetworks:
             raise ModelFileError(f"{error}; or remove {folder} to train it again") from error
         return {f"a natural {architecture}": network}
 
-    def _load(self, path: Path, own_model: str | None) -> nn.Module:
-        network, spec, _ = load_model(path, own_model=own_model)
+    def _load(self, path: Path, custom_model: str | None) -> nn.Module:
+        network, spec, _ = load_model(path, custom_model=custom_model)
         check_fit(spec, self.data, path)
         return frozen(network, self.device)
 
-    def _train(self, spec: ModelSpec, folder: Path, own_model: str | None) -> None:
+    def _train(self, spec: ModelSpec, folder: Path, custom_model: str | None) -> None:
         if folder.exists():
-            resume_run(folder, device=str(self.device), own_model=own_model)
+            resume_run(folder, device=str(self.device), custom_model=custom_model)
             return
         settings = [f"epochs={EPOCHS}", f"train_images={IMAGES if len(self.data.train) > IMAGES else 0}"]
         if self.data.name == "imagenet" or Path(self.data.name).is_dir():
@@ -118,8 +118,8 @@ class OtherNetworks:
             "natural",
             overrides=tuple(settings),
             data=self.data.name,
-            architecture=None if own_model else spec.architecture,
-            own_model=own_model,
+            architecture=None if custom_model else spec.architecture,
+            custom_model=custom_model,
             bits=FLOAT_BITS,
             seed=SEED,
             device=str(self.device),

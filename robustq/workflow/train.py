@@ -31,7 +31,7 @@ def train_model(
     overrides: tuple[str, ...] = (),
     data: str | None = None,
     architecture: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     feature_layer: str | None = None,
     bits: int | None = None,
     weight_bits: int | None = None,
@@ -50,7 +50,7 @@ def train_model(
         overrides: ``key=value``, override the recipe.
         data, architecture, bits: override the recipe's; ``weight_bits`` and ``act_bits`` override ``bits``. An
             architecture may be ``torchvision:NAME``.
-        own_model: a custom model, ``module:function``, instead of an architecture.
+        custom_model: a custom model, ``module:function``, instead of an architecture.
         feature_layer: the layer whose inputs are aligned, in a network that is not ours; None: the last global pooling.
         bits_per_layer: TOML file, layer name -> bits.
         normalisation: ``imagenet`` or ``MEAN/STD`` inside the model, before its input quantizer; None: none.
@@ -69,7 +69,7 @@ def train_model(
     wanted_data = data or settings.data
     if wanted_data is None:
         raise UsageError(f"recipe {recipe} names no data; add --data NAME, FOLDER or FILE.npz")
-    wanted_architecture = chosen_architecture(architecture, own_model) or settings.architecture
+    wanted_architecture = chosen_architecture(architecture, custom_model) or settings.architecture
     if wanted_architecture is None:
         raise UsageError(f"recipe {recipe} names no architecture; add --architecture resnet20")
     check_architecture(wanted_architecture)
@@ -101,7 +101,7 @@ def train_model(
         shared_sum_scale=bool(settings.shared_sum_scale),
     )
     torch.manual_seed(seed)
-    model = build_model(spec, own_model=own_model).to(place)
+    model = build_model(spec, custom_model=custom_model).to(place)
     job = Job(
         spec=spec,
         data=loaded,
@@ -127,7 +127,7 @@ def harden_model(
     overrides: tuple[str, ...] = (),
     data: str | None = None,
     architecture: str | None = None,
-    own_model: str | None = None,
+    custom_model: str | None = None,
     feature_layer: str | None = None,
     epsilon: float | None = None,
     weights: str | None = None,
@@ -148,7 +148,7 @@ def harden_model(
         recipe, overrides, skip_bad_images, seed, device, out: as :func:`train_model`.
         data: overrides the model's.
         architecture: of a state dict of none of our networks: ``torchvision:NAME``.
-        own_model: the ``module:function`` that builds the network, if it is a custom model.
+        custom_model: the ``module:function`` that builds the network, if it is a custom model.
         feature_layer: as :func:`train_model`; overrides the model's.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
         weights: key of the weights in a checkpoint that holds several, such as ``state_dict_ema``; None: the first of
@@ -178,8 +178,8 @@ def harden_model(
         model,
         wanted_data,
         image_size=settings.image_size or None,
-        architecture=chosen_architecture(architecture, own_model),
-        own_model=own_model,
+        architecture=chosen_architecture(architecture, custom_model),
+        custom_model=custom_model,
         weights=weights,
         trust_pickle=trust_pickle,
         skip_bad_images=skip_bad_images,
@@ -214,7 +214,7 @@ def harden_model(
         source=model,
         skip_bad_images=skip_bad_images,
     )
-    network = quantize(opened.state, source, job, path=model, own_model=own_model)
+    network = quantize(opened.state, source, job, path=model, custom_model=custom_model)
     if checks and source.widths.is_float:
         with torch.random.fork_rng():  # the training draws what it would draw without this
             counted = count_float_network(
@@ -222,7 +222,7 @@ def harden_model(
                 source,
                 loaded,
                 path=model,
-                own_model=own_model,
+                custom_model=custom_model,
                 device=place,
                 is_foreign=opened.is_foreign,
                 stated=opened.stated,
@@ -233,19 +233,21 @@ def harden_model(
     return run_recipe(network, job) if settings.trains else quantize_only(network, job)
 
 
-def chosen_architecture(architecture: str | None, own_model: str | None) -> str | None:
+def chosen_architecture(architecture: str | None, custom_model: str | None) -> str | None:
     """The architecture of ``--arch`` or ``--model``.
 
     Raises:
         UsageError: both are given, or one holds a value of the other.
     """
-    if architecture is not None and own_model is not None:
-        raise UsageError(f"--arch {architecture} and --model {own_model} both set the network; leave one out")
+    if architecture is not None and custom_model is not None:
+        raise UsageError(f"--arch {architecture} and --model {custom_model} both set the network; leave one out")
     if architecture is not None and runs_user_code(architecture):
         raise UsageError(f"--arch {architecture} is a custom model; give it as --model {architecture}")
-    if own_model is not None and not runs_user_code(own_model):
-        raise UsageError(f"--model {own_model} is not module:function; give --arch {own_model} for a known network")
-    return own_model or architecture
+    if custom_model is not None and not runs_user_code(custom_model):
+        raise UsageError(
+            f"--model {custom_model} is not module:function; give --arch {custom_model} for a known network"
+        )
+    return custom_model or architecture
 
 
 def _epsilon(recipe: Recipe, known: float | None) -> float | None:

@@ -116,7 +116,7 @@ def own(run: Run, tmp_path: Path) -> str:
     Path(f"{name}.py").write_text(CODE, encoding="utf-8")
     architecture = f"{name}:build"
     spec = ModelSpec(architecture, 4, 4, 10, 1, 8, "digits", None, tuple("0123456789"))
-    save_model(Path("model.pt"), build_model(spec, own_model=architecture), spec)
+    save_model(Path("model.pt"), build_model(spec, custom_model=architecture), spec)
     return architecture
 
 

@@ -53,7 +53,7 @@ def test_an_image_outside_the_ball_is_named() -> None:
     check_ball(FOUND, CLEAN)
     moved = FOUND.x_adv.clone()
     moved[3, 0, 1, 1] = CLEAN[3, 0, 1, 1] - 9 if CLEAN[3, 0, 1, 1] > 100 else CLEAN[3, 0, 1, 1] + 9
-    with pytest.raises(UsageError, match="1 pictures leave the ball: that of test image 6 by 9 levels, 8 are allowed"):
+    with pytest.raises(UsageError, match="1 images leave the ball: that of test image 6 by 9 levels, 8 are allowed"):
         check_ball(replace(FOUND, x_adv=moved), CLEAN)
     with pytest.raises(UsageError, match="shape"):
         check_ball(FOUND, CLEAN[:4])

@@ -21,7 +21,7 @@ from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST, FRACT
 from robustq.export.qonnx_file import execute
 from tests.export import hand_made as hm
 from tests.export.exported import net, parsed
-from tests.export.test_own_networks import X, spec
+from tests.export.test_custom_networks import X, spec
 from tests.models.fx.custom_nets import folded_of
 from tests.models.small_nets import small_spec
 

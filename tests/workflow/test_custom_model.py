@@ -49,9 +49,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         own = f"{name}:build"
-        trained = robustq.train_model(data="digits", own_model=own, overrides=FAST, out=Path("float"))
+        trained = robustq.train_model(data="digits", custom_model=own, overrides=FAST, out=Path("float"))
         hardened = robustq.harden_model(
-            trained["checkpoint"], bits=4, own_model=own, overrides=(*FAST, "train_images=256"), out=Path("hard")
+            trained["checkpoint"], bits=4, custom_model=own, overrides=(*FAST, "train_images=256"), out=Path("hard")
         )
     return folder, own, trained, hardened
 
@@ -65,12 +65,14 @@ def here(runs: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_export_recheck_and_attack(runs: Any, here: str) -> None:
-    bundle = robustq.export_model(runs[3]["checkpoint"], own_model=here, images=60, recheck=False, out=Path("bundle"))
+    bundle = robustq.export_model(
+        runs[3]["checkpoint"], custom_model=here, images=60, recheck=False, out=Path("bundle")
+    )
     assert bundle["shortfalls"] == []
     assert bundle["float_layers"] == ["/Sub", "/Div"]
     for again in (
-        robustq.recheck_bundle(bundle["bundle"], own_model=here, images=30),
-        robustq.attack_model(bundle["bundle"], own_model=here, images=30, suite="recheck"),
+        robustq.recheck_bundle(bundle["bundle"], custom_model=here, images=30),
+        robustq.attack_model(bundle["bundle"], custom_model=here, images=30, suite="recheck"),
     ):
         assert again["judge"] == "onnxruntime" and 0.0 <= again["robust_accuracy"] <= again["clean_accuracy"]
     with pytest.raises(ModelFileError, match=f"add --model {here} to run that code"):
@@ -86,7 +88,7 @@ def test_a_state_dict_of_a_custom_model(runs: Any, here: str, tmp_path: Path) ->
         tmp_path / "weights.pt",
         bits=8,
         data="digits",
-        own_model=here,
+        custom_model=here,
         feature_layer="dw",
         overrides=(*FAST, "train_images=256"),
         checks=False,  # one epoch has left it near chance

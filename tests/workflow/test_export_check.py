@@ -12,7 +12,7 @@ from robustq.data import TensorSplit
 from robustq.errors import ExportError, UsageError
 from robustq.export.formats import build
 from robustq.workflow.export_check import check_export
-from tests.export.test_own_networks import spec
+from tests.export.test_custom_networks import spec
 from tests.models.fx.custom_nets import folded_of, graph_of, pixels
 
 DATA: Any = SimpleNamespace(train=TensorSplit(pixels(40), torch.arange(40) % 5))

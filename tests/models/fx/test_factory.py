@@ -157,14 +157,14 @@ def test_a_file_decides_over_no_code(own_code: str, tmp_path: Path) -> None:
         build_model(spec)
     assert not Path("imported").exists() and own_code not in sys.modules
     with pytest.raises(UsageError, match=f"--model other:code was given, but the file holds a {architecture}"):
-        build_model(spec, own_model="other:code")
+        build_model(spec, custom_model="other:code")
     assert not Path("imported").exists()
-    model = build_model(spec, own_model=architecture)
+    model = build_model(spec, custom_model=architecture)
     assert Path("imported").exists()
     save_model(tmp_path / "model.pt", model, spec)
     with pytest.raises(ModelFileError, match=f"model.pt: was built by {architecture}; add --model {architecture}"):
         load_model(tmp_path / "model.pt")
-    loaded, found, _ = load_model(tmp_path / "model.pt", own_model=architecture)
+    loaded, found, _ = load_model(tmp_path / "model.pt", custom_model=architecture)
     assert found == spec
     x = torch.rand(2, 3, 8, 8)
     with torch.no_grad():
@@ -175,13 +175,13 @@ def test_a_named_model_must_be_the_files(tmp_path: Path) -> None:
     spec = replace(SPEC, architecture="resnet8", image_size=8)
     save_model(tmp_path / "model.pt", build_model(spec), spec)
     with pytest.raises(ModelFileError, match="--model nets:build was given, but the file holds a resnet8"):
-        load_model(tmp_path / "model.pt", own_model="nets:build")
+        load_model(tmp_path / "model.pt", custom_model="nets:build")
 
 
 def test_single_layers_have_widths_of_their_own(own_code: str) -> None:
     layer_bits = (("conv", 4), ("fc", 2), ("relu", 8))
     spec = replace(SPEC, architecture=f"{own_code}:Net", weight_bits=3, act_bits=3, layer_bits=layer_bits)
-    model: Any = build_model(spec, own_model=spec.architecture)
+    model: Any = build_model(spec, custom_model=spec.architecture)
     folded: Any = fold(model, spec)
     for network in (model, folded):
         layers = [network.get_submodule(name) for name in ("conv", "inner", "fc")]
