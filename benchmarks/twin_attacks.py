@@ -4,8 +4,9 @@
                                       [--formats integer packed] [--nncf PYTHON]
 
 MODEL is a model file of robustq. A float one is exported plainly by torch.onnx and quantized by onnxruntime (static:
-QDQ and QOperator, per tensor and per channel, u8s8, u8u8, s8s8; dynamic), and with --nncf by NNCF, where PYTHON is the
-interpreter of an environment that has it. A quantized MODEL is exported by robustq in --formats.
+QDQ and QOperator, per tensor and per channel, u8s8, u8u8, s8s8; dynamic), in part with a Softmax at its end too, and with
+--nncf by NNCF, where PYTHON is the interpreter of an environment that has it. A quantized MODEL is exported by robustq in
+--formats.
 
 Both attacks run the suite `recheck` (FGSM, PGD-20, margin-PGD-40, gradients of the straight-through rule) on the same
 images with the same seed, and onnxruntime judges both. FOLDER keeps files and rows; a second call goes on where the
@@ -142,46 +143,58 @@ def _own(path: Path, folder: Path, formats: list[str]) -> Iterator[File]:
 
 
 def _foreign(network: nn.Module, images: Tensor, folder: Path, nncf: str | None) -> Iterator[File]:
-    source = folder / "float.onnx"
-    if not source.exists():
+    source = _plain(network, images, folder / "float.onnx")
+    yield File("float", source)
+    for layout in ("QDQ", "QOperator"):
+        for per_channel in (False, True):
+            for kind in KINDS:
+                name = f"{layout}, {'per channel' if per_channel else 'per tensor'}, {kind}"
+                yield File(name, _static(source, images, folder / f"{name}.onnx", layout, per_channel, kind))
+    path = folder / "dynamic.onnx"
+    if not path.exists():
+        quantize_dynamic(source, path)
+    yield File("dynamic", path)
+    source = _plain(nn.Sequential(network, nn.Softmax(dim=1)), images, folder / "float-softmax.onnx")
+    yield File("float, ends in Softmax", source)
+    for layout in ("QDQ", "QOperator"):
+        name = f"{layout}, per channel, u8s8, ends in Softmax"
+        yield File(name, _static(source, images, folder / f"{name}.onnx", layout, True, "u8s8"))
+    if nncf is not None:
+        path, stored = folder / "nncf.onnx", folder / "calibration.npy"
+        if not path.exists():
+            np.save(stored, images.numpy())
+            subprocess.run([nncf, NNCF, folder / "float.onnx", stored, path], check=True, stdout=subprocess.DEVNULL)
+        yield File("NNCF", path)
+
+
+def _plain(network: nn.Module, images: Tensor, path: Path) -> Path:
+    if not path.exists():
         torch.onnx.export(
             network.eval(),
             (images[:2],),
-            str(source),
+            str(path),
             input_names=["images"],
             output_names=["logits"],
             dynamic_axes={"images": {0: "N"}, "logits": {0: "N"}},
             opset_version=17,
             dynamo=False,
         )
-    yield File("float", source)
-    for layout in ("QDQ", "QOperator"):
-        for per_channel in (False, True):
-            for kind in KINDS:
-                name = f"{layout}, {'per channel' if per_channel else 'per tensor'}, {kind}"
-                path = folder / f"{name}.onnx"
-                if not path.exists():
-                    activations, weights = (QuantType[f"Q{'UI' if one == 'u' else 'I'}nt8"] for one in kind[::2])
-                    quantize_static(
-                        source,
-                        path,
-                        Batches(images),
-                        quant_format=QuantFormat[layout],
-                        per_channel=per_channel,
-                        activation_type=activations,
-                        weight_type=weights,
-                    )
-                yield File(name, path)
-    path = folder / "dynamic.onnx"
+    return path
+
+
+def _static(source: Path, images: Tensor, path: Path, layout: str, per_channel: bool, kind: str) -> Path:
     if not path.exists():
-        quantize_dynamic(source, path)
-    yield File("dynamic", path)
-    if nncf is not None:
-        path, stored = folder / "nncf.onnx", folder / "calibration.npy"
-        if not path.exists():
-            np.save(stored, images.numpy())
-            subprocess.run([nncf, NNCF, source, stored, path], check=True, stdout=subprocess.DEVNULL)
-        yield File("NNCF", path)
+        activations, weights = (QuantType[f"Q{'UI' if one == 'u' else 'I'}nt8"] for one in kind[::2])
+        quantize_static(
+            source,
+            path,
+            Batches(images),
+            quant_format=QuantFormat[layout],
+            per_channel=per_channel,
+            activation_type=activations,
+            weight_type=weights,
+        )
+    return path
 
 
 class Batches(CalibrationDataReader):  # type: ignore[misc]

@@ -52,7 +52,7 @@ class TwinOnImages(nn.Module):
         return partial(self._with_feature, name=found[-1]) if found else None
 
     def _with_feature(self, x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
-        logits, feature = self.twin.values(self.form.apply(x), [self.twin.graph.output, name])
+        logits, feature = self.twin.with_values(self.form.apply(x), [name])
         return logits, feature.flatten(1)
 
 
@@ -95,7 +95,7 @@ def first_difference(path: Path, network: TwinOnImages, x: Tensor) -> str | None
             found = found.reshape(values.shape)
         if values.shape != found.shape:
             return f"{node}: shape {tuple(found.shape)} instead of {tuple(values.shape)}"
-        span = float(values.max() - values.min()) if values.numel() else 0.0
+        span = float(values.max() - values.min()) or float(values.abs().max()) if values.numel() else 0.0
         apart = (values - found.float()).abs() > _SAME * span
         if float(apart.float().mean()) > _MANY:
             return f"{node}: {float(apart.float().mean()):.1%} of the values of '{name}' differ"
