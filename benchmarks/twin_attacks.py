@@ -4,9 +4,9 @@
                                       [--formats integer packed] [--nncf PYTHON]
 
 MODEL is a model file of robustq. A float one is exported plainly by torch.onnx and quantized by onnxruntime (static:
-QDQ and QOperator, per tensor and per channel, u8s8, u8u8, s8s8; dynamic), in part with a Softmax at its end too, and with
---nncf by NNCF, where PYTHON is the interpreter of an environment that has it. A quantized MODEL is exported by robustq in
---formats.
+QDQ and QOperator, per tensor and per channel, u8s8, u8u8, s8s8; dynamic), in part with a Softmax at its end too, and
+with --nncf by NNCF, where PYTHON is the interpreter of an environment that has it. A quantized MODEL is exported by
+robustq in --formats.
 
 Both attacks run the suite `recheck` (FGSM, PGD-20, margin-PGD-40, gradients of the straight-through rule) on the same
 images with the same seed, and onnxruntime judges both. FOLDER keeps files and rows; a second call goes on where the
@@ -23,7 +23,7 @@ import argparse
 import json
 import logging
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from robustq.evaluation.robust_accuracy import find_suite, run_suite
 from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
 from robustq.models.spec import ModelSpec
 from robustq.recipe import parse_epsilon
+from robustq.twin.deployed import TwinOnImages
 from robustq.workflow.export import export_model
-from robustq.workflow.open_model import frozen, open_attackable
+from robustq.workflow.open_model import OpenedModel, frozen, open_attackable
 from robustq.workflow.setup import data_for
 
 CPU = torch.device("cpu")
@@ -109,7 +110,7 @@ def _attack(file: File, network: nn.Module, spec: ModelSpec, x: Tensor, y: Tenso
         alone = opened.target()
         beside = replace(alone, gradient_models={AS_TRAINED: frozen(network, CPU)})
     judge = one_by_one(alone.judge) if alone.image_by_image else alone.judge
-    expected, logits = (all_logits(one, to_float(x), batch_size=100) for one in (judge, alone.gradient_model))
+    expected, logits = (all_logits(one, to_float(x), batch_size=100) for one in (judge, _output(opened)))
     same = int((expected.argmax(1) == logits.argmax(1)).sum())
     apart = float((expected - logits).abs().max() / (expected.max() - expected.min()))
     ours, theirs = (_under_attack(one, x, y, epsilon) for one in (alone, beside))
@@ -121,6 +122,13 @@ def _attack(file: File, network: nn.Module, spec: ModelSpec, x: Tensor, y: Tenso
         "pytorch": _robust(theirs),
         "difference": f"{100 * (ours.robust_accuracy - theirs.robust_accuracy):+.1f}",
     }
+
+
+def _output(opened: OpenedModel) -> Callable[[Tensor], Tensor]:
+    network = opened.gradient_model
+    assert isinstance(network, TwinOnImages)
+    # The twin as a network answers with logits where the file has probabilities.
+    return lambda x: network.twin.values(network.form.apply(x), [network.twin.graph.output])[0]
 
 
 def _under_attack(target: Target, x: Tensor, y: Tensor, epsilon: float) -> Evaluation:

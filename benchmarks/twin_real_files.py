@@ -6,10 +6,15 @@ Each file computes images of the data set, resized to its input, and uniform noi
 image at a time; @HEIGHTxWIDTH or --size is the size where the file leaves it open. onnxruntime judges; files with QONNX
 operators are judged by qonnx.
 
-Cells: the file's first 12 digits of SHA-256; quantized operators and all; images on which the largest entry of the
-output's last axis is the same, where the output has two or three axes; largest difference as a share of the output's
-range; images with a finite gradient other than 0, of the output's sum with random signs; *slope*: change of that sum in
-the judge along the twin's gradient, divided by the change that the gradient predicts, median and quartiles over images.
+Cells:
+
+- the file's first 12 digits of SHA-256; its quantized operators, and all;
+- images on which the largest entry along the output's last axis is the same, where the output has two or three axes;
+- largest difference as a share of the output's range;
+- images with a finite gradient other than 0, of the output's sum with random signs; of the sum of its logits, where the
+  file ends in probabilities;
+- slope: change of the sum of the output in the judge over a short step along the twin's gradient, divided by the change
+  that the gradient predicts: median, quartiles, and number of images, those whose predicted change is above rounding.
 """
 
 from __future__ import annotations
@@ -34,11 +39,13 @@ from robustq.data import load_dataset, to_float
 from robustq.errors import RobustqError
 from robustq.export.session import session_options
 from robustq.twin.graph import Graph
-from robustq.twin.network import Twin, load_twin
+from robustq.twin.network import load_twin
 from robustq.twin.registry import DIALECTS
 
-STEP = 1e-3
-"""Length of the step of the slope, as a share of the norm of the image."""
+STEP, QUANTIZED_STEP = 1e-4, 1e-2
+"""Length of the step of the slope, as a share of the norm of the image; longer where values are rounded."""
+SMALLEST = 1e-3
+"""Predicted change that counts for the slope, as a share of the image's output range."""
 
 
 def main() -> None:
@@ -67,22 +74,26 @@ def _compare(path: Path, natural: Tensor, height: int, width: int) -> list[str]:
     graph = twin.graph
     images = _images(graph, natural, height, width)
     judge = _judge(path, graph)
-    names = [graph.output]
+    kinds = Counter(node.operator for node in graph.nodes)
+    quantized = sum(count for kind, count in kinds.items() if re.search("Quant|QLinear|Integer", kind))
     same, apart, gradients, slopes = 0, 0.0, 0, []
     lowest, highest = float("inf"), -float("inf")
+
+    def output(x: Tensor) -> Tensor:
+        return twin.values(x, [graph.output])[0]
+
     for image in images:
-        wanted, found = judge(image), twin.values(image, names)[0].detach()
+        wanted, found = judge(image), output(image).detach()
         same += int((wanted.argmax(-1) == found.argmax(-1)).all())
         apart = max(apart, float((wanted - found).abs().max()))
         lowest, highest = min(lowest, float(wanted.min())), max(highest, float(wanted.max()))
-        gradient = _gradient(twin, image)
-        norm, step = float(gradient.norm()), STEP * float(image.norm())
-        if np.isfinite(norm) and norm > 0.0:
-            gradients += 1
+        norm = float(_gradient(twin if wanted.dim() == 2 else output, image).norm())
+        gradients += int(np.isfinite(norm) and norm > 0.0)
+        gradient = _gradient(output, image)
+        norm, step = float(gradient.norm()), (QUANTIZED_STEP if quantized else STEP) * float(image.norm())
+        if 2 * step * norm > SMALLEST * float(wanted.max() - wanted.min()):
             ahead, behind = (float(_signed(judge(image + sign * step / norm * gradient))) for sign in (1, -1))
             slopes.append((ahead - behind) / (2 * step * norm))
-    kinds = Counter(node.operator for node in graph.nodes)
-    quantized = sum(count for kind, count in kinds.items() if re.search("Quant|QLinear|Integer", kind))
     quartiles = np.percentile(slopes, [50, 25, 75]) if slopes else [float("nan")] * 3
     return [
         f"{quantized} of {kinds.total()}",
@@ -90,7 +101,7 @@ def _compare(path: Path, natural: Tensor, height: int, width: int) -> list[str]:
         f"{same} of {len(images)}" if wanted.dim() in (2, 3) else "",
         f"{apart / max(highest - lowest, 1e-30):.1e}",
         f"{gradients} of {len(images)}",
-        f"{quartiles[0]:.2f} ({quartiles[1]:.2f} to {quartiles[2]:.2f})",
+        f"{quartiles[0]:.2f} ({quartiles[1]:.2f} to {quartiles[2]:.2f}), {len(slopes)}",
     ]
 
 
@@ -114,10 +125,9 @@ def _judge(path: Path, graph: Graph) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run([graph.output], {graph.input: x.numpy()})[0]).float()
 
 
-def _gradient(twin: Twin, image: Tensor) -> Tensor:
+def _gradient(model: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
     x = image.clone().requires_grad_()
-    (output,) = twin.values(x, [twin.graph.output])
-    (gradient,) = torch.autograd.grad(_signed(output), x)
+    (gradient,) = torch.autograd.grad(_signed(model(x)), x)
     return gradient
 
 
