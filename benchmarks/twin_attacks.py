@@ -14,7 +14,8 @@ first one stopped.
 
 Cells: images on which twin and onnxruntime give the same class; largest logit difference as a share of the logit range;
 accuracy without attack; robust accuracy found through the file alone, and through the network in PyTorch, with 95%
-intervals; their difference in points.
+intervals; their difference in points; images broken through the file alone but not through the network, and the other
+way round.
 """
 
 from __future__ import annotations
@@ -67,9 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     progress.show(False)
     logging.getLogger().setLevel(logging.ERROR)  # hints of onnxruntime's quantizer
-    head(
-        "model", "file", "same answers", "logits apart", "clean", "robust, file alone", "robust, PyTorch", "difference"
-    )
+    robust = ("robust, file alone", "robust, PyTorch", "difference", "by one alone")
+    head("model", "file", "same answers", "logits apart", "clean", *robust)
     for path in options.models:
         for name, found in _rows(path, options):
             row(path.parent.name, name, *found.values())
@@ -121,6 +121,7 @@ def _attack(file: File, network: nn.Module, spec: ModelSpec, x: Tensor, y: Tenso
         "alone": _robust(ours),
         "pytorch": _robust(theirs),
         "difference": f"{100 * (ours.robust_accuracy - theirs.robust_accuracy):+.1f}",
+        "one": f"{int((theirs.robust & ~ours.robust).sum())}, {int((ours.robust & ~theirs.robust).sum())}",
     }
 
 

@@ -4,7 +4,7 @@
 
 Each file computes images of the data set, resized to its input, and uniform noise, both as [0, 1] and as 0 to 255, one
 image at a time; @HEIGHTxWIDTH or --size is the size where the file leaves it open. onnxruntime judges; files with QONNX
-operators are judged by qonnx.
+operators are judged by qonnx. Of a file with an operator that the twin refuses, the part before it is compared.
 
 Cells:
 
@@ -21,13 +21,16 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper
 from qonnx.core.modelwrapper import ModelWrapper
 from qonnx.core.onnx_exec import execute_onnx
 from qonnx.transformation.infer_shapes import InferShapes
@@ -40,7 +43,7 @@ from robustq.errors import RobustqError
 from robustq.export.session import session_options
 from robustq.twin.graph import Graph
 from robustq.twin.network import load_twin
-from robustq.twin.registry import DIALECTS
+from robustq.twin.registry import DIALECTS, OPERATORS
 
 STEP, QUANTIZED_STEP = 1e-4, 1e-2
 """Length of the step of the slope, as a share of the norm of the image; longer where values are rounded."""
@@ -67,6 +70,31 @@ def main() -> None:
             row(path.name, digest, *_compare(path, natural, height, width))
         except RobustqError as error:
             row(path.name, digest, str(error).removeprefix(f"{path}: "), *[""] * 5)
+            with tempfile.TemporaryDirectory() as folder:
+                part = _before_refused(path, Path(folder) / "part.onnx")
+                if part is not None:
+                    row(f"{path.name}, before it", digest, *_compare(part, natural, height, width))
+
+
+def _before_refused(path: Path, part: Path) -> Path | None:
+    """The part of a file before its first operator that the twin refuses, or None."""
+    model = onnx.load(path)
+    graph = model.graph
+    kinds = [node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}" for node in graph.node]
+    refused = [node for node, kind in zip(graph.node, kinds, strict=True) if kind not in OPERATORS]
+    if not refused:
+        return None
+    needed, kept = {refused[0].input[0]}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    del graph.output[:]
+    graph.output.append(helper.make_tensor_value_info(refused[0].input[0], TensorProto.FLOAT, None))
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+    onnx.save(model, part)
+    return part
 
 
 def _compare(path: Path, natural: Tensor, height: int, width: int) -> list[str]:
