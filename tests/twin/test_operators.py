@@ -149,6 +149,8 @@ CASES: list[Case] = [
     ("Resize", [X, None, scale(1, 1, 2, 2)], {"mode": "linear"}),
     ("QuantizeLinear", [X, scale(0.02), zero(100)], {}),
     ("QuantizeLinear", [X, scale(0.02), zero(-3, np.int8)], {}),
+    # Rounded before the zero point is added: ties, and values that are a tie after it in float32.
+    ("QuantizeLinear", [np.array([0.5, 1.5, 3.4999998, -0.5], dtype=np.float32), scale(1), zero(131)], {}),
     ("QuantizeLinear", [X, scale(0.02, 0.5, 0.1), np.array([0, 128, 255], dtype=np.uint8)], {"axis": 1}),
     ("QuantizeLinear", [X, scale(0.02)], {"output_dtype": TensorProto.INT16}),
     ("QuantizeLinear", [f(2, 4, 6), np.abs(f(2, 2, 6)) + 0.1], {"axis": 1, "block_size": 2}),
