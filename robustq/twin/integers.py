@@ -24,8 +24,9 @@ def _shifted(codes: Tensor, zero_point: Tensor | None, axis: int = 1) -> Tensor:
 def _requantized(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None, kind_of: int) -> Tensor:
     """``scale`` times an exact sum, as codes of the type of input number ``kind_of``, the output's zero point."""
     kind = call.node.types[kind_of] if len(call.node.types) > kind_of else None
-    zero = 0.0 if zero_point is None else zero_point
-    return of_levels(call, x * scale, zero, plain(zero_point), codes_of(call, kind or TensorProto.UINT8))
+    lowest, highest = codes_of(call, kind or TensorProto.UINT8)
+    codes = (max(call.get("lowest", lowest), lowest), min(call.get("highest", highest), highest))
+    return of_levels(call, x * scale, 0.0 if zero_point is None else zero_point, plain(zero_point), codes)
 
 
 @operator("QLinearConv")

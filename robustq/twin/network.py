@@ -16,6 +16,7 @@ from robustq.models.quant.backward_rules import STRAIGHT_THROUGH
 from robustq.twin import elementwise, integers, layers, quantizers, shapes
 from robustq.twin.gradients import rounded
 from robustq.twin.graph import Graph, Node, read_graph
+from robustq.twin.integer_layers import with_integer_layers
 from robustq.twin.quantizers import dequantized
 from robustq.twin.registry import OPERATORS, Call
 from robustq.twin.shapes import to_tensor
@@ -51,7 +52,8 @@ class Twin(nn.Module):
         known = {name: to_tensor(values) for name, values in graph.constants.items()}
         nodes: list[Node] = []
         with torch.no_grad():
-            for node in _for_batches(_with_code_bounds(graph), graph):
+            integers_first = with_integer_layers(_with_code_bounds(graph), graph.constants, graph.output)
+            for node in _for_batches(integers_first, graph):
                 if node.operator != "Shape" and all(name in known for name in node.inputs if name):
                     known |= _run(node, [known.get(name) for name in node.inputs], rule)
                 else:
