@@ -54,7 +54,7 @@ class TwinOnImages(nn.Module):
         return partial(self._with_feature, name=found[-1]) if found else None
 
     def _with_feature(self, x: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
-        logits, feature = self.twin.values(self.form.apply(x), [self.twin.graph.output, name])
+        logits, feature = self.twin.with_values(self.form.apply(x), [name])
         return logits, feature.flatten(1)
 
 

@@ -24,7 +24,15 @@ def _recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def to_codes(x: Tensor, *, lowest: float, highest: float, zero_point: Tensor | float, rule: str) -> Tensor:
+def to_codes(
+    x: Tensor,
+    *,
+    lowest: float,
+    highest: float,
+    zero_point: Tensor | float,
+    rule: str,
+    whole: Tensor | None = None,
+) -> Tensor:
     """Round half to even and clip to codes.
 
     A quantizer whose lowest code stands for 0 does the work of a ReLU, whose derivative every rule keeps. One of two or
@@ -35,13 +43,15 @@ def to_codes(x: Tensor, *, lowest: float, highest: float, zero_point: Tensor | f
         lowest, highest: codes of the quantizer.
         zero_point: the code of 0.
         rule: one of `robustq.models.quant.backward_rules.RULES`.
+        whole: codes before clipping, of a quantizer that rounds before it adds the zero point; None: x rounded.
 
     Returns:
         The codes in float32, in the shape of x.
     """
     differentiate = _recorded(x)
     with torch.no_grad():
-        value = x.round().clamp_(lowest, highest)
+        whole = x.round() if whole is None else whole
+        value = whole.clamp(lowest, highest)
         if not differentiate:
             return value
         middle = (lowest + highest) / 2
@@ -50,8 +60,7 @@ def to_codes(x: Tensor, *, lowest: float, highest: float, zero_point: Tensor | f
         rectifies = not isinstance(zero_point, Tensor) and zero_point == lowest
         factor = None
         if rule == STRAIGHT_THROUGH:
-            rounded = x.round()
-            factor = ((rounded >= lowest) & (rounded <= highest)).to(x.dtype)
+            factor = ((whole >= lowest) & (whole <= highest)).to(x.dtype)
         elif rule == SMOOTH:
             base = middle if isinstance(zero_point, Tensor) else float(zero_point)
             factor = staircase_derivative(x - base, lowest=lowest - base, highest=highest - base)

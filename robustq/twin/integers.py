@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from robustq.twin.gradients import to_codes
 from robustq.twin.layers import average_pool, convolution
-from robustq.twin.quantizers import along, codes_of, dequantized, plain, quantized
+from robustq.twin.quantizers import along, codes_of, dequantized, of_levels, plain, quantized
 from robustq.twin.registry import MICROSOFT, Call, common_shape, operator
 
 
@@ -25,8 +25,8 @@ def _requantized(call: Call, x: Tensor, scale: Tensor, zero_point: Tensor | None
     """``scale`` times an exact sum, as codes of the type of input number ``kind_of``, the output's zero point."""
     kind = call.node.types[kind_of] if len(call.node.types) > kind_of else None
     lowest, highest = codes_of(call, kind or TensorProto.UINT8)
-    zero = 0.0 if zero_point is None else zero_point
-    return to_codes(x * scale + zero, lowest=lowest, highest=highest, zero_point=plain(zero_point), rule=call.rule)
+    codes = (max(call.get("lowest", lowest), lowest), min(call.get("highest", highest), highest))
+    return of_levels(call, x * scale, 0.0 if zero_point is None else zero_point, plain(zero_point), codes)
 
 
 @operator("QLinearConv")
@@ -160,8 +160,10 @@ def qlinear_global_average_pool(
 def qlinear_average_pool(
     call: Call, x: Tensor, x_scale: Tensor, x_zero: Tensor, y_scale: Tensor, y_zero: Tensor
 ) -> Tensor:
-    """Mean over a window."""
-    return _unary(call, average_pool(call, dequantized(x, x_scale, x_zero)), y_scale, y_zero, call.node.types[0])
+    """Mean over a window. onnxruntime adds the zero point before it rounds."""
+    levels = average_pool(call, dequantized(x, x_scale, x_zero)) / y_scale + y_zero
+    lowest, highest = codes_of(call, call.node.types[0] or TensorProto.UINT8)
+    return to_codes(levels, lowest=lowest, highest=highest, zero_point=plain(y_zero), rule=call.rule)
 
 
 @operator(MICROSOFT + "QLinearSigmoid", MICROSOFT + "QLinearLeakyRelu")

@@ -62,6 +62,33 @@ def conv(call: Call, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     return convolution(call, x, w, bias)
 
 
+@operator("ConvTranspose")
+def conv_transpose(call: Call, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """https://onnx.ai/onnx/operators/onnx__ConvTranspose.html"""
+    rank = w.dim() - 2
+    if rank not in (1, 2) or x.dim() != w.dim():
+        raise ModelFileError(f"{call.node} has {x.dim() - 2} spatial axes; 1 and 2 are supported")
+    group, extra = call.get("group", 1), list(call.get("output_padding", [0] * rank))
+    strides, dilations = list(call.get("strides", [1] * rank)), list(call.get("dilations", [1] * rank))
+    sizes = [
+        (size - 1) * stride + (width - 1) * dilation + 1 + more
+        for size, stride, width, dilation, more in zip(x.shape[2:], strides, w.shape[2:], dilations, extra, strict=True)
+    ]
+    check_size(call, [len(x), w.shape[1] * group, *sizes])
+    mode, wanted = call.get("auto_pad", b"NOTSET").decode(), call.get("output_shape", None)
+    pads = list(call.get("pads", [0] * (2 * rank)))
+    if wanted is not None or mode.startswith("SAME"):
+        wanted = wanted or [size * stride for size, stride in zip(x.shape[2:], strides, strict=True)]
+        totals = [full - size for full, size in zip(sizes, wanted, strict=True)]
+        smaller, larger = [one // 2 for one in totals], [one - one // 2 for one in totals]
+        pads = smaller + larger if mode == "SAME_UPPER" else larger + smaller
+    transposed = functional.conv_transpose2d if rank == 2 else functional.conv_transpose1d
+    y: Tensor = transposed(x, w, None, strides, 0, 0, group, dilations)
+    order = [(-pads[axis], extra[axis] - pads[rank + axis]) for axis in reversed(range(rank))]
+    y = functional.pad(y, [one for pair in order for one in pair])
+    return y if bias is None else y + bias.reshape(-1, *[1] * rank)
+
+
 @operator(MICROSOFT + "FusedConv")
 def fused_conv(call: Call, x: Tensor, w: Tensor, bias: Tensor | None = None, z: Tensor | None = None) -> Tensor:
     """A convolution of onnxruntime with a sum and an activation function behind it."""

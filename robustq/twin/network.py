@@ -9,11 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from robustq.errors import ModelFileError, one_line
 from robustq.models.quant.backward_rules import STRAIGHT_THROUGH
 from robustq.twin import elementwise, integers, layers, quantizers, shapes
+from robustq.twin.gradients import rounded
 from robustq.twin.graph import Graph, Node, read_graph
+from robustq.twin.integer_layers import with_integer_layers
+from robustq.twin.quantizers import dequantized
 from robustq.twin.registry import OPERATORS, Call
 from robustq.twin.shapes import to_tensor
 
@@ -27,7 +31,8 @@ _FAULTS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeE
 class Twin(nn.Module):
     """Images in the form of the file's input -> logits (B, K), with the gradients of a backward rule.
 
-    Nodes that depend on no input are computed once, when the twin is made.
+    Nodes that depend on no input are computed once, when the twin is made. Of a file that ends in Softmax or Sigmoid
+    the logits are its inputs, since probabilities near 0 and 1 have no gradient in float32.
 
     Args:
         graph: the graph of a file.
@@ -47,7 +52,8 @@ class Twin(nn.Module):
         known = {name: to_tensor(values) for name, values in graph.constants.items()}
         nodes: list[Node] = []
         with torch.no_grad():
-            for node in _for_batches(_with_code_bounds(graph), graph):
+            integers_first = with_integer_layers(_with_code_bounds(graph), graph.constants, graph.output)
+            for node in _for_batches(integers_first, graph):
                 if node.operator != "Shape" and all(name in known for name in node.inputs if name):
                     known |= _run(node, [known.get(name) for name in node.inputs], rule)
                 else:
@@ -62,6 +68,7 @@ class Twin(nn.Module):
                 self._buffers_of[name] = f"constant{number}"
                 self.register_buffer(f"constant{number}", values, persistent=False)
         self.nodes = tuple(nodes)
+        self._end = _find_end(self.nodes, graph.output)
         last = {name: place for place, node in enumerate(nodes) for name in node.inputs}
         self._finished = [
             tuple(name for name in {*node.inputs, *node.outputs} if name and last.get(name, -1) <= place)
@@ -89,14 +96,22 @@ class Twin(nn.Module):
         Raises:
             ModelFileError: a node cannot be computed, or its result is not one row of logits for each image.
         """
-        (logits,) = self.values(x, [self.graph.output])
+        return self.with_values(x, [])[0]
+
+    def with_values(self, x: Tensor, names: list[str]) -> list[Tensor]:
+        """Logits (B, K), and the tensors ``names``; errors as :meth:`forward`."""
+        ends = [] if self._end is None else [name for name in self._end.inputs[:3] if name]
+        answer, *values = self.values(x, [self.graph.output, *ends, *names])
+        logits = answer
         if logits.dim() != 2 or len(logits) != len(x):
             logits = logits.reshape(len(x), -1) if logits.numel() and logits.shape[0] == len(x) else logits
         if logits.dim() != 2 or len(logits) != len(x):
             raise ModelFileError(
                 f"the output has shape {tuple(logits.shape)} for {len(x)} images, not (images, classes)"
             )
-        return logits
+        if self._end is not None and values[0].shape == answer.shape:
+            logits = _before_end(self._end, values[: len(ends)], answer)
+        return [logits, *values[len(ends) :]]
 
     def values(self, x: Tensor, names: list[str]) -> list[Tensor]:
         """The tensors ``names`` for images ``x``, in their order."""
@@ -148,6 +163,33 @@ def _run(node: Node, inputs: list[Tensor | None], rule: str) -> dict[str, Tensor
         raise ModelFileError(f"{node} cannot be computed ({one_line(error, longest=160)})") from error
     outputs = found if isinstance(found, tuple) else (found,)
     return {name: value for name, value in zip(node.outputs, outputs, strict=False) if name}
+
+
+_EXACT = "exact"
+"""Attribute of an end whose probabilities have no ties that its inputs do not have."""
+
+
+def _find_end(nodes: tuple[Node, ...], output: str) -> Node | None:
+    """The Softmax over classes or Sigmoid whose result, quantized or not, is the output of the file."""
+    made_by = {name: node for node in nodes for name in node.outputs}
+    node, exact = made_by.get(output), True
+    while node is not None and node.operator in ("Identity", "QuantizeLinear", "DequantizeLinear"):
+        exact = exact and node.operator == "Identity"
+        node = made_by.get(node.inputs[0])
+    if node is None or node.operator.rpartition(".")[2] not in ("Softmax", "Sigmoid", "QLinearSoftmax"):
+        return None
+    if "Softmax" in node.operator and node.get("axis", -1) not in (-1, 1):
+        return None
+    return replace(node, attributes={**node.attributes, _EXACT: exact and node.operator == "Softmax"})
+
+
+def _before_end(end: Node, inputs: list[Tensor], answer: Tensor) -> Tensor:
+    """Logits of a file that ends in probabilities, in the order of those, with ties of quantized or saturated ones."""
+    logits = dequantized(inputs[0], inputs[1], inputs[2]) if "QLinear" in end.operator else inputs[0]
+    if end.get(_EXACT, False):
+        return logits
+    logits = functional.logsigmoid(logits) if end.operator.endswith("Sigmoid") else logits.log_softmax(1)
+    return rounded(logits, answer.detach().clamp(min=torch.finfo(answer.dtype).tiny).log())
 
 
 def _for_batches(nodes: list[Node], graph: Graph) -> list[Node]:

@@ -64,7 +64,19 @@ def quantized(
     scale = along(scale, x, axis)
     zero = 0.0 if zero_point is None else along(zero_point, x, axis)
     single = plain(zero_point)
-    return to_codes(x / scale + zero, lowest=codes[0], highest=codes[1], zero_point=single, rule=call.rule)
+    return of_levels(call, x / scale, zero, single, codes)
+
+
+def of_levels(
+    call: Call, levels: Tensor, zero: Tensor | float, single: Tensor | float, codes: tuple[float, float]
+) -> Tensor:
+    """Codes of activations in units of the scale, which are rounded before the zero point is added, as ONNX says.
+
+    Args:
+        zero, single: the zero point, as it broadcasts with the levels, and as :func:`plain` has it.
+    """
+    whole = levels.detach().round() + zero
+    return to_codes(levels + zero, lowest=codes[0], highest=codes[1], zero_point=single, rule=call.rule, whole=whole)
 
 
 def dequantized(codes: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int = 1) -> Tensor:
@@ -109,8 +121,7 @@ def dynamic_quantize_linear(call: Call, x: Tensor) -> tuple[Tensor, Tensor, Tens
         scale = (high - low) / 255.0
         scale = torch.where(scale == 0.0, torch.ones_like(scale), scale)
         zero_point = (-low / scale).round().clamp(0.0, 255.0)
-    codes = to_codes(x / scale + zero_point, lowest=0.0, highest=255.0, zero_point=zero_point, rule=call.rule)
-    return codes, scale, zero_point
+    return of_levels(call, x / scale, zero_point, zero_point, (0.0, 255.0)), scale, zero_point
 
 
 @operator(QONNX + "Quant", QONNX + "IntQuant", "onnx.brevitas.Quant")

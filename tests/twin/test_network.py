@@ -62,6 +62,19 @@ def test_a_file_of_onnxruntimes_quantizer_has_the_same_answers(
     assert first_difference(path, network, x[: 1 if kind is None else 8]) is None
 
 
+@pytest.mark.parametrize("kind", [one for one in KINDS if one[2] == "QUInt8"], ids=str)
+def test_layers_in_uint8_have_the_codes_of_onnxruntime(
+    source: Path, digits: tuple[Tensor, Tensor], tmp_path: Path, kind: tuple[str, bool, str, str]
+) -> None:
+    x, _ = digits
+    network, judge = opened(quantized(source, tmp_path / "net.onnx", x[:64], kind), pixels="unit")
+    operators = {node.operator for node in network.twin.nodes}
+    assert "QLinearConv" in operators and "Conv" not in operators
+    # All sums are of integers; onnxruntime adds residual branches in another order, which moves few codes.
+    apart = (network(x) - judge(x)).abs().amax(dim=1) > 1e-4
+    assert apart.float().mean() < 0.01
+
+
 def gradient(network: Any, x: Tensor, y: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     (found,) = torch.autograd.grad(functional.cross_entropy(network(x), y, reduction="sum"), x)
@@ -131,6 +144,39 @@ def test_a_file_of_one_image_is_attacked_in_batches(
 
     network, judge = opened(changed(source, tmp_path / "single.onnx", fix), pixels="unit")
     torch.testing.assert_close(network(x[:5]), judge(x[:5]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ends", "factor"),
+    # onnxruntime and torch saturate a sigmoid at different inputs, so that ties differ above it.
+    [(["Softmax"], 20), (["Sigmoid"], 1), (["Softmax", "QuantizeLinear", "DequantizeLinear"], 20)],
+    ids=str,
+)
+def test_a_file_that_ends_in_probabilities_has_gradients_of_its_logits(
+    source: Path, digits: tuple[Tensor, Tensor], tmp_path: Path, ends: list[str], factor: int
+) -> None:
+    x, y = (one[:100] for one in digits)
+
+    def confident(model: onnx.ModelProto) -> None:
+        constants = [np.array(value, dtype=kind) for value, kind in ((factor, "f"), (1 / 256, "f"), (0, "u1"))]
+        model.graph.initializer.extend(
+            numpy_helper.from_array(one, name) for one, name in zip(constants, ("factor", "scale", "zero"), strict=True)
+        )
+        model.graph.node.append(helper.make_node("Mul", ["logits", "factor"], ["Mul"]))
+        for before, kind in zip(["Mul", *ends], ends, strict=False):
+            rest = ["scale", "zero"] if kind.endswith("Linear") else []
+            model.graph.node.append(helper.make_node(kind, [before, *rest], [kind]))
+        model.graph.output[0].name = ends[-1]
+
+    network, judge = opened(changed(source, tmp_path / "net.onnx", confident), pixels="unit")
+    plain = opened(source, pixels="unit")[0]
+    assert (network(x).argmax(1) == judge(x).argmax(1)).all()
+    assert (judge(x).amax(1) == judge(x).max()).float().mean() > 0.5 or factor == 1  # saturated
+    found, expected = gradient(network, x, y), gradient(lambda images: factor * plain(images), x, y)
+    if ends == ["Softmax"]:
+        torch.testing.assert_close(found, expected)
+    else:
+        assert found.flatten(1).any(dim=1).all()
 
 
 def drop_weight(model: onnx.ModelProto) -> None:
