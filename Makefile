@@ -11,7 +11,7 @@ STAMP := $(VENV)/.robustq-installed
 # One thread per process: threads of several processes would wait for each other. The tests of a file share trained
 # networks and stay in one process.
 WORKERS ?= 2
-RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -40,7 +40,7 @@ from robustq.checkpoint import load_model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import all_logits, wilson_interval
 from robustq.evaluation.result import Evaluation
-from robustq.evaluation.robust_accuracy import find_suite, run_suite
+from robustq.evaluation.run_suite import find_suite, run_suite
 from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
 from robustq.models.spec import ModelSpec
 from robustq.recipe import parse_epsilon
