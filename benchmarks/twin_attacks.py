@@ -1,6 +1,6 @@
 """Attacks on deployed files through their twins, beside attacks with the gradients of the network in PyTorch.
 
-    python -m benchmarks.twin_attacks MODEL [MODEL ...] --out FOLDER [--images 500] [--epsilon 8/255]
+    python -m benchmarks.twin_attacks MODEL [MODEL ...] --out FOLDER [--images 500] [--answers 2000] [--epsilon 8/255]
                                       [--formats integer packed] [--nncf PYTHON]
 
 MODEL is a model file of robustq. A float one is exported plainly by torch.onnx and quantized by onnxruntime (static:
@@ -12,10 +12,10 @@ Both attacks run the suite `recheck` (FGSM, PGD-20, margin-PGD-40, gradients of 
 images with the same seed, and onnxruntime judges both. FOLDER keeps files and rows; a second call goes on where the
 first one stopped.
 
-Cells: images on which twin and onnxruntime give the same class; largest logit difference as a share of the logit range;
-accuracy without attack; robust accuracy found through the file alone, and through the network in PyTorch, with 95%
-intervals; their difference in points; images broken through the file alone but not through the network, and the other
-way round.
+Cells: of --answers clean images, those on which twin and onnxruntime give the same class, and the largest logit
+difference as a share of the logit range; of --images, accuracy without attack, and robust accuracy found through the
+file alone and through the network in PyTorch, with 95% intervals; their difference in points; images broken through the
+file alone but not through the network, and the other way round.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--answers", type=int, default=2000)
     parser.add_argument("--epsilon", type=parse_epsilon, default=8 / 255)
     parser.add_argument("--formats", nargs="+", default=["integer", "packed"])
     parser.add_argument("--nncf", metavar="PYTHON")
@@ -88,6 +89,7 @@ def _rows(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[s
     network, spec, _ = load_model(path)
     data = data_for(spec, None, path)
     x, y = data.test.take(options.images)
+    clean = to_float(data.test.take(options.answers)[0])
     folder = options.out / path.parent.name
     folder.mkdir(parents=True, exist_ok=True)
     if spec.widths.is_float:
@@ -95,13 +97,15 @@ def _rows(path: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[s
     else:
         files = _own(path, folder, options.formats)
     for file in files:
-        done = folder / f"{file.name} {options.images} {255 * options.epsilon:g}.json"
+        done = folder / f"{file.name} {options.images} {options.answers} {255 * options.epsilon:g}.json"
         if not done.exists():
-            done.write_text(json.dumps(_attack(file, network, spec, x, y, epsilon=options.epsilon)))
+            done.write_text(json.dumps(_attack(file, network, spec, clean, x, y, epsilon=options.epsilon)))
         yield file.name, json.loads(done.read_text())
 
 
-def _attack(file: File, network: nn.Module, spec: ModelSpec, x: Tensor, y: Tensor, *, epsilon: float) -> dict[str, str]:
+def _attack(
+    file: File, network: nn.Module, spec: ModelSpec, clean: Tensor, x: Tensor, y: Tensor, *, epsilon: float
+) -> dict[str, str]:
     if file.folder is not None:
         opened = open_attackable(file.path, device=CPU)
         alone, beside = opened.target(), open_attackable(file.folder, device=CPU).target()
@@ -110,12 +114,12 @@ def _attack(file: File, network: nn.Module, spec: ModelSpec, x: Tensor, y: Tenso
         alone = opened.target()
         beside = replace(alone, gradient_models={AS_TRAINED: frozen(network, CPU)})
     judge = one_by_one(alone.judge) if alone.image_by_image else alone.judge
-    expected, logits = (all_logits(one, to_float(x), batch_size=100) for one in (judge, _output(opened)))
+    expected, logits = (all_logits(one, clean, batch_size=100) for one in (judge, _output(opened)))
     same = int((expected.argmax(1) == logits.argmax(1)).sum())
     apart = float((expected - logits).abs().max() / (expected.max() - expected.min()))
     ours, theirs = (_under_attack(one, x, y, epsilon) for one in (alone, beside))
     return {
-        "same": f"{same} of {len(x)}",
+        "same": f"{same} of {len(clean)}",
         "apart": f"{apart:.1e}",
         "clean": f"{100 * ours.clean_accuracy:.1f}",
         "alone": _robust(ours),
