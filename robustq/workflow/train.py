@@ -21,7 +21,7 @@ from robustq.workflow.export_check import check_export
 from robustq.workflow.float_check import count_float_network
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
-from robustq.workflow.training_run import Job, TrainResult, run_recipe, with_absolute_teacher
+from robustq.workflow.training_run import Job, TrainResult, check_job, run_recipe, with_absolute_teacher
 from robustq.zoo import model_path
 
 
@@ -215,6 +215,8 @@ def harden_model(
         skip_bad_images=skip_bad_images,
     )
     network = quantize(opened.state, source, job, path=model, custom_model=custom_model)
+    if settings.trains:
+        check_job(network, job)  # before the float network is counted
     if checks and source.widths.is_float:
         with torch.random.fork_rng():  # the training draws what it would draw without this
             counted = count_float_network(

@@ -208,17 +208,27 @@ def run_recipe(model: nn.Module, job: Job) -> TrainResult:
         RunStoppedError: by Ctrl-C or SIGTERM; names the command that resumes the run.
     """
     spec, data, recipe = job.spec, job.data, job.recipe
-    check_last_batch(model, spec, len(data.train), recipe)
-    if recipe.tensorboard:
-        check_tensorboard()
+    augment = check_job(model, job)
     if job.source is None:
         calibrate_on(model, job, from_scratch=True)
-    augment = augmentation(recipe, data)
     config = job.config(augment)
     training = prepare(model, spec, data, recipe, augment=augment, seed=job.seed, device=job.device)
     log_run(spec, data, training, config)
     check_forecast(training, parent=(RUNS if job.out is None else job.out.parent))
     return complete_run(_new_folder(job, config, training), training, spec, data)
+
+
+def check_job(model: nn.Module, job: Job) -> Augment:
+    """The augmentation of a job that can be trained.
+
+    Raises:
+        RecipeError: the last batch has one image, or a crop may miss the image.
+        UsageError: TensorBoard is requested and not installed.
+    """
+    check_last_batch(model, job.spec, len(job.data.train), job.recipe)
+    if job.recipe.tensorboard:
+        check_tensorboard()
+    return augmentation(job.recipe, job.data)
 
 
 def prepare(

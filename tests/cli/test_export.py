@@ -50,7 +50,9 @@ def test_the_job_runs_from_float_to_a_judged_file(run: Run) -> None:
     assert {file.name for file in folder.iterdir()} == names
     assert json.loads((folder / "result.json").read_text()) == hardened
     config = json.loads((folder / "config.json").read_text())
+    float_accuracy = config["source"].pop("float_accuracy")
     assert config["source"] == {"path": str(source), "sha256": sha256(source)}
+    assert float_accuracy == hardened["float_holdout_accuracy"] > 0
     assert (config["recipe"]["train_images"], config["spec"]["weight_bits"]) == (100, 4)
     settings = config["recipe"]["settings"]
     assert (settings["domains"], settings["features"], settings["batch_norm"]) == (4, "pooled", "eval")

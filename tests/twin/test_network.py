@@ -81,10 +81,10 @@ def gradient(network: Any, x: Tensor, y: Tensor) -> Tensor:
     return found
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qcdq", "packed")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("qonnx", "qcdq", "packed")]
 
 
-@pytest.mark.parametrize("format_name", ["qonnx", "integer", *SLOW])
+@pytest.mark.parametrize("format_name", ["integer", *SLOW])
 def test_gradients_are_those_of_the_network_in_pytorch(
     digits_w4a4: Path, digits: tuple[Tensor, Tensor], tmp_path: Path, format_name: str
 ) -> None:

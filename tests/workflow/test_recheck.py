@@ -24,7 +24,8 @@ def exported(model: Path, folder: Path, format_name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("format_name", ["integer", pytest.param("qonnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format_name", ["integer", "qonnx"])
 def test_a_folder_is_checked_without_its_model(digits_w4a4: Path, tmp_path: Path, format_name: str) -> None:
     folder = exported(digits_w4a4, tmp_path / "out", format_name)
     whole = robustq.recheck_bundle(folder, **FEW)
