@@ -1,7 +1,7 @@
 """Float layers between quantizers, read as the integer layers that onnxruntime makes of them.
 
 onnxruntime sums codes where the file says to dequantize, compute in float and quantize. The sums differ by rounding,
-and a value at the edge of two codes gets the other one. On x86 it does so for activations in uint8, not in int8.
+and a value at the edge of two codes gets the other one. On x86 it does so for inputs in uint8, not in int8.
 """
 
 from __future__ import annotations
@@ -24,13 +24,21 @@ _LAYERS = {
     "Gemm": MICROSOFT + "QGemm",
     "GlobalAveragePool": MICROSOFT + "QLinearGlobalAveragePool",
 }
+_MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators between a layer and its quantizer that onnxruntime moves behind the quantizer."""
+
 _ACTIVATIONS = TensorProto.UINT8
 _BYTES = (TensorProto.UINT8, TensorProto.INT8)
 
 
-def with_integer_layers(nodes: Sequence[Node], constants: Mapping[str, NDArray[Any]], output: str) -> list[Node]:
+def with_integer_layers(
+    nodes: Sequence[Node], constants: Mapping[str, NDArray[Any]], output: str
+) -> tuple[list[Node], dict[str, NDArray[Any]]]:
     """The nodes, where each Conv, Gemm and GlobalAveragePool whose inputs are dequantized and whose result is quantized
-    to 8 bits has become one integer layer. A Relu before a quantizer whose lowest code stands for 0 goes with it.
+    to 8 bits has become one integer layer; and the codes that float biases become there, by new names.
+
+    A Relu before a quantizer whose lowest code stands for 0 goes with its layer. Reshapes and transpositions between
+    the two get codes instead of values.
 
     Args:
         nodes: in order of execution.
@@ -39,23 +47,36 @@ def with_integer_layers(nodes: Sequence[Node], constants: Mapping[str, NDArray[A
     """
     made_by = {name: node for node in nodes for name in node.outputs}
     readers = Counter([output, *(name for node in nodes for name in node.inputs)])
-    found: dict[str, Node] = {}  # result of a quantizer -> its integer layer
-    gone: set[str] = set()  # results of the layers
+    put: dict[str, Node] = {}  # result of a node -> what stands in its place
+    gone: set[str] = set()  # results of nodes that go
+    biases: dict[str, NDArray[Any]] = {}
     for node in nodes:
-        if node.operator != "QuantizeLinear" or _type(node) != _ACTIVATIONS or not _is_plain(node, constants):
+        if node.operator != "QuantizeLinear" or not _is_plain(node, constants):
             continue
-        layer = made_by.get(node.inputs[0])
         inner = [node.inputs[0]]
+        moves: list[Node] = []
+        while (layer := made_by.get(inner[-1])) is not None and layer.operator in _MOVES:
+            moves.append(layer)
+            inner.append(layer.inputs[0])
+        quantized = inner[-1]
         if layer is not None and layer.operator == "Relu" and _lowest_is_zero(node, constants):
             inner.append(layer.inputs[0])
             layer = made_by.get(layer.inputs[0])
         if layer is None or layer.operator not in _LAYERS or any(readers[name] != 1 for name in inner):
             continue
-        made = _integer_layer(node, layer, [made_by.get(name) for name in layer.inputs if name], constants)
-        if made is not None:
-            found[node.outputs[0]] = made
-            gone |= set(inner)
-    return [found.get(node.outputs[0], node) for node in nodes if node.outputs[0] not in gone]
+        made = _integer_layer(node, layer, made_by, constants, biases)
+        if made is None:
+            continue
+        gone |= {layer.outputs[0], quantized, node.outputs[0]}
+        if not moves:
+            put[node.outputs[0]] = made
+            continue
+        put[quantized] = replace(made, outputs=(quantized,))
+        for number, move in enumerate(moves):
+            outputs = move.outputs if number else node.outputs
+            put[move.outputs[0]] = replace(move, outputs=outputs, types=(_type(node), *move.types[1:]))
+    kept = [put.get(node.outputs[0], node) for node in nodes if node.outputs[0] in put or node.outputs[0] not in gone]
+    return kept, biases
 
 
 Part = tuple[tuple[str, ...], tuple[int | None, ...]]
@@ -88,8 +109,15 @@ def _lowest_is_zero(node: Node, constants: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def _integer_layer(
-    quantizer: Node, layer: Node, inputs: list[Node | None], constants: Mapping[str, NDArray[Any]]
+    quantizer: Node,
+    layer: Node,
+    made_by: Mapping[str, Node],
+    constants: Mapping[str, NDArray[Any]],
+    biases: dict[str, NDArray[Any]],
 ) -> Node | None:
+    """The integer layer, or None; the codes of a float bias are added to ``biases``."""
+    names = [name for name in layer.inputs if name]
+    inputs = [made_by.get(name) for name in names[:2]]
     sources = [one for one in inputs if one is not None and one.operator == "DequantizeLinear"]
     if len(sources) != len(inputs) or _type(sources[0]) != _ACTIVATIONS or not _is_plain(sources[0], constants):
         return None
@@ -103,13 +131,13 @@ def _integer_layer(
         if layer.get("alpha", 1.0) != 1.0 or layer.get("beta", 1.0) != 1.0 or layer.get("transA", 0):
             return None
         parts.append(_codes(sources[1]))
-        bias: Part = ((), ())
-        if len(sources) > 2:
-            if not _is_bias(sources, constants):
+        bias: Part = ((), ()) if layer.operator == "Conv" else (("",), (None,))
+        if len(names) > 2:
+            step = constants[sources[0].inputs[1]].reshape(-1) * constants[sources[1].inputs[1]].reshape(-1)
+            name = _bias_codes(names[2], made_by.get(names[2]), step, constants, biases)
+            if name is None:
                 return None
-            bias = (sources[2].inputs[:1], sources[2].types[:1])
-        elif layer.operator == "Gemm":
-            bias = (("",), (None,))
+            bias = ((name,), (TensorProto.INT32,))
         parts += [result, bias] if layer.operator == "Conv" else [bias, result]
     bounds = {name: quantizer.attributes[name] for name in ("lowest", "highest") if name in quantizer.attributes}
     return replace(
@@ -121,11 +149,28 @@ def _integer_layer(
     )
 
 
-def _is_bias(sources: list[Node], constants: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether the bias counts in the product of the scales, as an integer layer needs it."""
-    x, w, bias = sources
-    if bias.inputs[0] not in constants or bias.inputs[1] not in constants or bias.types[0] != TensorProto.INT32:
-        return False
-    product = constants[x.inputs[1]].reshape(-1) * constants[w.inputs[1]].reshape(-1)
-    scale = constants[bias.inputs[1]].reshape(-1)
-    return scale.size in (1, product.size) and bool(np.allclose(scale, product, rtol=1e-4, atol=0.0))
+def _bias_codes(
+    name: str,
+    source: Node | None,
+    step: NDArray[Any],
+    constants: Mapping[str, NDArray[Any]],
+    biases: dict[str, NDArray[Any]],
+) -> str | None:
+    """The name of a bias in steps of an integer layer, the product of its scales; None where there is none.
+
+    A bias in float is rounded to these steps, as onnxruntime does; its codes are added to ``biases``.
+    """
+    if source is not None:
+        if source.operator != "DequantizeLinear" or source.types[0] != TensorProto.INT32:
+            return None
+        if source.inputs[0] not in constants or source.inputs[1] not in constants:
+            return None
+        scale = constants[source.inputs[1]].reshape(-1)
+        same = scale.size in (1, step.size) and bool(np.allclose(scale, step, rtol=1e-4, atol=0.0))
+        return source.inputs[0] if same else None
+    if name not in constants or constants[name].dtype != np.float32 or not np.all(step > 0):
+        return None
+    codes = np.rint(constants[name].astype(np.float32) / step.astype(np.float32))
+    made = f"{name} in steps of {float(step[0])!r}"
+    biases[made] = np.clip(codes, -(2**31), 2**31 - 1).astype(np.int32)
+    return made

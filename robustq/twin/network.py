@@ -49,10 +49,10 @@ class Twin(nn.Module):
         self._shapes: dict[str, Tensor] = {}  # int64, on the CPU whatever the device of the network
         self._buffers_of: dict[str, str] = {}
         _check_operators(graph.nodes)
-        known = {name: to_tensor(values) for name, values in graph.constants.items()}
         nodes: list[Node] = []
         with torch.no_grad():
-            integers_first = with_integer_layers(_with_code_bounds(graph), graph.constants, graph.output)
+            integers_first, biases = with_integer_layers(_with_code_bounds(graph), graph.constants, graph.output)
+            known = {name: to_tensor(values) for name, values in {**graph.constants, **biases}.items()}
             for node in _for_batches(integers_first, graph):
                 if node.operator != "Shape" and all(name in known for name in node.inputs if name):
                     known |= _run(node, [known.get(name) for name in node.inputs], rule)

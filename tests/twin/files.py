@@ -82,7 +82,7 @@ KINDS = [
 ]
 
 
-def quantized(source: Path, path: Path, x: Tensor, kind: tuple[str, bool, str, str] | None) -> Path:
+def quantized(source: Path, path: Path, x: Tensor, kind: tuple[str, bool, str, str] | None, **options: Any) -> Path:
     """The file quantized by onnxruntime with calibration on x; dynamically for ``kind`` None."""
     if kind is None:
         quantize_dynamic(source, path)
@@ -96,6 +96,7 @@ def quantized(source: Path, path: Path, x: Tensor, kind: tuple[str, bool, str, s
             per_channel=per_channel,
             activation_type=QuantType[activations],
             weight_type=QuantType[weights],
+            **options,
         )
     return path
 

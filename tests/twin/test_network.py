@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +26,7 @@ from robustq.twin.deployed import TwinOnImages, first_difference, judge_of
 from robustq.twin.graph import read_graph
 from robustq.twin.inputs import find_form
 from robustq.twin.network import Twin, load_twin
-from tests.twin.files import KINDS, changed, quantized, trained, write
+from tests.twin.files import KINDS, Net, changed, quantized, trained, write
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,14 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def net() -> Net:
     x, y = load_dataset("digits").train.take(0)
-    return write(trained(to_float(x), y), tmp_path_factory.mktemp("foreign") / "float.onnx")
+    return trained(to_float(x), y)
+
+
+@pytest.fixture(scope="module")
+def source(net: Net, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(net, tmp_path_factory.mktemp("foreign") / "float.onnx")
 
 
 def opened(path: Path, **options: Any) -> tuple[TwinOnImages, Model]:
@@ -71,6 +77,41 @@ def test_layers_in_uint8_have_the_codes_of_onnxruntime(
     operators = {node.operator for node in network.twin.nodes}
     assert "QLinearConv" in operators and "Conv" not in operators
     # All sums are of integers; onnxruntime adds residual branches in another order, which moves few codes.
+    apart = (network(x) - judge(x)).abs().amax(dim=1) > 1e-4
+    assert apart.float().mean() < 0.01
+
+
+class Pooled(Net):
+    """With a reshape between the pooling and the quantizer behind it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.relu(x + self.inner(x))
+        logits: Tensor = self.last(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+        return logits
+
+
+def test_float_biases_signed_results_and_moves_are_those_of_onnxruntime(
+    net: Net, digits: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """As NNCF writes them: no bias is quantized, and a branch without ReLU has int8 codes."""
+    x, _ = digits
+    pooled = Pooled().eval()
+    pooled.load_state_dict(net.state_dict())
+    file = write(pooled, tmp_path / "float.onnx")
+    branch = next(node.output[0] for node in onnx.load(file).graph.node if node.name == "/inner/inner.2/Conv")
+    extra = {"QuantizeBias": False, "TensorQuantOverrides": {branch: [{"quant_type": QuantType.QInt8}]}}
+    path = quantized(
+        file,
+        tmp_path / "net.onnx",
+        x[:64],
+        ("QDQ", True, "QUInt8", "QInt8"),
+        op_types_to_quantize=["Conv", "Gemm", "Add", "Relu"],
+        extra_options=extra,
+    )
+    network, judge = opened(path, pixels="unit")
+    operators = {node.operator for node in network.twin.nodes}
+    assert {"QLinearConv", "com.microsoft.QLinearGlobalAveragePool"} <= operators and "Conv" not in operators
     apart = (network(x) - judge(x)).abs().amax(dim=1) > 1e-4
     assert apart.float().mean() < 0.01
 
