@@ -99,7 +99,7 @@ def starving_above(limit: int) -> Callable[[int], None]:
     ("limit", "images", "words"),
     [
         (11, 100, "a batch of 4 fits: --set batch_size=4"),  # 8 would, but without reserve
-        (12, 100, "a batch of 8 fits: --set batch_size=8"),
+        (12, 100, "a batch of 4 fits: --set batch_size=4"),
         (1, 100, "not even a batch of 2 images fits"),
         (32, 60, "monitoring 50 held-out images fits: --set monitor_images=50"),
         (32, 100, "a batch of 32 fits now, so something else took the memory"),

@@ -74,8 +74,8 @@ def fitting_setting(training: Training) -> str:
             training.take_step(batch)
 
     if not fits(lambda: steps(size)):
-        # With a reserve: fragmentation grows during a run.
-        fitting = largest_that_fits(lambda count: steps(count + count // 2), too_large=size, least=2)
+        # Twice the images must fit: fragmentation grows during a run.
+        fitting = largest_that_fits(lambda count: steps(2 * count), too_large=size, least=2)
         if fitting is None:
             return "not even a batch of 2 images fits; take a smaller network or a machine with more memory"
         return f"a batch of {fitting:,} fits: --set batch_size={fitting}"

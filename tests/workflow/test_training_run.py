@@ -99,7 +99,7 @@ def starving(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_out_of_memory_is_found_before_anything_is_written(starving: Any) -> None:
     starving(24)  # half as much again as the batch that is named
-    with pytest.raises(OutOfMemoryError, match=r"batches of 64 images; a batch of 16 fits: --set batch_size=16$"):
+    with pytest.raises(OutOfMemoryError, match=r"batches of 64 images; a batch of 8 fits: --set batch_size=8$"):
         train()
     assert list(Path.cwd().iterdir()) == []
 
@@ -107,7 +107,7 @@ def test_out_of_memory_is_found_before_anything_is_written(starving: Any) -> Non
 def test_out_of_memory_later_names_both_ways_on(starving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Path.cwd()
     starving(24, after=3 + 4)  # three steps of the forecast, three of the first epoch, one of the second
-    with pytest.raises(OutOfMemoryError, match=r"in epoch 2 .* batch of 16 fits.*resume: robustq train --resume run$"):
+    with pytest.raises(OutOfMemoryError, match=r"in epoch 2 .* batch of 8 fits.*resume: robustq train --resume run$"):
         train(out=Path("run"))
     monkeypatch.undo()
     monkeypatch.chdir(home)
