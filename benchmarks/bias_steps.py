@@ -31,7 +31,8 @@ from robustq.export.session import OnnxModel
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.training_run import Job, run_recipe
+from robustq.workflow.job import Job
+from robustq.workflow.training_run import run_recipe
 
 COLUMNS = ("finer", "accumulator", "float, unoptimised", "float, optimised")
 

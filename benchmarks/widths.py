@@ -22,7 +22,8 @@ from robustq.data import load_dataset
 from robustq.models.quant.quantizers import learned_thresholds
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
-from robustq.workflow.training_run import Job, run_recipe
+from robustq.workflow.job import Job
+from robustq.workflow.training_run import run_recipe
 
 ROWS = {
     "float": (32, 32),

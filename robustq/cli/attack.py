@@ -9,16 +9,14 @@ from typing import Annotated, Any
 import typer
 
 import robustq
+from robustq.cli.names import SUITES, one_of, summaries
 from robustq.cli.options import (
-    SUITES,
     FileOut,
     Judging,
     Printing,
-    one_of,
     parse_radius,
     rare,
     run_job,
-    summaries,
     with_groups,
 )
 from robustq.errors import OutputError, UsageError

@@ -8,17 +8,14 @@ from typing import Annotated
 import typer
 
 import robustq
+from robustq.cli.names import CONSUMERS, FORMATS, one_of, summaries
 from robustq.cli.options import (
-    CONSUMERS,
-    FORMATS,
     FileOut,
     Judging,
     Printing,
     failed_checks,
-    one_of,
     rare,
     run_job,
-    summaries,
     with_groups,
 )
 

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 
 import robustq
+from robustq.cli.names import complete_recipe
 from robustq.cli.options import (
     CustomModel,
     Device,
     Printing,
     Reading,
     Seed,
-    complete_recipe,
     failed_checks,
     run_job,
     with_groups,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from robustq.data import Augment
@@ -12,7 +13,9 @@ from robustq.models.quant.quantizers import BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.recipe import Recipe, parse_epsilon
 from robustq.recipe.schema import Vocabulary, shown, validation_errors
-from robustq.tables import misfit
+from robustq.tables import misfit, read_table
+
+CONFIG = "config.json"
 
 _SHAPE: dict[str, Any] = {
     "command": str,
@@ -29,6 +32,27 @@ _SHAPE: dict[str, Any] = {
 
 MAY_CHANGE = ("tensorboard", "compile", "cuda_graphs")
 """Keys of the recipe in config.json that may be edited before a run is resumed."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a run folder.
+
+    Raises:
+        UsageError: no such folder, or no run folder.
+    """
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "no such folder"
+        raise UsageError(f"{path}: {what}; give the folder of a run, such as runs/NAME")
+    if not (path / CONFIG).is_file():
+        raise UsageError(f"{path}: has no {CONFIG}, so it is not the folder of a run")
+    config = read_table(path / CONFIG, error=UsageError)
+    wrong = wrong_entry(config)
+    if wrong is not None:
+        raise UsageError(
+            f"{path / CONFIG}: does not describe a run of robustq train or harden ('{wrong}' is missing or cannot be "
+            "used); put it back, or start a new run"
+        )
+    return config
 
 
 def wrong_entry(config: dict[str, Any]) -> str | None:

@@ -10,92 +10,28 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from robustq.checkpoint import save_atomically, save_state
-from robustq.errors import ModelFileError, OutputExistsError, RunLockedError, UsageError
+from robustq.errors import ModelFileError, OutputExistsError, UsageError
 from robustq.files import check_new, open_regular, remove_partials, write_text_atomically
 from robustq.hardening.metrics import TensorBoardLogger
-from robustq.hardening.run_config import first_change, wrong_entry
+from robustq.hardening.run_config import CONFIG, first_change, read_config
+from robustq.hardening.run_lock import RunLock, check_not_running
 from robustq.models.fx.factory import runs_user_code
 from robustq.models.spec import ModelSpec
 from robustq.outputs import atomic_folder
 from robustq.progress import note
-from robustq.tables import read_table
 from robustq.torch_file import read_checkpoint
 
 RUNS = Path("runs")
 LAST_HARDENED = "last-hardened"
 LONGEST_PATH = 4096
 
-CONFIG, METRICS, RESULT, RESUME = "config.json", "metrics.jsonl", "result.json", "resume.pt"
+METRICS, RESULT, RESUME = "metrics.jsonl", "result.json", "resume.pt"
 FORMAT = "robustq-resume"
 VERSION = 1
-
-LOCK = "run.lock"
-"""The lock file in the folder; its text (process, host, since when) is for messages only."""
-
-
-class RunLock:
-    """Allows one writer of an existing run folder: a kernel lock, released when its process ends, even if killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / LOCK
-        self._lock = FileLock(self._path, thread_local=False)
-
-    def acquire(self) -> None:
-        """Take the lock, without waiting.
-
-        Raises:
-            RunLockedError: another run holds it; names its process and host.
-        """
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout as error:
-            raise RunLockedError(
-                f"{self._folder} is being written by {_holder(self._path)}; wait until it has ended, or stop it "
-                "(Ctrl-C or kill saves first)"
-            ) from error
-        about = {
-            "process": os.getpid(),
-            "host": socket.gethostname(),
-            "since": datetime.now().isoformat(sep=" ", timespec="seconds"),
-        }
-        # In place: a file renamed to this name would not be locked.
-        self._path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-
-    def release(self) -> None:
-        """Release the lock and remove its file."""
-        if self._lock.is_locked:
-            # Removed while locked: a process that has just opened it notices that its name is gone.
-            self._path.unlink(missing_ok=True)
-            self._lock.release()
-
-
-def check_not_running(folder: Path) -> None:
-    """Check that no other run is writing the folder.
-
-    Raises:
-        RunLockedError: names its process and host.
-    """
-    if (folder / LOCK).exists():
-        lock = RunLock(folder)
-        lock.acquire()
-        lock.release()
-
-
-def _holder(path: Path) -> str:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {about['process']} on {about['host']} (since {about['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"  # it has just taken the lock and not yet written the file
 
 
 class RunFolder:
@@ -258,27 +194,6 @@ class RunFolder:
 def _write_resume(folder: Path, state: dict[str, Any], config: dict[str, Any]) -> None:
     content = {"format": FORMAT, "version": VERSION, "config": json.dumps(config), "state": state}
     save_atomically(content, folder / RESUME)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a run folder.
-
-    Raises:
-        UsageError: no such folder, or no run folder.
-    """
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "no such folder"
-        raise UsageError(f"{path}: {what}; give the folder of a run, such as runs/NAME")
-    if not (path / CONFIG).is_file():
-        raise UsageError(f"{path}: has no {CONFIG}, so it is not the folder of a run")
-    config = read_table(path / CONFIG, error=UsageError)
-    wrong = wrong_entry(config)
-    if wrong is not None:
-        raise UsageError(
-            f"{path / CONFIG}: does not describe a run of robustq train or harden ('{wrong}' is missing or cannot be "
-            "used); put it back, or start a new run"
-        )
-    return config
 
 
 def check_unfinished(path: Path) -> None:

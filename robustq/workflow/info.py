@@ -14,7 +14,8 @@ from robustq.errors import ModelFileError
 from robustq.export.bundle import open_bundle
 from robustq.export.description import describe_onnx
 from robustq.files import check_model_file
-from robustq.hardening.run_folder import CONFIG, RESULT
+from robustq.hardening.run_config import CONFIG
+from robustq.hardening.run_folder import RESULT
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
 from robustq.models.state_dict import describe_layers, find_state_dicts, with_usual_names

@@ -16,7 +16,8 @@ from robustq.data import to_float
 from robustq.evaluation.accuracy import correct
 from robustq.files import free_path, write_text_atomically
 from robustq.hardening.methods.ptq import PtqSettings, correct_biases
-from robustq.hardening.run_folder import CONFIG, RESULT
+from robustq.hardening.run_config import CONFIG
+from robustq.hardening.run_folder import RESULT
 from robustq.memory import shrinking
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.state_dict import with_names_of
@@ -24,11 +25,10 @@ from robustq.outputs import atomic_folder
 from robustq.progress import detail, note
 from robustq.recipe.schema import check_settings
 from robustq.report.info import toml_lines
+from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.setup import versions
 from robustq.workflow.training_run import (
     EVALUATION_BATCH,
-    Job,
-    TrainResult,
     accuracy_on_test,
     calibrate_on,
     with_calibration_images,

@@ -10,16 +10,17 @@ import torch
 from robustq.data import Augment, Dataset
 from robustq.errors import DataError, ModelFileError, RobustqError, UsageError, one_line
 from robustq.hardening.metrics import check_tensorboard
-from robustq.hardening.run_config import read_entries
-from robustq.hardening.run_folder import CONFIG, RESUME, RunFolder
+from robustq.hardening.run_config import CONFIG, read_entries
+from robustq.hardening.run_folder import RESUME, RunFolder
 from robustq.hardening.saved_state import check_state
 from robustq.models.spec import ModelSpec, build_model
 from robustq.progress import note
 from robustq.recipe import Recipe
 from robustq.seals import sha256
+from robustq.workflow.job import TrainResult
 from robustq.workflow.run_log import check_forecast, log_run
 from robustq.workflow.setup import check_last_batch, data_for, pick_device, versions
-from robustq.workflow.training_run import TrainResult, complete_run, prepare
+from robustq.workflow.training_run import complete_run, prepare
 
 
 def resume_run(

@@ -13,15 +13,14 @@ from robustq.data import Dataset
 from robustq.errors import OutputError, RunLockedError, UsageError
 from robustq.hardening.forecast import fitting_setting, forecast
 from robustq.hardening.precision import WORTH_COMPILING, advice, compile_notes, has_integer_convolution
+from robustq.hardening.run_config import CONFIG, read_config
 from robustq.hardening.run_folder import (
-    CONFIG,
     RESULT,
     RESUME,
     RUNS,
-    check_not_running,
-    read_config,
     resume_command,
 )
+from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.memory import within_memory
 from robustq.models.quant.quantizers import QuantReLU

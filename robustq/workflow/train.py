@@ -19,9 +19,12 @@ from robustq.progress import note
 from robustq.recipe import DEFAULT_EPSILON, Recipe
 from robustq.workflow.export_check import check_export
 from robustq.workflow.float_check import count_float_network
+from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.quantize import quantize, quantize_only
-from robustq.workflow.setup import WidthOptions, data_for, open_source, pick_device, read_recipe, with_normalisation
-from robustq.workflow.training_run import Job, TrainResult, check_job, run_recipe, with_absolute_teacher
+from robustq.workflow.setup import data_for, open_source, pick_device, read_recipe, with_normalisation
+from robustq.workflow.teacher import with_absolute_teacher
+from robustq.workflow.training_run import check_job, run_recipe
+from robustq.workflow.widths import WidthOptions
 from robustq.zoo import model_path
 
 

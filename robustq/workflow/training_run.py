@@ -1,35 +1,28 @@
-"""One training run in its folder: teacher, calibration, training and result."""
+"""One training run in its folder: calibration, training and result."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from robustq.checkpoint import load_model
-from robustq.data import NO_AUGMENT, Augment, Dataset, to_float
+from robustq.data import Augment, Dataset, to_float
 from robustq.errors import (
-    DataError,
-    ModelFileError,
     NotFiniteError,
     OutputError,
     OutputExistsError,
     RunStoppedError,
-    UsageError,
 )
-from robustq.evaluation.accuracy import correct, wilson_interval
-from robustq.files import check_model_file, free_path
+from robustq.evaluation.accuracy import correct
+from robustq.files import free_path
 from robustq.hardening.forecast import fitting_setting
-from robustq.hardening.methods.method import MethodContext, Teacher
-from robustq.hardening.methods.registry import SETTINGS, build_method, resolved_settings
-from robustq.hardening.methods.rslad import CachedTeacher, OnlineTeacher
+from robustq.hardening.methods.method import MethodContext
+from robustq.hardening.methods.registry import build_method
 from robustq.hardening.metrics import check_tensorboard
-from robustq.hardening.monitor import Collapse, Monitor
+from robustq.hardening.monitor import Monitor
 from robustq.hardening.run_folder import RUNS, RunFolder, remember_hardened
 from robustq.hardening.state import StopRequest, restore
 from robustq.hardening.trainer import Training
@@ -37,158 +30,15 @@ from robustq.memory import shrinking, within_memory
 from robustq.models.quant.calibration import calibrate
 from robustq.models.spec import ModelSpec
 from robustq.progress import bar, note
-from robustq.recipe import Recipe, format_epsilon
-from robustq.seals import sha256
-from robustq.workflow import Result
+from robustq.recipe import Recipe
+from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.run_log import check_forecast, log_run
-from robustq.workflow.setup import augmentation, check_fit, check_last_batch, radius_of, versions
+from robustq.workflow.setup import augmentation, check_last_batch, radius_of
+from robustq.workflow.teacher import open_teacher
 
 EVALUATION_BATCH = 500
 
 T = TypeVar("T")
-
-
-def with_absolute_teacher(recipe: Recipe) -> Recipe:
-    """``recipe`` with an absolute path of its teacher, if it has one, so that a run can be resumed from any folder.
-
-    UsageError if it needs a teacher and names none, ModelFileError if the file is missing or empty.
-    """
-    if not SETTINGS[recipe.method].needs_teacher:
-        return recipe
-    path = str(resolved_settings(recipe)["teacher"])
-    if not path:
-        raise UsageError(
-            f"recipe {recipe.name} needs a robust teacher; add --set {recipe.method}.teacher=FILE, a model file of "
-            "robustq with the same classes"
-        )
-    try:
-        check_model_file(Path(path))
-    except ModelFileError as error:
-        raise ModelFileError(f"{recipe.method}.teacher: {error}") from error
-    return replace(recipe, settings={**recipe.settings, "teacher": str(Path(path).absolute())})
-
-
-def open_teacher(recipe: Recipe, data: Dataset, *, augment: Augment, device: torch.device) -> Teacher | None:
-    """The teacher that ``recipe`` names, on ``device``; None for methods without one.
-
-    Raises:
-        ModelFileError: the file is missing, or no model file of robustq.
-        DataError: it was made for other classes or images.
-    """
-    if not SETTINGS[recipe.method].needs_teacher:
-        return None
-    settings = resolved_settings(recipe)
-    path, key = Path(settings["teacher"]), f"{recipe.method}.teacher"
-    try:
-        check_model_file(path)
-        network, spec, _ = load_model(path)
-        check_fit(spec, data, path)
-    except (ModelFileError, DataError) as error:
-        raise type(error)(f"{key}: {error}") from error
-    if spec.class_names and data.class_names and tuple(spec.class_names) != tuple(data.class_names):
-        pairs = enumerate(zip(spec.class_names, data.class_names, strict=True))
-        first = next(index for index, (ours, theirs) in pairs if ours != theirs)
-        raise DataError(
-            f"{key}: {path} calls class {first} '{spec.class_names[first]}', {data.name} calls it "
-            f"'{data.class_names[first]}'; give a teacher of the same classes in the same order"
-        )
-    radius = "trained without a defence" if spec.epsilon is None else f"epsilon {format_epsilon(spec.epsilon)}"
-    note(f"teacher {spec.label} ({radius}), {path}")
-    network = network.to(device)
-    if settings["teacher_sees"] == "augmented" and augment != NO_AUGMENT:
-        return OnlineTeacher(network)
-    return CachedTeacher(network, data.train, mirrored=augment.flip, device=device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """The inputs of a run, checked and loaded."""
-
-    spec: ModelSpec
-    data: Dataset
-    recipe: Recipe
-    seed: int  # of order, augmentation and the method's draws
-    device: torch.device
-    out: Path | None  # run folder, checked to be free; None: ``runs/<label>-<method>``
-    source: Path | None  # the model file that is fine-tuned; None: from scratch
-    float_accuracy: float | None = None  # of the float network in that file, on held-out images
-    skip_bad_images: bool = False  # how the data were loaded, for a later resume
-
-    @property
-    def default_folder(self) -> Path:
-        """The run folder without ``out``."""
-        return RUNS / f"{self.spec.label}-{self.recipe.method}"
-
-    def config(self, augment: Augment | None = None) -> dict[str, Any]:
-        """The content of config.json."""
-        source, data = self.source, self.data
-        return {
-            "command": "train" if source is None else "harden",
-            "recipe": {**self.recipe.to_dict(), "settings": resolved_settings(self.recipe)},
-            "source": None
-            if source is None
-            else {"path": str(source.absolute()), "sha256": sha256(source), "float_accuracy": self.float_accuracy},
-            "spec": self.spec.to_dict(),
-            "data": {"name": data.name, "digest": data.digest(), "skip_bad_images": self.skip_bad_images},
-            **({} if augment is None else {"augment": asdict(augment)}),
-            "seed": self.seed,
-            "device": str(self.device),
-            "versions": versions(),
-        }
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class TrainResult(Result):
-    """Result of train and harden, and the content of result.json.
-
-    Accuracies of the hold-out are those of the best epoch; None: not measured.
-    """
-
-    OPTIONAL = ("seconds", "float_holdout_accuracy", "bits", "method")
-
-    checkpoint: Path  # the best epoch's model file, in the run folder
-    run: Path
-    model: str  # label of the network, such as ``resnet20-w4a4``
-    recipe: str
-    clean_accuracy: float  # on the test images
-    clean_interval: tuple[float, float]  # 95%
-    test_images: int
-    epochs: int  # planned
-    epochs_done: int = 0
-    best_epoch: int = 0  # that of the checkpoint
-    holdout_clean_accuracy: float
-    holdout_pgd10_accuracy: float | None = None
-    seconds_per_epoch: float = 0.0
-    seconds: float | None = None  # of post-training quantization
-    size_bytes: int
-    epsilon: float | None
-    seed: int
-    collapsed: Collapse | None = None  # the collapse of robust accuracy that ended the run
-    shortfalls: tuple[str, ...] = ()  # failed checks, in words
-    float_holdout_accuracy: float | None = None  # of the float network that harden was given
-    bits: int | None = None  # of harden, as the next
-    method: str | None = None
-
-    @classmethod
-    def of(
-        cls, run: Path, spec: ModelSpec, recipe: Recipe, answers: tuple[int, int], *, hardened: bool, **others: Any
-    ) -> TrainResult:
-        """The result of a run of ``recipe`` in the folder ``run``; ``answers``: see :func:`accuracy_on_test`."""
-        run, (right, count) = run.absolute(), answers
-        return cls(
-            checkpoint=run / "best.pt",
-            run=run,
-            model=spec.label,
-            recipe=recipe.name,
-            clean_accuracy=right / count,
-            clean_interval=wilson_interval(right, count),
-            test_images=count,
-            epochs=recipe.epochs,
-            epsilon=spec.epsilon,
-            bits=spec.weight_bits if hardened else None,
-            method=recipe.method if hardened else None,
-            **others,
-        )
 
 
 def run_recipe(model: nn.Module, job: Job) -> TrainResult:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from robustq.cli import options
+from robustq.cli import names
 from robustq.data import DATASET_NAMES
 from robustq.errors import RobustqWarning
 from robustq.evaluation.suites import SUITES
@@ -126,12 +126,12 @@ done
 
 
 def test_completed_names_are_those_of_the_rooms() -> None:
-    assert tuple(ARCHITECTURES) == tuple(options.ARCHITECTURES)
-    assert {name: entry.summary for name, entry in FORMATS.items()} == options.FORMATS
-    assert {name: entry.summary for name, entry in SUITES.items()} == options.SUITES
-    assert tuple(options.DATA) == DATASET_NAMES
-    assert options.complete_setting("") == [f"{key}=" for key in KEYS]
-    assert options.complete_setting("epochs=") == []
+    assert tuple(ARCHITECTURES) == tuple(names.ARCHITECTURES)
+    assert {name: entry.summary for name, entry in FORMATS.items()} == names.FORMATS
+    assert {name: entry.summary for name, entry in SUITES.items()} == names.SUITES
+    assert tuple(names.DATA) == DATASET_NAMES
+    assert names.complete_setting("") == [f"{key}=" for key in KEYS]
+    assert names.complete_setting("epochs=") == []
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

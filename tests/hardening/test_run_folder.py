@@ -16,7 +16,8 @@ import torch
 
 from robustq.checkpoint import load_model
 from robustq.errors import ModelFileError, OutputExistsError, RobustqError, RunLockedError, UsageError
-from robustq.hardening.run_folder import LOCK, RESUME, RunFolder, check_new_run, resume_command
+from robustq.hardening.run_folder import RESUME, RunFolder, check_new_run, resume_command
+from robustq.hardening.run_lock import LOCK
 from robustq.models.spec import ModelSpec, build_model
 
 SPEC = ModelSpec("resnet8", 32, 32, 10, 1, 8, "digits", 0.1, tuple("0123456789"))
@@ -114,7 +115,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from robustq.hardening.run_folder import RunLock
+from robustq.hardening.run_lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 lock.acquire()
 if sys.argv[2] == "fork":

@@ -39,7 +39,7 @@ from robustq.hardening.trainer import Training
 from robustq.models.spec import ModelSpec, build_model
 from robustq.recipe import load_recipe
 from robustq.workflow import run_log, training_run
-from robustq.workflow.training_run import open_teacher, with_absolute_teacher
+from robustq.workflow.teacher import open_teacher, with_absolute_teacher
 
 KEYS = ("epochs=2", "train_images=150", "batch_size=64", "monitor_images=10")
 
