@@ -18,8 +18,7 @@ PRECISIONS = (FLOAT32, TF32, BFLOAT16)  # of a training pass (robustq.hardening.
 SAME, INTEGER = "same", "integer"
 SIDE_PRECISIONS = (SAME, FLOAT32, BFLOAT16, INTEGER)  # of the auxiliary passes; TF32 is one switch for a whole step
 
-METADATA = ("paper_rows", "evidence")
-"""Keys that describe a recipe; no run depends on them (:mod:`robustq.recipe.paper`)."""
+METADATA = ("paper_rows", "evidence")  # describe a recipe; no run depends on them (robustq.recipe.paper)
 
 
 class Range(NamedTuple):
@@ -267,7 +266,7 @@ def settings_errors(settings: Mapping[str, Any], kind: type, *, table: str) -> l
 
 def unknown_value(key: str, value: object, known: Sequence[Any]) -> str:
     """``key = value is unknown``, with the known values and the nearest of them."""
-    near = difflib.get_close_matches(str(value)[:80], [str(one) for one in known], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:80], list(map(str, known)), n=1, cutoff=0.5)
     nearest = f" (nearest: {near[0]})" if near else ""
     return f"{key} = {shown(value)} is unknown; known: {', '.join(map(str, known))}{nearest}"
 
@@ -281,9 +280,8 @@ def number_errors(
     """
     if (low < value if above else low <= value) and value <= high and not (integer and value != int(value)):
         return []
-    kind = "an integer" if integer else "a number"
     span = f"over {low:g} and at most {high:.9g}" if above else f"from {low:g} to {high:.9g}"
-    return [f"{key} = {shown(value)} must be {kind} {span}"]
+    return [f"{key} = {shown(value)} must be {'an integer' if integer else 'a number'} {span}"]
 
 
 def shown(value: object) -> str:

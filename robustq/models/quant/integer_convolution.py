@@ -1,12 +1,10 @@
 """Convolutions of integers for passes that train no weight (auxiliary passes, attacks); not those of exported files.
 
 Weights and quantized activations lie on grids, so a convolution of them is a sum of integers times one scale a channel.
-Processors with VNNI compute such sums exactly, three times as fast as a float32 convolution
-(docs/results/training-cost.md). The backward pass is in bfloat16 where the processor has fast instructions for it: no
-code flips there.
+Processors with VNNI compute such sums exactly, three times as fast as a float32 convolution. The backward pass is in
+bfloat16 where the processor has fast instructions for it: no code flips there. Measured: docs/results/training-cost.md.
 
-The kernel is oneDNN's, under the names by which torch.compile calls it. They are no public interface:
-:func:`is_available` first compares a small convolution.
+The kernel is oneDNN's, under names that are no public interface: :func:`is_available` first compares a convolution.
 """
 
 from __future__ import annotations
@@ -28,8 +26,7 @@ from robustq.models.quant.folded_layers import ExactConv2d
 from robustq.models.quant.shared_weights import replaced
 from robustq.models.quant.straight_through import FusedIntQuant
 
-LARGEST_CODE = 255
-"""Of an input, less the lowest one: the kernel takes uint8 and int8."""
+LARGEST_CODE = 255  # of an input, less the lowest one: the kernel takes uint8 and int8
 
 
 def _capabilities() -> Any:
@@ -45,12 +42,12 @@ def lacks_bfloat16() -> bool:
 def slows_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 at half the pace of float32, by instructions of its own.
 
-    So do Intel's cores whose pace lies in AMX, where that is hidden, as in many a virtual machine
-    (docs/results/training-cost.md). They are known by 16-bit floats of the other kind, which came with AMX.
+    So do Intel's cores whose pace lies in AMX, where virtual machines hide that. 16-bit floats of the other kind, which
+    came with AMX, tell.
     """
     found = _capabilities()
-    made_for_amx = str(found.get("cpu_name", "")).startswith("Intel") and bool(found.get("avx512_fp16"))
-    return made_for_amx and not found.get("amx_bf16")
+    is_intel = str(found.get("cpu_name", "")).startswith("Intel")
+    return is_intel and bool(found.get("avx512_fp16")) and not found.get("amx_bf16")
 
 
 @cache
@@ -204,17 +201,15 @@ def convolve_codes(
 
     Returns (N, K, H', W') float32, channels last: the exact sum of products, rounded once and again by the scales.
     """
-    answer: Tensor = torch.ops.robustq.convolve_codes(
-        codes, scale, weight_codes, weight_scale, stride, padding, dilation, groups, zero_point
-    )
+    how = (stride, padding, dilation, groups, zero_point)
+    answer: Tensor = torch.ops.robustq.convolve_codes(codes, scale, weight_codes, weight_scale, *how)
     return answer
 
 
 _packed = WeakTensorKeyDictionary()
 """Weight codes -> settings of a convolution, and the kernel's form of the codes for them; a step's passes share it."""
 
-_ZERO = torch.zeros(1, dtype=torch.int64)
-"""The zero point of weights."""
+_ZERO = torch.zeros(1, dtype=torch.int64)  # the zero point of weights
 
 
 def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
@@ -233,9 +228,7 @@ def _on_cpu(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Te
 
 def _shape_of(codes: Tensor, scale: Tensor, weight_codes: Tensor, weight_scale: Tensor, *how: Any) -> Tensor:
     sizes = zip(codes.shape[2:], weight_codes.shape[2:], *how[:3], strict=True)
-    size = [
-        (x + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for x, kernel, stride, padding, dilation in sizes
-    ]
+    size = [(x + 2 * pad - dilation * (kernel - 1) - 1) // step + 1 for x, kernel, step, pad, dilation in sizes]
     # Not its len, which would bind compiled code to this number of images.
     made = torch.empty(codes.shape[0], len(weight_codes), *size, device=codes.device)
     return made.contiguous(memory_format=torch.channels_last)
