@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NoReturn, TypeVar
 
 from robustq.errors import OutOfMemoryError, one_line
@@ -183,7 +184,7 @@ def largest_that_fits(work: Callable[[int], object], *, too_large: int, least: i
     """
     size = too_large // 2
     while size >= least:
-        if fits(lambda size=size: work(size)):  # type: ignore[misc]
+        if fits(partial(work, size)):
             return size
         size //= 2
     return None
@@ -196,7 +197,11 @@ def shrinking(work: Callable[[int], T], size: int) -> T:
         OutOfMemoryError: not even 1 fits.
     """
     results: list[T] = []
-    while runs_out_of_memory(lambda size=size: results.append(work(size))):  # type: ignore[misc]
+
+    def attempt(count: int) -> None:
+        results.append(work(count))
+
+    while runs_out_of_memory(partial(attempt, size)):
         if size <= 1:
             raise OutOfMemoryError("out of memory, not even one image fits; take a machine with more memory")
         size //= 2

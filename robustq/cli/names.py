@@ -1,4 +1,4 @@
-"""Names for help texts and completion: methods' recipes, suites, formats, data sets, as the registries hold them."""
+"""Names of suites, formats, data sets and recipes for help and completion, read from the source of the registries."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ WRAPPERS = (
     *("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights"),
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
 )
-"""Keys of training checkpoints that hold the weights; averaged ones last."""
+"""Usual keys of the weights in training checkpoints, in the order in which they are taken; averaged ones last."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 """Prefixes of every name by DataParallel, torch.compile, and modules that hold the network as a member."""
@@ -42,27 +42,32 @@ def is_bare_state_dict(content: Any) -> bool:
 def find_state_dicts(content: Any) -> dict[str, dict[str, Tensor]]:
     """The sets of weights in a file, by their key in it; of a bare state dict or module the key is empty.
 
-    The names of the weights are those of the file. Other entries of a training checkpoint are left out.
+    The names of the weights are those of the file. Sets under other keys than those of :data:`WRAPPERS` come last; a
+    table of tensors of which none is called ``weight``, such as one of measurements, is no set of weights. Files of
+    robustq have readers of their own and give none.
     """
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if is_bare_state_dict(content):
         return {"": dict(content)}
     found: dict[str, dict[str, Tensor]] = {}
-    for key in WRAPPERS if isinstance(content, dict) else ():
+    keys = [key for key in content if isinstance(key, str)] if isinstance(content, dict) else []
+    if str(content.get("format") if keys else "").startswith("robustq-"):
+        return found
+    for key in [*(key for key in WRAPPERS if key in keys), *(key for key in keys if key not in WRAPPERS)]:
         inner = content.get(key)
         # Two levels are enough for {"model": {"state_dict": ...}}, and a dict that holds itself ends too.
         if isinstance(inner, dict) and not is_bare_state_dict(inner):
             inner = next((inner[name] for name in WRAPPERS if isinstance(inner.get(name), dict | nn.Module)), inner)
         if isinstance(inner, nn.Module):
             inner = inner.state_dict()
-        if is_bare_state_dict(inner):
+        if is_bare_state_dict(inner) and (key in WRAPPERS or any(name.endswith("weight") for name in inner)):
             found[key] = dict(inner)
     return found
 
 
 def with_usual_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without prefixes and without what tools add, under torchvision's names."""
+    """``state`` under torchvision's names, without prefixes and without entries that tools add."""
     state = {name: value for name, value in state.items() if not _is_extra(name)}
     heads = {name.removesuffix("conv1.weight") for name in state if name.endswith(".conv1.weight")}
     heads = {head for head in heads if head in PREFIXES and f"{head}fc.weight" in state}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from robustq.checkpoint import FORMAT, describe_state_dict, load_model
+from robustq.checkpoint import describe_state_dict, load_model
 from robustq.errors import ModelFileError
 from robustq.export.bundle import open_bundle
 from robustq.export.description import describe_onnx
@@ -82,7 +82,7 @@ def _describe(path: Path, custom_model: str | None) -> tuple[str, dict[str, Any]
     if path.suffix == ".onnx":
         return "onnx", {**size, **describe_onnx(path), **_as_classifier(path)}
     content = read_checkpoint(path)
-    sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
+    sets = find_state_dicts(content)
     if not sets:
         return "model", {**size, **_model(path, custom_model)}
     state = with_usual_names(next(iter(sets.values())))

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from robustq.checkpoint import FORMAT, check_finite, describe_state_dict, load_model
+from robustq.checkpoint import check_finite, describe_state_dict, load_model
 from robustq.data import DATASET_NAMES, Augment, Dataset, load_dataset, to_float, usual_augment
 from robustq.errors import DataError, ModelFileError, RecipeError, UsageError
 from robustq.hardening.methods.registry import SETTINGS
@@ -182,7 +182,7 @@ def open_source(
         DataError: the data do not fit a bare state dict.
     """
     content = read_checkpoint(path, trust_pickle=trust_pickle)
-    sets = {} if isinstance(content, dict) and content.get("format") == FORMAT else find_state_dicts(content)
+    sets = find_state_dicts(content)
     if not sets:
         model, spec, _ = load_model(path, custom_model=custom_model)
         if architecture is not None and architecture != spec.architecture:

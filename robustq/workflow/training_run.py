@@ -69,7 +69,7 @@ def run_recipe(model: nn.Module, job: Job) -> TrainResult:
 
 
 def check_job(model: nn.Module, job: Job) -> Augment:
-    """The augmentation of a job that can be trained.
+    """Check that a job can be trained; return its augmentation.
 
     Raises:
         RecipeError: the last batch has one image, or a crop may miss the image.

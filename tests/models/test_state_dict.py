@@ -89,6 +89,13 @@ def test_the_first_set_of_weights_is_taken_and_others_are_named(
         open_source(path, "digits", weights="ema")
 
 
+def test_weights_are_found_under_unusual_keys_too() -> None:
+    state = dict(build_model(small_spec(32)).state_dict())
+    content = {"metrics": {"acc": torch.ones(1)}, "params_ema": state, "generator": state, "model": state}
+    assert list(find_state_dicts(content)) == ["model", "params_ema", "generator"]
+    assert find_state_dicts({"format": "robustq-resume", "weights": state}) == {}
+
+
 def test_harmless_values_beside_the_weights_are_read(tmp_path: Path) -> None:
     beside: dict[str, Any] = {
         "best_acc": np.float64(0.9),
@@ -112,7 +119,7 @@ def test_half_precision_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_negative_variance_is_refused(tmp_path: Path) -> None:
     net = build_model(small_spec(32))
-    net.get_submodule("bn1").running_var[1] = -0.1  # type: ignore[operator]
+    net.state_dict()["bn1.running_var"][1] = -0.1
     save_model(tmp_path / "own.pt", net, small_spec(32))
     torch.save(net.state_dict(), tmp_path / "bare.pt")
     for name in ("own.pt", "bare.pt"):

@@ -47,7 +47,7 @@ def quantized_graph(
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
-    check_answers(network, model, normalisation, channels=channels, image_size=image_size, name=name)
+    check_graph(network, model, normalisation, channels=channels, image_size=image_size, name=name)
     output = next(node for node in model.graph.nodes if node.op == "output")
     shape = output.all_input_nodes[0].meta["shape"]
     if shape is None or len(shape) != 2:
@@ -79,7 +79,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
 
 
 @torch.no_grad()
-def check_answers(
+def check_graph(
     network: nn.Module,
     model: GraphModule,
     normalisation: Normalisation | None,
