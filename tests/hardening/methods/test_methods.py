@@ -348,7 +348,7 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
             loss = method.loss(x, x_adv, y, indices).loss
             torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
         elif name == "fgsm-mep":
-            method._prior = None  # its first call would reuse the answer at the old weights
+            method.prior._logits = None  # its first call would reuse the answer at the old weights
         state = {key: value.clone() for key, value in method.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
