@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from robustq.cli.attack import attack
+from robustq.cli.bench import bench
 from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes, zoo
 from robustq.cli.limited import watch_for_crashes
@@ -114,7 +115,7 @@ def _root(
     """Common to all commands."""
 
 
-for _command in (quickstart, train, harden, attack, export, recheck, info, recipes, zoo):
+for _command in (quickstart, train, harden, attack, export, recheck, bench, info, recipes, zoo):
     app.command(cls=Command)(_command)
 
 
