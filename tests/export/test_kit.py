@@ -48,7 +48,8 @@ def bundle(tmp_path: Path) -> Path:
 def check(device: Path, file: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run check.py without this environment's packages."""
     script = file.parent / KIT / "check.py"
-    program = f"import sys, runpy; sys.path.append({str(device)!r}); sys.argv = {['check.py', '--seconds', '0.1', *words]!r}; "
+    typed = ["check.py", "--seconds", "0.1", *words]
+    program = f"import sys, runpy; sys.path.append({str(device)!r}); sys.argv = {typed!r}; "
     program += f"runpy.run_path({str(script)!r}, run_name='__main__')"
     # -I: no environment variables, no user packages; -S: no site-packages.
     return subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
