@@ -17,11 +17,14 @@ from torch import Tensor
 
 from robustq.data import to_float
 from robustq.data.splits import evenly_spaced
+from robustq.evaluation.accuracy import predict
 from robustq.export.session import OnnxModel
 from robustq.export.timing import cpu_name
 from robustq.seals import sha256
 
 KIT = "kit"
+
+BATCH = 100
 
 LARGEST_IMAGES, MOST_IMAGES = 16 << 20, 500
 """Bytes of all images of a kit, and their number at most."""
@@ -41,7 +44,7 @@ def write_kit(
     rows = evenly_spaced(len(images), min(fitting, MOST_IMAGES))
     clean, labels, x_adv = images[rows], labels[rows], x_adv[rows]
     judge = OnnxModel(file)
-    answers = [torch.cat([judge(to_float(part)).argmax(1) for part in some.split(100)]) for some in (clean, x_adv)]
+    answers = [predict(judge, to_float(some), batch_size=BATCH) for some in (clean, x_adv)]
     right = [int((one == labels).sum()) for one in (answers[0], torch.where(answers[0] == labels, answers[1], -1))]
     kit = folder / KIT
     kit.mkdir()
