@@ -87,8 +87,8 @@ def time_files(subjects: Sequence[Subject], *, threads: int = 1, seconds: float 
     many = _in_turns(calls, seconds)
     return [
         Timing(
-            median_ms=1000 * statistics.median(ones),
-            p99_ms=1000 * float(np.percentile(ones, 99, method="higher")),
+            median_ms=_median_and_p99(ones)[0],
+            p99_ms=_median_and_p99(ones)[1],
             calls=len(ones),
             images_per_second=size / statistics.median(some),
             batch=size,
@@ -98,6 +98,26 @@ def time_files(subjects: Sequence[Subject], *, threads: int = 1, seconds: float 
         )
         for subject, ones, some, size, (load, memory) in zip(subjects, single, many, batches, loads, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds for one image with one thread: median, and what 99 of 100 calls do not exceed; and the CPU."""
+
+    median_ms: float
+    p99_ms: float
+    cpu: str
+
+    @classmethod
+    def of(cls, subject: Subject, *, seconds: float = 1.0) -> Latency:
+        """Time a file alone for some seconds. Raises: as :func:`time_files`."""
+        (times,) = _in_turns([one_call(open_timed(subject.path, 1), subject, 1)], seconds)
+        return cls(*_median_and_p99(times), cpu_name())
+
+
+def _median_and_p99(times: list[float]) -> tuple[float, float]:
+    """In milliseconds."""
+    return 1000 * statistics.median(times), 1000 * float(np.percentile(times, 99, method="higher"))
 
 
 def open_timed(path: Path, threads: int) -> Any:

@@ -31,6 +31,7 @@ def export_lines(result: Result) -> list[str]:
     if not result["equal_in"]:
         lines.append("equal   answers proved in no runtime: do not use this file")
     lines += not_for_lines(result)
+    lines.append(f"card    {result['bundle']}/card.html")
     if result["kit"]:
         lines.append(f"kit     check on the device: python3 {result['bundle']}/{result['kit']}/check.py")
     return lines

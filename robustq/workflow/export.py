@@ -22,6 +22,7 @@ from robustq.export.kit import KIT, write_kit
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
+from robustq.export.timing import Latency, Subject
 from robustq.files import check_output, free_path, optional_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.preprocessing import preprocessing_of
@@ -29,6 +30,7 @@ from robustq.models.quant.folding import fold
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.recipe import parse_epsilon
+from robustq.report.card import write_card
 from robustq.workflow import Result
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 from robustq.zoo import model_path
@@ -187,10 +189,14 @@ def export_model(
         add_results(path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=shortfalls)
         record["size_bytes"] = path.stat().st_size
         record["kit"] = None
-        if kit and recheck and FORMATS[format_name].runs and not proof.parity_failures:
+        runs = bool(FORMATS[format_name].runs)
+        if kit and recheck and runs and not proof.parity_failures:
             record["kit"] = KIT
             about = {"label": spec.label, "data": Path(loaded.name).name, "epsilon": radius, "suite": RECHECK_SUITE}
             write_kit(folder, path, x, y, evaluation.x_adv, about=about)
+        side = spec.image_size
+        latency = Latency.of(Subject(path, (spec.channels, side, side))) if runs else None
+        write_card(folder, record, path, latency)
         write_record(folder, record, path, folder / MODEL)
         final = publish(folder, out or EXPORTS / name, numbered=True)
     if out is not None:
