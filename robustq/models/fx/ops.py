@@ -59,7 +59,7 @@ GRID_FUNCTIONS = {
 }
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
-    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin"),
+    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as"),
 }
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 SUMS = {torch.add, operator.add, operator.iadd, "add", "add_"}
@@ -71,7 +71,7 @@ UNSIGNED_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.Soft
 FLOAT_MODULES = (
     *UNSIGNED_MODULES,
     *(nn.SiLU, nn.Hardswish, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
-    *(nn.Softsign, nn.LogSigmoid, nn.LogSoftmax, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.Softsign, nn.LogSigmoid, nn.LogSoftmax, nn.GroupNorm, nn.LayerNorm),
     *(nn.ConvTranspose2d, nn.UpsamplingBilinear2d, Attention),
 )
 KINDS: dict[Any, Kind] = {
@@ -94,7 +94,7 @@ FLOAT_CALLS = {
     *(*UNSIGNED_CALLS, *AVERAGING_CALLS),
     *(torch.tanh, functional.log_softmax, torch.log_softmax, "tanh", "log_softmax"),
     *(torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", functional.scaled_dot_product_attention),
-    *(functional.layer_norm, functional.group_norm, functional.instance_norm, functional.rms_norm),
+    *(functional.layer_norm, functional.group_norm, functional.instance_norm),
     *(functional.normalize, functional.conv_transpose2d, functional.prelu),
     *(torch.log, torch.rsqrt, torch.pow, torch.square, torch.neg, torch.maximum, torch.minimum, operator.pow),
     *(operator.neg, "log", "rsqrt", "pow", "square", "neg", "maximum", "minimum"),
