@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
+from robustq.models.fx.own_layers import own_layers_to_modules
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.trace import BATCH, called_module, free_name, shape_prop, trace
 from robustq.models.layers import Normalisation, Normalise
@@ -44,6 +45,7 @@ def quantized_graph(
     UsageError names the operation for which a model cannot be quantized.
     """
     model = trace(network.float(), name=name)
+    own_layers_to_modules(model, network)
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
@@ -71,6 +73,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     passes.functions_to_modules(model)
     passes.duplicate_shared_modules(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
+    passes.drop_assertions(model)
     shapes.mean_to_pooling(model)
     shapes.fix_pooling_windows(model)
     shapes.fix_reshapes(model)

@@ -158,6 +158,15 @@ def duplicate_shared_modules(model: GraphModule) -> None:
     model.recompile()
 
 
+def drop_assertions(model: GraphModule) -> None:
+    """Remove assertions, which have held once, and what they alone use: a layer's shape is no second use of it."""
+    for node in list(model.graph.nodes):
+        if node.target is torch._assert:
+            model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
 def relu_first(model: GraphModule) -> None:
     """Move each ReLU in front of the max pooling, dropout or flatten before it, where the two commute.
 
