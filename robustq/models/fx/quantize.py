@@ -210,7 +210,7 @@ def _needs_quantizer(plan: _Plan, node: Node) -> bool:
         return False  # their quantizer takes the values
     if its_kind is Kind.LAYER and len(node.users) == 1 and user_kinds == {Kind.NORM}:
         return False  # the norm folds into the layer
-    own_norm = its_kind is Kind.NORM and kinds[node.all_input_nodes[0]] is Kind.LAYER
+    own_norm = its_kind is Kind.NORM and kinds.get(node.all_input_nodes[0]) is Kind.LAYER  # no new quantizer
     in_float = its_kind in (Kind.FLOAT, Kind.AFFINE) or (its_kind is Kind.NORM and not own_norm)
     # No rounding between functions in float.
     return not (in_float and user_kinds <= {Kind.FLOAT, Kind.AFFINE, Kind.RELU})
