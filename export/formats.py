@@ -14,6 +14,7 @@ from robustq.export.lowering.biases import accumulator_biases, bias_zero_points,
 from robustq.export.lowering.binary_activations import binary_activations
 from robustq.export.lowering.constants import folded_constants, own_constants
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
+from robustq.export.lowering.islands import float_layers
 from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.pads import padding_in_convolutions
 from robustq.export.lowering.requantize import quantized_moves, rounded_sums
@@ -57,6 +58,7 @@ def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     folded_constants(model, but=frozenset({"Clip"}))  # Clip marks the width
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
     check_ranges(model)
+    float_layers(model)
     return model
 
 

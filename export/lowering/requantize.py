@@ -10,7 +10,10 @@ from onnx import helper
 
 from robustq.export.lowering.graph import GraphIndex, insert_nodes, replace_input
 
-MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad"})
+MOVES = frozenset(
+    {"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad", "Gather", "Resize"}
+    | {"DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin"}
+)
 """Operators that move or choose values: each value of the output is one of their first input."""
 
 PASSED = frozenset({"Relu", "Clip"})

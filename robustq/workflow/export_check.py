@@ -9,7 +9,7 @@ import onnx
 from torch import nn
 
 from robustq.data import Dataset
-from robustq.errors import ExportError, UsageError
+from robustq.errors import ExportError, ModelFileError, UsageError
 from robustq.export.formats import build
 from robustq.export.recheck import prove
 from robustq.models.quant.folding import fold
@@ -32,7 +32,7 @@ def check_export(network: nn.Module, spec: ModelSpec, data: Dataset) -> None:
             path = Path(folder) / "trial.onnx"
             onnx.save(build(format_name, folded, spec), path)
             proof = prove(path, format_name, folded, spec, data.train.take(min(IMAGES, len(data.train)))[0])
-    except ExportError as error:
+    except (ExportError, ModelFileError) as error:
         raise UsageError(f"{error}; --no-checks trains it all the same") from error
     if proof.parity_failures:
         raise UsageError(

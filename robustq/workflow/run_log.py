@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from robustq.data import Dataset
 from robustq.errors import OutputError, RunLockedError, UsageError
@@ -25,12 +26,16 @@ from robustq.hardening.trainer import Training
 from robustq.memory import within_memory
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
+from robustq.models.state_dict import float_layers_of
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe.schema import FLOAT32, INTEGER, SAME
 from robustq.report.info import toml_lines
 from robustq.report.text import duration, size
 from robustq.workflow.setup import radius_of
+
+NAMED = 6
+"""Layers that one line names."""
 
 
 def log_run(
@@ -57,10 +62,20 @@ def log_run(
     named = recipe.method if recipe.name == recipe.method else f"{recipe.name}: {recipe.method}"
     note(f"recipe  {named}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
+    log_float_layers(training.model)
     for line in hints(config, device, resumed=resumed):
         note(f"note    {line}")
     for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
         detail(f"setting {line}")
+
+
+def log_float_layers(model: nn.Module) -> None:
+    """Name the layers of a custom network that have no integer form."""
+    names = float_layers_of(model)
+    if names:
+        listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        note(f"float   {len(names)} layer{'' if len(names) == 1 else 's'} stay in float: {listed}")
+        detail(f"float   {', '.join(names)}")
 
 
 def check_forecast(training: Training, *, parent: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
+from robustq.models.fx.attention import attention_to_values
 from robustq.models.fx.own_layers import own_layers_to_modules
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.trace import BATCH, called_module, free_name, shape_prop, trace
@@ -59,6 +60,7 @@ def quantized_graph(
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
     shapes.fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
+        shapes.linear_on_rows(model)
         quantize(model, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return model.eval()
 
@@ -68,6 +70,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
 
     UsageError names an operation that cannot be rewritten, or does not take images of this shape.
     """
+    attention_to_values(model)
     passes.remove_inplace(model)
     passes.clamp_to_relu(model)
     passes.functions_to_modules(model)
@@ -77,6 +80,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     shapes.mean_to_pooling(model)
     shapes.fix_pooling_windows(model)
     shapes.fix_reshapes(model)
+    shapes.tokens_to_sums(model)
     passes.relu_first(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
 

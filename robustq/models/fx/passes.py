@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from robustq.errors import UsageError
 from robustq.models.fx.ops import GRID_METHODS, LAYERS, NORMS, RELUS
-from robustq.models.fx.trace import call_arguments, called_module, describe, free_name, replace_call
+from robustq.models.fx.trace import call_arguments, called_module, calls, describe, free_name, replace_call
 
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -43,6 +43,11 @@ FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
     (functional.elu, nn.ELU),
     (functional.gelu, nn.GELU),
     (functional.softplus, nn.Softplus),
+    (functional.mish, nn.Mish),
+    (functional.selu, nn.SELU),
+    (functional.celu, nn.CELU),
+    (functional.softsign, nn.Softsign),
+    (functional.logsigmoid, nn.LogSigmoid),
     (functional.adaptive_max_pool2d, nn.AdaptiveMaxPool2d),
 )
 """Brevitas' table of functions and their modules, and the functions that it lacks."""
@@ -200,4 +205,4 @@ def _commutes(model: GraphModule, node: Node, *, bounded: bool) -> bool:
         return not getattr(module, "return_indices", False)
     if isinstance(module, nn.Dropout | nn.Dropout2d):
         return not bounded  # in training, dropout scales by 1 / (1 - p), possibly over the bound
-    return node.target is torch.flatten
+    return calls(node, (torch.flatten, torch.reshape, torch.permute, torch.transpose, "permute", "transpose"))

@@ -5,6 +5,7 @@ All of them need the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
 from robustq.errors import UsageError
-from robustq.models.fx.ops import DIVISIONS, PRODUCTS, SUBTRACTIONS, SUMS
-from robustq.models.fx.trace import BATCH, call_arguments, called_module, describe, free_name, replace_call
+from robustq.models.fx import passes
+from robustq.models.fx.ops import CONCATENATIONS, DIVISIONS, PRODUCTS, SUBTRACTIONS, SUMS
+from robustq.models.fx.trace import (
+    BATCH,
+    Constant,
+    call_arguments,
+    called_module,
+    calls,
+    describe,
+    free_name,
+    replace_call,
+)
 
 
 def mean_to_pooling(model: GraphModule) -> None:
     """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``.
 
     Why: onnxruntime has an integer rule for pooling and none for ReduceMean. Brevitas' pass of this kind knows only one
-    spelling of the mean, and flattens by sizes computed at run time. UsageError names a mean over other axes.
+    spelling of the mean, and flattens by sizes computed at run time. A mean over other axes stays, in float.
     """
     for node in list(model.graph.nodes):
         if node.target is not torch.mean and not (node.op == "call_method" and node.target == "mean"):
@@ -32,10 +43,7 @@ def mean_to_pooling(model: GraphModule) -> None:
         arguments = call_arguments(node, "dim", "keepdim")
         dims, shape = arguments.get("dim"), source.meta["shape"]
         if not isinstance(dims, list | tuple) or len(shape) != 4 or {dim % 4 for dim in dims} != {2, 3}:
-            raise UsageError(
-                f"{describe(model, node)} is a mean over dim={dims} of shape {shape}; "
-                "only a mean over height and width, dim=(2, 3), can be quantized"
-            )
+            continue
         name = free_name(model, "mean")
         set_module(model, nn.AdaptiveAvgPool2d(1), name)
         with model.graph.inserting_before(node):
@@ -163,6 +171,46 @@ def fix_reshapes(model: GraphModule) -> None:
     model.recompile()
 
 
+def tokens_to_sums(model: GraphModule) -> None:
+    """``cat([token.expand(x.shape[0], -1, -1), x], dim=1)`` becomes ``pad(x) + cat([token, zeros], dim=1)``.
+
+    ``token`` is a constant, or a parameter, of one image. Why: a tensor whose first axis is computed at run time has no
+    fixed shape in an ONNX file.
+    """
+    for node in list(model.graph.nodes):
+        if not calls(node, CONCATENATIONS) or len(node.meta["shape"]) < 2:
+            continue
+        parts: list[Node] = list(node.args[0] if node.args else node.kwargs["tensors"])
+        dim = call_arguments(node, "dim").get("dim", 0) % len(node.meta["shape"])
+        computed = [part for part in parts if not part.meta["constant"]]
+        constants = [part for part in parts if part.meta["constant"]]
+        expanded = [part for part in constants if calls(part, ("expand",)) and _source_shape(part)[:1] == (1,)]
+        if dim == 0 or len(computed) != 1 or not constants or expanded != constants:
+            continue
+        place = parts.index(computed[0])
+        sizes = [part.meta["shape"][dim] for part in parts]
+        pads = [0] * (2 * (len(node.meta["shape"]) - 1 - dim)) + [sum(sizes[:place]), sum(sizes[place + 1 :])]
+        with model.graph.inserting_before(node):
+            name = free_name(model, "zeros")
+            shape = (1, *(computed[0].meta["shape"][1:]))
+            model.add_module(name, Constant(torch.zeros(shape)))
+            zeros = model.graph.call_module(name)
+            tokens = [zeros if part is computed[0] else part.all_input_nodes[0] for part in parts]
+            joined = model.graph.call_function(torch.cat, (tokens, dim))
+            padded = model.graph.call_function(functional.pad, (computed[0], pads))
+        single = (1, *node.meta["shape"][1:])
+        zeros.meta = {**node.meta, "shape": shape, "constant": True, "zero": True}
+        joined.meta = {**node.meta, "shape": single, "constant": True, "zero": False}
+        padded.meta = dict(node.meta)
+        replace_call(model, node, torch.add, padded, joined)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
+def _source_shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.all_input_nodes[0].meta["shape"] or ())
+
+
 def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
     """Give adaptive pooling the windows that it has at this image size; modules keep their names.
 
@@ -197,3 +245,27 @@ def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
             )
         set_module(model, fixed, str(node.target))
     model.recompile()
+
+
+def linear_on_rows(model: GraphModule) -> None:
+    """Give each linear layer two axes: (N, H, W, C) is reshaped to rows (N * H * W, C) in front of it, and back behind.
+
+    Why: onnxruntime has an integer rule for Gemm with a bias, and none for MatMul and the sum behind it.
+    """
+    for node in list(model.graph.nodes):
+        if not isinstance(called_module(model, node), nn.Linear) or len(node.meta["shape"]) == 2:
+            continue
+        (source,) = node.all_input_nodes
+        *outer, features = source.meta["shape"]
+        *_, out = node.meta["shape"]
+        rows = math.prod(outer)
+        with model.graph.inserting_before(node):
+            flat = model.graph.call_function(torch.reshape, (source, (-1, features)))
+        flat.meta = {**node.meta, "shape": (rows, features)}
+        node.replace_input_with(source, flat)
+        with model.graph.inserting_after(node):
+            back = model.graph.call_function(torch.reshape, (node, (-1, *outer[1:], out)))
+        back.meta = dict(node.meta)
+        node.replace_all_uses_with(back, lambda user, back=back: user is not back)
+        node.meta["shape"] = (rows, out)
+    passes.relu_first(model)

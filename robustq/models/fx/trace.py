@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,11 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
 def called_module(model: GraphModule, node: Node) -> Any:
     """The module that ``node`` calls; None where it calls none."""
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def calls(node: Node, targets: Container[Any]) -> bool:
+    """Whether ``node`` calls one of the functions or methods ``targets``; a module may have the name of a method."""
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def call_arguments(node: Node, *names: str) -> dict[str, Any]:
@@ -208,11 +213,13 @@ class _ShapeProp(Interpreter):  # type: ignore[misc]
             ) from error
         node.meta["tensor"] = isinstance(value, Tensor) and value.is_floating_point()
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        node.meta["tensors"] = isinstance(value, tuple | list) and any(isinstance(one, Tensor) for one in value)
         node.meta["constant"] = node.op == "get_attr" or isinstance(called_module(self.module, node), Constant)
         if node.op in ("call_function", "call_method") and isinstance(value, Tensor):
             # The result of constants alone, such as a reshaped mean.
             sources = [one for one in node.all_input_nodes if one.meta["tensor"]]
             node.meta["constant"] = bool(sources) and all(one.meta["constant"] for one in sources)
+        node.meta["zero"] = node.meta["constant"] and isinstance(value, Tensor) and not bool(value.any())
         return value
 
 
