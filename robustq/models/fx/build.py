@@ -45,7 +45,7 @@ def quantized_graph(
 
     UsageError names the operation for which a model cannot be quantized.
     """
-    model = trace(network.float(), name=name)
+    model = trace(network.float(), name=name, images=(channels, image_size, image_size))
     own_layers_to_modules(model, network)
     if normalisation is not None:
         _normalise_first(model, normalisation)

@@ -134,9 +134,9 @@ _RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squee
 
 
 def fix_reshapes(model: GraphModule) -> None:
-    """Reshapes that keep the batch axis get fixed sizes; ``chunk`` becomes ``torch.split`` with fixed sizes.
+    """Reshapes get fixed sizes on all axes but that of the images; ``chunk`` becomes ``torch.split`` with fixed sizes.
 
-    They become ``torch.flatten(x, 1)`` where the result has two axes, else ``torch.reshape(x, (-1, C, H, W))``. A
+    They become ``torch.flatten(x, 1)`` where two axes are left of an image, else ``torch.reshape(x, (-1, C, H, W))``. A
     channel shuffle becomes two reshapes around a transposition, as ONNX has no operation for it.
 
     Why: behind sizes computed at run time an ONNX file has no fixed shapes, and onnxruntime runs the layers in float.
@@ -161,11 +161,13 @@ def fix_reshapes(model: GraphModule) -> None:
         if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
             continue
         source = node.all_input_nodes[0]
-        before: tuple[int, ...] = source.meta["shape"] or ()
-        after: tuple[int, ...] = node.meta["shape"] or ()
-        if len(before) < 2 or len(after) < 2 or before[0] != BATCH or after[0] != BATCH:
+        before, after = source.meta["shape"] or (), node.meta["shape"] or ()
+        sizes = node.meta["sizes"]
+        if len(before) < 2 or len(after) < 2 or sizes.count(None) != 1:
             continue
-        call = (torch.flatten, source, 1) if len(after) == 2 else (torch.reshape, source, (-1, *after[1:]))
+        keeps_images = before[0] == after[0] == BATCH and source.meta["sizes"][0] is sizes[0] is None
+        fixed = tuple(-1 if size is None else size for size in sizes)
+        call = (torch.flatten, source, 1) if len(after) == 2 and keeps_images else (torch.reshape, source, fixed)
         replace_call(model, node, *call)
     model.graph.eliminate_dead_code()
     model.recompile()
