@@ -31,7 +31,7 @@ NOT_LAYERS = frozenset(
     }
     | {"NhwcMaxPool", "Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split"}
     | {"Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput", "Expand", "Gather", "ReduceMax"}
-    | {"Max", "ReduceMin", "Resize", "Shape"}
+    | {"Max", "Min", "ReduceMin", "Resize", "Shape"}
 )
 """Operators that move, convert or compare values. Operators in neither set count as float layers."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
 from robustq.models.fx.attention import attention_to_values
+from robustq.models.fx.fixed_convolutions import buffers_to_convolutions
 from robustq.models.fx.own_layers import own_layers_to_modules
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.trace import BATCH, called_module, free_name, shape_prop, trace
@@ -60,6 +61,8 @@ def quantized_graph(
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
     shapes.fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
+        shapes.stacks_to_sums(model)
+        shapes.explicit_padding(model)
         shapes.linear_on_rows(model)
         quantize(model, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return model.eval()
@@ -77,7 +80,9 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     passes.duplicate_shared_modules(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
     passes.drop_assertions(model)
+    buffers_to_convolutions(model)
     shapes.mean_to_pooling(model)
+    shapes.fix_upsampling(model)
     shapes.fix_pooling_windows(model)
     shapes.fix_reshapes(model)
     shapes.tokens_to_sums(model)

@@ -46,20 +46,22 @@ RELUS = (nn.ReLU, nn.ReLU6)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 GRID_MODULES = (
     *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Identity),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.ZeroPad2d, nn.UpsamplingNearest2d),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.UpsamplingNearest2d),
+    *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
 )
 SPLITS = {torch.chunk, torch.split, torch.unbind, "chunk", "split", "unbind"}
 """Functions that return a tuple of tensors on the grid of their input."""
 GRID_FUNCTIONS = {
     *(torch.flatten, torch.permute, torch.transpose, torch.reshape, torch.squeeze, torch.unsqueeze, torch.clone),
     *(torch.roll, torch.flip, torch.movedim, torch.swapaxes, torch.narrow, torch.select, torch.amax, torch.amin),
+    torch.index_select,
     *(functional.pixel_shuffle, functional.pixel_unshuffle, operator.getitem, functional.pad, functional.interpolate),
 }
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
     *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin"),
 }
-CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate}
+CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 SUMS = {torch.add, operator.add, operator.iadd, "add", "add_"}
 SUBTRACTIONS = {torch.sub, operator.sub, operator.isub, "sub", "sub_"}
 PRODUCTS = {torch.mul, operator.mul, operator.imul, "mul", "mul_"}

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from robustq.errors import UsageError
+from robustq.models.fx.fixed_convolutions import FixedConv2d, FixedQuantConv2d
 from robustq.models.fx.ops import AVERAGING_CALLS, SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
 from robustq.models.fx.trace import called_module, calls, describe, free_name
-from robustq.models.layers import OUTER_BITS, weight_quantizer
+from robustq.models.layers import OUTER_BITS, same_shape, weight_quantizer
 from robustq.models.quant import quantizers
 from robustq.models.quant.quantizers import QuantReLU, Widths
 from robustq.models.state_dict import FLOAT_LAYERS
@@ -194,11 +195,12 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
             f"{describe(plan.model, node)} computes its weight (weight or spectral norm, pruning), which cannot be "
             "quantized; make the result its weight first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
-    if is_conv and layer.padding_mode != "zeros":
-        pads = f"{describe(plan.model, node)} pads with '{layer.padding_mode}'"
-        raise UsageError(f"{pads}, which cannot be quantized; use padding_mode='zeros'")
-    bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
+    bits = OUTER_BITS if node in plan.outer or isinstance(layer, FixedConv2d) else plan.widths.weight_bits
     options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
+    if isinstance(layer, FixedConv2d):  # no training adapts its weights to few bits
+        made = same_shape(layer, FixedQuantConv2d, bias=False, **options)
+        set_module(plan.model, made.fix(layer.weight, persistent=layer.persistent), str(node.target))
+        return
     ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)
 
 
@@ -211,8 +213,8 @@ def _needs_quantizer(plan: _Plan, node: Node) -> bool:
     user_kinds = {kinds[user] for user in users}
     if not users or _reaches_logits_alone(node, kinds):
         return False
-    if user_kinds == {Kind.RELU} and (len(users) == 1 or its_kind is not Kind.LAYER):
-        return False  # two quantizers of one layer would keep onnxruntime from running it as integers
+    if user_kinds == {Kind.RELU} and (len(users) == 1 or _is_in_float(node, kinds)):
+        return False  # two quantizers would keep onnxruntime from running a layer as integers
     if plan.shared_sums.issuperset(users):
         return False  # their quantizer takes the values
     if its_kind is Kind.LAYER and len(node.users) == 1 and user_kinds == {Kind.NORM}:

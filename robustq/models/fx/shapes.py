@@ -5,13 +5,14 @@ All of them need the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from brevitas.backport.fx import GraphModule, Node
 from brevitas.graph.utils import set_module
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
@@ -31,7 +32,7 @@ from robustq.models.fx.trace import (
 
 
 def mean_to_pooling(model: GraphModule) -> None:
-    """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``.
+    """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``, and so does the maximum.
 
     Why: onnxruntime has an integer rule for pooling and none for ReduceMean. Brevitas' pass of this kind knows only one
     spelling of the mean, and flattens by sizes computed at run time. A mean over other axes stays, in float.
@@ -54,6 +55,86 @@ def mean_to_pooling(model: GraphModule) -> None:
             model.graph.erase_node(node)
         else:
             replace_call(model, node, torch.flatten, pooled, 1)
+    model.recompile()
+
+
+def fix_upsampling(model: GraphModule) -> None:
+    """Interpolation between nearest pixels becomes ``UpsamplingNearest2d`` by integers, else a choice of rows, columns.
+
+    Why: torch computes the pixel of other factors in float32, and runtimes do it otherwise.
+    """
+    for node in list(model.graph.nodes):
+        module = called_module(model, node)
+        if module is None and node.target is functional.interpolate:
+            mode = call_arguments(node, "size", "scale_factor", "mode").get("mode", "nearest")
+        else:
+            mode = module.mode if isinstance(module, nn.Upsample) else ""
+        shape, source = node.meta["shape"], node.all_input_nodes[0] if node.all_input_nodes else None
+        if not mode.startswith("nearest") or source is None or len(shape) != 4:
+            continue
+        rows, columns = (_chosen(node, module, mode, axis) for axis in (2, 3))
+        before = source.meta["shape"][2:]
+        down, right = (max(wanted // size, 1) for wanted, size in zip(shape[2:], before, strict=True))
+        whole = [torch.arange(size).repeat_interleave(by) for size, by in zip(before, (down, right), strict=True)]
+        if torch.equal(rows, whole[0]) and torch.equal(columns, whole[1]):
+            name = str(node.target) if module is not None else free_name(model, "interpolate")
+            set_module(model, nn.UpsamplingNearest2d(scale_factor=(float(down), float(right))), name)
+            if module is None:
+                replace_call(model, node, name, source)
+            continue
+        chosen = source
+        for axis, index in ((2, rows), (3, columns)):
+            name = free_name(model, "pixels")
+            model.add_module(name, Constant(index))
+            with model.graph.inserting_before(node):
+                places = model.graph.call_module(name)
+                chosen = model.graph.call_function(torch.index_select, (chosen, axis, places))
+            size = len(index)
+            places.meta = {**node.meta, "tensor": False, "constant": True, "shape": (size,)}
+            chosen.meta = {**node.meta, "shape": (*shape[:2], size if axis == 2 else shape[2], before[1])}
+        chosen.meta = dict(node.meta)
+        node.replace_all_uses_with(chosen)
+        model.graph.erase_node(node)
+    model.recompile()
+
+
+def _chosen(node: Node, module: Any, mode: str, axis: int) -> Tensor:
+    """Index of the pixel along ``axis`` of the input that each one of the output gets."""
+    before = node.all_input_nodes[0].meta["shape"]
+    places = torch.arange(before[axis], dtype=torch.float32)
+    image = (places[:, None] if axis == 2 else places).expand(1, 1, *before[2:])
+    options: dict[str, Any] = {"size": node.meta["shape"][2:]}
+    given = call_arguments(node, "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor")
+    factor = given.get("scale_factor") if module is None else module.scale_factor
+    again = given.get("recompute_scale_factor") if module is None else module.recompute_scale_factor
+    if factor is not None and not again:
+        options = {"scale_factor": factor}
+    found = functional.interpolate(image, **options, mode=mode)
+    return (found[0, 0, :, 0] if axis == 2 else found[0, 0, 0]).long()
+
+
+def stacks_to_sums(model: GraphModule) -> None:
+    """The sum of two stacked tensors becomes ``a + b``, which onnxruntime has as integers."""
+    for node in list(model.graph.nodes):
+        stack = node.all_input_nodes[0] if node.all_input_nodes else None
+        if not calls(node, (torch.sum, "sum")) or stack is None or stack.target is not torch.stack:
+            continue
+        parts = list(stack.args[0] if stack.args else stack.kwargs["tensors"])
+        axis: int = call_arguments(stack, "dim").get("dim", 0)
+        summed: Any = call_arguments(node, "dim").get("dim")
+        summed = summed[0] if isinstance(summed, list | tuple) and len(summed) == 1 else summed
+        rank = len(stack.meta["shape"])
+        keeps = call_arguments(node, "dim", "keepdim").get("keepdim", False)
+        if not isinstance(summed, int) or summed % rank != axis % rank or keeps:
+            continue
+        total = parts[0]
+        for part in parts[1:]:
+            with model.graph.inserting_before(node):
+                total = model.graph.call_function(torch.add, (total, part))
+            total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
     model.recompile()
 
 
@@ -246,6 +327,25 @@ def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
                 "which ONNX has no operation for; use images whose size makes one a multiple of the other"
             )
         set_module(model, fixed, str(node.target))
+    model.recompile()
+
+
+def explicit_padding(model: GraphModule) -> None:
+    """A convolution that pads with other values than zeros becomes ``functional.pad`` and the convolution without."""
+    for node in list(model.graph.nodes):
+        conv = called_module(model, node)
+        if not isinstance(conv, nn.Conv2d) or conv.padding_mode == "zeros":
+            continue
+        (source,) = node.all_input_nodes
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        with model.graph.inserting_before(node):
+            padded = model.graph.call_function(functional.pad, (source, [left, right, top, bottom], conv.padding_mode))
+        *outer, height, width = source.meta["shape"]
+        padded.meta = {**node.meta, "shape": (*outer, height + top + bottom, width + left + right)}
+        node.replace_input_with(source, padded)
+        plain = copy.copy(conv)
+        plain.padding, plain.padding_mode = (0, 0), "zeros"
+        set_module(model, plain, str(node.target))
     model.recompile()
 
 
