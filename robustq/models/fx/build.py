@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustq.errors import UsageError
 from robustq.models.fx import passes, shapes
+from robustq.models.fx.adaptive_pooling import fix_adaptive_pooling
 from robustq.models.fx.attention import attention_to_values
 from robustq.models.fx.fixed_convolutions import buffers_to_convolutions
 from robustq.models.fx.own_layers import own_layers_to_modules
@@ -59,7 +60,7 @@ def quantized_graph(
     if shape[1] != classes:
         raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
-    shapes.fix_adaptive_pooling(model, averages=not widths.is_float)
+    fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
         shapes.stacks_to_sums(model)
         shapes.explicit_padding(model)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from robustq.errors import UsageError
+from robustq.models.fx.adaptive_pooling import PickedPixels
 from robustq.models.fx.attention import Attention
 from robustq.models.fx.trace import Constant, call_arguments, called_module, calls, describe, is_normalise
 from robustq.models.layers import Normalise
@@ -45,6 +46,7 @@ NORMS = (*BATCH_NORMS, nn.InstanceNorm2d)
 RELUS = (nn.ReLU, nn.ReLU6)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 GRID_MODULES = (
+    PickedPixels,
     *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Identity),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.UpsamplingNearest2d),
     *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
@@ -97,6 +99,7 @@ FLOAT_CALLS = {
     *(functional.layer_norm, functional.group_norm, functional.instance_norm, functional.rms_norm),
     *(functional.normalize, functional.conv_transpose2d, functional.prelu),
     *(torch.log, torch.rsqrt, torch.pow, torch.square, torch.neg, torch.maximum, torch.minimum, operator.pow),
+    *(torch.einsum, torch.var, torch.std, "var", "std"),
     *(operator.neg, "log", "rsqrt", "pow", "square", "neg", "maximum", "minimum"),
 }
 """Functions that run in float."""

@@ -294,42 +294,6 @@ def _source_shape(node: Node) -> tuple[int, ...]:
     return tuple(node.all_input_nodes[0].meta["shape"] or ())
 
 
-def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
-    """Give adaptive pooling the windows that it has at this image size; modules keep their names.
-
-    From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d or MaxPool2d, to a multiple a
-    nearest-neighbour enlargement. An average to (1, 1) stays; without ``averages`` all do, since a float network keeps
-    its answers bit for bit.
-
-    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6. UsageError
-    names a pooling with windows of unequal size.
-    """
-    for node in model.graph.nodes:
-        pool = called_module(model, node)
-        if not isinstance(pool, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
-            continue
-        if isinstance(pool, nn.AdaptiveAvgPool2d) and not averages:
-            continue
-        windows = nn.AvgPool2d if isinstance(pool, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
-        before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
-        sizes = list(zip(before, after, strict=True))
-        if after == (1, 1) and windows is nn.AvgPool2d:
-            continue
-        if before == after:
-            fixed: nn.Module = nn.Identity()
-        elif all(old % new == 0 for old, new in sizes):
-            fixed = windows(tuple(old // new for old, new in sizes))
-        elif all(new % old == 0 for old, new in sizes):
-            fixed = nn.UpsamplingNearest2d(size=after)
-        else:
-            raise UsageError(
-                f"{describe(model, node)} pools {before[0]}x{before[1]} to {after[0]}x{after[1]} in unequal windows, "
-                "which ONNX has no operation for; use images whose size makes one a multiple of the other"
-            )
-        set_module(model, fixed, str(node.target))
-    model.recompile()
-
-
 def explicit_padding(model: GraphModule) -> None:
     """A convolution that pads with other values than zeros becomes ``functional.pad`` and the convolution without."""
     for node in list(model.graph.nodes):
