@@ -2,24 +2,29 @@
 
     python -m benchmarks.networks --out FOLDER [--networks torchvision:resnet18 ...] [--bits 8 4] [--again]
 
-Each network runs in a process of its own, with a limit of time and memory: random weights from a seed, ``harden`` by the
-recipe ``natural`` for two steps at each width, and ``export --format integer`` with parity on 48 images, by the
-functions of those commands. Rows are kept in FOLDER/networks.json after each network, and only missing ones are run.
-Prints the table.
+Each network runs in a process of its own, forked after the imports, with a limit of time and memory: random weights
+from a seed, ``harden`` by the recipe ``natural`` for two steps at each width, and ``export --format integer`` with
+parity on 48 images, by the functions of those commands. Rows are kept in FOLDER/networks.json after each network, and
+only missing ones are run. Prints the table. ``--table`` prints it from the rows that are there.
 
 The networks are all of torchvision's classifiers, and the fifty of timm with the fewest parameters, of each family (a
 module of timm.models) at most two, without timm's own test networks (``test_...``); ``--choose`` counts them anew, which
 takes minutes. Images have 64 pixels; where a network has a least or a fixed size by its library's own data, that one.
+The seconds of a row are the processor's, imports included and the making of weights left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
+import shutil
+import signal
 import sys
 import time
+import traceback
+import warnings
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +57,9 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=14.0, help="GiB a network")
     parser.add_argument("--choose", action="store_true", help="print the names of timm's fifty and end")
     parser.add_argument("--table", action="store_true", help="print the table of the rows that are there and end")
-    parser.add_argument("--one", help=_HIDDEN)
     options = parser.parse_args()
     if options.choose:
         print(*smallest_of_timm())
-        return
-    if options.one:
-        one_network(options.one, options.bits, options.out)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     kept = options.out / KEPT
@@ -72,9 +73,6 @@ def main() -> None:
             print(f"{name} {bits}: {json.dumps(found)[:300]}", file=sys.stderr, flush=True)
         kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print_table(rows, options.bits)
-
-
-_HIDDEN = "a network to run in this process"
 
 
 def all_networks() -> list[str]:
@@ -111,33 +109,57 @@ def smallest_of_timm(count: int = 50, of_a_family: int = 2) -> list[str]:
 
 def watched(name: str, widths: list[int], options: Any) -> dict[int, dict[str, Any]]:
     """The rows of a network, by width, from a process that is killed over the limits."""
+    imported = import_all()
     folder = options.out / name.replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.networks", "--one", name, "--out", str(folder)]
-    command += ["--bits", *map(str, widths)]
     start, peak, ended = time.monotonic(), 0.0, ""
-    with (folder / "log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        while process.poll() is None:
-            peak = max(peak, _resident(process.pid))
-            if time.monotonic() - start > options.limit:
-                ended = f"over the limit of {options.limit:.0f} s"
-            elif peak > options.memory:
-                ended = f"over the limit of {options.memory:g} GiB of memory"
-            if ended:
-                process.kill()
-                process.wait()
-            time.sleep(0.2)
+    process = os.fork()
+    if process == 0:
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        one_network(name, widths, folder, imported)
+        os._exit(0)
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        peak = max(peak, _resident(process))
+        if time.monotonic() - start > options.limit:
+            ended = f"over the limit of {options.limit:.0f} s"
+        elif peak > options.memory:
+            ended = f"over the limit of {options.memory:g} GiB of memory"
+        if ended:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            break
+        time.sleep(0.2)
     rows = {}
     for bits in widths:
         path = folder / f"{bits}.json"
         if path.is_file():
             rows[bits] = json.loads(path.read_text(encoding="utf-8"))
-            path.unlink()
         else:
-            rows[bits] = {"exit": None, "message": ended or f"the process ended with {process.returncode}"}
+            rows[bits] = {"exit": None, "message": ended or "the process ended by itself"}
         rows[bits]["peak_gib"] = round(peak, 1)
+    if all(one["exit"] in (0, 1, 2) for one in rows.values()):
+        shutil.rmtree(folder)
+    else:  # the log tells more
+        for left in [one for one in folder.iterdir() if one.name != "log"]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     return rows
+
+
+@cache
+def import_all() -> float:
+    """Import all that the commands import; the processor's seconds for it, which each command would need."""
+    import timm
+    import torch
+    import torchvision.models
+
+    import robustq.workflow.export
+    import robustq.workflow.train
+
+    assert all((timm, torchvision.models, robustq.workflow.export, robustq.workflow.train))
+    torch.set_num_threads(1)
+    return time.process_time()
 
 
 def _resident(process: int) -> float:
@@ -149,45 +171,27 @@ def _resident(process: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-def one_network(name: str, widths: list[int], folder: Path) -> None:
-    """Write FOLDER/BITS.json for each width."""
-    import shutil
-    import traceback
-    import warnings
-
-    import torch
-
-    import robustq.workflow.export
-    import robustq.workflow.train
+def one_network(name: str, widths: list[int], folder: Path, imported: float) -> None:
+    """Write FOLDER/BITS.json for each width; ``imported`` are the seconds of the imports, for those of a refusal."""
     from robustq.errors import RobustqError
 
-    imported = time.process_time()
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    basis: dict[str, Any] = {}
-    start = time.monotonic()
-    try:
-        basis, data = prepare(name, folder)
-    except RobustqError as error:
-        basis, data = {"exit": 2, "message": str(error), "seconds": time.monotonic() - start + imported}, ""
+    facts: dict[str, Any] = {}
     for bits in widths:
-        found = dict(basis)
-        start = time.monotonic()
-        work = folder / f"w{bits}"
-        shutil.rmtree(work, ignore_errors=True)
+        start, found = time.process_time(), dict(facts)
         try:
-            if data:
-                found |= harden_and_export(folder / "float.pt", data, bits, work)
+            if not facts:
+                facts, data = prepare(name, folder)
+                found = dict(facts)
+                start = time.process_time()
+            found |= harden_and_export(folder / "float.pt", data, bits, folder / f"w{bits}")
         except RobustqError as error:
             found |= {"exit": 2, "message": str(error)}
-        except Exception as error:
+        except Exception as error:  # what the command line ends with 70
             traceback.print_exc()
             found |= {"exit": 70, "message": f"{type(error).__name__}: {error}"[:300]}
-        found.setdefault("seconds", round(time.monotonic() - start + imported, 1))
-        shutil.rmtree(work, ignore_errors=True)
+        found["seconds"] = round(time.process_time() - start + imported, 1)
         (folder / f"{bits}.json").write_text(json.dumps(found), encoding="utf-8")
-    for left in ("float.pt", "data.npz"):
-        (folder / left).unlink(missing_ok=True)
 
 
 def harden_and_export(model: Path, data: str, bits: int, work: Path) -> dict[str, Any]:

@@ -56,8 +56,8 @@ def check_permission(architecture: str, named: str | None) -> None:
 def float_network(architecture: str, *, classes: int) -> nn.Module:
     """The float model with fresh weights; nothing is downloaded. UsageError for no such model, or its code raises.
 
-    ``architecture`` is ``torchvision:NAME``, ``timm:NAME`` or ``module:function``. The current folder is importable, as with
-    ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
+    ``architecture`` is ``torchvision:NAME``, ``timm:NAME`` or ``module:function``. The current folder is importable, as
+    with ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
     """
     if architecture.startswith(TORCHVISION):
         return _torchvision_network(architecture.removeprefix(TORCHVISION), classes)

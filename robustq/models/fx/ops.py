@@ -62,6 +62,7 @@ GRID_FUNCTIONS = {
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
     *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin"),
+    *("expand", "expand_as"),
 }
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 SUMS = {torch.add, operator.add, operator.iadd, "add", "add_"}

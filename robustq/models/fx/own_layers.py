@@ -67,7 +67,8 @@ class OwnNorm(nn.BatchNorm2d):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         own = {name: key for key, name in self.names.items()}
         renamed = {self._renamed(key, prefix, own): value for key, value in state_dict.items()}
-        super()._load_from_state_dict(renamed, prefix, *rest)
+        # Not BatchNorm2d's, which adds a counter of batches that this one may not have.
+        nn.Module._load_from_state_dict(self, renamed, prefix, *rest)
 
     @staticmethod
     def _renamed(key: str, prefix: str, names: dict[str, str]) -> str:

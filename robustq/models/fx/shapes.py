@@ -203,12 +203,22 @@ def _shuffle_by_reshapes(model: GraphModule, node: Node, groups: int) -> None:
     replace_call(model, node, torch.reshape, moved, (-1, channels, *sides))
 
 
-def _expands_batch_alone(node: Node) -> bool:
-    """Whether a constant is repeated for each image, for operations that broadcast it anyway."""
+EXPANSIONS = {"expand", "expand_as", torch.Tensor.expand_as}
+
+
+def _is_broadcast(node: Node) -> bool:
+    """Whether values are repeated for operations alone that repeat them anyway, beside another tensor of the shape."""
     source = node.all_input_nodes[0]
-    if not source.meta["constant"] or source.meta["shape"] != (1, *node.meta["shape"][1:]):
+    if source.meta["shape"] is None or len(source.meta["shape"]) != len(node.meta["shape"]):
         return False
-    return all(user.target in SUMS | SUBTRACTIONS | PRODUCTS | DIVISIONS for user in node.users)
+
+    def repeats(user: Node) -> bool:
+        others = [one for one in user.all_input_nodes if one is not node]
+        return user.target in SUMS | SUBTRACTIONS | PRODUCTS | DIVISIONS and any(
+            one.meta["shape"] == user.meta["shape"] for one in others
+        )
+
+    return all(map(repeats, node.users))
 
 
 _RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squeeze, torch.flatten)
@@ -236,7 +246,7 @@ def fix_reshapes(model: GraphModule) -> None:
             sizes = [min(size, length - start) for start in range(0, length, size)]
             replace_call(model, node, torch.split, source, sizes, arguments["dim"])
             continue
-        if node.target == "expand" and _expands_batch_alone(node):
+        if calls(node, EXPANSIONS) and _is_broadcast(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             continue
         if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
