@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -307,7 +308,7 @@ def print_table(rows: dict[str, Any], widths: list[int]) -> None:
             runs = found["parity"].values()
             equal = min(one["images"] - one["different_top1"] for one in runs)
             cells += [f"{equal} of {next(iter(runs))['images']}", f"{max(one['max_difference'] for one in runs):.0e}"]
-            kinds = Counter(one.rpartition("/")[2].rpartition("_")[0] or one for one in found["float_layers"])
+            kinds = Counter(re.sub(r"(_\d+)?(\(.*\))?$", "", one.rpartition("/")[2]) for one in found["float_layers"])
             shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
             cells += [f"{len(found['float_layers'])}{': ' + shown if shown else ''}", f"{found['bytes']:,}"]
             if found["exit"]:

@@ -80,7 +80,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     passes.functions_to_modules(model)
     passes.duplicate_shared_modules(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
-    passes.drop_assertions(model)
+    passes.drop_no_ops(model)
     buffers_to_convolutions(model)
     shapes.mean_to_pooling(model)
     shapes.fix_upsampling(model)

@@ -203,13 +203,14 @@ def _shuffle_by_reshapes(model: GraphModule, node: Node, groups: int) -> None:
     replace_call(model, node, torch.reshape, moved, (-1, channels, *sides))
 
 
-EXPANSIONS = {"expand", "expand_as", torch.Tensor.expand_as}
+EXPANSIONS = {"expand", "expand_as", "repeat"}
 
 
 def _is_broadcast(node: Node) -> bool:
     """Whether values are repeated for operations alone that repeat them anyway, beside another tensor of the shape."""
     source = node.all_input_nodes[0]
-    if source.meta["shape"] is None or len(source.meta["shape"]) != len(node.meta["shape"]):
+    before, after = source.meta["shape"] or (), node.meta["shape"]
+    if len(before) != len(after) or any(old not in (1, new) for old, new in zip(before, after, strict=True)):
         return False
 
     def repeats(user: Node) -> bool:
@@ -253,10 +254,10 @@ def fix_reshapes(model: GraphModule) -> None:
             continue
         source = node.all_input_nodes[0]
         before, after = source.meta["shape"] or (), node.meta["shape"] or ()
-        sizes = node.meta["sizes"]
+        sizes = node.meta.get("sizes", ())
         if len(before) < 2 or len(after) < 2 or sizes.count(None) != 1:
             continue
-        keeps_images = before[0] == after[0] == BATCH and source.meta["sizes"][0] is sizes[0] is None
+        keeps_images = before[0] == after[0] == BATCH and source.meta.get("sizes", (0,))[:1] == sizes[:1] == (None,)
         fixed = tuple(-1 if size is None else size for size in sizes)
         call = (torch.flatten, source, 1) if len(after) == 2 and keeps_images else (torch.reshape, source, fixed)
         replace_call(model, node, *call)

@@ -196,11 +196,12 @@ class _ShapeProp(Interpreter):  # type: ignore[misc]
         node.meta["tensor"] = isinstance(value, Tensor) and value.is_floating_point()
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
         node.meta["tensors"] = isinstance(value, tuple | list) and any(isinstance(one, Tensor) for one in value)
+        node.meta["dtype"] = value.dtype if isinstance(value, Tensor) else None
         node.meta["constant"] = node.op == "get_attr" or isinstance(called_module(self.module, node), Constant)
-        if node.op in ("call_function", "call_method") and isinstance(value, Tensor):
-            # The result of constants alone, such as a reshaped mean.
-            sources = [one for one in node.all_input_nodes if one.meta["tensor"]]
-            node.meta["constant"] = bool(sources) and all(one.meta["constant"] for one in sources)
+        if node.op.startswith("call") and (isinstance(value, Tensor) or node.meta["tensors"]):
+            # The result of constants alone, such as a reshaped mean, or the embedding of positions.
+            sources = [one for one in node.all_input_nodes if one.meta["shape"] is not None or one.meta["tensors"]]
+            node.meta["constant"] = all(one.meta["constant"] for one in sources)
         node.meta["zero"] = node.meta["constant"] and isinstance(value, Tensor) and not bool(value.any())
         return value
 
