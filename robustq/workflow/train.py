@@ -17,7 +17,7 @@ from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import DEFAULT_EPSILON, Recipe
-from robustq.workflow.export_check import check_export
+from robustq.workflow.export_check import check_export, check_file_size
 from robustq.workflow.float_check import count_float_network, note_normalisation
 from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.quantize import quantize, quantize_only
@@ -219,6 +219,8 @@ def harden_model(
         source=model,
         skip_bad_images=skip_bad_images,
     )
+    if checks and is_custom(spec.architecture):
+        check_file_size(opened.state)
     network = quantize(opened.state, source, job, path=model, custom_model=custom_model)
     if settings.trains:
         check_job(network, job)  # before the float network is counted
