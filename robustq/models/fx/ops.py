@@ -18,7 +18,8 @@ from torch.nn import functional
 from robustq.errors import UsageError
 from robustq.models.fx.adaptive_pooling import PickedPixels
 from robustq.models.fx.attention import Attention
-from robustq.models.fx.trace import Constant, call_arguments, called_module, calls, describe, is_normalise
+from robustq.models.fx.trace import Constant, call_arguments, called_module, calls, describe
+from robustq.models.fx.tracer import is_normalise
 from robustq.models.layers import Normalise
 
 

@@ -18,6 +18,7 @@ from torch.nn.modules.utils import _pair
 from robustq.errors import UsageError
 from robustq.models.fx.trace import call_arguments, describe, replace_call
 
+
 def own_layers_to_modules(model: GraphModule, network: nn.Module) -> None:
     """Replace functions on tensors of one module of ``network`` by a layer in the place of that module.
 
@@ -35,7 +36,6 @@ def own_layers_to_modules(model: GraphModule, network: nn.Module) -> None:
 
 TENSORS = ("running_mean", "running_var", "weight", "bias")
 """Arguments of ``functional.batch_norm`` behind the first, and what BatchNorm2d calls them."""
-
 
 
 class OwnNorm(nn.BatchNorm2d):

@@ -20,7 +20,7 @@ from brevitas.backport.fx import GraphModule, Interpreter, Node
 from torch import Tensor, nn
 
 from robustq.errors import UsageError, one_line
-from robustq.models.fx.tracer import LAYERS, SizedTracer, is_normalise, write_sizes
+from robustq.models.fx.tracer import LAYERS, SizedTracer, write_sizes
 
 _LIBRARIES = tuple(str(Path(str(file)).parent) + os.sep for file in (torch.__file__, brevitas.__file__, __file__))
 """Folders without code of the user."""

@@ -33,9 +33,8 @@ class SizedProxy(Proxy):  # type: ignore[misc]
         if not isinstance(value, Tensor):
             return self.__getattr__("shape")
         symbolic = self.__getattr__("shape")
-        return torch.Size(value.shape) if all(size % FAKE_BATCH for size in value.shape) else tuple(
-            size if size % FAKE_BATCH else symbolic[axis] for axis, size in enumerate(value.shape)
-        )
+        sizes = tuple(size if size % FAKE_BATCH else symbolic[axis] for axis, size in enumerate(value.shape))
+        return torch.Size(sizes) if all(isinstance(size, int) for size in sizes) else sizes
 
     def size(self, dim: int | None = None) -> Any:
         """As :attr:`shape`, or of one axis."""
@@ -94,6 +93,7 @@ class SizedTracer(Tracer):  # type: ignore[misc]
         self._computing = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module becomes one node."""
         layer = next((layer for layer in LAYERS if isinstance(m, layer)), None)
         if layer is not None:  # a subclass of a layer is a leaf with the layer's own forward
             names = ("forward", "_conv_forward")

@@ -1,4 +1,4 @@
-"""Layers that are computed by functions on a module's own tensors: the answers, names and modes of the user's network."""
+"""Layers that are computed by functions on a module's own tensors: answers, names and modes of the user's network."""
 
 from __future__ import annotations
 
