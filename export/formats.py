@@ -157,8 +157,9 @@ def build(
         consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
 
     Raises:
-        ExportError: the network has an operator that the format or the consumer cannot hold.
+        ExportError: the network has an operator that the format or the consumer cannot hold, or is too large.
     """
+    check_size(sum(one.numel() for one in network.parameters()))
     model = FORMATS[name].make(network, spec)
     if consumer == HLS4ML:
         fixed_point_multipliers(model)
@@ -168,3 +169,16 @@ def build(
         onnx.checker.check_model(model)
     describe(model, spec, format_name=name, pixels=pixels)
     return model
+
+
+LARGEST = 2**31 // 4
+"""Parameters of float32 in the 2 GiB that one protobuf message holds."""
+
+
+def check_size(parameters: int) -> None:
+    """ExportError for a network that no .onnx file can hold on its way from PyTorch, where weights are float32."""
+    if parameters > LARGEST:
+        raise ExportError(
+            f"{parameters / 1e6:,.0f} million parameters do not fit into an ONNX file of 2 GiB (float32, before they "
+            f"are packed); take a network of at most {LARGEST // 10**6} million"
+        )

@@ -17,8 +17,8 @@ from robustq.models.layers import parse_normalisation
 from robustq.models.spec import ModelSpec, build_model, check_architecture
 from robustq.progress import note
 from robustq.recipe import DEFAULT_EPSILON, Recipe
-from robustq.workflow.export_check import check_export
-from robustq.workflow.float_check import count_float_network
+from robustq.workflow.export_check import check_export, check_file_size
+from robustq.workflow.float_check import count_float_network, note_normalisation
 from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.quantize import quantize, quantize_only
 from robustq.workflow.setup import data_for, open_source, pick_device, read_recipe, with_normalisation
@@ -52,7 +52,7 @@ def train_model(
         recipe: name or TOML file.
         overrides: ``key=value``, override the recipe.
         data, architecture, bits: override the recipe's; ``weight_bits`` and ``act_bits`` override ``bits``. An
-            architecture may be ``torchvision:NAME``.
+            architecture may be ``torchvision:NAME`` or ``timm:NAME``.
         custom_model: a custom model, ``module:function``, instead of an architecture.
         feature_layer: the layer whose inputs are aligned, in a network that is not ours; None: the last global pooling.
         bits_per_layer: TOML file, layer name -> bits.
@@ -150,7 +150,7 @@ def harden_model(
         normalisation: of a state dict; model files of robustq contain theirs.
         recipe, overrides, skip_bad_images, seed, device, out: as :func:`train_model`.
         data: overrides the model's.
-        architecture: of a state dict of none of our networks: ``torchvision:NAME``.
+        architecture: of a state dict of none of our networks: ``torchvision:NAME`` or ``timm:NAME``.
         custom_model: the ``module:function`` that builds the network, if it is a custom model.
         feature_layer: as :func:`train_model`; overrides the model's.
         epsilon: radius of the threat model; None: the recipe's, else the model's, else 8/255.
@@ -188,6 +188,8 @@ def harden_model(
         skip_bad_images=skip_bad_images,
     )
     source = with_normalisation(opened.spec, normalisation, model)
+    if opened.is_foreign and normalisation is None:
+        note_normalisation(source.architecture)
     widths, layer_bits = options.resolve(settings, source=source)
     loaded = data_for(source, wanted_data, model, train_images=settings.train_images, skip_bad_images=skip_bad_images)
     if not settings.trains:
@@ -217,6 +219,8 @@ def harden_model(
         source=model,
         skip_bad_images=skip_bad_images,
     )
+    if checks and is_custom(spec.architecture):
+        check_file_size(opened.state)
     network = quantize(opened.state, source, job, path=model, custom_model=custom_model)
     if settings.trains:
         check_job(network, job)  # before the float network is counted

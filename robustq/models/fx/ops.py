@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from robustq.errors import UsageError
+from robustq.models.fx.adaptive_pooling import PickedPixels
 from robustq.models.fx.attention import Attention
-from robustq.models.fx.trace import Constant, call_arguments, called_module, calls, describe, is_normalise
+from robustq.models.fx.trace import Constant, call_arguments, called_module, calls, describe
+from robustq.models.fx.tracer import is_normalise
 from robustq.models.layers import Normalise
 
 
@@ -45,6 +47,7 @@ NORMS = (*BATCH_NORMS, nn.InstanceNorm2d)
 RELUS = (nn.ReLU, nn.ReLU6)
 AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 GRID_MODULES = (
+    PickedPixels,
     *(nn.MaxPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.Identity),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.UpsamplingNearest2d),
     *(nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d),
@@ -59,7 +62,8 @@ GRID_FUNCTIONS = {
 }
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
-    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as"),
+    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as", "expand"),
+    "expand_as",
 }
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 SUMS = {torch.add, operator.add, operator.iadd, "add", "add_"}
@@ -89,7 +93,7 @@ SOFTMAX = {functional.softmax, torch.softmax, "softmax"}
 UNSIGNED_CALLS = {*SOFTMAX, torch.sigmoid, torch.exp, torch.sqrt, torch.abs, "sigmoid", "exp", "sqrt", "abs"}
 AVERAGING_CALLS = {torch.mean, torch.sum, "mean", "sum"}
 """Their result is unsigned where their input is."""
-REDUCTIONS = AVERAGING_CALLS | {torch.amax, torch.amin, "amax", "amin"}
+REDUCTIONS = AVERAGING_CALLS | {torch.amax, torch.amin, torch.var, torch.std, "amax", "amin", "var", "std"}
 FLOAT_CALLS = {
     *(*UNSIGNED_CALLS, *AVERAGING_CALLS),
     *(torch.tanh, functional.log_softmax, torch.log_softmax, "tanh", "log_softmax"),
@@ -97,6 +101,7 @@ FLOAT_CALLS = {
     *(functional.layer_norm, functional.group_norm, functional.instance_norm),
     *(functional.normalize, functional.conv_transpose2d, functional.prelu),
     *(torch.log, torch.rsqrt, torch.pow, torch.square, torch.neg, torch.maximum, torch.minimum, operator.pow),
+    *(torch.var, torch.std, "var", "std"),
     *(operator.neg, "log", "rsqrt", "pow", "square", "neg", "maximum", "minimum"),
 }
 """Functions that run in float."""

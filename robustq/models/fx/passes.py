@@ -189,6 +189,26 @@ def duplicate_shared_modules(model: GraphModule) -> None:
     model.recompile()
 
 
+CASTS = {"float", "to", "type", "type_as"}
+
+
+def drop_no_ops(model: GraphModule) -> None:
+    """Remove assertions, which have held once, and casts to the type that a tensor has already.
+
+    Why: a layer's shape in an assertion is no second use of the layer.
+    """
+    for node in list(model.graph.nodes):
+        if node.target is torch._assert:
+            model.graph.erase_node(node)
+        elif node.op == "call_method" and node.target in CASTS:
+            source = node.all_input_nodes[0]
+            if source.meta["dtype"] is not None and source.meta["dtype"] == node.meta["dtype"]:
+                node.replace_all_uses_with(source)
+                model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
 def relu_first(model: GraphModule) -> None:
     """Move each ReLU in front of the max pooling, dropout or flatten before it, where the two commute.
 

@@ -226,7 +226,7 @@ def _needs_quantizer(plan: _Plan, node: Node) -> bool:
 
 
 def _is_in_float(node: Node, kinds: dict[Node, Kind]) -> bool:
-    own_norm = kinds[node] is Kind.NORM and kinds[node.all_input_nodes[0]] is Kind.LAYER
+    own_norm = kinds[node] is Kind.NORM and kinds.get(node.all_input_nodes[0]) is Kind.LAYER
     return kinds[node] in IN_FLOAT and not own_norm
 
 

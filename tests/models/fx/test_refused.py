@@ -69,16 +69,6 @@ AT_ITS_LINE: list[tuple[Callable[..., Any], dict[str, nn.Module], str]] = [
     ),
     (lambda net, x: net.pooled(net.conv(x).amax((0, 2), True)), {}, r"amax\(\) 'amax'.* mixes the images"),
     (
-        lambda net, x: net.pooled(net.pool(net.conv(x))),
-        {"pool": nn.AdaptiveAvgPool2d(4)},
-        "6x6 to 4x4 in unequal windows",
-    ),
-    (
-        lambda net, x: net.pooled(net.pool(net.conv(x))),
-        {"pool": nn.AdaptiveMaxPool2d(4)},
-        "6x6 to 4x4 in unequal windows",
-    ),
-    (
         lambda net, x: net.pooled(net.pool(net.conv(x))[0]),
         {"pool": nn.MaxPool2d(2, return_indices=True)},
         "MaxPool2d 'pool'.* cannot be quantized",
