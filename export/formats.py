@@ -14,6 +14,7 @@ from robustq.export.lowering.biases import accumulator_biases, bias_zero_points,
 from robustq.export.lowering.binary_activations import binary_activations
 from robustq.export.lowering.constants import folded_constants, own_constants
 from robustq.export.lowering.fixed_point_multipliers import fixed_point_multipliers
+from robustq.export.lowering.islands import float_layers
 from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.pads import padding_in_convolutions
 from robustq.export.lowering.requantize import quantized_moves, rounded_sums
@@ -57,6 +58,7 @@ def _quantized(folded: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     folded_constants(model, but=frozenset({"Clip"}))  # Clip marks the width
     accumulator_biases(model)  # onnxruntime before 1.27 reads every bias in the accumulator's step
     check_ranges(model)
+    float_layers(model)
     return model
 
 
@@ -155,8 +157,9 @@ def build(
         consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
 
     Raises:
-        ExportError: the network has an operator that the format or the consumer cannot hold.
+        ExportError: the network has an operator that the format or the consumer cannot hold, or is too large.
     """
+    check_size(sum(one.numel() for one in network.parameters()))
     model = FORMATS[name].make(network, spec)
     if consumer == HLS4ML:
         fixed_point_multipliers(model)
@@ -166,3 +169,16 @@ def build(
         onnx.checker.check_model(model)
     describe(model, spec, format_name=name, pixels=pixels)
     return model
+
+
+LARGEST = 2**31 // 4
+"""Parameters of float32 in the 2 GiB that one protobuf message holds."""
+
+
+def check_size(parameters: int) -> None:
+    """ExportError for a network that no .onnx file can hold on its way from PyTorch, where weights are float32."""
+    if parameters > LARGEST:
+        raise ExportError(
+            f"{parameters / 1e6:,.0f} million parameters do not fit into an ONNX file of 2 GiB (float32, before they "
+            f"are packed); take a network of at most {LARGEST // 10**6} million"
+        )

@@ -30,7 +30,8 @@ NOT_LAYERS = frozenset(
         "MaxPool",
     }
     | {"NhwcMaxPool", "Concat", "DepthToSpace", "Flatten", "Pad", "Reshape", "Slice", "SpaceToDepth", "Split"}
-    | {"Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput"}
+    | {"Squeeze", "Transpose", "Unsqueeze", "ReorderInput", "ReorderOutput", "Expand", "Gather", "ReduceMax"}
+    | {"Max", "Min", "ReduceMin", "Resize", "Shape"}
 )
 """Operators that move, convert or compare values. Operators in neither set count as float layers."""
 
@@ -59,7 +60,8 @@ def optimised_layers(path: Path, *, arm_defaults: bool = False) -> Layers:
         nodes = onnx.load(optimised).graph.node
     integer = tuple(_name(node) for node in nodes if node.op_type in INTEGER_LAYERS)
     in_float = [node for node in nodes if node.op_type not in INTEGER_LAYERS | NOT_LAYERS]
-    convolutions = [node for node in in_float if "Conv" in node.op_type]  # Conv, FusedConv, NhwcFusedConv, ...
+    # Conv, FusedConv, NhwcFusedConv, ...; a transposed one has no integer form.
+    convolutions = [node for node in in_float if "Conv" in node.op_type and node.op_type != "ConvTranspose"]
     return Layers(integer, tuple(map(_name, in_float)), tuple(map(_name, convolutions)))
 
 

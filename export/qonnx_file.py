@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor
 
+from robustq.errors import ExportError, one_line
 from robustq.export.lowering.fixed_point_multipliers import CHANNELS_LAST
 from robustq.progress import bar
 
@@ -27,7 +28,11 @@ def clean_up(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
-    """Logits (N, K) of ``images`` (N, C, H, W) float32 by qonnx's executor, slow: seconds for a hundred images."""
+    """Logits (N, K) of ``images`` (N, C, H, W) float32 by qonnx's executor, slow: seconds for a hundred images.
+
+    Raises:
+        ExportError: the executor fails.
+    """
     import onnxruntime as ort
     import qonnx.core.onnx_exec
 
@@ -43,7 +48,10 @@ def execute(model: onnx.ModelProto, images: Tensor) -> Tensor:
             # The executor needs a fixed batch size: a short last batch is filled up with black images.
             full = np.zeros((size, *part.shape[1:]), np.float32)
             full[: len(part)] = part.numpy()
-            outputs = qonnx.core.onnx_exec.execute_onnx(concrete, {source: full})
+            try:
+                outputs = qonnx.core.onnx_exec.execute_onnx(concrete, {source: full})
+            except Exception as error:  # of qonnx' own, of onnxruntime, and of numpy
+                raise ExportError(f"qonnx cannot run it as QONNX ({one_line(error, longest=120)})") from error
             logits.append(torch.from_numpy(np.asarray(outputs[sink]))[: len(part)])
             progress.advance(len(part))
     return torch.cat(logits)
@@ -54,10 +62,14 @@ def _with_batch(model: onnx.ModelProto, size: int) -> Any:
     from qonnx.util.cleanup import cleanup_model
 
     wrapped = ModelWrapper(model, make_deepcopy=True)
-    if all(node.domain != CHANNELS_LAST for node in model.graph.node):
-        return cleanup_model(wrapped, override_inpsize=size)
-    # qonnx (1.0.0) cannot infer the shapes of channels-last layers; all are annotated, for a batch of one.
     graph = wrapped.graph
+    if all(node.domain != CHANNELS_LAST for node in model.graph.node):
+        # Not cleanup_model's override_inpsize, which takes the first number of every Reshape for the batch size.
+        del graph.value_info[:]
+        for value in (graph.input[0], graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_value = size
+        return cleanup_model(wrapped)
+    # qonnx (1.0.0) cannot infer the shapes of channels-last layers; all are annotated, for a batch of one.
     computed = {graph.input[0].name}
     for node in graph.node:
         if computed.intersection(node.input):

@@ -162,14 +162,15 @@ def describe_state_dict(state: dict[str, Tensor], path: Path) -> tuple[str, int,
     if not differences:
         raise ModelFileError(
             f"{path}: is a bare state dict of an unknown architecture (no conv1.weight and fc.weight); known: "
-            f"{', '.join(ARCHITECTURES)}; name another one: --arch torchvision:NAME or --model MODULE:FUNCTION"
+            f"{', '.join(ARCHITECTURES)}; name another one: --arch torchvision:NAME, --arch timm:NAME or "
+            "--model MODULE:FUNCTION"
         )
     nearest = min(differences, key=lambda name: len(differences[name]))
     shown = ", ".join(differences[nearest][:3])
     raise ModelFileError(
         f"{path}: is a bare state dict of an unknown architecture; nearest: {nearest}, "
         f"which differs in {len(differences[nearest])} entries ({shown}, ...); name another one: "
-        "--arch torchvision:NAME or --model MODULE:FUNCTION"
+        "--arch torchvision:NAME, --arch timm:NAME or --model MODULE:FUNCTION"
     )
 
 

@@ -10,7 +10,10 @@ from onnx import helper
 
 from robustq.export.lowering.graph import GraphIndex, insert_nodes, replace_input
 
-MOVES = frozenset({"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad"})
+MOVES = frozenset(
+    {"Flatten", "MaxPool", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Pad", "Gather", "Resize"}
+    | {"DepthToSpace", "SpaceToDepth", "ReduceMax", "ReduceMin"}
+)
 """Operators that move or choose values: each value of the output is one of their first input."""
 
 PASSED = frozenset({"Relu", "Clip"})
@@ -19,17 +22,18 @@ PASSED = frozenset({"Relu", "Clip"})
 
 def quantized_moves(model: onnx.ModelProto) -> int:
     """DequantizeLinear(s, z) - move becomes DequantizeLinear(s, z) - move - QuantizeLinear(s, z) - DequantizeLinear(s,
-    z), for every output of a move and every link of a chain; returns how many outputs.
+    z), for every output of a move and every link of a chain; returns how many outputs. A Concat of values with the same
+    scale and zero point, and of zeros, is a move.
 
     Per-tensor scales only. onnxruntime leaves the layer behind a move in float otherwise.
     """
     graph = model.graph
     wrapped = 0
     for node in list(graph.node):  # in order of execution, so that a chain is wrapped link by link
-        if node.op_type not in MOVES:
+        if node.op_type not in MOVES | {"Concat"}:
             continue
         index = GraphIndex(graph)
-        source = index.maker(node)
+        source = index.maker(node) if node.op_type in MOVES else _common_source(index, node)
         if source is None or source.op_type != "DequantizeLinear":
             continue
         scale = index.input(source, 1)
@@ -45,6 +49,27 @@ def quantized_moves(model: onnx.ModelProto) -> int:
             )
             wrapped += 1
     return wrapped
+
+
+def _common_source(index: GraphIndex, concat: onnx.NodeProto) -> onnx.NodeProto | None:
+    """A DequantizeLinear whose scale and zero point all parts of ``concat`` have, but for zeros."""
+    sources = []
+    for place, name in enumerate(concat.input):
+        values, source = index.constant(name), index.maker(concat, place)
+        if values is not None and not values.any():
+            continue
+        if source is None or source.op_type != "DequantizeLinear":
+            return None
+        sources.append(source)
+    grids = {
+        tuple(
+            (one.dtype, float(one.flat[0]))
+            for one in (index.input(source, 1), index.input(source, 2))
+            if one is not None
+        )
+        for source in sources
+    }
+    return sources[0] if len(grids) == 1 else None
 
 
 def rounded_sums(model: onnx.ModelProto) -> int:

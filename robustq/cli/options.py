@@ -110,8 +110,8 @@ class Network:
         typer.Option(
             "--architecture",
             "--arch",
-            help=f"{', '.join(ARCHITECTURES)} or torchvision:NAME. Default: as in the recipe or file.",
-            autocompletion=one_of(*ARCHITECTURES),
+            help=f"{', '.join(ARCHITECTURES)}, torchvision:NAME or timm:NAME. Default: as in the recipe or file.",
+            autocompletion=one_of(*ARCHITECTURES, "torchvision:", "timm:"),
         ),
     ] = None
     bits: Annotated[

@@ -12,7 +12,16 @@ from torch import nn
 
 from robustq.data.resize import is_resize
 from robustq.errors import ModelFileError, UsageError
-from robustq.models.fx.factory import TORCHVISION, check_permission, float_network, is_custom, torchvision_names
+from robustq.models.fx.factory import (
+    TIMM,
+    TORCHVISION,
+    check_permission,
+    float_network,
+    is_custom,
+    plain_name,
+    timm_names,
+    torchvision_names,
+)
 from robustq.models.layers import Layers, Normalisation
 from robustq.models.mixed_widths import set_layer_bits
 from robustq.models.quant.quantizers import Widths
@@ -24,8 +33,8 @@ class ModelSpec:
     """Everything needed to rebuild, harden, attack and export a network, in plain JSON types.
 
     Args:
-        architecture: a key of :data:`ARCHITECTURES`, or of a custom network ``torchvision:NAME`` or
-            ``module:function``.
+        architecture: a key of :data:`ARCHITECTURES`, or of a custom network ``torchvision:NAME``, ``timm:NAME``
+            or ``module:function``.
         weight_bits, act_bits: widths of the inner layers; 32 is float.
         classes, class_names, channels, image_size: shape of the task, and a name per class; images are square.
         data: the data set that the network was trained on, as the user named it (a name, a folder or an .npz file).
@@ -64,8 +73,7 @@ class ModelSpec:
     def label(self) -> str:
         """Short name, as in ``resnet20-w4a4``, ``resnet20-w4a4-mixed`` or ``mobilenet_v2-float``; good for a file."""
         width = "float" if self.widths.is_float else f"w{self.weight_bits}a{self.act_bits}"
-        name = self.architecture.removeprefix(TORCHVISION).replace(":", ".")
-        return f"{name}-{width}{'-mixed' if self.layer_bits else ''}"
+        return f"{plain_name(self.architecture)}-{width}{'-mixed' if self.layer_bits else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, as kept in model.pt and result.json."""
@@ -150,6 +158,8 @@ def check_architecture(name: str) -> str:
     if name not in ARCHITECTURES and not is_custom(name):
         if name in torchvision_names():
             raise UsageError(f"unknown architecture '{name}'; torchvision's is {TORCHVISION}{name}")
+        if name.partition(".")[0] in timm_names():
+            raise UsageError(f"unknown architecture '{name}'; timm's is {TIMM}{name}")
         near = difflib.get_close_matches(name, ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise UsageError(f"unknown architecture '{name}'; known: {', '.join(ARCHITECTURES)} (nearest: {near})")
     return name

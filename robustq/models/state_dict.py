@@ -28,6 +28,9 @@ ALIASES = {"linear.": "fc.", "shortcut.": "downsample."}
 FEATURE_LAYER = "feature_layer"
 """Key of the feature layer in the ``meta`` of a custom network's graph."""
 
+FLOAT_LAYERS = "float_layers"
+"""Key of the names of the layers that stay in float, in the ``meta`` of a quantized graph."""
+
 OUR_FEATURE_LAYER = "avgpool"
 """The feature layer of robustq's networks, and of torchvision's ResNets."""
 
@@ -186,3 +189,9 @@ def feature_layer_of(model: nn.Module) -> str | None:
         found: str | None = meta[FEATURE_LAYER]
         return found
     return OUR_FEATURE_LAYER if OUR_FEATURE_LAYER in dict(model.named_modules()) else None
+
+
+def float_layers_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the layers of a quantized custom network that have no integer form, in their order."""
+    meta = getattr(model, "meta", None)
+    return tuple(meta.get(FLOAT_LAYERS, ())) if isinstance(meta, dict) else ()

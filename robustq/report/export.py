@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from robustq.report.text import Result, attack_lines, scientific, size
+from robustq.report.text import Result, attack_lines, named_layers, scientific, size
 
 BYTE = 8
 """Bits that each weight takes in a file that is not packed."""
@@ -25,6 +25,7 @@ def export_lines(result: Result) -> list[str]:
             "WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"
         )
     lines += _proof_lines(result)
+    lines += [f"float   {named_layers(result['stay_in_float'])}"] if result["stay_in_float"] else []
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
     lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]

@@ -233,6 +233,16 @@ def mostly_wrong_before(result: Result) -> bool:
     return bool(2 * result["wrong_before"] > result["images"])
 
 
+NAMED = 6
+"""Layers that one line names."""
+
+
+def named_layers(names: Sequence[str]) -> str:
+    """The layers of a network that have no integer form."""
+    listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"{len(names)} layer{' stays' if len(names) == 1 else 's stay'} in float: {listed}"
+
+
 def quickstart_lines(result: Result) -> list[str]:
     """The table of quickstart."""
     columns = ("clean", "fgsm", "pgd20", "margin_pgd40")

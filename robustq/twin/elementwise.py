@@ -147,6 +147,12 @@ def elu(call: Call, x: Tensor) -> Tensor:
     return functional.elu(x, call.get("alpha", 1.0))
 
 
+@operator("Celu")
+def celu(call: Call, x: Tensor) -> Tensor:
+    """https://onnx.ai/onnx/operators/onnx__Celu.html"""
+    return functional.celu(x, call.get("alpha", 1.0))
+
+
 @operator("Selu")
 def selu(call: Call, x: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__Selu.html"""

@@ -163,6 +163,15 @@ def instance_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -
     return functional.instance_norm(x, weight=scale, bias=bias, eps=call.get("epsilon", 1e-5))
 
 
+@operator("GroupNormalization")
+def group_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """https://onnx.ai/onnx/operators/onnx__GroupNormalization.html; before opset 21 scale and bias are per group."""
+    groups = call.get("num_groups", 1)
+    if call.node.opset < 21:
+        scale, bias = (one.repeat_interleave(x.shape[1] // groups) for one in (scale, bias))
+    return functional.group_norm(x, groups, scale, bias, eps=call.get("epsilon", 1e-5))
+
+
 @operator("LRN")
 def local_response_normalization(call: Call, x: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__LRN.html"""

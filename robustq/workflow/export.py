@@ -27,6 +27,7 @@ from robustq.files import check_output, free_path, optional_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.preprocessing import preprocessing_of
 from robustq.models.quant.folding import fold
+from robustq.models.state_dict import float_layers_of
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.recipe import parse_epsilon
@@ -53,8 +54,9 @@ class ExportResult(Result):
     Args:
         bundle: export folder.
         files: the .onnx, model.pt and bundle.json in it.
-        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers shortfalls recheck``
-            and more.
+        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers stay_in_float shortfalls
+            recheck`` and more. ``float_layers`` are those of onnxruntime, ``stay_in_float`` the network's layers that
+            have no integer form.
     """
 
     FLAT = ("record",)
@@ -172,6 +174,7 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
+            "stay_in_float": list(float_layers_of(network)),
             "drift": drifted.to_dict(),
             "shortfalls": shortfalls,
             "versions": versions(),

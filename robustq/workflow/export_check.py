@@ -6,11 +6,11 @@ import tempfile
 from pathlib import Path
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.data import Dataset
-from robustq.errors import ExportError, UsageError
-from robustq.export.formats import build
+from robustq.errors import ExportError, ModelFileError, UsageError
+from robustq.export.formats import build, check_size
 from robustq.export.recheck import prove
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
@@ -18,6 +18,14 @@ from robustq.progress import note
 
 IMAGES = 32
 """Training images on which the trial file is compared with the network."""
+
+
+def check_file_size(weights: dict[str, Tensor]) -> None:
+    """UsageError for weights that fit into no .onnx file; in no time."""
+    try:
+        check_size(sum(one.numel() for one in weights.values()))
+    except ExportError as error:
+        raise UsageError(f"{error}; --no-checks trains it all the same") from error
 
 
 def check_export(network: nn.Module, spec: ModelSpec, data: Dataset) -> None:
@@ -32,7 +40,7 @@ def check_export(network: nn.Module, spec: ModelSpec, data: Dataset) -> None:
             path = Path(folder) / "trial.onnx"
             onnx.save(build(format_name, folded, spec), path)
             proof = prove(path, format_name, folded, spec, data.train.take(min(IMAGES, len(data.train)))[0])
-    except ExportError as error:
+    except (ExportError, ModelFileError) as error:
         raise UsageError(f"{error}; --no-checks trains it all the same") from error
     if proof.parity_failures:
         raise UsageError(

@@ -16,6 +16,8 @@ from robustq.checkpoint import load_weights
 from robustq.data import Dataset, to_float
 from robustq.errors import UsageError
 from robustq.evaluation.accuracy import constant_accuracy, correct, wilson_interval
+from robustq.models.fx.factory import timm_normalisation
+from robustq.models.layers import IMAGENET
 from robustq.models.spec import ModelSpec, build_model
 from robustq.models.state_dict import with_names_of
 from robustq.progress import note
@@ -38,6 +40,24 @@ def stated_accuracy(content: Any, metadata: Mapping[str, str]) -> float | None:
         with suppress(ValueError):
             numbers.append(float(text))
     return next((value / 100 if value > 1 else value for value in numbers if 0 < value <= 100), None)
+
+
+def published_normalisation(architecture: str) -> str | None:
+    """The value of --normalisation that timm gives for the published weights of ``timm:NAME``; None if unknown."""
+    found = timm_normalisation(architecture)
+    if found is None:
+        return None
+    mean, std = map(tuple, found)
+    if (mean, std) == IMAGENET:
+        return "imagenet"
+    return "none" if (set(mean), set(std)) == ({0.0}, {1.0}) else "/".join(",".join(map(str, row)) for row in found)
+
+
+def note_normalisation(architecture: str) -> None:
+    """A line where no normalisation was given for weights that timm publishes with one."""
+    wanted = published_normalisation(architecture)
+    if wanted not in (None, "none"):
+        note(f"pixels  / 255 without a normalisation; timm's weights of {architecture} expect --normalisation {wanted}")
 
 
 def count_float_network(
@@ -78,8 +98,10 @@ def count_float_network(
     elif stated is not None and high < stated - SHORTFALL:
         wrong = f"where the file states {100 * stated:.1f}%"
     if is_foreign and wrong:
+        wanted = published_normalisation(spec.architecture)
+        option = "--normalisation" if wanted is None else f"--normalisation {wanted} for timm's own weights"
         raise UsageError(
             f"{path} as given answers {found} right, {wrong}; name the normalisation that it was trained with "
-            "(--normalisation), or check --data and the order of the classes; --no-checks goes on all the same"
+            f"({option}), or check --data and the order of the classes; --no-checks goes on all the same"
         )
     return share

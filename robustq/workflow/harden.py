@@ -16,8 +16,8 @@ from robustq.models.fx.factory import is_custom
 from robustq.models.spec import ModelSpec
 from robustq.progress import note
 from robustq.recipe import parse_epsilon
-from robustq.workflow.export_check import check_export
-from robustq.workflow.float_check import count_float_network
+from robustq.workflow.export_check import check_export, check_file_size
+from robustq.workflow.float_check import count_float_network, note_normalisation
 from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.module_file import check_same_answers, weights_file
 from robustq.workflow.quantize import quantize, quantize_only
@@ -68,7 +68,8 @@ def harden_model(
         recipe: name of a recipe (``robustq recipes``) or path of a .toml file.
         overrides: texts ``key=value`` that override keys of the recipe, such as ``"epochs=10"``.
         data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
-        architecture: of a checkpoint whose names do not tell it: ``torchvision:NAME`` or a known name.
+        architecture: of a checkpoint whose names do not tell it: ``torchvision:NAME``, ``timm:NAME`` or
+            a known name.
         custom_model: ``module:function`` that builds the network, if it is a custom model; its code is run.
         feature_layer: name of the layer whose inputs ODG-Q aligns; None: the model's, else the last global pooling.
         epsilon: radius of the threat model in units of pixel / 255: a number in [0, 1] or a text such as ``"8/255"``;
@@ -128,6 +129,8 @@ def harden_model(
             skip_bad_images=skip_bad_images,
         )
         source = with_normalisation(opened.spec, normalisation, path)
+        if opened.is_foreign and normalisation is None:
+            note_normalisation(source.architecture)
         widths, layer_bits = options.resolve(settings, source=source)
         loaded = data_for(
             source,
@@ -174,6 +177,8 @@ def _run(opened: Source, source: ModelSpec, job: Job, *, custom_model: str | Non
     """Quantize the weights of ``opened``, whose network is ``source``, check both networks, and run the recipe."""
     assert job.source is not None
     torch.manual_seed(job.seed)
+    if checks and is_custom(job.spec.architecture):
+        check_file_size(opened.state)
     network = quantize(opened.state, source, job, path=job.source, custom_model=custom_model)
     if job.recipe.trains:
         check_job(network, job)  # before the float network is counted

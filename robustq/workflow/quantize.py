@@ -26,6 +26,7 @@ from robustq.progress import detail, note
 from robustq.recipe.schema import check_settings
 from robustq.report.recipes import toml_lines
 from robustq.workflow.job import Job, TrainResult
+from robustq.workflow.run_log import log_float_layers
 from robustq.workflow.setup import versions
 from robustq.workflow.training_run import (
     EVALUATION_BATCH,
@@ -74,6 +75,7 @@ def quantize_only(model: nn.Module, job: Job) -> TrainResult:
     config = job.config()
     note(f"{spec.label} · post-training quantization: no training, no defence")
     note(f"recipe  {recipe.name}: calibrated on {min(recipe.calibration_images, len(data.train)):,} images")
+    log_float_layers(model)
     for line in toml_lines(config["recipe"]):
         detail(f"setting {line}")
     if settings.bias_correction:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from robustq.data import Dataset
 from robustq.errors import OutputError, RunLockedError, UsageError
@@ -26,12 +27,12 @@ from robustq.memory import within_memory
 from robustq.models.preprocessing import preprocessing_of
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
-from robustq.models.state_dict import count_parameters
+from robustq.models.state_dict import count_parameters, float_layers_of
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe.schema import FLOAT32, INTEGER, SAME
 from robustq.report.recipes import toml_lines
-from robustq.report.text import duration, preprocessing_line, size
+from robustq.report.text import duration, named_layers, preprocessing_line, size
 from robustq.workflow.setup import radius_of
 
 
@@ -61,10 +62,19 @@ def log_run(
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
     if spec.resize is not None:
         note(f"images  {preprocessing_line(preprocessing_of(spec))}")
+    log_float_layers(training.model)
     for line in hints(config, device, resumed=resumed):
         note(f"note    {line}")
     for line in [*toml_lines(config["recipe"]), f"augment {config['augment']}", f"seed {config['seed']}"]:
         detail(f"setting {line}")
+
+
+def log_float_layers(model: nn.Module) -> None:
+    """Name the layers of a custom network that have no integer form."""
+    names = float_layers_of(model)
+    if names:
+        note(f"float   {named_layers(names)}")
+        detail(f"float   {', '.join(names)}")
 
 
 def check_forecast(training: Training, *, parent: Path) -> None:

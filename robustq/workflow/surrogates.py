@@ -18,7 +18,7 @@ from robustq.checkpoint import load_model, load_weights
 from robustq.data import DATASET_NAMES, Dataset, to_float
 from robustq.errors import ModelFileError
 from robustq.hardening.run_folder import RESULT, RUNS
-from robustq.models.fx.factory import runs_user_code
+from robustq.models.fx.factory import plain_name, runs_user_code
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec, build_model
@@ -84,7 +84,7 @@ class OtherNetworks:
 
     def natural(self, spec: ModelSpec) -> dict[str, nn.Module]:
         """A naturally trained float network of ``spec``'s architecture, by name; trained at its first use."""
-        architecture = spec.architecture.removeprefix("torchvision:").replace(":", ".")
+        architecture = plain_name(spec.architecture)
         owned = self.custom_model if runs_user_code(spec.architecture) else None
         folder = SURROGATES / _folder_name(spec.architecture, self.data)
         if not (folder / RESULT).is_file():

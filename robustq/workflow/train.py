@@ -47,7 +47,8 @@ def train_model(
         recipe: name of a recipe (``robustq recipes``) or path of a .toml file.
         overrides: texts ``key=value`` that override keys of the recipe, such as ``"epochs=10"``.
         data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the recipe's.
-        architecture: a known architecture (``"resnet20"``) or ``torchvision:NAME``; None: the recipe's.
+        architecture: a known architecture (``"resnet20"``) or ``torchvision:NAME`` or ``timm:NAME``; None: the
+            recipe's.
         custom_model: ``module:function`` that returns the network, instead of an architecture; its code is run.
         feature_layer: name of the layer whose inputs ODG-Q aligns, in a network that is not ours; None: the last global
             pooling.

@@ -1,4 +1,4 @@
-"""Random custom networks: groups, gates, concatenations, odd sides, and extreme BatchNorm."""
+"""Random custom networks: groups, gates, concatenations, moves, layers in float, odd sides, and extreme BatchNorm."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.quant.quantizers import Widths, learned_thresholds
 from robustq.models.spec import ModelSpec
+from tests.export.random_parts import in_float, moves
 
 Make = Callable[[], nn.Module]
 ACTIVATIONS: tuple[Make, ...] = (nn.ReLU, nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(0.0, 3.0), nn.Identity, nn.Hardswish)
@@ -36,7 +37,9 @@ class Draw:
     channels: int
     side: int
 
-    def layer(self, *, out: int | None = None, same_size: bool = False, act: bool = True) -> nn.Sequential:
+    def layer(
+        self, *, out: int | None = None, same_size: bool = False, act: bool = True, norm: bool = True
+    ) -> nn.Sequential:
         """A convolution with or without bias and BatchNorm, and an activation."""
         rng = self.rng
         out = rng.choice((1, 4, 6, 8, 12)) if out is None else out
@@ -49,7 +52,7 @@ class Draw:
             padding = kernel // 2 if self.side < 2 * kernel else rng.choice((0, kernel // 2))
             conv = nn.Conv2d(self.channels, out, kernel, rng.choice((1, 1, 2)), padding, **options)
         parts: list[nn.Module] = [conv]
-        if rng.random() < 0.8:
+        if rng.random() < 0.8 and norm:
             parts.append(nn.BatchNorm2d(out))
         if act:
             parts.append(rng.choice(ACTIVATIONS)())
@@ -126,6 +129,32 @@ def pooling(draw: Draw) -> nn.Module:
     return pool
 
 
+def _grown(draw: Draw, part: nn.Module) -> nn.Module:
+    """``part`` and a layer behind it; a part that leaves less than two rows or columns, or no square, is left out."""
+    with torch.no_grad():
+        shape = part.eval()(torch.zeros(1, draw.channels, draw.side, draw.side)).shape
+    if min(shape[2:]) < 2 or shape[2] != shape[3]:
+        return draw.layer(same_size=True)
+    draw.channels, draw.side = shape[1], shape[2]
+    return nn.Sequential(part, draw.layer())
+
+
+def float_layer(draw: Draw) -> nn.Module:
+    """A layer, one in float behind it, and a layer.
+
+    No extreme BatchNorm stands in front: it makes constant channels, whose variance is rounding alone, and a norm makes
+    that large.
+    """
+    return nn.Sequential(
+        draw.layer(out=8, act=draw.rng.random() < 0.5, norm=False), _grown(draw, in_float(draw.rng, 8))
+    )
+
+
+def moving(draw: Draw) -> nn.Module:
+    """A function that moves values, and a layer."""
+    return _grown(draw, moves(draw.rng, draw.channels, draw.side)) if draw.side > 2 else nn.Identity()
+
+
 class RandomNet(nn.Module):
     """Two to five parts and a classifier behind them."""
 
@@ -134,7 +163,7 @@ class RandomNet(nn.Module):
         rng = draw.rng
         parts: list[nn.Module] = [draw.layer()]
         for _ in range(rng.randint(2, 5)):
-            make = rng.choice((Draw.layer, Draw.layer, Sum, Concatenation, Gate, pooling))
+            make = rng.choice((Draw.layer, Draw.layer, Sum, Concatenation, Gate, pooling, float_layer, moving, moving))
             parts.append(make(draw))
         self.parts = nn.Sequential(*parts)
         pooled = rng.random() < 0.6

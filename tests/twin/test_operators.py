@@ -76,6 +76,7 @@ CASES: list[Case] = [
     ("BatchNormalization", [X, f(3), f(3), f(3), np.abs(f(3))], {"epsilon": 1e-3}),
     ("LayerNormalization", [X, f(6, 5), f(6, 5)], {"axis": 2}),
     ("InstanceNormalization", [X, f(3), f(3)], {}),
+    ("GroupNormalization", [f(2, 4, 3, 2), f(4), f(4)], {"num_groups": 2, "epsilon": 1e-3}),
     ("MaxPool", [X], {"kernel_shape": [3, 2], "strides": [2, 2], "pads": [1, 0, 1, 1]}),
     ("MaxPool", [X], {"kernel_shape": [2, 2], "dilations": [2, 1]}),
     ("MaxPool", [X], {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
@@ -94,6 +95,7 @@ CASES: list[Case] = [
     ("LeakyRelu", [X], {"alpha": 0.2}),
     ("PRelu", [X, f(3, 1, 1)], {}),
     ("Elu", [X], {"alpha": 0.7}),
+    ("Celu", [X], {"alpha": 0.7}),
     ("Selu", [X], {}),
     ("Gelu", [X], {}),
     ("Gelu", [X], {"approximate": "tanh"}),
@@ -147,6 +149,7 @@ CASES: list[Case] = [
     ("Resize", [X, None, scale(1, 1, 2, 3)], {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     ("Resize", [X, None, None, i(2, 3, 9, 4)], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}),
     ("Resize", [X, None, scale(1, 1, 2, 2)], {"mode": "linear"}),
+    ("Resize", [X, None, None, i(2, 3, 9, 4)], {"mode": "cubic"}),
     ("QuantizeLinear", [X, scale(0.02), zero(100)], {}),
     ("QuantizeLinear", [X, scale(0.02), zero(-3, np.int8)], {}),
     # Rounded before the zero point is added: ties, and values that are a tie after it in float32.
@@ -337,6 +340,13 @@ def test_dynamic_quantization_is_that_of_one_image_at_a_time() -> None:
         np.testing.assert_array_equal(codes[image], expected[0][0])
         np.testing.assert_allclose(scales[image].item(), expected[1], rtol=1e-6)
         assert zero_points[image].item() == expected[2]
+
+
+def test_group_normalization_before_opset_21_has_a_scale_a_group() -> None:
+    x, scales, biases = f(2, 4, 3, 2), f(2), f(2)
+    model = model_of(("GroupNormalization", [x, scales, biases], {"num_groups": 2}), opset=18)
+    expected: Any = ReferenceEvaluator(model).run(None, {"in0": x})
+    np.testing.assert_allclose(twin_of(model, x)[0], expected[0], rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("opset", [11, 12])

@@ -11,7 +11,7 @@ import torch
 from robustq.data import TensorSplit
 from robustq.errors import ExportError, UsageError
 from robustq.export.formats import build
-from robustq.workflow.export_check import check_export
+from robustq.workflow.export_check import check_export, check_file_size
 from tests.export.test_custom_networks import spec
 from tests.models.fx.custom_nets import folded_of, graph_of, pixels
 
@@ -34,3 +34,9 @@ def test_a_file_that_fails_or_is_another_networks_is_refused(monkeypatch: pytest
     monkeypatch.setattr("robustq.workflow.export_check.build", fails)
     with pytest.raises(UsageError, match="no such operation; --no-checks"):
         check_export(network, spec(4), DATA)
+
+
+def test_weights_that_fit_into_no_file() -> None:
+    check_file_size({"weight": torch.empty(2**29, device="meta")})
+    with pytest.raises(UsageError, match=r"644 million parameters do not fit into an ONNX file of 2 GiB .*--no-checks"):
+        check_file_size({"weight": torch.empty(644_000_000, device="meta")})

@@ -9,7 +9,11 @@ from brevitas.backport.fx import GraphModule, Node
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.fx import passes, shapes
+from robustq.models.fx import passes, shapes, windows
+from robustq.models.fx.adaptive_pooling import fix_adaptive_pooling
+from robustq.models.fx.attention import attention_to_values
+from robustq.models.fx.fixed_convolutions import buffers_to_convolutions
+from robustq.models.fx.own_layers import own_layers_to_modules
 from robustq.models.fx.quantize import quantize
 from robustq.models.fx.trace import BATCH, called_module, free_name, shape_prop, trace
 from robustq.models.layers import Normalisation, Normalise
@@ -43,7 +47,8 @@ def quantized_graph(
 
     UsageError names the operation for which a model cannot be quantized.
     """
-    model = trace(network.float(), name=name)
+    model = trace(network.float(), name=name, images=(channels, image_size, image_size))
+    own_layers_to_modules(model, network)
     if normalisation is not None:
         _normalise_first(model, normalisation)
     standardise(model, channels=channels, image_size=image_size, name=name)
@@ -55,8 +60,11 @@ def quantized_graph(
     if shape[1] != classes:
         raise UsageError(f"{name}: answers with {shape[1]} logits, the data have {classes} classes; give other data")
     model.meta[FEATURE_LAYER] = find_feature_layer(model, feature_layer, name=name)
-    shapes.fix_adaptive_pooling(model, averages=not widths.is_float)
+    fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
+        shapes.stacks_to_sums(model)
+        windows.explicit_padding(model)
+        shapes.linear_on_rows(model)
         quantize(model, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return model.eval()
 
@@ -66,14 +74,20 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
 
     UsageError names an operation that cannot be rewritten, or does not take images of this shape.
     """
+    attention_to_values(model)
     passes.remove_inplace(model)
     passes.clamp_to_relu(model)
+    passes.maxima_to_values(model)
     passes.functions_to_modules(model)
     passes.duplicate_shared_modules(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
+    passes.drop_no_ops(model)
+    buffers_to_convolutions(model)
     shapes.mean_to_pooling(model)
-    shapes.fix_pooling_windows(model)
+    windows.fix_upsampling(model)
+    windows.fix_pooling_windows(model)
     shapes.fix_reshapes(model)
+    shapes.tokens_to_sums(model)
     passes.relu_first(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)
 

@@ -1,14 +1,16 @@
-"""From the name of a custom model to the float model: ``torchvision:NAME``, or ``module:function`` of the user."""
+"""From the name of a custom model to the float model: ``torchvision:NAME``, ``timm:NAME``, or the user's function."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import operator
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import nn
 
 from robustq.errors import ModelFileError, UsageError, one_line
 
-TORCHVISION = "torchvision:"
+TORCHVISION, TIMM = "torchvision:", "timm:"
+LIBRARIES = (TORCHVISION, TIMM)
+"""Prefixes of networks of installed libraries."""
 
 
 def is_custom(architecture: str) -> bool:
@@ -27,7 +31,14 @@ def is_custom(architecture: str) -> bool:
 
 def runs_user_code(architecture: str) -> bool:
     """Whether building ``architecture`` imports a module of the user."""
-    return is_custom(architecture) and not architecture.startswith(TORCHVISION)
+    return is_custom(architecture) and not architecture.startswith(LIBRARIES)
+
+
+def plain_name(architecture: str) -> str:
+    """``architecture`` without the library's prefix and without a colon: good for a file."""
+    for library in LIBRARIES:
+        architecture = architecture.removeprefix(library)
+    return architecture.replace(":", ".")
 
 
 def check_permission(architecture: str, named: str | None) -> None:
@@ -45,11 +56,13 @@ def check_permission(architecture: str, named: str | None) -> None:
 def float_network(architecture: str, *, classes: int) -> nn.Module:
     """The float model with fresh weights; nothing is downloaded. UsageError for no such model, or its code raises.
 
-    ``architecture`` is ``torchvision:NAME`` or ``module:function``. The current folder is importable, as with
-    ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
+    ``architecture`` is ``torchvision:NAME``, ``timm:NAME`` or ``module:function``. The current folder is importable, as
+    with ``python -m``; the function is called with ``num_classes=`` or ``classes=`` if it has such a parameter.
     """
     if architecture.startswith(TORCHVISION):
         return _torchvision_network(architecture.removeprefix(TORCHVISION), classes)
+    if architecture.startswith(TIMM):
+        return _timm_network(architecture.removeprefix(TIMM), classes)
     return _user_network(architecture, classes)
 
 
@@ -73,6 +86,42 @@ def _torchvision_network(name: str, classes: int) -> nn.Module:
         # Their initialisation takes a minute. Their auxiliary heads are in the published weights, but not traced.
         options = {"aux_logits": True, "init_weights": False}
     network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
+    return network
+
+
+def timm_names() -> list[str]:
+    """Names of timm's networks without their tags; none where timm is not installed."""
+    return list(_timm().list_models()) if importlib.util.find_spec("timm") else []
+
+
+def timm_normalisation(architecture: str) -> tuple[Sequence[float], Sequence[float]] | None:
+    """(mean, std) per channel that timm gives for the published weights of ``timm:NAME``; None for other networks."""
+    if not architecture.startswith(TIMM):
+        return None
+    published = _timm().get_pretrained_cfg(architecture.removeprefix(TIMM))
+    return None if published is None else (published.mean, published.std)
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise UsageError("timm:NAME needs timm, which is not installed: pip install timm") from error
+
+
+def _timm_network(name: str, classes: int) -> nn.Module:
+    timm = _timm()
+    # timm would take other names for places on the net or on the disk.
+    plain, _, tag = name.partition(".")
+    known, tags = timm_names(), timm.list_pretrained(f"{plain}.*")
+    if plain not in known:
+        near = ", ".join(difflib.get_close_matches(plain, known, n=3, cutoff=0.0))
+        raise UsageError(f"timm has no network '{plain}'; nearest: {near}")
+    if tag and name not in tags:
+        raise UsageError(f"timm has no weights '{tag}' of {plain}; known: {', '.join(tags) or 'none'}")
+    network: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes)
     return network
 
 

@@ -41,6 +41,11 @@ def fold_graph(model: GraphModule) -> GraphModule:
             set_module(folded, relu.eval(), str(node.target))
         elif isinstance(layer, nn.Dropout | nn.Dropout2d):
             _remove(folded, node)
+        elif isinstance(layer, nn.InstanceNorm2d) and _is_norm(layer) and node.users:  # it was not folded
+            # In eval mode it is a BatchNorm; the exporter wants a fixed batch size of it.
+            norm = nn.BatchNorm2d(layer.num_features, layer.eps, affine=layer.affine)
+            norm.load_state_dict(layer.state_dict())
+            set_module(folded, norm.eval(), str(node.target))
     folded.graph.lint()
     folded.delete_all_unused_submodules()
     folded.recompile()
@@ -56,10 +61,14 @@ def _remove(folded: GraphModule, node: Node) -> None:
     folded.graph.erase_node(node)
 
 
+def _is_norm(module: Any) -> bool:
+    return isinstance(module, NORMS) and bool(module.track_running_stats)
+
+
 def _fold(folded: GraphModule, node: Node, layer: Any) -> None:
     norm: Any = None
     users = list(node.users)
-    if len(users) == 1 and isinstance(called_module(folded, users[0]), NORMS):
+    if len(users) == 1 and _is_norm(called_module(folded, users[0])):
         norm = called_module(folded, users[0])
         _remove(folded, users[0])
         if norm.weight is None:

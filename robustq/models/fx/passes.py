@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from robustq.errors import UsageError
 from robustq.models.fx.ops import GRID_METHODS, LAYERS, NORMS, RELUS
-from robustq.models.fx.trace import call_arguments, called_module, describe, free_name, replace_call
+from robustq.models.fx.trace import call_arguments, called_module, calls, describe, free_name, replace_call
 
 OUT_OF_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -43,6 +43,11 @@ FUNCTIONS: tuple[tuple[Any, type[nn.Module]], ...] = (
     (functional.elu, nn.ELU),
     (functional.gelu, nn.GELU),
     (functional.softplus, nn.Softplus),
+    (functional.mish, nn.Mish),
+    (functional.selu, nn.SELU),
+    (functional.celu, nn.CELU),
+    (functional.softsign, nn.Softsign),
+    (functional.logsigmoid, nn.LogSigmoid),
     (functional.adaptive_max_pool2d, nn.AdaptiveMaxPool2d),
 )
 """Brevitas' table of functions and their modules, and the functions that it lacks."""
@@ -116,6 +121,32 @@ def clamp_to_relu(model: GraphModule) -> None:
     model.recompile()
 
 
+MAXIMA: dict[Any, tuple[Any, Any]] = {
+    **dict.fromkeys((torch.max, "max"), (torch.amax, torch.maximum)),
+    **dict.fromkeys((torch.min, "min"), (torch.amin, torch.minimum)),
+}
+"""Functions that return values and their indices; the same for values alone, and for two tensors."""
+
+
+def maxima_to_values(model: GraphModule) -> None:
+    """``max(x, dim)[0]`` becomes ``amax(x, dim)``, and ``max(x, y)`` becomes ``maximum(x, y)``; so does the minimum."""
+    for node in list(model.graph.nodes):
+        if not calls(node, MAXIMA):
+            continue
+        along, of_two = MAXIMA[node.target]
+        if len(node.all_input_nodes) == 2:
+            replace_call(model, node, of_two, *node.all_input_nodes)
+            continue
+        arguments = call_arguments(node, "dim", "keepdim")
+        values = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        if "dim" not in arguments or not all(user in values or not user.users for user in node.users):
+            continue
+        for value in values:
+            replace_call(model, value, along, node.args[0], arguments["dim"], arguments.get("keepdim", False))
+        model.graph.eliminate_dead_code()
+    model.recompile()
+
+
 def functions_to_modules(model: GraphModule) -> None:
     """Each call of a function in :data:`FUNCTIONS`, and of the method ``relu``, becomes a module named like its node.
 
@@ -158,6 +189,26 @@ def duplicate_shared_modules(model: GraphModule) -> None:
     model.recompile()
 
 
+CASTS = {"float", "to", "type", "type_as"}
+
+
+def drop_no_ops(model: GraphModule) -> None:
+    """Remove assertions, which have held once, and casts to the type that a tensor has already.
+
+    Why: a layer's shape in an assertion is no second use of the layer.
+    """
+    for node in list(model.graph.nodes):
+        if node.target is torch._assert:
+            model.graph.erase_node(node)
+        elif node.op == "call_method" and node.target in CASTS:
+            source = node.all_input_nodes[0]
+            if source.meta["dtype"] is not None and source.meta["dtype"] == node.meta["dtype"]:
+                node.replace_all_uses_with(source)
+                model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
+    model.recompile()
+
+
 def relu_first(model: GraphModule) -> None:
     """Move each ReLU in front of the max pooling, dropout or flatten before it, where the two commute.
 
@@ -191,4 +242,4 @@ def _commutes(model: GraphModule, node: Node, *, bounded: bool) -> bool:
         return not getattr(module, "return_indices", False)
     if isinstance(module, nn.Dropout | nn.Dropout2d):
         return not bounded  # in training, dropout scales by 1 / (1 - p), possibly over the bound
-    return node.target is torch.flatten
+    return calls(node, (torch.flatten, torch.reshape, torch.permute, torch.transpose, "permute", "transpose"))

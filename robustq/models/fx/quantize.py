@@ -26,11 +26,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from robustq.errors import UsageError
-from robustq.models.fx.ops import SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
-from robustq.models.fx.trace import called_module, describe, free_name
-from robustq.models.layers import OUTER_BITS, weight_quantizer
+from robustq.models.fx.fixed_convolutions import FixedConv2d, FixedQuantConv2d
+from robustq.models.fx.ops import AVERAGING_CALLS, SUBTRACTIONS, SUMS, Kind, computed_inputs, is_unsigned, kind
+from robustq.models.fx.trace import called_module, calls, describe, free_name
+from robustq.models.layers import OUTER_BITS, same_shape, weight_quantizer
 from robustq.models.quant import quantizers
 from robustq.models.quant.quantizers import QuantReLU, Widths
+from robustq.models.state_dict import FLOAT_LAYERS
 
 
 class BoundedThreshold(quantizers.LearnedThreshold):
@@ -103,6 +105,11 @@ def quantize(model: GraphModule, *, widths: Widths, name: str, shared_sum_scale:
     if not first:
         raise UsageError(f"{name}: has no convolution and no linear layer; there is nothing to quantize")
     unsigned, float_prefix = _unsigned_values(model, kinds), _float_prefix(kinds)
+    model.meta[FLOAT_LAYERS] = tuple(
+        str(node.target) if node.op == "call_module" else node.name
+        for node in kinds
+        if _is_in_float(node, kinds) and not (kinds[node] is Kind.AFFINE and node in float_prefix)
+    )
     for node, its_kind in kinds.items():
         if its_kind is Kind.LAYER:
             _quantize_layer(plan, node)
@@ -151,6 +158,7 @@ def _unsigned_values(model: GraphModule, kinds: dict[Node, Kind]) -> set[Node]:
     for node, its_kind in kinds.items():
         sources = computed_inputs(node)
         inherits = its_kind in (Kind.KEEPS_GRID, Kind.AVERAGE, Kind.JOIN) and node.target not in SUBTRACTIONS
+        inherits = inherits or calls(node, AVERAGING_CALLS)
         if (
             its_kind in (Kind.INPUT, Kind.RELU)
             or (its_kind is Kind.FLOAT and is_unsigned(model, node))
@@ -161,13 +169,17 @@ def _unsigned_values(model: GraphModule, kinds: dict[Node, Kind]) -> set[Node]:
     return unsigned
 
 
+IN_FLOAT = {Kind.AFFINE, Kind.NORM, Kind.FLOAT}
+"""Kinds of functions in float, a norm where it follows no layer."""
+
+
 def _float_prefix(kinds: dict[Node, Kind]) -> list[Node]:
     """The images and the operations in float before the input quantizer: normalisation, if any."""
     node = next(node for node, its_kind in kinds.items() if its_kind is Kind.INPUT)
     chain, prefix = [node], [node]
     while True:
         users = [user for user in node.users if kinds[user] is not Kind.NOT_A_TENSOR]
-        if len(users) != 1 or kinds[users[0]] not in (Kind.AFFINE, Kind.NORM, Kind.KEEPS_GRID):
+        if len(users) != 1 or kinds[users[0]] not in IN_FLOAT | {Kind.KEEPS_GRID}:
             return prefix
         node = users[0]
         chain.append(node)
@@ -183,17 +195,12 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
             f"{describe(plan.model, node)} computes its weight (weight or spectral norm, pruning), which cannot be "
             "quantized; make the result its weight first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
-    if is_conv and layer.padding_mode != "zeros":
-        pads = f"{describe(plan.model, node)} pads with '{layer.padding_mode}'"
-        raise UsageError(f"{pads}, which cannot be quantized; use padding_mode='zeros'")
-    shape = node.all_input_nodes[0].meta["shape"]
-    if not is_conv and len(shape) != 2:
-        raise UsageError(
-            f"{describe(plan.model, node)} takes a tensor of shape {shape}, and only linear layers on (images, "
-            "features) can be quantized; for (N, H, W, C) use Conv2d(C, D, 1) on (N, C, H, W) instead"
-        )
-    bits = OUTER_BITS if node in plan.outer else plan.widths.weight_bits
+    bits = OUTER_BITS if node in plan.outer or isinstance(layer, FixedConv2d) else plan.widths.weight_bits
     options = {"bias_quant": None, **weight_quantizer(bits, folded=False)}
+    if isinstance(layer, FixedConv2d):  # no training adapts its weights to few bits
+        made = same_shape(layer, FixedQuantConv2d, bias=False, **options)
+        set_module(plan.model, made.fix(layer.weight, persistent=layer.persistent), str(node.target))
+        return
     ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)
 
 
@@ -204,16 +211,23 @@ def _needs_quantizer(plan: _Plan, node: Node) -> bool:
         return False
     users = [user for user in node.users if kinds[user] is not Kind.NOT_A_TENSOR]
     user_kinds = {kinds[user] for user in users}
-    if not users or user_kinds == {Kind.RELU} or _reaches_logits_alone(node, kinds):
+    if not users or _reaches_logits_alone(node, kinds):
         return False
+    if user_kinds == {Kind.RELU} and (len(users) == 1 or _is_in_float(node, kinds)):
+        return False  # two quantizers would keep onnxruntime from running a layer as integers
     if plan.shared_sums.issuperset(users):
         return False  # their quantizer takes the values
     if its_kind is Kind.LAYER and len(node.users) == 1 and user_kinds == {Kind.NORM}:
         return False  # the norm folds into the layer
-    own_norm = its_kind is Kind.NORM and kinds[node.all_input_nodes[0]] is Kind.LAYER
-    in_float = its_kind in (Kind.FLOAT, Kind.AFFINE) or (its_kind is Kind.NORM and not own_norm)
     # No rounding between functions in float.
-    return not (in_float and user_kinds <= {Kind.FLOAT, Kind.AFFINE, Kind.RELU})
+    return not (
+        _is_in_float(node, kinds) and {kinds[user] for user in _grid_users(node, kinds)} <= IN_FLOAT | {Kind.RELU}
+    )
+
+
+def _is_in_float(node: Node, kinds: dict[Node, Kind]) -> bool:
+    own_norm = kinds[node] is Kind.NORM and kinds.get(node.all_input_nodes[0]) is Kind.LAYER
+    return kinds[node] in IN_FLOAT and not own_norm
 
 
 def _reaches_logits_alone(node: Node, kinds: dict[Node, Kind]) -> bool:
@@ -238,7 +252,8 @@ def _grid_users(node: Node, kinds: dict[Node, Kind]) -> set[Node]:
     """The nodes that use the values of ``node`` on their grid: directly, or through moves of values."""
     found: set[Node] = set()
     for user in node.users:
-        found |= _grid_users(user, kinds) if kinds[user] is Kind.KEEPS_GRID else {user}
+        if kinds[user] is not Kind.NOT_A_TENSOR:
+            found |= _grid_users(user, kinds) if kinds[user] is Kind.KEEPS_GRID else {user}
     return found
 
 

@@ -1,10 +1,11 @@
-"""Graph passes that fix shapes and pooling windows, for ONNX and onnxruntime; no answer changes.
+"""Graph passes that fix shapes, for ONNX and onnxruntime; no answer changes.
 
 All of them need the shapes of :func:`robustq.models.fx.trace.shape_prop`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,18 +13,25 @@ from brevitas.backport.fx import GraphModule, Node
 from brevitas.graph.utils import set_module
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.utils import _pair
 
-from robustq.errors import UsageError
-from robustq.models.fx.ops import DIVISIONS, PRODUCTS, SUBTRACTIONS, SUMS
-from robustq.models.fx.trace import BATCH, call_arguments, called_module, describe, free_name, replace_call
+from robustq.models.fx import passes
+from robustq.models.fx.ops import CONCATENATIONS, DIVISIONS, PRODUCTS, SUBTRACTIONS, SUMS
+from robustq.models.fx.trace import (
+    BATCH,
+    Constant,
+    call_arguments,
+    called_module,
+    calls,
+    free_name,
+    replace_call,
+)
 
 
 def mean_to_pooling(model: GraphModule) -> None:
-    """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``.
+    """``x.mean((2, 3))`` becomes ``AdaptiveAvgPool2d(1)``, flattened unless ``keepdim``, and so does the maximum.
 
     Why: onnxruntime has an integer rule for pooling and none for ReduceMean. Brevitas' pass of this kind knows only one
-    spelling of the mean, and flattens by sizes computed at run time. UsageError names a mean over other axes.
+    spelling of the mean, and flattens by sizes computed at run time. A mean over other axes stays, in float.
     """
     for node in list(model.graph.nodes):
         if node.target is not torch.mean and not (node.op == "call_method" and node.target == "mean"):
@@ -32,10 +40,7 @@ def mean_to_pooling(model: GraphModule) -> None:
         arguments = call_arguments(node, "dim", "keepdim")
         dims, shape = arguments.get("dim"), source.meta["shape"]
         if not isinstance(dims, list | tuple) or len(shape) != 4 or {dim % 4 for dim in dims} != {2, 3}:
-            raise UsageError(
-                f"{describe(model, node)} is a mean over dim={dims} of shape {shape}; "
-                "only a mean over height and width, dim=(2, 3), can be quantized"
-            )
+            continue
         name = free_name(model, "mean")
         set_module(model, nn.AdaptiveAvgPool2d(1), name)
         with model.graph.inserting_before(node):
@@ -49,54 +54,29 @@ def mean_to_pooling(model: GraphModule) -> None:
     model.recompile()
 
 
-def fix_pooling_windows(model: GraphModule) -> None:
-    """Rewrite pooling layers so that every runtime has the same windows and divisors.
-
-    ``ceil_mode`` is dropped where it adds no window, and ``count_include_pad`` where there is no padding. An average
-    with both, and with a window added by ``ceil_mode``, gets an explicit zero padding in front.
-
-    Why: PyTorch, and onnxruntime in float, divide by the pixels of a window that lie in the image or its padding;
-    onnxruntime's QLinearAveragePool (1.32) divides by the whole window. PyTorch drops an added window that lies in the
-    padding alone, onnxruntime does not. UsageError names an average with ``divisor_override``, which ONNX lacks.
-    """
+def stacks_to_sums(model: GraphModule) -> None:
+    """The sum of two stacked tensors becomes ``a + b``, which onnxruntime has as integers."""
     for node in list(model.graph.nodes):
-        pool = called_module(model, node)
-        if isinstance(pool, nn.AvgPool2d):
-            set_module(model, _fixed_average(model, node, pool), str(node.target))
-        elif isinstance(pool, nn.MaxPool2d) and pool.ceil_mode and not _adds_windows(node, pool):
-            sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-            set_module(model, nn.MaxPool2d(*sizes, pool.return_indices), str(node.target))
+        stack = node.all_input_nodes[0] if node.all_input_nodes else None
+        if not calls(node, (torch.sum, "sum")) or stack is None or stack.target is not torch.stack:
+            continue
+        parts = list(stack.args[0] if stack.args else stack.kwargs["tensors"])
+        axis: int = call_arguments(stack, "dim").get("dim", 0)
+        summed: Any = call_arguments(node, "dim").get("dim")
+        summed = summed[0] if isinstance(summed, list | tuple) and len(summed) == 1 else summed
+        rank = len(stack.meta["shape"])
+        keeps = call_arguments(node, "dim", "keepdim").get("keepdim", False)
+        if not isinstance(summed, int) or summed % rank != axis % rank or keeps:
+            continue
+        total = parts[0]
+        for part in parts[1:]:
+            with model.graph.inserting_before(node):
+                total = model.graph.call_function(torch.add, (total, part))
+            total.meta = dict(node.meta)
+        node.replace_all_uses_with(total)
+        model.graph.erase_node(node)
+    model.graph.eliminate_dead_code()
     model.recompile()
-
-
-def _fixed_average(model: GraphModule, node: Node, pool: nn.AvgPool2d) -> nn.AvgPool2d:
-    if pool.divisor_override is not None:
-        raise UsageError(
-            f"{describe(model, node)} has divisor_override={pool.divisor_override}, which ONNX does not have; leave it "
-            "out, and multiply the average by the window's height * width / divisor"
-        )
-    padding: Any = _pair(pool.padding)
-    adds = pool.ceil_mode and _adds_windows(node, pool)
-    counts = pool.count_include_pad and padding != (0, 0)
-    if adds and counts:
-        source, (rows, columns) = node.all_input_nodes[0], padding
-        *outer, height, width = source.meta["shape"]
-        with model.graph.inserting_before(node):
-            padded = model.graph.call_function(functional.pad, (source, (columns, columns, rows, rows)))
-        padded.meta = {**source.meta, "shape": (*outer, height + 2 * rows, width + 2 * columns)}
-        node.replace_input_with(source, padded)
-        padding, counts = (0, 0), False
-    return nn.AvgPool2d(pool.kernel_size, pool.stride, padding, ceil_mode=adds, count_include_pad=counts)
-
-
-def _adds_windows(node: Node, pool: nn.AvgPool2d | nn.MaxPool2d) -> bool:
-    """Whether ``ceil_mode`` gives the output of ``node`` more rows or columns."""
-    before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
-    kernel, stride, padding, dilation = (
-        _pair(getattr(pool, name, 1)) for name in ("kernel_size", "stride", "padding", "dilation")
-    )
-    sizes = zip(before, kernel, stride, padding, dilation, strict=True)
-    return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in sizes) != tuple(after)
 
 
 _SHUFFLES = (functional.channel_shuffle, torch.channel_shuffle)
@@ -114,21 +94,32 @@ def _shuffle_by_reshapes(model: GraphModule, node: Node, groups: int) -> None:
     replace_call(model, node, torch.reshape, moved, (-1, channels, *sides))
 
 
-def _expands_batch_alone(node: Node) -> bool:
-    """Whether a constant is repeated for each image, for operations that broadcast it anyway."""
+EXPANSIONS = {"expand", "expand_as", "repeat"}
+
+
+def _is_broadcast(node: Node) -> bool:
+    """Whether values are repeated for operations alone that repeat them anyway, beside another tensor of the shape."""
     source = node.all_input_nodes[0]
-    if not source.meta["constant"] or source.meta["shape"] != (1, *node.meta["shape"][1:]):
+    before, after = source.meta["shape"] or (), node.meta["shape"]
+    if len(before) != len(after) or any(old not in (1, new) for old, new in zip(before, after, strict=True)):
         return False
-    return all(user.target in SUMS | SUBTRACTIONS | PRODUCTS | DIVISIONS for user in node.users)
+
+    def repeats(user: Node) -> bool:
+        others = [one for one in user.all_input_nodes if one is not node]
+        return user.target in SUMS | SUBTRACTIONS | PRODUCTS | DIVISIONS and any(
+            one.meta["shape"] == user.meta["shape"] for one in others
+        )
+
+    return all(map(repeats, node.users))
 
 
 _RESHAPES = ("view", "reshape", "squeeze", "flatten", torch.reshape, torch.squeeze, torch.flatten)
 
 
 def fix_reshapes(model: GraphModule) -> None:
-    """Reshapes that keep the batch axis get fixed sizes; ``chunk`` becomes ``torch.split`` with fixed sizes.
+    """Reshapes get fixed sizes on all axes but that of the images; ``chunk`` becomes ``torch.split`` with fixed sizes.
 
-    They become ``torch.flatten(x, 1)`` where the result has two axes, else ``torch.reshape(x, (-1, C, H, W))``. A
+    They become ``torch.flatten(x, 1)`` where two axes are left of an image, else ``torch.reshape(x, (-1, C, H, W))``. A
     channel shuffle becomes two reshapes around a transposition, as ONNX has no operation for it.
 
     Why: behind sizes computed at run time an ONNX file has no fixed shapes, and onnxruntime runs the layers in float.
@@ -147,7 +138,7 @@ def fix_reshapes(model: GraphModule) -> None:
             sizes = [min(size, length - start) for start in range(0, length, size)]
             replace_call(model, node, torch.split, source, sizes, arguments["dim"])
             continue
-        if node.target == "expand" and _expands_batch_alone(node):
+        if calls(node, EXPANSIONS) and _is_broadcast(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             continue
         if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
@@ -155,45 +146,76 @@ def fix_reshapes(model: GraphModule) -> None:
         source = node.all_input_nodes[0]
         before: tuple[int, ...] = source.meta["shape"] or ()
         after: tuple[int, ...] = node.meta["shape"] or ()
-        if len(before) < 2 or len(after) < 2 or before[0] != BATCH or after[0] != BATCH:
+        sizes = node.meta.get("sizes", ())
+        if len(before) < 2 or len(after) < 2 or sizes.count(None) != 1:
             continue
-        call = (torch.flatten, source, 1) if len(after) == 2 else (torch.reshape, source, (-1, *after[1:]))
+        keeps_images = before[0] == after[0] == BATCH and source.meta.get("sizes", (0,))[:1] == sizes[:1] == (None,)
+        fixed = tuple(-1 if size is None else size for size in sizes)
+        call = (torch.flatten, source, 1) if len(after) == 2 and keeps_images else (torch.reshape, source, fixed)
         replace_call(model, node, *call)
     model.graph.eliminate_dead_code()
     model.recompile()
 
 
-def fix_adaptive_pooling(model: GraphModule, *, averages: bool) -> None:
-    """Give adaptive pooling the windows that it has at this image size; modules keep their names.
+def tokens_to_sums(model: GraphModule) -> None:
+    """``cat([token.expand(x.shape[0], -1, -1), x], dim=1)`` becomes ``pad(x) + cat([token, zeros], dim=1)``.
 
-    From (H, W) to the same size it becomes nothing, to a divisor AvgPool2d or MaxPool2d, to a multiple a
-    nearest-neighbour enlargement. An average to (1, 1) stays; without ``averages`` all do, since a float network keeps
-    its answers bit for bit.
-
-    Why: ONNX has no adaptive pooling other than the global one; VGG and AlexNet pool to 7 x 7 and 6 x 6. UsageError
-    names a pooling with windows of unequal size.
+    ``token`` is a constant, or a parameter, of one image. Why: a tensor whose first axis is computed at run time has no
+    fixed shape in an ONNX file.
     """
-    for node in model.graph.nodes:
-        pool = called_module(model, node)
-        if not isinstance(pool, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+    for node in list(model.graph.nodes):
+        if not calls(node, CONCATENATIONS) or len(node.meta["shape"]) < 2:
             continue
-        if isinstance(pool, nn.AdaptiveAvgPool2d) and not averages:
+        parts: list[Node] = list(node.args[0] if node.args else node.kwargs["tensors"])
+        dim = call_arguments(node, "dim").get("dim", 0) % len(node.meta["shape"])
+        computed = [part for part in parts if not part.meta["constant"]]
+        constants = [part for part in parts if part.meta["constant"]]
+        expanded = [part for part in constants if calls(part, ("expand",)) and _source_shape(part)[:1] == (1,)]
+        if dim == 0 or len(computed) != 1 or not constants or expanded != constants:
             continue
-        windows = nn.AvgPool2d if isinstance(pool, nn.AdaptiveAvgPool2d) else nn.MaxPool2d
-        before, after = node.all_input_nodes[0].meta["shape"][-2:], node.meta["shape"][-2:]
-        sizes = list(zip(before, after, strict=True))
-        if after == (1, 1) and windows is nn.AvgPool2d:
-            continue
-        if before == after:
-            fixed: nn.Module = nn.Identity()
-        elif all(old % new == 0 for old, new in sizes):
-            fixed = windows(tuple(old // new for old, new in sizes))
-        elif all(new % old == 0 for old, new in sizes):
-            fixed = nn.UpsamplingNearest2d(size=after)
-        else:
-            raise UsageError(
-                f"{describe(model, node)} pools {before[0]}x{before[1]} to {after[0]}x{after[1]} in unequal windows, "
-                "which ONNX has no operation for; use images whose size makes one a multiple of the other"
-            )
-        set_module(model, fixed, str(node.target))
+        place = parts.index(computed[0])
+        sizes = [part.meta["shape"][dim] for part in parts]
+        pads = [0] * (2 * (len(node.meta["shape"]) - 1 - dim)) + [sum(sizes[:place]), sum(sizes[place + 1 :])]
+        with model.graph.inserting_before(node):
+            name = free_name(model, "zeros")
+            shape = (1, *(computed[0].meta["shape"][1:]))
+            model.add_module(name, Constant(torch.zeros(shape)))
+            zeros = model.graph.call_module(name)
+            tokens = [zeros if part is computed[0] else part.all_input_nodes[0] for part in parts]
+            joined = model.graph.call_function(torch.cat, (tokens, dim))
+            padded = model.graph.call_function(functional.pad, (computed[0], pads))
+        single = (1, *node.meta["shape"][1:])
+        zeros.meta = {**node.meta, "shape": shape, "constant": True, "zero": True}
+        joined.meta = {**node.meta, "shape": single, "constant": True, "zero": False}
+        padded.meta = dict(node.meta)
+        replace_call(model, node, torch.add, padded, joined)
+    model.graph.eliminate_dead_code()
     model.recompile()
+
+
+def _source_shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.all_input_nodes[0].meta["shape"] or ())
+
+
+def linear_on_rows(model: GraphModule) -> None:
+    """Give each linear layer two axes: (N, H, W, C) is reshaped to rows (N * H * W, C) in front of it, and back behind.
+
+    Why: onnxruntime has an integer rule for Gemm with a bias, and none for MatMul and the sum behind it.
+    """
+    for node in list(model.graph.nodes):
+        if not isinstance(called_module(model, node), nn.Linear) or len(node.meta["shape"]) == 2:
+            continue
+        (source,) = node.all_input_nodes
+        *outer, features = source.meta["shape"]
+        *_, out = node.meta["shape"]
+        rows = math.prod(outer)
+        with model.graph.inserting_before(node):
+            flat = model.graph.call_function(torch.reshape, (source, (-1, features)))
+        flat.meta = {**node.meta, "shape": (rows, features)}
+        node.replace_input_with(source, flat)
+        with model.graph.inserting_after(node):
+            back = model.graph.call_function(torch.reshape, (node, (-1, *outer[1:], out)))
+        back.meta = dict(node.meta)
+        node.replace_all_uses_with(back, lambda user, back=back: user is not back)
+        node.meta["shape"] = (rows, out)
+    passes.relu_first(model)

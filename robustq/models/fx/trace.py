@@ -10,21 +10,20 @@ import os
 import re
 import traceback
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import brevitas
 import torch
-from brevitas.backport.fx import GraphModule, Interpreter, Node, Tracer
+from brevitas.backport.fx import GraphModule, Interpreter, Node
 from torch import Tensor, nn
 
 from robustq.errors import UsageError, one_line
+from robustq.models.fx.tracer import LAYERS, SizedTracer, write_sizes
 
 _LIBRARIES = tuple(str(Path(str(file)).parent) + os.sep for file in (torch.__file__, brevitas.__file__, __file__))
 """Folders without code of the user."""
-
-_LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
 BATCH = 2
 """Batch size of the shapes in ``meta``: not 1, which other axes may have too."""
@@ -44,24 +43,7 @@ class Constant(nn.Module):
         return self.value
 
 
-class _Tracer(Tracer):  # type: ignore[misc]
-    record_stack_traces = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        layer = next((layer for layer in _LAYERS if isinstance(m, layer)), None)
-        if layer is not None:  # a subclass of a layer is a leaf with the layer's own forward
-            names = ("forward", "_conv_forward")
-            return all(getattr(type(m), name, None) is getattr(layer, name, None) for name in names)
-        return is_normalise(m) or bool(super().is_leaf_module(m, module_qualified_name))
-
-
-def is_normalise(module: nn.Module) -> bool:
-    """Whether ``module`` is one of torchvision's Normalize transforms, whose forward cannot be traced."""
-    kind = type(module)
-    return kind.__name__ == "Normalize" and kind.__module__.startswith("torchvision.transforms")
-
-
-def trace(network: nn.Module, *, name: str) -> GraphModule:
+def trace(network: nn.Module, *, name: str, images: tuple[int, int, int] | None = None) -> GraphModule:
     """The graph of ``network``, in eval mode, with its own parameters (not copies).
 
     ``meta["unused_entries"]`` lists the entries of the state dict that forward never uses (auxiliary heads). UsageError
@@ -69,12 +51,12 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
     """
     network.eval()
     entries = set(network.state_dict())
-    tracer = _Tracer()
+    tracer = SizedTracer(images)
     try:
         try:
             graph = tracer.trace(network, _defaults(network, name))
         except TypeError:  # a method of a buffer that gets sizes of the images, such as expand
-            tracer = _Tracer()
+            tracer = SizedTracer(images)
             tracer.proxy_buffer_attributes = True
             graph = tracer.trace(network, _defaults(network, name))
     except UsageError:
@@ -99,6 +81,11 @@ def trace(network: nn.Module, *, name: str) -> GraphModule:
 def called_module(model: GraphModule, node: Node) -> Any:
     """The module that ``node`` calls; None where it calls none."""
     return model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def calls(node: Node, targets: Container[Any]) -> bool:
+    """Whether ``node`` calls one of the functions or methods ``targets``; a module may have the name of a method."""
+    return node.op in ("call_function", "call_method") and node.target in targets
 
 
 def call_arguments(node: Node, *names: str) -> dict[str, Any]:
@@ -189,7 +176,7 @@ def _check_graph(model: GraphModule, name: str) -> None:
         raise UsageError(f"{name}: its forward takes {len(inputs)} inputs; it must take images alone")
     for target, count in Counter(str(node.target) for node in model.graph.nodes if node.op == "call_module").items():
         layer = model.get_submodule(target)
-        if count > 1 and isinstance(layer, _LAYERS):
+        if count > 1 and isinstance(layer, LAYERS):
             raise UsageError(
                 f"{name}: {type(layer).__name__} '{target}' is called {count} times; a layer that is shared has no "
                 "one scale for its input, so give each call a layer of its own"
@@ -214,17 +201,21 @@ class _ShapeProp(Interpreter):  # type: ignore[misc]
             ) from error
         node.meta["tensor"] = isinstance(value, Tensor) and value.is_floating_point()
         node.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
+        node.meta["tensors"] = isinstance(value, tuple | list) and any(isinstance(one, Tensor) for one in value)
+        node.meta["dtype"] = value.dtype if isinstance(value, Tensor) else None
         node.meta["constant"] = node.op == "get_attr" or isinstance(called_module(self.module, node), Constant)
-        if node.op in ("call_function", "call_method") and isinstance(value, Tensor):
-            # The result of constants alone, such as a reshaped mean.
-            sources = [one for one in node.all_input_nodes if one.meta["tensor"]]
-            node.meta["constant"] = bool(sources) and all(one.meta["constant"] for one in sources)
+        if node.op.startswith("call") and (isinstance(value, Tensor) or node.meta["tensors"]):
+            # The result of constants alone, such as a reshaped mean, or the embedding of positions.
+            sources = [one for one in node.all_input_nodes if one.meta["shape"] is not None or one.meta["tensors"]]
+            node.meta["constant"] = all(one.meta["constant"] for one in sources)
+        node.meta["zero"] = node.meta["constant"] and isinstance(value, Tensor) and not bool(value.any())
         return value
 
 
 @torch.no_grad()
 def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str) -> None:
-    """Write ``tensor`` (is it one, of floats), ``shape`` (for :data:`BATCH` images) and ``constant`` into ``meta``.
+    """Write ``tensor`` (is it one, of floats), ``shape`` (for :data:`BATCH` images), ``sizes`` (see
+    :func:`robustq.models.fx.tracer.write_sizes`) and ``constant`` into ``meta``.
 
     UsageError names an operation that fails on images of this shape.
     """
@@ -233,6 +224,7 @@ def shape_prop(model: GraphModule, *, channels: int, image_size: int, name: str)
     x = torch.zeros(BATCH, channels, image_size, image_size, dtype=weight.dtype, device=weight.device)
     try:
         _ShapeProp(model, name).run(x)
+        write_sizes(model, (channels, image_size, image_size))
     except UsageError as error:
         modules = [called_module(model, node) for node in model.graph.nodes]
         first = next((module for module in modules if isinstance(module, nn.Conv2d)), None)

@@ -10,14 +10,16 @@ from brevitas.backport.fx import GraphModule
 from torch import Tensor, nn
 from torch.nn import functional
 
+from robustq.models.fx.adaptive_pooling import fix_adaptive_pooling
 from robustq.models.fx.passes import (
     clamp_to_relu,
     functions_to_modules,
     relu_first,
     remove_inplace,
 )
-from robustq.models.fx.shapes import fix_adaptive_pooling, fix_pooling_windows, fix_reshapes, mean_to_pooling
+from robustq.models.fx.shapes import fix_reshapes, mean_to_pooling
 from robustq.models.fx.trace import shape_prop, trace
+from robustq.models.fx.windows import fix_pooling_windows
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -165,7 +167,13 @@ def test_other_relus_stay(stays: Callable[..., Tensor], behind: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "kind"),
-    [(6, nn.Identity), ((3, 2), nn.AvgPool2d), ((12, 18), nn.UpsamplingNearest2d), (1, nn.AdaptiveAvgPool2d)],
+    [
+        (6, nn.Identity),
+        ((3, 2), nn.AvgPool2d),
+        ((12, 18), nn.UpsamplingNearest2d),
+        (1, nn.AdaptiveAvgPool2d),
+        ((4, 7), nn.AvgPool2d),  # windows of two; of one and two pixels
+    ],
 )
 def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) -> None:
     graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveAvgPool2d(size))
@@ -174,6 +182,13 @@ def test_adaptive_pooling(size: int | tuple[int, int], kind: type[nn.Module]) ->
     with torch.no_grad():
         # Windows of equal size: the same sums, perhaps in another order.
         torch.testing.assert_close(graph(X), nn.AdaptiveAvgPool2d(size)(X), atol=1e-6, rtol=0)
+
+
+def test_adaptive_maxima_in_windows_of_unequal_size() -> None:
+    graph = probed(lambda net, x: net.pool(x), pool=nn.AdaptiveMaxPool2d((4, 7)))
+    fix_adaptive_pooling(graph, averages=True)
+    assert steps(graph) == ["PickedPixels", "MaxPool2d"]
+    assert same(graph, lambda net, x: net.pool(x), pool=nn.AdaptiveMaxPool2d((4, 7)))
 
 
 @pytest.mark.parametrize(
