@@ -186,6 +186,7 @@ def one_network(name: str, widths: list[int], folder: Path, imported: float) -> 
 
     warnings.simplefilter("ignore")
     facts: dict[str, Any] = {}
+    data = ""
     for bits in widths:
         start, found = time.process_time(), dict(facts)
         try:
@@ -244,12 +245,10 @@ def prepare(name: str, folder: Path) -> tuple[dict[str, Any], str]:
 
     side = side_of(name)
     draws = torch.Generator().manual_seed(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for part, count in IMAGES.items():
-        pixels = sum(
-            nn.functional.interpolate(torch.rand(count, 3, size, size, generator=draws), (side, side), mode="nearest")
-            for size in (2, 5, 16, side)
-        )
+        noise = [torch.rand(count, 3, size, size, generator=draws) for size in (2, 5, 16, side)]
+        pixels = torch.stack([nn.functional.interpolate(one, (side, side)) for one in noise]).sum(dim=0)
         arrays[f"x_{part}"] = (pixels * 255 / 4).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         arrays[f"y_{part}"] = np.arange(count) % CLASSES
     data = folder / "data.npz"
@@ -305,7 +304,7 @@ def side_of(name: str) -> int:
         return int(max(SIDE, least))
     import timm
 
-    published = timm.get_pretrained_cfg(plain)
+    published: Any = timm.get_pretrained_cfg(plain)
     if published.fixed_input_size:
         return int(published.input_size[1])
     return max(SIDE, (published.min_input_size or (0, 0, 0))[1])
