@@ -77,7 +77,9 @@ def _export(exporter: Any, folded: nn.Module, spec: ModelSpec) -> onnx.ModelProt
 
 @contextmanager
 def _without_library_noise() -> Iterator[None]:
-    """Silence the deprecation notes of the exporter that ``dynamo=False`` selects."""
+    """Silence the exporter that ``dynamo=False`` selects: deprecation notes, and its graph when it fails."""
+    # On by default, and torch 2.15 does not switch it off without ``verbose``, as it means to.
+    torch._C._jit_set_onnx_log_enabled(False)
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
     levels = [logger.level for logger in loggers]
     try:

@@ -193,6 +193,7 @@ def export_lines(result: Result) -> list[str]:
             "WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"
         )
     lines += _proof_lines(result)
+    lines += [f"float   {named_layers(result['stay_in_float'])}"] if result["stay_in_float"] else []
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
     lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
@@ -233,6 +234,16 @@ def _proof_lines(result: Result) -> list[str]:
         runs = ", ".join(result["on_ties"])
         lines.append(f"parity  {runs}: the largest differences come from values on rounding ties")
     return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
+
+
+NAMED = 6
+"""Layers that one line names."""
+
+
+def named_layers(names: Sequence[str]) -> str:
+    """The layers of a network that have no integer form."""
+    listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+    return f"{len(names)} layer{' stays' if len(names) == 1 else 's stay'} in float: {listed}"
 
 
 def layers_line(integer: Sequence[str], in_float: Sequence[str]) -> str:

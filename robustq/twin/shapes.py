@@ -253,7 +253,7 @@ def space_to_depth(call: Call, x: Tensor) -> Tensor:
 def resize(
     call: Call, x: Tensor, roi: Tensor | None = None, scales: Tensor | None = None, sizes: Tensor | None = None
 ) -> Tensor:
-    """https://onnx.ai/onnx/operators/onnx__Resize.html: nearest and linear, in the forms that torch has too."""
+    """https://onnx.ai/onnx/operators/onnx__Resize.html: nearest, linear and cubic, in the forms that torch has too."""
     mode = call.get("mode", b"nearest").decode()
     coordinates = call.get("coordinate_transformation_mode", b"half_pixel").decode()
     rounding = call.get("nearest_mode", b"round_prefer_floor").decode()
@@ -267,7 +267,9 @@ def resize(
     plain = x.dim() == 4 and shape[:2] == list(x.shape[:2]) and "axes" not in call.node.attributes
     if plain and mode == "nearest" and (coordinates, rounding) == ("asymmetric", "floor"):
         return functional.interpolate(x, size=shape[2:], mode="nearest")
-    if plain and mode == "linear" and coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners"):
+    as_torch = mode == "linear" or (mode == "cubic" and abs(call.get("cubic_coeff_a", -0.75) + 0.75) < 1e-6)
+    if plain and as_torch and coordinates in ("half_pixel", "pytorch_half_pixel", "align_corners"):
         corners = coordinates == "align_corners"
-        return functional.interpolate(x, size=shape[2:], mode="bilinear", align_corners=corners)
+        kind = "bilinear" if mode == "linear" else "bicubic"
+        return functional.interpolate(x, size=shape[2:], mode=kind, align_corners=corners)
     raise ModelFileError(f"{call.node} resizes by {mode}, {coordinates}, {rounding}, which is not supported")

@@ -23,6 +23,7 @@ from robustq.export.recheck import attack_file, prove
 from robustq.files import check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
+from robustq.models.state_dict import float_layers_of
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.workflow import Result
@@ -47,8 +48,9 @@ class ExportResult(Result):
     Args:
         bundle: export folder.
         files: the .onnx, model.pt and bundle.json in it.
-        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers shortfalls recheck``
-            and more.
+        record: content of bundle.json: settings, ``parity not_for integer_layers float_layers stay_in_float shortfalls
+            recheck`` and more. ``float_layers`` are those of onnxruntime, ``stay_in_float`` the network's layers that
+            have no integer form.
     """
 
     FLAT = ("record",)
@@ -145,6 +147,7 @@ def export_model(
             "judge": "onnxruntime",
             "seed": seed,
             **proof.to_dict(),
+            "stay_in_float": list(float_layers_of(network)),
             "drift": drifted.to_dict(),
             "shortfalls": shortfalls,
             "versions": versions(),

@@ -31,12 +31,8 @@ from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe.schema import FLOAT32, INTEGER, SAME
 from robustq.report.info import toml_lines
-from robustq.report.text import duration, size
+from robustq.report.text import duration, named_layers, size
 from robustq.workflow.setup import radius_of
-
-NAMED = 6
-"""Layers that one line names."""
-
 
 def log_run(
     spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
@@ -73,8 +69,7 @@ def log_float_layers(model: nn.Module) -> None:
     """Name the layers of a custom network that have no integer form."""
     names = float_layers_of(model)
     if names:
-        listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-        note(f"float   {len(names)} layer{'' if len(names) == 1 else 's'} stay in float: {listed}")
+        note(f"float   {named_layers(names)}")
         detail(f"float   {', '.join(names)}")
 
 

@@ -149,6 +149,7 @@ CASES: list[Case] = [
     ("Resize", [X, None, scale(1, 1, 2, 3)], {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
     ("Resize", [X, None, None, i(2, 3, 9, 4)], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}),
     ("Resize", [X, None, scale(1, 1, 2, 2)], {"mode": "linear"}),
+    ("Resize", [X, None, None, i(2, 3, 9, 4)], {"mode": "cubic"}),
     ("QuantizeLinear", [X, scale(0.02), zero(100)], {}),
     ("QuantizeLinear", [X, scale(0.02), zero(-3, np.int8)], {}),
     # Rounded before the zero point is added: ties, and values that are a tie after it in float32.

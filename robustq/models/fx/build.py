@@ -77,6 +77,7 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     attention_to_values(model)
     passes.remove_inplace(model)
     passes.clamp_to_relu(model)
+    passes.maxima_to_values(model)
     passes.functions_to_modules(model)
     passes.duplicate_shared_modules(model)
     shape_prop(model, channels=channels, image_size=image_size, name=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import brevitas.nn as qnn
@@ -22,20 +23,15 @@ class _Fixed:
     def fix(self, weight: Tensor, *, persistent: bool) -> Any:
         """Take ``weight`` in place of the parameter; without ``persistent`` the state dict has no entry."""
         layer: Any = self
-        if "weight" in layer._parameters:
-            del layer._parameters["weight"]
-        layer.register_buffer("weight", weight.detach())
+        layer._parameters.pop("weight", None)
+        layer.register_buffer("weight", weight.detach(), persistent=persistent)
         self.persistent = persistent
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if self.persistent:
-            destination[prefix.removesuffix(".")] = self.weight  # type: ignore[attr-defined]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        if self.persistent:
-            renamed = {f"{prefix}weight": value for key, value in state_dict.items() if key == prefix.removesuffix(".")}
-            super()._load_from_state_dict(renamed, prefix, *rest)  # type: ignore[misc]
+            destination[prefix.removesuffix(".")] = destination.pop(f"{prefix}weight")
 
 
 class FixedConv2d(_Fixed, nn.Conv2d):
@@ -75,11 +71,20 @@ def buffers_to_convolutions(model: GraphModule) -> None:
         ).fix(tensor, persistent=weight.op == "get_attr")
         replace_call(model, node, place, source)
         model.graph.erase_node(weight)
-        owner, _, last = place.rpartition(".")
-        delattr(model.get_submodule(owner), last)
+        path, _, last = place.rpartition(".")
+        owner = model.get_submodule(path)
+        delattr(owner, last)
         set_module(model, layer.eval(), place)
+        if layer.persistent:
+            owner.register_load_state_dict_pre_hook(partial(_rename, last))
     model.graph.eliminate_dead_code()
     model.recompile()
+
+
+def _rename(name: str, owner: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    """The entry of a buffer becomes that of the module in its place, which the owner knows."""
+    if f"{prefix}{name}" in state_dict:
+        state_dict[f"{prefix}{name}.weight"] = state_dict.pop(f"{prefix}{name}")
 
 
 def _buffer(model: GraphModule, node: Node) -> Tensor | None:

@@ -41,7 +41,8 @@ def fold_graph(model: GraphModule) -> GraphModule:
             set_module(folded, relu.eval(), str(node.target))
         elif isinstance(layer, nn.Dropout | nn.Dropout2d):
             _remove(folded, node)
-        elif _is_norm(layer) and isinstance(layer, nn.InstanceNorm2d):  # in eval mode a BatchNorm, which ONNX has
+        elif isinstance(layer, nn.InstanceNorm2d) and _is_norm(layer) and node.users:  # it was not folded
+            # In eval mode it is a BatchNorm; the exporter wants a fixed batch size of it.
             norm = nn.BatchNorm2d(layer.num_features, layer.eps, affine=layer.affine)
             norm.load_state_dict(layer.state_dict())
             set_module(folded, norm.eval(), str(node.target))

@@ -62,7 +62,7 @@ GRID_FUNCTIONS = {
 }
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
-    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin"),
+    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as"),
     *("expand", "expand_as"),
 }
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
@@ -75,7 +75,7 @@ UNSIGNED_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.Soft
 FLOAT_MODULES = (
     *UNSIGNED_MODULES,
     *(nn.SiLU, nn.Hardswish, nn.Tanh, nn.GELU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish),
-    *(nn.Softsign, nn.LogSigmoid, nn.LogSoftmax, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    *(nn.Softsign, nn.LogSigmoid, nn.LogSoftmax, nn.GroupNorm, nn.LayerNorm),
     *(nn.ConvTranspose2d, nn.UpsamplingBilinear2d, Attention),
 )
 KINDS: dict[Any, Kind] = {
@@ -98,7 +98,7 @@ FLOAT_CALLS = {
     *(*UNSIGNED_CALLS, *AVERAGING_CALLS),
     *(torch.tanh, functional.log_softmax, torch.log_softmax, "tanh", "log_softmax"),
     *(torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", functional.scaled_dot_product_attention),
-    *(functional.layer_norm, functional.group_norm, functional.instance_norm, functional.rms_norm),
+    *(functional.layer_norm, functional.group_norm, functional.instance_norm),
     *(functional.normalize, functional.conv_transpose2d, functional.prelu),
     *(torch.log, torch.rsqrt, torch.pow, torch.square, torch.neg, torch.maximum, torch.minimum, operator.pow),
     *(torch.einsum, torch.var, torch.std, "var", "std"),

@@ -121,6 +121,32 @@ def clamp_to_relu(model: GraphModule) -> None:
     model.recompile()
 
 
+MAXIMA: dict[Any, tuple[Any, Any]] = {
+    **dict.fromkeys((torch.max, "max"), (torch.amax, torch.maximum)),
+    **dict.fromkeys((torch.min, "min"), (torch.amin, torch.minimum)),
+}
+"""Functions that return values and their indices; the same for values alone, and for two tensors."""
+
+
+def maxima_to_values(model: GraphModule) -> None:
+    """``max(x, dim)[0]`` becomes ``amax(x, dim)``, and ``max(x, y)`` becomes ``maximum(x, y)``; so does the minimum."""
+    for node in list(model.graph.nodes):
+        if not calls(node, MAXIMA):
+            continue
+        along, of_two = MAXIMA[node.target]
+        if len(node.all_input_nodes) == 2:
+            replace_call(model, node, of_two, *node.all_input_nodes)
+            continue
+        arguments = call_arguments(node, "dim", "keepdim")
+        values = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        if "dim" not in arguments or not all(user in values or not user.users for user in node.users):
+            continue
+        for value in values:
+            replace_call(model, value, along, node.args[0], arguments["dim"], arguments.get("keepdim", False))
+        model.graph.eliminate_dead_code()
+    model.recompile()
+
+
 def functions_to_modules(model: GraphModule) -> None:
     """Each call of a function in :data:`FUNCTIONS`, and of the method ``relu``, becomes a module named like its node.
 
