@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
+    from robustq.workflow.bench import bench_files
     from robustq.workflow.export import export_model
     from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "train_model": "robustq.workflow.train",
     "harden_model": "robustq.workflow.train",
+    "bench_files": "robustq.workflow.bench",
     "attack_model": "robustq.workflow.attack",
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
@@ -31,6 +33,7 @@ _HOMES = {
 
 __all__ = [
     "attack_model",
+    "bench_files",
     "describe_file",
     "export_model",
     "harden_model",
