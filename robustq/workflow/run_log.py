@@ -34,6 +34,7 @@ from robustq.report.info import toml_lines
 from robustq.report.text import duration, named_layers, size
 from robustq.workflow.setup import radius_of
 
+
 def log_run(
     spec: ModelSpec, data: Dataset, training: Training, config: dict[str, Any], *, resumed: Path | None = None
 ) -> None:
