@@ -268,10 +268,10 @@ def prepare(name: str, folder: Path) -> tuple[dict[str, Any], str]:
         and getattr(module, "out_features", getattr(module, "out_channels", 0)) == CLASSES
     ]
     with torch.no_grad():
-        for part in torch.split(x, 16):
-            network(part)
+        for few in torch.split(x, 16):
+            network(few)
         network.eval()
-        logits = torch.cat([network(part) for part in torch.split(x, 8)])
+        logits = torch.cat([network(few) for few in torch.split(x, 8)])
         weights: Any = last[-1] if last else None
         if weights is not None and bool(logits.std(dim=0).min() > 0):
             deviation = logits.std(dim=0)
@@ -279,7 +279,7 @@ def prepare(name: str, folder: Path) -> tuple[dict[str, Any], str]:
             if weights.bias is not None:
                 weights.bias.copy_((weights.bias - logits.mean(dim=0)) / deviation)
         test = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2) / 255
-        logits = torch.cat([network(part) for part in torch.split(test, 8)])
+        logits = torch.cat([network(few) for few in torch.split(test, 8)])
     for hook in hooks:
         hook.remove()
     first, second = logits.topk(2, dim=1).values.unbind(1)

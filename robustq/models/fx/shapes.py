@@ -253,7 +253,8 @@ def fix_reshapes(model: GraphModule) -> None:
         if node.op not in ("call_method", "call_function") or node.target not in _RESHAPES:
             continue
         source = node.all_input_nodes[0]
-        before, after = source.meta["shape"] or (), node.meta["shape"] or ()
+        before: tuple[int, ...] = source.meta["shape"] or ()
+        after: tuple[int, ...] = node.meta["shape"] or ()
         sizes = node.meta.get("sizes", ())
         if len(before) < 2 or len(after) < 2 or sizes.count(None) != 1:
             continue
