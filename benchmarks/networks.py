@@ -219,6 +219,7 @@ def harden_and_export(model: Path, data: str, bits: int, work: Path) -> dict[str
         "message": "; ".join(shortfalls),
         "parity": made["parity"],
         "on_ties": made.record.get("on_ties", []),
+        "accuracy": run["clean_accuracy"],
         "integer_layers": len(made["integer_layers"]),
         "float_layers": made["float_layers"],
         "bytes": made["size_bytes"],
@@ -338,8 +339,11 @@ def print_table(rows: dict[str, Any], widths: list[int]) -> None:
             kinds = Counter(re.sub(r"(_\d+)?(\(.*\))?$", "", one.rpartition("/")[2]) for one in found["float_layers"])
             shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
             cells += [f"{len(found['float_layers'])}{': ' + shown if shown else ''}", f"{found['bytes']:,}"]
-            if found["exit"]:
-                cells[-2] += f"; **exit 1**: {found['message'][:160]}"
+            failed = {run for run, one in found["parity"].items() if not one["same_answers"]}
+            if found["exit"] and failed and failed <= set(found["on_ties"]):
+                cells[4] += ", exit 1: rounding ties"
+            elif found["exit"]:
+                cells[4] += f", exit 1: {found['message'][:160]}"
         else:
             cells += [
                 f"exit {found['exit']} after {found.get('seconds', 0):.0f} s: {found['message'][:200]}",
