@@ -37,7 +37,9 @@ class Draw:
     channels: int
     side: int
 
-    def layer(self, *, out: int | None = None, same_size: bool = False, act: bool = True) -> nn.Sequential:
+    def layer(
+        self, *, out: int | None = None, same_size: bool = False, act: bool = True, norm: bool = True
+    ) -> nn.Sequential:
         """A convolution with or without bias and BatchNorm, and an activation."""
         rng = self.rng
         out = rng.choice((1, 4, 6, 8, 12)) if out is None else out
@@ -50,7 +52,7 @@ class Draw:
             padding = kernel // 2 if self.side < 2 * kernel else rng.choice((0, kernel // 2))
             conv = nn.Conv2d(self.channels, out, kernel, rng.choice((1, 1, 2)), padding, **options)
         parts: list[nn.Module] = [conv]
-        if rng.random() < 0.8:
+        if rng.random() < 0.8 and norm:
             parts.append(nn.BatchNorm2d(out))
         if act:
             parts.append(rng.choice(ACTIVATIONS)())
@@ -138,8 +140,14 @@ def _grown(draw: Draw, part: nn.Module) -> nn.Module:
 
 
 def float_layer(draw: Draw) -> nn.Module:
-    """A layer, one in float behind it, and a layer."""
-    return nn.Sequential(draw.layer(out=8, act=draw.rng.random() < 0.5), _grown(draw, in_float(draw.rng, 8)))
+    """A layer, one in float behind it, and a layer.
+
+    No extreme BatchNorm stands in front: it makes constant channels, whose variance is rounding alone, and a norm makes
+    that large.
+    """
+    return nn.Sequential(
+        draw.layer(out=8, act=draw.rng.random() < 0.5, norm=False), _grown(draw, in_float(draw.rng, 8))
+    )
 
 
 def moving(draw: Draw) -> nn.Module:

@@ -9,7 +9,7 @@ from brevitas.backport.fx import GraphModule, Node
 from torch import Tensor, nn
 
 from robustq.errors import UsageError
-from robustq.models.fx import passes, shapes
+from robustq.models.fx import passes, shapes, windows
 from robustq.models.fx.adaptive_pooling import fix_adaptive_pooling
 from robustq.models.fx.attention import attention_to_values
 from robustq.models.fx.fixed_convolutions import buffers_to_convolutions
@@ -63,7 +63,7 @@ def quantized_graph(
     fix_adaptive_pooling(model, averages=not widths.is_float)
     if not widths.is_float:
         shapes.stacks_to_sums(model)
-        shapes.explicit_padding(model)
+        windows.explicit_padding(model)
         shapes.linear_on_rows(model)
         quantize(model, widths=widths, name=name, shared_sum_scale=shared_sum_scale)
     return model.eval()
@@ -84,8 +84,8 @@ def standardise(model: GraphModule, *, channels: int, image_size: int, name: str
     passes.drop_no_ops(model)
     buffers_to_convolutions(model)
     shapes.mean_to_pooling(model)
-    shapes.fix_upsampling(model)
-    shapes.fix_pooling_windows(model)
+    windows.fix_upsampling(model)
+    windows.fix_pooling_windows(model)
     shapes.fix_reshapes(model)
     shapes.tokens_to_sums(model)
     passes.relu_first(model)

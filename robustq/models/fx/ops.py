@@ -62,8 +62,8 @@ GRID_FUNCTIONS = {
 }
 GRID_METHODS = {
     *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "clone", "contiguous", "roll"),
-    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as"),
-    *("expand", "expand_as"),
+    *("flip", "movedim", "swapaxes", "narrow", "select", "amax", "amin", "to", "float", "type_as", "expand"),
+    "expand_as",
 }
 CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 SUMS = {torch.add, operator.add, operator.iadd, "add", "add_"}
@@ -93,7 +93,7 @@ SOFTMAX = {functional.softmax, torch.softmax, "softmax"}
 UNSIGNED_CALLS = {*SOFTMAX, torch.sigmoid, torch.exp, torch.sqrt, torch.abs, "sigmoid", "exp", "sqrt", "abs"}
 AVERAGING_CALLS = {torch.mean, torch.sum, "mean", "sum"}
 """Their result is unsigned where their input is."""
-REDUCTIONS = AVERAGING_CALLS | {torch.amax, torch.amin, "amax", "amin"}
+REDUCTIONS = AVERAGING_CALLS | {torch.amax, torch.amin, torch.var, torch.std, "amax", "amin", "var", "std"}
 FLOAT_CALLS = {
     *(*UNSIGNED_CALLS, *AVERAGING_CALLS),
     *(torch.tanh, functional.log_softmax, torch.log_softmax, "tanh", "log_softmax"),
@@ -101,7 +101,7 @@ FLOAT_CALLS = {
     *(functional.layer_norm, functional.group_norm, functional.instance_norm),
     *(functional.normalize, functional.conv_transpose2d, functional.prelu),
     *(torch.log, torch.rsqrt, torch.pow, torch.square, torch.neg, torch.maximum, torch.minimum, operator.pow),
-    *(torch.einsum, torch.var, torch.std, "var", "std"),
+    *(torch.var, torch.std, "var", "std"),
     *(operator.neg, "log", "rsqrt", "pow", "square", "neg", "maximum", "minimum"),
 }
 """Functions that run in float."""

@@ -17,8 +17,9 @@ from robustq.models.fx.passes import (
     relu_first,
     remove_inplace,
 )
-from robustq.models.fx.shapes import fix_pooling_windows, fix_reshapes, mean_to_pooling
+from robustq.models.fx.shapes import fix_reshapes, mean_to_pooling
 from robustq.models.fx.trace import shape_prop, trace
+from robustq.models.fx.windows import fix_pooling_windows
 
 X = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
