@@ -207,7 +207,7 @@ def harden_and_export(model: Path, data: str, bits: int, work: Path) -> dict[str
     from robustq.workflow.train import harden_model
 
     batch = 8
-    settings = {"train_images": STEPS * batch, "batch_size": batch, "epochs": 1, "warmup_epochs": 0, "lr": 0.001}
+    settings = {"train_images": STEPS * batch, "batch_size": batch, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4}
     settings |= {"calibration_images": 2 * batch, "monitor_images": batch}
     overrides = tuple(f"{key}={value}" for key, value in settings.items())
     run = harden_model(model, bits=bits, recipe="natural", overrides=overrides, data=data, out=work / "run")
@@ -246,7 +246,7 @@ def prepare(name: str, folder: Path) -> tuple[dict[str, Any], str]:
     arrays: dict[str, Any] = {}
     for part, count in IMAGES.items():
         labels = torch.arange(count) % CLASSES
-        images = 0.7 * patterns[labels] + 0.3 * _noise(count, side, draws)
+        images = 0.9 * patterns[labels] + 0.1 * _noise(count, side, draws)
         arrays[f"x_{part}"] = (images * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
         arrays[f"y_{part}"] = labels.numpy()
     data = folder / "data.npz"
