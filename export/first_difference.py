@@ -167,7 +167,14 @@ def _repeats(index: GraphIndex, quantizer: onnx.NodeProto) -> bool:
 
 def _is_constant(index: GraphIndex, name: str) -> bool:
     """Whether ``name`` depends on no input."""
-    if index.constant(name) is not None:
-        return True
-    maker = index.made_by.get(name)
-    return maker is not None and all(_is_constant(index, each) for each in maker.input if each)
+    waiting, seen = [name], set()  # no recursion: a chain may be longer than Python's stack
+    while waiting:
+        name = waiting.pop()
+        if name in seen or index.constant(name) is not None:
+            continue
+        seen.add(name)
+        maker = index.made_by.get(name)
+        if maker is None:
+            return False
+        waiting += [each for each in maker.input if each]
+    return True

@@ -143,7 +143,7 @@ def layer_to_module(model: GraphModule, node: Node, network: nn.Module) -> None:
     for name, value in arguments.items():
         setattr(layer, name, value if name in ("groups",) or isinstance(value, str) else _pair(value))
     if layer_type is nn.Conv2d:
-        layer.padding_mode = "zeros"
+        setattr(layer, "padding_mode", "zeros")  # noqa: B010
     replace_call(model, node, owner, _first(node))
     for tensor in (weight, bias):
         if isinstance(tensor, Node) and not tensor.users:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import brevitas.nn as qnn
 from brevitas.backport.fx import GraphModule, Node
 from brevitas.function.ops_ste import scalar_clamp_ste
-from brevitas.graph.base import InsertModuleCallAfter, ModuleToModuleByInstance
+from brevitas.graph.base import ModuleToModuleByInstance
 from brevitas.graph.utils import set_module
 from brevitas.nn.quant_layer import QuantNonLinearActLayer
 from torch import Tensor, nn
@@ -201,7 +201,9 @@ def _quantize_layer(plan: _Plan, node: Node) -> None:
         made = same_shape(layer, FixedQuantConv2d, bias=False, **options)
         set_module(plan.model, made.fix(layer.weight, persistent=layer.persistent), str(node.target))
         return
-    ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options).apply(plan.model)
+    # Not the rewriter's apply, which searches all modules for this one.
+    rewriter = ModuleToModuleByInstance(layer, qnn.QuantConv2d if is_conv else qnn.QuantLinear, **options)
+    set_module(plan.model, rewriter.init_new_module(layer, str(node.target)).train(layer.training), str(node.target))
 
 
 def _needs_quantizer(plan: _Plan, node: Node) -> bool:
@@ -271,4 +273,6 @@ def _insert_after(plan: _Plan, node: Node, wanted: str, quantizer: nn.Module) ->
     name = free_name(plan.model, wanted)
     set_module(plan.model, quantizer, name)
     sizes = [user for user in node.users if plan.kinds[user] is Kind.NOT_A_TENSOR]
-    InsertModuleCallAfter(name, node, sizes).apply(plan.model)
+    with plan.model.graph.inserting_after(node):
+        quantized = plan.model.graph.call_module(name, (node,))
+    node.replace_all_uses_with(quantized, lambda user: user is not quantized and user not in sizes)

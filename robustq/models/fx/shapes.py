@@ -149,7 +149,9 @@ def fix_reshapes(model: GraphModule) -> None:
         sizes = node.meta.get("sizes", ())
         if len(before) < 2 or len(after) < 2 or sizes.count(None) != 1:
             continue
-        keeps_images = before[0] == after[0] == BATCH and source.meta.get("sizes", (0,))[:1] == sizes[:1] == (None,)
+        keeps_images = before[0] == after[0] == BATCH and all(
+            one.meta.get("sizes", ())[:1] == (None,) for one in (source, node)
+        )
         fixed = tuple(-1 if size is None else size for size in sizes)
         call = (torch.flatten, source, 1) if len(after) == 2 and keeps_images else (torch.reshape, source, fixed)
         replace_call(model, node, *call)

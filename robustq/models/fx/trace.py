@@ -5,6 +5,7 @@ A branch on ``self.training`` is fixed as in eval mode; dropout and BatchNorm ar
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
@@ -51,6 +52,7 @@ def trace(network: nn.Module, *, name: str, images: tuple[int, int, int] | None 
     """
     network.eval()
     entries = set(network.state_dict())
+    network = _with_shared_tensors(network)
     tracer = SizedTracer(images)
     try:
         try:
@@ -76,6 +78,15 @@ def trace(network: nn.Module, *, name: str, images: tuple[int, int, int] | None 
     model.eval()
     model.meta["unused_entries"] = tuple(sorted(entries - set(model.state_dict())))
     return model
+
+
+def _with_shared_tensors(network: nn.Module) -> nn.Module:
+    """A copy of the modules alone: some keep values of their forward, which are symbolic while tracing."""
+    tensors = [*network.parameters(), *network.buffers()]
+    try:
+        return copy.deepcopy(network, {id(one): one for one in tensors})
+    except Exception:  # a module that cannot be copied
+        return network
 
 
 def called_module(model: GraphModule, node: Node) -> Any:

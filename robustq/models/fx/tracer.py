@@ -13,6 +13,8 @@ from brevitas.backport.fx import GraphModule, Interpreter, Node, Proxy, Tracer
 from brevitas.backport.fx.node import map_arg
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 LAYERS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
 
@@ -122,7 +124,10 @@ class SizedTracer(Tracer):  # type: ignore[misc]
             found: Any = operator.attrgetter(str(node.target))(self.root)
             return self._mode.from_tensor(found) if isinstance(found, Tensor) else found  # type: ignore[union-attr]
         if node.op == "call_module":
-            return self.root.get_submodule(str(node.target))(*args, **kwargs)
+            module = self.root.get_submodule(str(node.target))
+            return args[0] if isinstance(module, _BatchNorm) else module(*args, **kwargs)
+        if node.target is functional.batch_norm:
+            return args[0]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs) if node.op == "call_function" else None
@@ -148,6 +153,11 @@ def is_normalise(module: nn.Module) -> bool:
 
 
 class _FakeRun(Interpreter):  # type: ignore[misc]
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        # Fake tensors take long for BatchNorm, which keeps the shape.
+        is_norm = isinstance(self.module.get_submodule(target), _BatchNorm)
+        return args[0] if is_norm else super().call_module(target, args, kwargs)
+
     def run_node(self, node: Node) -> Any:
         value = super().run_node(node)
         sizes = tuple(value.shape) if isinstance(value, Tensor) else ()

@@ -48,3 +48,33 @@ def test_branches_on_sizes() -> None:
     quantized = quantized_graph(network, widths=Widths(4, 4), **options)  # type: ignore[arg-type]
     with torch.no_grad():
         assert quantized(x).shape == (5, 4)
+
+
+class Caching(nn.Module):
+    """Keeps what it computed from a parameter, as the attention of EfficientFormer does in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.table = nn.Parameter(torch.rand(4))
+        self.fc = nn.Linear(6, 4)
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.table[torch.tensor([0, 1, 1, 2, 3, 0])]
+        x = self.conv(x) + self.kept["bias"].view(1, 6, 1, 1)
+        logits: Tensor = self.fc(functional.relu(x).mean((2, 3)))
+        return logits
+
+
+def test_tracing_leaves_nothing_in_the_network() -> None:
+    network = Caching().eval()
+    graph = quantized_graph(network, name="net", widths=Widths(32, 32), classes=4, channels=3, image_size=10)
+    assert isinstance(network(torch.rand(2, 3, 10, 10)), Tensor)
+    graph.load_state_dict({name: value + 1 for name, value in graph.state_dict().items()})
+    network.load_state_dict(graph.state_dict())
+    network.kept.clear()
+    x = torch.rand(2, 3, 10, 10)
+    with torch.no_grad():
+        assert torch.equal(graph(x), network(x))
