@@ -28,7 +28,7 @@ from robustq.twin.graph import graph_of
 from robustq.twin.network import Twin
 from tests.models.fx.custom_nets import CLASSES, SIDE, pixels
 
-IMAGES = pixels(60, seed=3)
+IMAGES = pixels(40, seed=3)
 
 
 class Norms(nn.Module):
@@ -148,7 +148,8 @@ def test_at_32_bits_the_network_is_the_users(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "bits", "format_name"),
     [
-        *((name, 4, format_name) for name in NETS for format_name in ("integer", "qcdq", "qonnx")),
+        *((name, 4, format_name) for name in NETS for format_name in ("integer", "qcdq")),
+        *(pytest.param(name, 4, "qonnx", marks=pytest.mark.slow) for name in NETS),
         *((name, 8, "packed") for name in NETS),
     ],
 )
