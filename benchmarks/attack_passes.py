@@ -32,8 +32,9 @@ from benchmarks.output import head, make_parser, ratio, row  # noqa: E402
 from robustq import progress  # noqa: E402
 from robustq.attacks.base import Model, input_gradient  # noqa: E402
 from robustq.data import to_float  # noqa: E402
-from robustq.workflow.attack import attack_model, prepared_target  # noqa: E402
+from robustq.workflow.attack import attack_model  # noqa: E402
 from robustq.workflow.open_model import open_attackable  # noqa: E402
+from robustq.workflow.prepared_target import prepared_target  # noqa: E402
 from robustq.workflow.setup import data_for, pick_device  # noqa: E402
 
 Pass = Callable[[Model, Tensor, Tensor], Tensor]

@@ -205,7 +205,7 @@ def one_network(name: str, widths: list[int], folder: Path, imported: float) -> 
 def harden_and_export(model: Path, data: str, bits: int, work: Path) -> dict[str, Any]:
     """What ``robustq harden`` and ``robustq export --no-recheck`` do, and what came of it."""
     from robustq.workflow.export import export_model
-    from robustq.workflow.train import harden_model
+    from robustq.workflow.harden import harden_model
 
     batch = 8
     settings = {"train_images": STEPS * batch, "batch_size": batch, "epochs": 1, "warmup_epochs": 0, "lr": 1e-4}

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.output import head, make_parser, row
 from robustq import progress
 from robustq.workflow.export import export_model
-from robustq.workflow.train import harden_model
+from robustq.workflow.harden import harden_model
 
 
 def main() -> None:

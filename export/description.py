@@ -104,7 +104,6 @@ def _description(model: onnx.ModelProto, *, unpack: bool) -> dict[str, Any]:
     makers = {output: node for node in graph.node for output in node.output}
     values = {value.name: value for value in graph.initializer}
     metadata = {entry.key: entry.value for entry in model.metadata_props}
-    spec = _json(metadata.get("robustq.spec"))
     return {
         "format": metadata.get("robustq.format"),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
@@ -115,7 +114,9 @@ def _description(model: onnx.ModelProto, *, unpack: bool) -> dict[str, Any]:
         "stored_values": sum(stored),
         "layers": [_layer(node, makers, values) for node in graph.node if node.op_type in LAYERS],
         "quantizers": _quantizers(graph, values),
-        "spec": spec if isinstance(spec, dict) else None,
+        "spec": _table(metadata.get("robustq.spec")),
+        "preprocessing": _table(metadata.get("robustq.preprocessing")),
+        "accuracy": _table(metadata.get("robustq.accuracy")),
         "not_for": _texts(metadata.get("robustq.not_for")),
         "failed": _texts(metadata.get("robustq.failed")),
         "metadata": metadata,
@@ -127,6 +128,11 @@ def _json(text: str | None) -> Any:
         return parse_bounded(text or "null", json.loads)
     except ValueError:
         return text
+
+
+def _table(text: str | None) -> dict[str, Any] | None:
+    found = _json(text)
+    return found if isinstance(found, dict) else None
 
 
 def _texts(text: str | None) -> list[str]:

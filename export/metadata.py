@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 from onnx import helper
 
+from robustq.models.preprocessing import preprocessing_of
 from robustq.models.spec import ModelSpec
 
 PREFIX = "robustq."
@@ -24,7 +25,7 @@ PACKAGES = ("torch", "brevitas", "onnx")
 
 
 def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixels: str) -> None:
-    """Replace the metadata of ``model``: format, input, classes, data, widths, versions."""
+    """Replace the metadata of ``model``: format, input, preprocessing, classes, data, widths, versions."""
     # The name of the data, not its folder on somebody's disk.
     public = {**spec.to_dict(), "data": Path(spec.data).name}
     texts = {
@@ -32,6 +33,7 @@ def describe(model: onnx.ModelProto, spec: ModelSpec, *, format_name: str, pixel
         "format": format_name,
         "spec": json.dumps(public),
         "input": INPUT_RANGE[pixels],
+        "preprocessing": json.dumps(preprocessing_of(spec, pixels=pixels)),
         "data": public["data"],
         "classes": json.dumps(list(spec.class_names or map(str, range(spec.classes)))),
         "bits": f"weights {spec.weight_bits}, activations {spec.act_bits}",

@@ -11,20 +11,23 @@ if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
     from robustq.workflow.bench import bench_files
     from robustq.workflow.export import export_model
+    from robustq.workflow.export_weights import export_weights
+    from robustq.workflow.harden import harden_model
     from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
     from robustq.workflow.recheck import recheck_bundle
     from robustq.workflow.replay import replay_images
     from robustq.workflow.resume import resume_run
-    from robustq.workflow.train import harden_model, train_model
+    from robustq.workflow.train import train_model
 
 _HOMES = {
     "train_model": "robustq.workflow.train",
-    "harden_model": "robustq.workflow.train",
+    "harden_model": "robustq.workflow.harden",
     "bench_files": "robustq.workflow.bench",
     "attack_model": "robustq.workflow.attack",
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
+    "export_weights": "robustq.workflow.export_weights",
     "recheck_bundle": "robustq.workflow.recheck",
     "replay_images": "robustq.workflow.replay",
     "resume_run": "robustq.workflow.resume",
@@ -36,6 +39,7 @@ __all__ = [
     "bench_files",
     "describe_file",
     "export_model",
+    "export_weights",
     "harden_model",
     "quickstart",
     "recheck_bundle",

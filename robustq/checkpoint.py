@@ -78,14 +78,18 @@ def save_model(path: Path, model: nn.Module, spec: ModelSpec, *, info: dict[str,
 
 def save_state(path: Path, state: dict[str, Tensor], spec: ModelSpec, *, info: dict[str, Any] | None = None) -> None:
     """As :func:`save_model`, for a state dict."""
-    content = {
+    save_atomically(content_of(state, spec, info=info), path)
+
+
+def content_of(state: dict[str, Tensor], spec: ModelSpec, *, info: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of a model file; UsageError as :func:`save_model`."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "spec": spec.to_dict(),
         "state": {name: value.detach().cpu() for name, value in state.items()},
         "info": _plain(info or {}, "info"),
     }
-    save_atomically(content, path)
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -28,6 +28,11 @@ def open_regular(path: Path, *, error: type[RobustqError] = ModelFileError) -> B
     raise error(f"{path}: is not a regular file; give a file, not a folder, a pipe or a device")
 
 
+def optional_path(given: Path | str | None) -> Path | None:
+    """A path that a caller may give as text; None stays None."""
+    return None if given is None else Path(given)
+
+
 def check_model_file(path: Path) -> Path:
     """Return ``path`` if it is a file with content.
 

@@ -1,4 +1,6 @@
-"""Files of ``torch.save``, read without running code from them; with it only where the user allows that."""
+"""Checkpoints: files of ``torch.save``, read without running code from them (with it only where the user allows that),
+and of safetensors.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from robustq.errors import ModelFileError, RobustqWarning, one_line
 from robustq.files import check_model_file, open_regular
+from robustq.safetensors_file import is_safetensors, read_safetensors
 from robustq.seals import check_seal
 from robustq.tables import DEEPEST
 
@@ -29,11 +32,15 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 MOST_VALUES = 1_000_000
 """Values in a file: a pickle of a few bytes can hold a list of 2^100, every half of which is the same list."""
 
+SMALLEST_FLOAT = 2
+"""Bytes: torch computes nothing with floats of 8 and 4 bits."""
+
 ADVICE = "save the weights alone: torch.save(model.state_dict(), FILE)"
 
 
 def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
-    """The result of ``torch.load(weights_only=True)``: tensors and plain containers, never code.
+    """The result of ``torch.load(weights_only=True)``: tensors and plain containers, never code. Of a safetensors file
+    the state dict, or the content of a model file of robustq (:func:`robustq.safetensors_file.read_safetensors`).
 
     Args:
         path: the file.
@@ -52,6 +59,10 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
     try:
         with open_regular(path) as file:
             start = file.read(len(LEGACY))
+        if is_safetensors(path, start):
+            content = read_safetensors(path)
+            _check_plain(content, path)
+            return content
         if start.startswith(b"PK"):
             _check_archive(path)
             check_seal(path, error=ModelFileError)
@@ -76,7 +87,9 @@ def read_checkpoint(path: Path, *, trust_pickle: bool = False) -> Any:
                 f"{path}: holds more than weights{what}, and loading it would run code; {ADVICE}; or, if you trust "
                 "whoever made it: robustq harden FILE --trust-pickle"
             ) from error
-        raise ModelFileError(f"{path}: is not a torch file (no checkpoint could be read from it)") from error
+        raise ModelFileError(
+            f"{path}: is not a torch or safetensors file (no checkpoint could be read from it)"
+        ) from error
     except ModelFileError:
         raise
     except OSError as error:
@@ -119,7 +132,7 @@ def _check_plain(content: Any, path: Path) -> None:
     for _ in range(DEEPEST):
         for name, value in level:
             if isinstance(value, Tensor) and not _is_plain(value):
-                raise ModelFileError(f"{path}: {name} is not a dense tensor of real numbers; {ADVICE}")
+                raise ModelFileError(f"{path}: {name} is not a dense tensor of real numbers of usual width; {ADVICE}")
         tables = [value for _, value in level if isinstance(value, dict | list | tuple | set | frozenset)]
         count += sum(map(len, tables))
         if count > MOST_VALUES:
@@ -133,6 +146,8 @@ def _check_plain(content: Any, path: Path) -> None:
 
 def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
+        return False
+    if tensor.is_floating_point() and tensor.element_size() < SMALLEST_FLOAT:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 

@@ -127,7 +127,7 @@ def test_info_that_cannot_be_kept_is_refused_before_anything_is_written(tmp_path
 # --- files that are no checkpoint ------------------------------------------------------------------------------------
 
 
-FOREIGN = "is not a torch file (no checkpoint could be read from it)"
+FOREIGN = "is not a torch or safetensors file (no checkpoint could be read from it)"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from robustq.errors import RecipeError
 from robustq.recipe import load_recipe
-from robustq.report.info import toml_lines
+from robustq.report.recipes import toml_lines
 
 BASE = """summary = "the base"
 method = "odgq"

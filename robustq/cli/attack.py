@@ -10,10 +10,12 @@ import typer
 
 import robustq
 from robustq.cli.names import SUITES, one_of, summaries
+from robustq.cli.next_step import after_attack, replay_of, with_next
 from robustq.cli.options import (
     FileOut,
     Judging,
     Printing,
+    Resize,
     parse_radius,
     rare,
     run_job,
@@ -25,7 +27,7 @@ from robustq.errors import OutputError, UsageError
 @with_groups
 def attack(
     *,
-    model: Annotated[Path, typer.Argument(help="A .pt of robustq, an export folder, an .onnx or zoo:NAME.")],
+    model: Annotated[Path, typer.Argument(help="A model file of robustq, an export folder, an .onnx or zoo:NAME.")],
     suite: Annotated[
         str,
         typer.Option(
@@ -58,6 +60,7 @@ def attack(
         rare("--input", metavar="RANGE", help="Pixels of an .onnx: unit, uint8, imagenet or MEAN/STD."),
     ] = None,
     layout: Annotated[str | None, rare(help="Layout of an .onnx: nchw or nhwc.")] = None,
+    resize: Resize = None,
     compiled: Annotated[
         bool,
         rare(
@@ -77,7 +80,7 @@ def attack(
       robustq attack theirs.onnx --data cifar10 --input unit
     """
     from robustq.files import check_attackable, check_model_file, check_new
-    from robustq.report.text import attack_lines
+    from robustq.report.text import attack_lines, mostly_wrong_before
     from robustq.zoo import images_path, model_path
 
     replay = None if replay is None else images_path(replay)
@@ -101,7 +104,7 @@ def attack(
     def job() -> Mapping[str, Any]:
         if replay is not None:
             shared = {name: keywords[name] for name in ("data", "custom_model", "skip_bad_images", "device")}
-            return robustq.replay_images(model, replay, pixels=pixels, layout=layout, **shared)
+            return robustq.replay_images(model, replay, pixels=pixels, layout=layout, resize=resize, **shared)
         return robustq.attack_model(
             model,
             suite=suite,
@@ -113,6 +116,7 @@ def attack(
             compiled=compiled,
             pixels=pixels,
             layout=layout,
+            resize=resize,
             **keywords,
         )
 
@@ -123,8 +127,19 @@ def attack(
             return None
         if result["robust_accuracy"] < require:
             return f"robust accuracy {result['robust_accuracy']:.4f} is below the required {require:.4f}"
+        if replay is not None and mostly_wrong_before(result):
+            return (
+                f"--require {require:g}: {result['wrong_before']} of {result['images']} images of {replay} were wrong "
+                "before any attack and are clean, so that they prove nothing; replay the images of an attack on a "
+                "model that is mostly right"
+            )
         if result.get("file_failures"):
             return f"the file failed a check of its export: {result['file_failures'][0]}"
         return f"flags raised: {', '.join(flag['name'] for flag in result['flags'])}" if result["flags"] else None
 
-    run_job(job, printing.as_json, attack_lines, out=out, failure=failure)
+    def lines(result: Mapping[str, Any]) -> list[str]:
+        again = replay_of(result, options, form={"--input": pixels, "--layout": layout, "--resize": resize})
+        shown = attack_lines(result) + ([] if again is None else [f"again   {again}"])
+        return with_next(shown, after_attack(result, options))
+
+    run_job(job, printing.as_json, lines, out=out, failure=failure)

@@ -9,6 +9,7 @@ import typer
 
 import robustq
 from robustq.cli.names import CONSUMERS, FORMATS, one_of, summaries
+from robustq.cli.next_step import after_export, after_recheck, after_weights, with_next
 from robustq.cli.options import (
     FileOut,
     Judging,
@@ -16,22 +17,33 @@ from robustq.cli.options import (
     failed_checks,
     rare,
     run_job,
+    typed_options,
     with_groups,
 )
+from robustq.errors import UsageError
+
+SAFETENSORS = "safetensors"
+
+WITH_SAFETENSORS = frozenset(
+    {"model", "format_name", "out", "custom_model", "seed", "device", "as_json", "quiet", "verbose"}
+)
+"""Parameters that may be given together with --format safetensors."""
 
 
 @with_groups
 def export(
+    context: typer.Context,
     *,
     model: Annotated[
-        Path | None, typer.Argument(help="A .pt of robustq, or zoo:NAME. Default: the last hardened model.")
+        Path | None,
+        typer.Argument(help="A .pt or .safetensors of robustq, or zoo:NAME. Default: the last hardened model."),
     ] = None,
     format_name: Annotated[
         str,
         typer.Option(
             "--format",
-            help=f"{summaries(FORMATS)}.",
-            autocompletion=one_of(*FORMATS),
+            help=f"{summaries(FORMATS)}; {SAFETENSORS}: weights and spec, as a model.pt.",
+            autocompletion=one_of(*FORMATS, SAFETENSORS),
         ),
     ] = "integer",
     pixels: Annotated[
@@ -46,7 +58,9 @@ def export(
         bool, typer.Option("--recheck/--no-recheck", help="Count accuracy under attack on the written file.")
     ] = True,
     options: Judging,
-    out: Annotated[Path | None, typer.Option(help="New export folder. Default: export-out/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New export folder, or .safetensors file. Default: export-out/NAME.")
+    ] = None,
     printing: Printing,
     batch_norm: Annotated[
         str, rare(help="fold, or keep (BatchNormalization nodes; qonnx only).", autocompletion=one_of("fold", "keep"))
@@ -72,21 +86,41 @@ def export(
 
     Examples:
       robustq export --format qonnx
+      robustq export --format safetensors --out weights.safetensors
       robustq export runs/resnet20-w4a4-odgq/best.pt --input uint8
     """
     from robustq.files import check_model_file
-    from robustq.report.text import export_lines
+    from robustq.report.export import export_lines
     from robustq.zoo import model_path
 
     if model is not None:
         model = check_model_file(model_path(model))
+    if format_name == SAFETENSORS:
+        _export_weights(context, model, options, out, as_json=printing.as_json)
+        return
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(
         lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, kit=kit, out=out, **keywords),
         printing.as_json,
-        export_lines,
+        lambda result: with_next(export_lines(result), after_export(result, options)),
         failure=failed_checks,
+    )
+
+
+def _export_weights(
+    context: typer.Context, model: Path | None, options: Judging, out: Path | None, *, as_json: bool
+) -> None:
+    from robustq.report.export import weights_lines
+
+    typed = typed_options(context, but=WITH_SAFETENSORS)
+    if typed:
+        raise UsageError(f"{', '.join(typed)} has no effect with --format {SAFETENSORS}; leave it out")
+    own = options.custom_model
+    run_job(
+        lambda: robustq.export_weights(model, custom_model=own, out=out),
+        as_json,
+        lambda result: with_next(weights_lines(result), after_weights(Path(result["file"]), custom_model=own)),
     )
 
 
@@ -107,14 +141,14 @@ def recheck(
       robustq recheck export-out/resnet20-w4a4-odgq-integer
     """
     from robustq.files import check_export_folder
-    from robustq.report.text import recheck_lines
+    from robustq.report.export import recheck_lines
 
     check_export_folder(bundle)
     keywords = options.keywords()
     run_job(
         lambda: robustq.recheck_bundle(bundle, **keywords),
         printing.as_json,
-        recheck_lines,
+        lambda result: with_next(recheck_lines(result), after_recheck(result, options)),
         out=out,
         failure=failed_checks,
     )

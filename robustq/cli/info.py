@@ -10,6 +10,7 @@ import typer
 
 import robustq
 from robustq.cli.names import complete_recipe
+from robustq.cli.next_step import after_quickstart, with_next
 from robustq.cli.options import (
     CustomModel,
     Device,
@@ -25,7 +26,12 @@ from robustq.cli.options import (
 @with_groups
 def info(
     *,
-    path: Annotated[Path, typer.Argument(help="A .pt, an .onnx, an export folder, a run folder or zoo:NAME.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="A .pt, .safetensors or .onnx, an export or run folder, the folder of quickstart or zoo:NAME."
+        ),
+    ],
     options: Reading,
     custom_model: CustomModel = None,
 ) -> None:
@@ -98,7 +104,7 @@ def recipes(
         return {"recipes": [{**resolved_recipe(found), **found.metadata()}]}
 
     def lines(result: Mapping[str, Any]) -> list[str]:
-        from robustq.report.info import list_lines, toml_lines
+        from robustq.report.recipes import list_lines, toml_lines
 
         return list_lines(**result) if name is None else toml_lines(result["recipes"][0])
 
@@ -115,8 +121,8 @@ def quickstart(
 ) -> None:
     """Run the whole job once on the embedded digits: two minutes on a CPU.
 
-    Trains a float ResNet-8, hardens it to 4 bits, writes three deploy files, and attacks the deployed file and the
-    undefended models.
+    Trains a float ResNet-8, hardens it to 4 bits, writes four deploy files, and attacks two of them and the undefended
+    models.
 
     Examples:
       robustq quickstart
@@ -126,6 +132,6 @@ def quickstart(
     run_job(
         lambda: robustq.quickstart(seed=seed, device=device, out=out),
         printing.as_json,
-        quickstart_lines,
+        lambda result: with_next(quickstart_lines(result), after_quickstart(result)),
         failure=failed_checks,
     )

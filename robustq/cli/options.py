@@ -43,6 +43,14 @@ CustomModel = Annotated[
     ),
 ]
 SkipBadImages = Annotated[bool, rare("--skip-bad-images", help="Skip image files that cannot be read, with a warning.")]
+Resize = Annotated[
+    str | None,
+    rare(
+        metavar="HOW",
+        help="Non-square images: short-side (centre), short-side:256 or squash.",
+        autocompletion=one_of("short-side", "squash"),
+    ),
+]
 Epsilon = Annotated[
     str | None, typer.Option(help="Attack radius in [0, 1], such as 8/255. Default: as the model was trained.")
 ]
@@ -131,6 +139,7 @@ class Network:
             "0.49,0.48,0.45/0.25,0.24,0.26."
         ),
     ] = None
+    resize: Resize = None
     skip_bad_images: SkipBadImages = False
 
 
@@ -202,6 +211,15 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return expanded
+
+
+def typed_options(context: typer.Context, *, but: frozenset[str]) -> list[str]:
+    """The options and arguments on the command line, as typed, without those whose parameters ``but`` names."""
+    return [
+        param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
+        for param in context.command.params
+        if param.name not in but and getattr(context.get_parameter_source(str(param.name)), "name", "") == "COMMANDLINE"
+    ]
 
 
 def parse_radius(text: str | None) -> float | None:

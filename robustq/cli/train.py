@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import robustq
+from robustq.cli.next_step import after_training
 from robustq.cli.options import (
     Epsilon,
     Printing,
@@ -18,6 +19,7 @@ from robustq.cli.options import (
     parse_radius,
     rare,
     run_job,
+    typed_options,
     with_groups,
 )
 from robustq.errors import UsageError
@@ -43,7 +45,7 @@ def harden(
     *,
     model: Annotated[
         Path | None,
-        typer.Argument(help="A .pt of robustq, zoo:NAME, or a state dict (with --data, and --arch if not ours)."),
+        typer.Argument(help="A model of robustq, zoo:NAME, or a state dict (with --data, and --arch if not ours)."),
     ] = None,
     recipe: RecipeName = "odgq",
     epsilon: Epsilon = None,
@@ -63,7 +65,7 @@ def harden(
         bool,
         rare(
             "--checks/--no-checks",
-            help="Refuse weights near chance and networks that cannot be exported, before any training.",
+            help="Check weights and export before training.",
         ),
     ] = True,
 ) -> None:
@@ -115,31 +117,17 @@ def _run(
         )
 
     def lines(result: Mapping[str, Any]) -> list[str]:
-        return training_lines(result, next_command=next_command(result, options.custom_model))
+        moved = None if options.resume is None else options.data
+        return training_lines(
+            result, next_command=after_training(result, custom_model=options.custom_model, data=moved)
+        )
 
     run_job(begin_or_resume, as_json, lines, failure=failed_checks)
 
 
-def next_command(result: Mapping[str, Any], custom_model: str | None) -> str:
-    """The command that usually follows a finished run; it names a custom model again."""
-    custom = "" if custom_model is None else f" --model {custom_model}"
-    if "bits" not in result:
-        return f"robustq harden {result['checkpoint']} --bits 4{custom}"
-    from robustq.hardening.methods.registry import SETTINGS
-
-    # Without a file, export takes the last hardened model.
-    model = "" if SETTINGS[result["method"]].defends else f"{result['checkpoint']} "
-    return f"robustq export {model}--format integer{custom}"
-
-
 def check_resume_options(context: typer.Context, run: Path | None) -> None:
     """Refuse options that have no effect on a run that is resumed (UsageError)."""
-    typed = [
-        param.opts[0] if param.opts[0].startswith("-") else param.opts[0].upper()
-        for param in context.command.params
-        if param.name not in WITH_RESUME
-        and getattr(context.get_parameter_source(str(param.name)), "name", "") == "COMMANDLINE"
-    ]
+    typed = typed_options(context, but=WITH_RESUME)
     if run is not None and typed:
         raise UsageError(
             f"{', '.join(typed)} cannot be changed with --resume; leave it out, or start a new run without --resume"

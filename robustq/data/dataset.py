@@ -22,6 +22,8 @@ class Dataset:
     `name`: the known name, or the absolute path of the file or folder; it loads the same set again.
     `image_size`: side of the square images in pixels.
     `holdout`: images taken out of the training part to monitor training; `test` is for the final numbers only.
+    `resize`: how image files became square (see `data.resize`); None for sets whose images are used as they are.
+    `skip_bad_images`: whether unreadable image files were left out.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Dataset:
     train: Split
     holdout: Split
     test: Split
+    resize: str | None = None
+    skip_bad_images: bool = False
 
     @property
     def classes(self) -> int:
@@ -85,8 +89,16 @@ def _subset(labels: Tensor, train_images: int, *, name: str) -> Tensor:
 
 
 def assemble(
-    train: TensorSplit | StreamedSplit, test: Split, *, train_images: int, name: str, class_names: tuple[str, ...]
+    train: TensorSplit | StreamedSplit,
+    test: Split,
+    *,
+    train_images: int,
+    name: str,
+    class_names: tuple[str, ...],
+    resize: str | None = None,
+    skip_bad_images: bool = False,
 ) -> Dataset:
     """A data set whose hold-out and training images are taken out of `train` (see `training_indices`)."""
     kept, held = training_indices(train.labels, train_images, name=name, class_names=class_names)
-    return Dataset(name, class_names, train.channels, train.image_size, train.subset(kept), train.subset(held), test)
+    parts = train.subset(kept), train.subset(held), test
+    return Dataset(name, class_names, train.channels, train.image_size, *parts, resize, skip_bad_images)

@@ -3,53 +3,41 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from robustq.data.dataset import Dataset, assemble, training_indices
+from robustq.data.image_files import ImageFiles, image_files
+from robustq.data.resize import SQUASH, shorter_side_of
 from robustq.data.splits import TensorSplit, split_by_name
-from robustq.data.streamed import StreamedSplit, default_workers, image_header, read_image
-from robustq.errors import DataError, RobustqWarning
-from robustq.progress import bar
+from robustq.data.streamed import StreamedSplit, image_header
+from robustq.errors import DataError
 
 STREAM_ABOVE_BYTES = 1 << 30
 """A folder with more bytes than this, as uint8 at the network's image size, is streamed."""
 
 IMAGENET_SIZE = 224
 
-MOST_FOLDERS = 10_000
-"""Folders of one class: links may lead out of the data set to a whole disk."""
-
-
 PARTS = (("train", "training"), ("test", "testing", "val", "valid", "validation"))
 """Names of the folders of the training and of the test part, in any case; the first that is there counts."""
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Image files and the class of each, int64 (N,)."""
-
-    paths: list[str]
-    labels: Tensor
-
-    def subset(self, indices: Tensor) -> _Files:
-        return _Files([self.paths[index] for index in indices.tolist()], self.labels[indices])
-
-
-def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
+def load_folder(
+    folder: Path,
+    *,
+    train_images: int,
+    image_size: int | None,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
+) -> Dataset:
     """A data set from FOLDER/train/<class>/* and FOLDER/test (or val)/<class>/*, else from FOLDER/<class>/*, of which a
     fifth becomes the test part (see `splits.split_by_name`). Other names of the two parts are in :data:`PARTS`.
 
-    One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once: shorter side scaled
-    to the image size, centre cropped. Large sets are streamed (see `StreamedSplit`).
+    One channel when every image is grey (Pillow's mode L), else RGB. Small sets are decoded once; without `resize` the
+    shorter side is scaled to the image size and the centre cropped. Large sets are streamed (see `StreamedSplit`).
 
     Raises:
+        UsageError: `resize` has no form of `data.resize`, or is smaller than the images.
         DataError: no images, fewer than two classes, a class of the test part that training lacks, an unreadable image,
             only one of train and test, or images that are not all of one square size while `image_size` is None.
 
@@ -66,7 +54,7 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip
         )
     else:
         class_names = class_folders(folder)
-        files = _image_files(folder, class_names, skip_bad_images, {})
+        files = image_files(folder, class_names, skip_bad_images, {})
         rest, part = split_by_name(
             [Path(os.path.relpath(path, folder)).as_posix() for path in files.paths], files.labels
         )
@@ -78,18 +66,36 @@ def load_folder(folder: Path, *, train_images: int, image_size: int | None, skip
     kept, held = training_indices(train.labels, train_images, name=str(folder), class_names=class_names)
     total = len(kept) + len(held) + len(test.paths)
 
-    def split(files: _Files) -> TensorSplit | StreamedSplit:
-        if total * channels * side**2 > STREAM_ABOVE_BYTES:
-            return StreamedSplit(files.paths, files.labels, image_size=side, channels=channels)
-        # With a shorter side of the image size, images of this size are not changed.
-        decoded = StreamedSplit(files.paths, files.labels, image_size=side, channels=channels, shorter_side=side)
-        return TensorSplit(*decoded.take(0))
+    streams = total * channels * side**2 > STREAM_ABOVE_BYTES
+    # With a shorter side of the image size, images of this size are not changed.
+    shorter_side = shorter_side_of(resize, image_size=side) or (None if streams else side)
+    options: dict[str, Any] = {"image_size": side, "shorter_side": shorter_side, "squash": resize == SQUASH}
+    parts = [
+        StreamedSplit(files.paths, files.labels, channels=channels, **options)
+        for files in (train.subset(kept), train.subset(held), test)
+    ]
+    kept_train, holdout, kept_test = parts if streams else [TensorSplit(*part.take(0)) for part in parts]
+    return Dataset(
+        name=str(folder.resolve()),
+        class_names=tuple(map(_as_text, class_names)),
+        channels=channels,
+        image_size=side,
+        train=kept_train,
+        holdout=holdout,
+        test=kept_test,
+        resize=parts[0].resize,
+        skip_bad_images=skip_bad_images,
+    )
 
-    parts = [split(files) for files in (train.subset(kept), train.subset(held), test)]
-    return Dataset(str(folder.resolve()), tuple(map(_as_text, class_names)), channels, side, *parts)
 
-
-def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip_bad_images: bool) -> Dataset:
+def load_imagenet(
+    root: Path,
+    *,
+    train_images: int,
+    image_size: int | None,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
+) -> Dataset:
     """ImageNet from ROOT/imagenet/{train,val}/<class>/*: RGB, streamed, by default 224 pixels.
 
     Its 1,000 usual folders (n01440764, ...) get their English names.
@@ -105,12 +111,17 @@ def load_imagenet(root: Path, *, train_images: int, image_size: int | None, skip
         )
     folder_names, train, test = _two_folders(train_folder, test_folder, skip_bad_images)
     side = IMAGENET_SIZE if image_size is None else image_size
+    shorter_side = shorter_side_of(resize, image_size=side)
+    options: dict[str, Any] = {"image_size": side, "shorter_side": shorter_side, "squash": resize == SQUASH}
+    split = StreamedSplit(train.paths, train.labels, **options)
     return assemble(
-        StreamedSplit(train.paths, train.labels, image_size=side),
-        StreamedSplit(test.paths, test.labels, image_size=side),
+        split,
+        StreamedSplit(test.paths, test.labels, **options),
         train_images=train_images,
         name="imagenet",
         class_names=imagenet_class_names(folder_names),
+        resize=split.resize,
+        skip_bad_images=skip_bad_images,
     )
 
 
@@ -154,113 +165,15 @@ def imagenet_class_names(folder_names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _two_folders(
     train_folder: Path, test_folder: Path, skip_bad_images: bool
-) -> tuple[tuple[str, ...], _Files, _Files]:
+) -> tuple[tuple[str, ...], ImageFiles, ImageFiles]:
     """Class names, training files and test files; the test part may lack classes of the training part."""
     class_names = class_folders(train_folder)
     unknown = sorted(set(class_folders(test_folder)) - set(class_names))
     if unknown:
         raise DataError(f"{test_folder} has the class {unknown[0]}, which {train_folder} lacks; remove or add it")
     places: dict[str, str] = {}
-    train = _image_files(train_folder, class_names, skip_bad_images, places)
-    return class_names, train, _image_files(test_folder, class_names, skip_bad_images, places, every=False)
-
-
-def _image_files(
-    folder: Path, class_names: tuple[str, ...], skip_bad_images: bool, places: dict[str, str], *, every: bool = True
-) -> _Files:
-    """All image files below the class folders, class by class, sorted.
-
-    With `every`, as for training, a class without images is an error, and so is a single class. `places`: see
-    :func:`_files_below`.
-    """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if every and len(class_names) < 2:
-        raise DataError(
-            f"{folder} has one class only ({class_names[0]}); a classifier needs at least two class folders"
-        )
-    samples = [
-        (path, number)
-        for number, name in enumerate(class_names)
-        if (folder / name).is_dir()
-        for path in _files_below(folder / name, IMG_EXTENSIONS, places)
-    ]
-    if skip_bad_images:
-        samples = _readable(samples, folder)
-    labels = torch.tensor([number for _, number in samples], dtype=torch.int64)
-    empty = sorted(set(range(len(class_names))) - set(labels.tolist()))
-    if not samples or (every and empty):
-        where = folder / class_names[empty[0]] if samples else folder
-        raise DataError(f"{where} has no images; file names must end in one of {' '.join(IMG_EXTENSIONS)}")
-    return _Files([path for path, _ in samples], labels)
-
-
-def _files_below(folder: Path, extensions: tuple[str, ...], places: dict[str, str]) -> list[str]:
-    """Image files below a class folder, sorted by folder and name; links are followed.
-
-    A folder or file that links lead to more than once counts once, also where a link leads back into its own folder.
-
-    Args:
-        folder: the class folder.
-        extensions: of image files.
-        places: real path of an image -> its class folder, for all class folders; extended.
-
-    Raises:
-        DataError: a folder cannot be read, an image belongs to another class folder too, or links lead to more than
-            :data:`MOST_FOLDERS` folders.
-    """
-    found: dict[str, str] = {}
-    seen: set[str] = set()
-    waiting = deque([str(folder)])
-    while waiting:
-        inner = waiting.popleft()
-        real = os.path.realpath(inner)
-        if real in seen:
-            continue
-        seen.add(real)
-        if len(seen) > MOST_FOLDERS:
-            raise DataError(f"{folder} has links to over {MOST_FOLDERS:,} folders, such as {inner}; remove the link")
-        try:
-            for entry in sorted(os.scandir(inner), key=lambda entry: entry.name):
-                if entry.is_dir():
-                    # Folders before links, so that an image keeps its own name.
-                    (waiting.append if entry.is_symlink() else waiting.appendleft)(entry.path)
-                elif entry.name.lower().endswith(extensions):
-                    place = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
-                    found.setdefault(place, entry.path)
-        except OSError as error:
-            raise DataError(f"{error.filename or inner} cannot be read: {error.strerror}") from error
-    for place, path in found.items():
-        if places.setdefault(place, str(folder)) != str(folder):
-            raise DataError(f"{path} is also an image of {places[place]}; remove the link")
-    return sorted(found.values(), key=os.path.split)
-
-
-def _readable(samples: list[tuple[str, int]], folder: Path) -> list[tuple[str, int]]:
-    """The image files that decode; a warning names the others. Every file is decoded once."""
-
-    def is_readable(path: str) -> bool:
-        try:
-            read_image(path, channels=3)
-        except DataError:
-            return False
-        return True
-
-    good: list[tuple[str, int]] = []
-    bad: list[tuple[str, int]] = []
-    # Threads: Pillow decodes without Python's lock.
-    with ThreadPoolExecutor(default_workers()) as pool, bar(f"check {folder.name}", len(samples)) as progress:
-        try:
-            for sample, readable in zip(samples, pool.map(is_readable, [path for path, _ in samples]), strict=True):
-                (good if readable else bad).append(sample)
-                progress.advance(1)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # else Ctrl-C would wait for all files
-            raise
-    if bad:
-        names = ", ".join(path for path, _ in bad[:5]) + (", ..." if len(bad) > 5 else "")
-        warnings.warn(f"skipped {len(bad)} of {len(samples)} images that cannot be read: {names}", RobustqWarning, 2)
-    return good
+    train = image_files(train_folder, class_names, skip_bad_images, places)
+    return class_names, train, image_files(test_folder, class_names, skip_bad_images, places, every=False)
 
 
 def _channels_and_side(paths: list[str], folder: Path, image_size: int | None) -> tuple[int, int]:
@@ -274,7 +187,8 @@ def _channels_and_side(paths: list[str], folder: Path, image_size: int | None) -
         if image_size is None and (width != height or side not in (None, width)):
             raise DataError(
                 f"the images in {folder} are not all of one square size ({path} is {width}x{height}"
-                f"{'' if side is None else f', others {side}x{side}'}); scale them, or set image_size (32, 224, ...)"
+                f"{'' if side is None else f', others {side}x{side}'}); scale them, or give the side of the "
+                "square images: --set image_size=64, with --resize short-side (centre crop) or squash (whole image)"
             )
         side = width if image_size is None else image_size
     if side is None:

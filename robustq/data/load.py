@@ -18,6 +18,7 @@ from robustq.data.augment import Augment
 from robustq.data.dataset import Dataset, assemble
 from robustq.data.folder import IMAGENET_SIZE, load_folder, load_imagenet
 from robustq.data.npz import load_npz
+from robustq.data.resize import shorter_side_of
 from robustq.data.splits import TEST_SEED, TEST_SHARE, TensorSplit, stratified_split
 from robustq.errors import DataError, UsageError, one_line
 from robustq.progress import Bar, bar, note
@@ -130,7 +131,12 @@ def _replaced_tqdm(name: str) -> Iterator[None]:
 
 
 def load_dataset(
-    name_or_path: str, *, train_images: int = 0, image_size: int | None = None, skip_bad_images: bool = False
+    name_or_path: str,
+    *,
+    train_images: int = 0,
+    image_size: int | None = None,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
 ) -> Dataset:
     """Load a data set; the same call always gives the same images in the same three splits.
 
@@ -141,12 +147,14 @@ def load_dataset(
             (`folder.load_folder`). A name wins over a folder of that name; write ./digits for the folder.
         train_images: number of training images, class shares kept; the hold-out does not change; 0 for all.
         image_size: side of the square images in pixels, for folders and `imagenet`; other sets have their own.
+        resize: how images of folders and `imagenet` become square: see `data.resize`; None: shorter side and centre.
         skip_bad_images: leave out unreadable image files with a warning, instead of refusing the folder.
 
     Raises:
         DataError: unknown name, missing or broken file, a failed download, or data unfit for classification.
-        UsageError: a negative number.
+        UsageError: a negative number, or `resize` of another form, or for data whose images are used as they are.
     """
+    shorter_side_of(resize, image_size=image_size)
     if image_size is not None and not 1 <= image_size <= LARGEST_SIDE:
         raise UsageError(
             f"image_size is {image_size}; give the side of the square images in pixels, from 1 to {LARGEST_SIDE}"
@@ -154,6 +162,7 @@ def load_dataset(
     options: dict[str, Any] = {
         "train_images": train_images,
         "image_size": image_size,
+        "resize": resize,
         "skip_bad_images": skip_bad_images,
     }
     if name_or_path == "imagenet":
@@ -172,6 +181,8 @@ def load_dataset(
         if path.suffix.lower() != ".npz":
             raise DataError(f"{path} is neither a folder of images nor an .npz file; give one of these")
         dataset = load_npz(path, train_images=train_images)
+    if resize is not None:
+        raise UsageError(f"resize is '{resize}', but the images of {name_or_path} are used as they are; leave it out")
     if image_size not in (None, dataset.image_size):
         raise DataError(
             f"image_size is {image_size}, but {name_or_path} has images of {dataset.image_size}x{dataset.image_size} "

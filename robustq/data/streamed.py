@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as IndexedImages
 
 from robustq.data.augment import NO_AUGMENT, Augment, mixed_seed, to_float
+from robustq.data.resize import SHORT_SIDE, SQUASH
 from robustq.data.splits import Batch, check_batch_size, evenly_spaced
 from robustq.errors import DataError, one_line
 from robustq.files import open_regular
@@ -81,6 +82,11 @@ def read_image(path: str | Path, *, channels: int) -> Image.Image:
     return decoded
 
 
+def usual_shorter_side(image_size: int) -> int:
+    """8/7 of the image size: 256 for 224, as is usual on ImageNet."""
+    return round(image_size * 8 / 7)
+
+
 def default_workers() -> int:
     """One process per CPU that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -89,9 +95,10 @@ def default_workers() -> int:
 class StreamedSplit:
     """A split of image files, decoded by worker processes with torchvision's v2 transforms.
 
-    Without augmentation the shorter side is scaled to `shorter_side` (bilinear, antialiased) and the centre is cropped.
-    A random crop is torchvision's RandomResizedCrop with its defaults, whatever the value of `crop_padding`, since
-    photographs have no common size.
+    Without augmentation the shorter side is scaled to `shorter_side` (bilinear, antialiased) and the centre is cropped;
+    with `squash` both sides are scaled to `image_size`. A random crop is torchvision's RandomResizedCrop with its
+    defaults, whatever the value of `crop_padding`, since photographs have no common size; with `squash` its shapes are
+    those relative to the image's own.
 
     Every image is augmented with a seed made from (seed, epoch, index): the result depends neither on the number of
     workers nor on the batch size, and the process's own random state is kept.
@@ -103,6 +110,7 @@ class StreamedSplit:
         channels: 1 (grey) or 3 (RGB); files are converted.
         workers: processes; None for one per CPU; 0 decodes in this process.
         shorter_side: see above; None for 8/7 of `image_size` (256 for 224, as is usual on ImageNet).
+        squash: see above; `shorter_side` has no effect then.
 
     Raises:
         DataError: no files, or another number of labels; while it is used: a file that is no readable 8-bit image.
@@ -117,6 +125,7 @@ class StreamedSplit:
         channels: int = 3,
         workers: int | None = None,
         shorter_side: int | None = None,
+        squash: bool = False,
     ) -> None:
         if len(paths) == 0 or labels.shape != (len(paths),):
             raise DataError(f"{len(paths)} image files need as many labels and at least one, got {tuple(labels.shape)}")
@@ -127,10 +136,16 @@ class StreamedSplit:
         self.image_size = image_size
         self.channels = channels
         self.workers = default_workers() if workers is None else workers
-        self.shorter_side = round(image_size * 8 / 7) if shorter_side is None else shorter_side
+        self.shorter_side = usual_shorter_side(image_size) if shorter_side is None else shorter_side
+        self.squash = squash
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def resize(self) -> str:
+        """How images become square, as text: see `data.resize`."""
+        return SQUASH if self.squash else f"{SHORT_SIDE}:{self.shorter_side}"
 
     def subset(self, indices: Tensor) -> StreamedSplit:
         """The images at `indices` (int64 (M,)) as a split of their own."""
@@ -141,6 +156,7 @@ class StreamedSplit:
             channels=self.channels,
             workers=self.workers,
             shorter_side=self.shorter_side,
+            squash=self.squash,
         )
 
     def digest(self) -> str:
@@ -149,7 +165,9 @@ class StreamedSplit:
         Raises:
             DataError: a file is gone.
         """
-        digest = hashlib.blake2b(repr((len(self), self.image_size, self.channels)).encode(), digest_size=16)
+        usual = not self.squash and self.shorter_side == usual_shorter_side(self.image_size)
+        about = (len(self), self.image_size, self.channels, *(() if usual else (self.resize,)))
+        digest = hashlib.blake2b(repr(about).encode(), digest_size=16)
         for path, label in zip(map(os.fsdecode, self.paths), self.labels.tolist(), strict=True):
             try:
                 size = os.path.getsize(path)
@@ -230,16 +248,8 @@ class _ImageFiles(IndexedImages[Tensor | str]):
     """The images of a split for DataLoader: index -> uint8 (C, S, S), or an error message."""
 
     def __init__(self, split: StreamedSplit, augment: Augment, seed: int, epoch: int) -> None:
-        from torchvision.transforms import v2
-
-        if augment.crop_padding:
-            steps = [v2.RandomResizedCrop(split.image_size)]
-        else:
-            steps = [v2.Resize(split.shorter_side), v2.CenterCrop(split.image_size)]
-        if augment.flip:
-            steps.append(v2.RandomHorizontalFlip())
-        self.transform = v2.Compose([*steps, v2.PILToTensor()])
         self.paths, self.channels = split.paths, split.channels
+        self.side, self.shorter_side, self.squash = split.image_size, split.shorter_side, split.squash
         self.augment, self.seed, self.epoch = augment, seed, epoch
 
     def __len__(self) -> int:
@@ -251,12 +261,25 @@ class _ImageFiles(IndexedImages[Tensor | str]):
         except DataError as error:
             return str(error)  # raised in a worker, it would reach the user with the worker's traceback
         if self.augment == NO_AUGMENT:
-            decoded: Tensor = self.transform(image)
-            return decoded
+            return self._transformed(image)
         # The v2 transforms draw from the process's CPU generator only; `torch.manual_seed` would reseed CUDA too.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, self.epoch, index))
-            decoded = self.transform(image)
+            return self._transformed(image)
+
+    def _transformed(self, image: Image.Image) -> Tensor:
+        from torchvision.transforms import v2
+
+        if self.augment.crop_padding:
+            shape = image.width / image.height if self.squash else 1.0
+            steps = [v2.RandomResizedCrop(self.side, ratio=(0.75 * shape, shape / 0.75))]
+        elif self.squash:
+            steps = [v2.Resize((self.side, self.side))]
+        else:
+            steps = [v2.Resize(self.shorter_side), v2.CenterCrop(self.side)]
+        if self.augment.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        decoded: Tensor = v2.Compose([*steps, v2.PILToTensor()])(image)
         return decoded
 
 

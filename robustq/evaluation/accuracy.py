@@ -40,6 +40,11 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return low, high
 
 
+def constant_accuracy(labels: Tensor) -> float:
+    """The accuracy of one class for every image, at best: the share of the most frequent label in int64 (N,)."""
+    return int(labels.bincount().max()) / len(labels)
+
+
 # no_grad and not inference_mode: Brevitas' layers fail on inference tensors.
 @torch.no_grad()
 def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int) -> Tensor:

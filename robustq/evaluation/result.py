@@ -108,7 +108,7 @@ class Evaluation:
     @property
     def not_judged_for(self) -> list[str]:
         """Reasons why no verdict is given; empty if one is."""
-        few = f"{self.images} images are too few, {ENOUGH_IMAGES} are enough"
+        few = f"a verdict needs {ENOUGH_IMAGES} images or more, these are {self.images}"
         return [*self.not_checked, *([few] if self.images < ENOUGH_IMAGES else [])]
 
     @property

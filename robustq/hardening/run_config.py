@@ -20,7 +20,7 @@ CONFIG = "config.json"
 _SHAPE: dict[str, Any] = {
     "command": str,
     "recipe": {"name": str, "method": str, "settings?": dict},
-    "source?": {"path": str, "sha256": str, "float_accuracy?": float},
+    "source?": {"path": str, "sha256": str, "float_accuracy?": float, "foreign?": bool},
     "spec": {"architecture": str},
     "data": {"name": str, "digest": str, "skip_bad_images": bool},
     "augment?": {"crop_padding": int, "flip": bool},

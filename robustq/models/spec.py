@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from robustq.data.resize import is_resize
 from robustq.errors import ModelFileError, UsageError
 from robustq.models.fx.factory import (
     TIMM,
@@ -42,6 +43,9 @@ class ModelSpec:
         layer_bits: (layer name, bits) of layers with a width of their own; a table in JSON.
         feature_layer: the layer whose input is the features to align; None: found on the network.
         shared_sum_scale: whether one quantizer serves both inputs of each residual sum.
+        resize: how images of other sizes became square ones of ``image_size`` (:mod:`robustq.data.resize`); None: the
+            images of the data were used as they are, or the file is older than this entry.
+        skip_bad_images: whether unreadable image files of the data were left out.
     """
 
     architecture: str
@@ -57,6 +61,8 @@ class ModelSpec:
     layer_bits: tuple[tuple[str, int], ...] = ()
     feature_layer: str | None = None
     shared_sum_scale: bool = False
+    resize: str | None = None
+    skip_bad_images: bool = False
 
     @property
     def widths(self) -> Widths:
@@ -124,7 +130,8 @@ _REQUIREMENTS: dict[str, _Requirement] = {
         "a table of layer names and integers",
     ),
     "feature_layer": (lambda value: value is None or _is_text(value), "a layer's name"),
-    "shared_sum_scale": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(("shared_sum_scale", "skip_bad_images"), (lambda value: isinstance(value, bool), "true or false")),
+    "resize": (lambda value: value is None or is_resize(value), "squash, short-side or short-side:PIXELS"),
 }
 
 

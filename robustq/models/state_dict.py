@@ -130,6 +130,24 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+THRESHOLD = "log_threshold"
+"""Last part of the names of quantizers' learned scales."""
+
+BUFFERS = ("running_mean", "running_var", COUNTER)
+"""Last parts of the names of BatchNorm's buffers in a state dict."""
+
+
+def count_parameters(network: nn.Module) -> int:
+    """The parameters of a network, without buffers and quantizers' scales: one number at every bit width."""
+    return sum(value.numel() for name, value in network.named_parameters() if not name.endswith(THRESHOLD))
+
+
+def count_weights(state: dict[str, Tensor]) -> int:
+    """The same of a state dict, by the names of its entries."""
+    left_out = (*BUFFERS, THRESHOLD)
+    return sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] not in left_out)
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """A convolution (``kind`` conv) or linear layer (linear): its weight's shape and bit width."""

@@ -1,26 +1,38 @@
-"""The lines of `robustq info` and `robustq recipes`."""
+"""The lines of `robustq info` and `robustq zoo`."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from robustq.recipe import METADATA, format_epsilon, parse_epsilon
-from robustq.recipe.paper import PAPER_TABLES
-from robustq.report.text import layers_line, not_for_lines, percent, size, with_interval
+from robustq.recipe import format_epsilon
+from robustq.report.export import layers_line, not_for_lines
+from robustq.report.text import (
+    RESIZES,
+    held_out_accuracies,
+    percent,
+    preprocessing_line,
+    quickstart_lines,
+    size,
+    with_interval,
+)
+from robustq.tables import misfit
 
 
 def description_lines(found: Mapping[str, Any]) -> list[str]:
     """A few lines for any kind of file; ``--json`` has the rest."""
     failures = found.get("file_failures" if found["kind"] == "export folder" else "failed", ())
     lines = [*(f"FAILED  {failure}" for failure in failures), f"{found['kind']}  {found['path']}"]
+    if found["kind"] == "quickstart":
+        return lines + _quickstart(found)
     if found.get("without_model"):
         lines.append("model   model.pt is not in the folder; the lines below are of the file alone")
     if "architecture" in found:
         lines += _network(found)
+    if found["kind"] == "state dict":
+        lines += _state_dict(found)
     if found["kind"] == "onnx":
         lines += _onnx(found)
     if found.get("layers"):
@@ -31,11 +43,33 @@ def description_lines(found: Mapping[str, Any]) -> list[str]:
         lines += _export(found)
     if found["kind"] == "run folder":
         lines += _run(found)
-    digests = found.get("sha256")
+    digests, sizes = found.get("sha256"), found.get("sizes", {})
     if isinstance(digests, str):
         digests = {size(found["size_bytes"]): digests}
-    lines += [f"sha256  {digest}  {name}" for name, digest in (digests or {}).items()]
-    return lines
+    shown = {name: f"{name} ({size(sizes[name])})" if name in sizes else name for name in digests or {}}
+    return lines + [f"sha256  {digest}  {shown[name]}" for name, digest in (digests or {}).items()]
+
+
+def _quickstart(found: Mapping[str, Any]) -> list[str]:
+    """The table, and the folders that info, attack and recheck open."""
+    lines = [line for line in quickstart_lines(found) if not line.startswith("yours ")]
+    lines += [f"run     {found['path']}/{name}" for name in found["runs"]]
+    return lines + [f"export  {found['path']}/{name}" for name in found["exports"]]
+
+
+def _state_dict(found: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint of another program says beside the shapes."""
+    lines = [f"weights {', '.join(found['dtypes'])}"]
+    if len(found["weights"]) > 1:
+        first, *others = found["weights"]
+        lines[0] += f"; the set {first}, other sets: {', '.join(others)} (--weights KEY)"
+    if found["architecture"] is None:
+        lines.append(
+            "note    no architecture of robustq: name it by --arch torchvision:NAME or --model MODULE:FUNCTION"
+        )
+    if found["stated_accuracy"] is not None:
+        lines.append(f"stated  accuracy {percent(found['stated_accuracy'])}")
+    return lines + [f"stated  {key}: {text}" for key, text in found["metadata"].items()]
 
 
 def _entry(key: str, value: Any) -> str:
@@ -51,16 +85,26 @@ def _network(found: Mapping[str, Any]) -> list[str]:
     is_float = found["weight_bits"] == 32
     width = "float" if is_float else f"{found['weight_bits']}-bit weights, {found['act_bits']}-bit activations"
     parameters = f" · {found['parameters']:,} parameters" if "parameters" in found else ""
-    lines = [f"network {found['architecture']}{parameters} · {width}"]
+    lines = [f"network {found['architecture'] or 'unknown'}{parameters} · {width}"]
+    if found["architecture"] is None:
+        return lines
     shape = f"{found['classes']} classes, {found['channels']} channels"
     if "image_size" in found:
         shape += f", {found['image_size']}x{found['image_size']} pixels"
     if found.get("data"):
         shape = f"{found['data']} ({shape})"
     lines.append(f"data    {shape}")
+    lines += _preprocessing("images", found.get("preprocessing"))
     if found.get("epsilon") is not None:
         lines.append(f"radius  {format_epsilon(found['epsilon'])}")
     return lines
+
+
+def _preprocessing(label: str, found: Any) -> list[str]:
+    """Nothing for a table of another form, which anybody may have written into a file."""
+    shape = {"channels": str, "resize": str, "size": (int, int), "range": str}
+    fits = isinstance(found, dict) and misfit(found, shape) is None and found["resize"] in RESIZES
+    return [f"{label}  {preprocessing_line(found)}"] if fits else []
 
 
 def _layers(layers: list[dict[str, Any]]) -> list[str]:
@@ -89,6 +133,8 @@ def _onnx(found: Mapping[str, Any]) -> list[str]:
     lines.append(_images(found))
     lines.append("nodes   " + ", ".join(f"{count} {name}" for name, count in found["operators"].items()))
     lines.append(f"values  {found['stored_values']:,} stored in {size(found['size_bytes'])}")
+    lines += _preprocessing("before", found["preprocessing"])
+    lines += _accuracy(found["accuracy"] or {})
     lines += _quantizers(found["quantizers"]) + _scales(found) + [_runs(found)]
     if found["no_gradient"]:
         lines.append(f"attack  without gradients: no derivative of {', '.join(found['no_gradient'])}")
@@ -136,16 +182,34 @@ def _runs(found: Mapping[str, Any]) -> str:
 def _export(found: Mapping[str, Any]) -> list[str]:
     integer, in_float = found.get("integer_layers", []), found.get("float_layers", [])
     lines = [f"format  {found['format']} · {len(integer)} of {len(integer) + len(in_float)} layers run as integers"]
-    recheck = found.get("recheck")
-    if recheck:
-        lines.append(f"clean   {with_interval(recheck['clean_accuracy'], recheck['clean_interval'])}")
-        lines.append(
-            f"robust  at most {with_interval(recheck['robust_accuracy'], recheck['interval'])} at "
-            f"{format_epsilon(recheck['epsilon'])} ({recheck['images']:,} images, {recheck['verdict']})"
-        )
-        lines += [f"flag    {flag['name']}: {flag['text']}" for flag in recheck["flags"]]
+    lines += _accuracy(found.get("recheck") or (found.get("onnx") or {}).get("accuracy") or {})
     lines += [f"equal   answers proved in {runtime}" for runtime in found.get("equal_in", [])]
     return lines + not_for_lines(found)
+
+
+def _accuracy(counted: Mapping[str, Any]) -> list[str]:
+    """What the export counted on the file, as far as it is there in the form that it was written in."""
+    wrong = misfit(dict(counted), {"clean_accuracy": int | float, "clean_interval": (int | float, int | float)})
+    if wrong is not None:
+        return []
+    lines = [f"clean   {with_interval(counted['clean_accuracy'], counted['clean_interval'])}"]
+    wrong = misfit(
+        dict(counted),
+        {
+            **dict.fromkeys(("robust_accuracy", "epsilon"), int | float),
+            "interval": (int | float, int | float),
+            "images": int,
+            "verdict": str,
+            "flags": [{"name": str, "text": str}],
+        },
+    )
+    if wrong is None:
+        lines.append(
+            f"robust  at most {with_interval(counted['robust_accuracy'], counted['interval'])} at "
+            f"{format_epsilon(counted['epsilon'])} ({counted['images']:,} images, {counted['verdict']})"
+        )
+        lines += [f"flag    {flag['name']}: {flag['text']}" for flag in counted["flags"]]
+    return lines
 
 
 def _run(found: Mapping[str, Any]) -> list[str]:
@@ -155,11 +219,11 @@ def _run(found: Mapping[str, Any]) -> list[str]:
     if result is None:
         return [*lines, "state   not finished: the folder has no result.json"]
     lines.append(f"clean   {percent(result.get('clean_accuracy'))} on {result.get('test_images')} test images")
+    if result.get("near_chance"):
+        lines.append("WARNING this is near chance")
     epochs = result.get("epochs_done", result.get("epochs"))
-    lines.append(
-        f"held    clean {percent(result.get('holdout_clean_accuracy'))}, PGD-10 "
-        f"{percent(result.get('holdout_pgd10_accuracy'))} (epoch {result.get('best_epoch')} of {epochs})"
-    )
+    epoch = f" (epoch {result.get('best_epoch')} of {epochs})" if epochs else ""
+    lines.append(f"held    {held_out_accuracies(result)}{epoch}")
     return lines + [f"FAILED  {failure}" for failure in result.get("shortfalls", [])]
 
 
@@ -177,67 +241,3 @@ def zoo_lines(found: Mapping[str, Any]) -> list[str]:
             f"({card['suite']}, {card['images']:,} images)",
         ]
     return lines
-
-
-_OPEN = {
-    "data": "from model.pt or --data",
-    "architecture": "from model.pt or --architecture",
-    "weight_bits": "from --bits, else model.pt",
-    "act_bits": "from --bits, else model.pt",
-    "shared_sum_scale": "from model.pt, else false",
-    "epsilon": "from --epsilon or model.pt, else 8/255",
-    "crop_padding": "an eighth of the image side",
-    "flip": "true for known photograph data sets, else false",
-}
-"""Source of a value that a recipe leaves open."""
-
-
-def list_lines(recipes: Sequence[dict[str, Any]], tables: Mapping[str, Sequence[str]]) -> list[str]:
-    """A name and a sentence for each recipe: the rows of the paper's tables (table -> names) first, then the others."""
-    summaries = {recipe["name"]: recipe["summary"] for recipe in recipes}
-    sections = {
-        f"Table {table} of arXiv:2210.08701: {PAPER_TABLES[table][0]}": names for table, names in tables.items()
-    }
-    in_tables = {name for names in tables.values() for name in names}
-    sections["Others"] = [name for name in summaries if name not in in_tables]
-    lines = []
-    for head, names in sections.items():
-        width = max(map(len, names), default=0)
-        lines += ["", head, *(f"  {name.ljust(width)}  {summaries[name]}" for name in names)] if names else []
-    return lines[1:]
-
-
-def toml_lines(recipe: dict[str, Any]) -> list[str]:
-    """One recipe as TOML; comments name the source of the values that it leaves open."""
-    lines = [f"# {' '.join(recipe['name'].split())}", *_metadata(recipe)]
-    for key, value in recipe.items():
-        if key in ("name", "settings", *METADATA):
-            continue
-        lines.append(f"# {key}: {_OPEN[key]}" if value is None else f"{key} = {_toml(key, value)}")
-    if recipe["settings"]:
-        lines += ["", f"[{recipe['method']}]"]
-        lines += [f"{key} = {_toml(key, value)}" for key, value in recipe["settings"].items()]
-    return lines
-
-
-def _metadata(recipe: dict[str, Any]) -> list[str]:
-    """Comments, since a changed copy of the recipe must not claim them."""
-    lines = [f"# row {row} of Table {table} of arXiv:2210.08701" for table, row in recipe.get("paper_rows", {}).items()]
-    evidence = recipe.get("evidence", {})
-    if evidence:
-        figures = ", ".join(f"{name} {value:g}" for name, value in evidence["figures"].items())
-        lines.append(f"# evidence: {figures} (seed {evidence['seed']}, {evidence['hardware']})")
-        lines.append(f"#   {' '.join(evidence['command'].split())}")
-    return lines
-
-
-def _toml(key: str, value: object) -> str:
-    if key == "epsilon" and isinstance(value, float):
-        levels = f"{round(value * 255)}/255"
-        return f'"{levels}"' if parse_epsilon(levels) == value else repr(value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON's escapes are valid TOML, which must escape DEL as well.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)

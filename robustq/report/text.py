@@ -14,6 +14,14 @@ Result = Mapping[str, Any]  # by the keys of ``--json``
 NO_DEFENCE = 0.005  # robust accuracy up to which a model counts as undefended
 
 
+RESIZES = {
+    "none": "images of {size} pixels as they are",
+    "squash": "whole image scaled to {size}",
+    "short-side": "shorter side scaled to {shorter}, centre cropped to {size}",
+}
+"""Ways of :func:`robustq.models.preprocessing.preprocessing_of` to make an image square, in words."""
+
+
 def percent(share: float | None) -> str:
     """``37.1%``; a dash where nothing was measured."""
     return "-" if share is None else f"{share:.1%}"
@@ -45,11 +53,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds < 36 * 3600 else f"{seconds / 86400:.1f} days"
 
 
+def preprocessing_line(found: Mapping[str, Any]) -> str:
+    """One line of :func:`robustq.models.preprocessing.preprocessing_of`, for people."""
+    height, width = found["size"]
+    step = RESIZES[found["resize"]].format(size=f"{width}x{height}", shorter=found.get("shorter_side"))
+    inside = "" if found.get("mean") is None else "; the network applies mean and deviation itself"
+    return f"{found['channels']}, {step}, {found['range']}{inside}"
+
+
 def training_lines(result: Result, *, next_command: str) -> list[str]:
     """Lines of train and harden."""
-    held_out = f"clean {percent(result['holdout_clean_accuracy'])}"
-    if result["holdout_pgd10_accuracy"] is not None:
-        held_out += f", PGD-10 {percent(result['holdout_pgd10_accuracy'])}"
+    held_out = held_out_accuracies(result)
     clean = with_interval(result["clean_accuracy"], result["clean_interval"])
     before = result.get("float_holdout_accuracy")
     held_out += "" if before is None else f"; the float network: clean {percent(before)}"
@@ -57,10 +71,31 @@ def training_lines(result: Result, *, next_command: str) -> list[str]:
     time = f"{result['seconds_per_epoch']:.2f} s per epoch" if result["epochs"] else f"{result['seconds']:.1f} s"
     return [
         f"clean   {clean} on {result['test_images']:,} test images",
+        *_training_warnings(result),
         f"saved   {result['checkpoint']}  ({epoch}held out: {held_out})",
         f"time    {time}",
         f"next    {next_command}",
     ]
+
+
+def held_out_accuracies(result: Result) -> str:
+    """``clean 71.9%, PGD-10 40.2%``; only what was measured."""
+    shown = [f"clean {percent(result.get('holdout_clean_accuracy'))}"]
+    robust = result.get("holdout_pgd10_accuracy")
+    return ", ".join([*shown, *([] if robust is None else [f"PGD-10 {percent(robust)}"])])
+
+
+def _training_warnings(result: Result) -> list[str]:
+    """A network near chance, and held-out images that may not be new to it."""
+    lines = []
+    if result["near_chance"]:
+        lines.append(
+            f"WARNING near chance (one class for all images is right on {percent(result['chance'])}): check "
+            "--normalisation, labels and lr"
+        )
+    if result.get("foreign"):
+        lines.append("note    the given weights may have been trained on the held-out images: compare the test images")
+    return lines
 
 
 def attack_lines(result: Result) -> list[str]:
@@ -146,7 +181,7 @@ def _not_judged(result: Result, suite: Suite | None) -> list[str]:
         return []
     lines = [f"{NOT_JUDGED}: {reason}" for reason in result.get("not_judged_for", ())]
     if suite is not None and not suite.checks_masking:
-        lines[-1] += "; robustq attack --suite standard does, and may find a lower accuracy"
+        lines.append("  'robustq attack --suite standard' checks for masking, and may find a lower accuracy")
     return lines
 
 
@@ -169,75 +204,33 @@ def _additions(result: Result) -> list[str]:
         lines.append(f"cost    {counts}, {duration(result['seconds'])}")
     if result.get("adversarial"):
         lines.append(f"saved   {result['adversarial']}")
-        lines.append(f"next    robustq attack MODEL --replay {result['adversarial']}")
     if "found_on" in result:
-        unchecked = "" if result["ball_checked"] else "; the ball was not checked: the clean images are not available"
         origin = result["found_on"]
         lines.append(
-            f"replay  {result['same_as_recorded']:.1%} of the answers are those of {origin.get('label')} (robust "
-            f"accuracy {percent(origin.get('robust_accuracy'))}){unchecked}"
+            f"replay  found on {origin.get('label')} (robust accuracy {percent(origin.get('robust_accuracy'))}); "
+            f"{percent(result['same_as_recorded'])} of the images are right there and here, or wrong there and here"
         )
+        if not result["ball_checked"]:
+            lines.append("note    the ball was not checked: the clean images are not available")
+        lines += _unattacked(result)
     return lines
 
 
-def export_lines(result: Result) -> list[str]:
-    """Lines of export."""
-    drift = result["drift"]
-    lines = [
-        f"file    {result['files'][0]}  ({size(result['size_bytes'])})",
-        f"drift   folding BatchNorm changed the class of {drift['different_top1']} of {drift['images']:,} images "
-        f"(mean {scientific(drift['mean_difference'])} of the logit range)",
+def _unattacked(result: Result) -> list[str]:
+    """A line on images that the attack left as they were, since the model was wrong on them already."""
+    untouched = result["wrong_before"]
+    if not untouched:
+        return []
+    kind = "WARNING" if mostly_wrong_before(result) else "note   "
+    return [
+        f"{kind} {untouched:,} of {result['images']:,} images are clean: the attack left them as they were, since "
+        f"{result['found_on'].get('label')} was wrong on them before"
     ]
-    if not drift["same_answers"]:  # more than one answer in a thousand
-        lines.append(
-            "WARNING these answers differ from those of model.pt: biases are rounded to int32 (docs/formats.md)"
-        )
-    lines += _proof_lines(result)
-    lines += [f"float   {named_layers(result['stay_in_float'])}"] if result["stay_in_float"] else []
-    if result["recheck"] is not None:
-        lines += attack_lines(result["recheck"])
-    lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
-    if not result["equal_in"]:
-        lines.append("equal   answers proved in no runtime: do not use this file")
-    lines += not_for_lines(result)
-    lines.append(f"card    {result['bundle']}/card.html")
-    if result["kit"]:
-        lines.append(f"kit     check on the device: python3 {result['bundle']}/{result['kit']}/check.py")
-    return [*lines, f"next    robustq recheck {result['bundle']}"]
 
 
-def recheck_lines(result: Result) -> list[str]:
-    """Lines of recheck."""
-    judged = attack_lines(result)
-    failed = [line for line in judged if line.startswith("FAILED")]
-    head = f"{result['label']} as {result['format']} on {result['data']}"
-    missing = [f"not compared: {what}" for what in result["not_compared"]]
-    return [*failed, head, *missing, *_proof_lines(result), *judged[len(failed) :], *not_for_lines(result)]
-
-
-def _proof_lines(result: Result) -> list[str]:
-    """Parity and integer layers of an exported file."""
-    from robustq.export.recheck import QONNX_EXECUTOR
-
-    integer, in_float = result["integer_layers"], result["float_layers"]
-    lines = []
-    if QONNX_EXECUTOR in result["parity"]:
-        judged = "the QCDQ file of the same model" if result["judged_file"] != "qonnx" else "the twin of the file"
-        lines.append(f"onnxruntime cannot load QONNX: all other results are of {judged}")
-    if integer or in_float:
-        lines.append(layers_line(integer, in_float))
-    for run, agreement in result["parity"].items():
-        same = agreement["images"] - agreement["different_top1"]
-        mean, largest = scientific(agreement["mean_difference"]), scientific(agreement["max_difference"])
-        lines.append(
-            f"parity  {run}: {same:,} of {agreement['images']:,} same answers as {result['compared_with']} "
-            f"(logits differ by {mean} of their range, at most {largest}"
-            + (f"; {agreement['images_apart']:,} images on rounding ties)" if agreement["images_apart"] else ")")
-        )
-    if result["on_ties"]:
-        runs = ", ".join(result["on_ties"])
-        lines.append(f"parity  {runs}: the largest differences come from values on rounding ties")
-    return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
+def mostly_wrong_before(result: Result) -> bool:
+    """Whether most images of a replay were never attacked, so that its robust accuracy says little."""
+    return bool(2 * result["wrong_before"] > result["images"])
 
 
 NAMED = 6
@@ -248,19 +241,6 @@ def named_layers(names: Sequence[str]) -> str:
     """The layers of a network that have no integer form."""
     listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
     return f"{len(names)} layer{' stays' if len(names) == 1 else 's stay'} in float: {listed}"
-
-
-def layers_line(integer: Sequence[str], in_float: Sequence[str]) -> str:
-    """Layers by name, as onnxruntime runs them."""
-    line = f"layers  onnxruntime runs {len(integer)} of {len(integer) + len(in_float)} as integers"
-    if in_float:
-        line += f"; in float: {', '.join(in_float[:2])}{', ...' if len(in_float) > 2 else ''}"
-    return line
-
-
-def not_for_lines(result: Result) -> list[str]:
-    """Runtimes and settings that an exported file is not for; older files do not name them."""
-    return [f"not for {limit}" for limit in result.get("not_for", [])]
 
 
 def quickstart_lines(result: Result) -> list[str]:
@@ -278,9 +258,9 @@ def quickstart_lines(result: Result) -> list[str]:
         *("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in table),
         "",
         f"{result['test_images']} test images, uint8 pixels within {format_epsilon(result['epsilon'])}; "
-        "the last row counts the answers of onnxruntime",
-        f"worst case of the deployed file: at most {worst} · not judged for masking",
+        "rows of deployed files count the answers of onnxruntime",
+        f"worst case of the packed file: at most {worst} · not judged for masking",
         f"{result['seconds']:.0f} s · results are in {result['folder']}",
         *(f"FAILED  {failure}" for failure in result["shortfalls"]),
-        "next    robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",
+        "yours   robustq harden YOUR-MODEL.pt --bits 4 --data YOUR-DATA   (robustq --help)",
     ]

@@ -1,24 +1,17 @@
-"""Attacking a model or a deployed file: accuracy under a suite of attacks.
-
-Attacks change no weight, so that weights are quantized once. Compiled attack generation uses a copy of the network; the
-judge of a model file stays eager.
-"""
+"""Attacking a model or a deployed file: accuracy under a suite of attacks."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from robustq.data import Dataset, to_float
+from robustq.data import Dataset
 from robustq.data.splits import evenly_spaced
 from robustq.errors import RobustqWarning, UsageError
 from robustq.evaluation.accuracy import wilson_interval
@@ -26,15 +19,15 @@ from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite, without_gradients
-from robustq.evaluation.target import AS_TRAINED, Target
-from robustq.files import check_new
-from robustq.models.compiled import MIN_IMAGES, CompiledNetwork, check_compiler
-from robustq.models.quant.shared_weights import SharedWeights
+from robustq.evaluation.target import Target
+from robustq.files import check_new, optional_path
+from robustq.models.compiled import check_compiler
 from robustq.progress import note
-from robustq.recipe import format_epsilon
+from robustq.recipe import format_epsilon, parse_epsilon
 from robustq.workflow import Result
 from robustq.workflow.open_file import twin_of_export
 from robustq.workflow.open_model import OpenedModel, check_answers, open_attackable
+from robustq.workflow.prepared_target import prepared_target
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, with_images
 from robustq.workflow.surrogates import OtherNetworks
 
@@ -58,7 +51,7 @@ class RobustnessResult(Result):
 
     FLAT = ("evaluation",)
 
-    model: Path  # the file or folder under attack
+    model: Path  # the file or folder under attack; of a module the name of its class
     judge: str  # ``onnxruntime`` or ``pytorch``
     label: str  # of the network, such as ``resnet20-w4a4``
     data: str
@@ -75,18 +68,19 @@ class RobustnessResult(Result):
 
 
 def attack_model(
-    model: Path | str,
+    model: Path | str | nn.Module,
     *,
     suite: str = "standard",
-    epsilon: float | None = None,
-    epsilons: Sequence[float] = (),
+    epsilon: float | str | None = None,
+    epsilons: Sequence[float | str] = (),
     images: int = 1000,
     data: str | None = None,
     surrogates: Sequence[Path | str] = (),
     control: Path | str | None = None,
     train_surrogates: bool = True,
-    save_adversarial: Path | None = None,
+    save_adversarial: Path | str | None = None,
     custom_model: str | None = None,
+    resize: str | None = None,
     skip_bad_images: bool = False,
     compiled: bool = False,
     pixels: str | None = None,
@@ -94,55 +88,85 @@ def attack_model(
     seed: int = 0,
     device: str | None = None,
 ) -> RobustnessResult:
-    """Attack a model file, the deployed file of an export folder, or any .onnx classifier of images.
+    """Attack a model with a suite of attacks, count the images that none of them breaks, and look for gradient masking.
+
+    Adversarial images are rounded to uint8 pixels inside the ball before they count.
 
     Args:
-        model: a .pt of robustq, or an export folder: attack generation uses its model.pt, its .onnx is the judge. Or an
-            .onnx alone, which onnxruntime judges, and whose differentiable twin (docs/twin.md) gives the gradients.
-        suite: a key of :data:`robustq.evaluation.suites.SUITES`.
-        epsilon: radius; None: as the model was trained, else 8/255.
-        epsilons: more radii for an accuracy curve, without masking checks.
+        model: path of a model file of robustq (.pt, .safetensors), judged in PyTorch; of an export folder, whose .onnx
+            onnxruntime judges, with the gradients of its model.pt; of any .onnx classifier alone, with the gradients of
+            its twin (docs/twin.md); ``zoo:NAME``; or a torch.nn.Module that takes images in [0, 1], judged as it is
+            (then ``data`` is needed).
+        suite: ``"standard"``, ``"full"``, ``"paper"`` or ``"recheck"``.
+        epsilon: radius in units of pixel / 255: a number in [0, 1] or a text such as ``"8/255"``; None: that of the
+            model, else 8/255.
+        epsilons: more radii, for an accuracy curve without masking checks.
         images: number of test images, evenly spaced; 0: all.
-        data: overrides the model's.
-        surrogates: model files of other networks for transfer attacks.
-        control: model file of a naturally trained network on the same data; None: trained when it is first needed.
+        data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
+        surrogates: paths of model files of other networks, for transfer attacks.
+        control: path of a model file of a naturally trained network on the same data; None: trained when it is first
+            needed, and kept in ``runs/surrogates``.
         train_surrogates: make and train the networks that are needed; without them and without ``control`` there is no
             verdict.
-        save_adversarial: new .npz file for the adversarial images; a warning if it cannot be written in the end.
-        custom_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
-        skip_bad_images: skip image files that cannot be read, with a warning.
-        compiled: compile attack generation; the final count never uses compiled code. Not of a lone .onnx.
-        pixels: range in which a lone .onnx takes pixels: ``unit`` ([0, 1]), ``uint8`` (0 to 255), ``imagenet`` or
-            ``MEAN/STD``; None: as the file says.
-        layout: of a lone .onnx, ``nchw`` or ``nhwc``; None: as its shape says.
+        save_adversarial: path of the new .npz file for the adversarial images; None: not saved.
+        custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
+        resize: how images of a folder become square: ``"short-side"``, ``"short-side:PIXELS"`` or ``"squash"``; None:
+            as for the model, else ``"short-side"``.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
+        compiled: compile attack generation (about 2 minutes first); the final count never uses compiled code.
+        pixels: range in which a lone .onnx takes pixels: ``"unit"`` ([0, 1]), ``"uint8"`` (0 to 255), ``"imagenet"`` or
+            ``"MEAN/STD"``; None: as the file says.
+        layout: of a lone .onnx: ``"nchw"`` or ``"nhwc"``; None: as its shape says.
         seed: of everything random.
-        device: ``cpu``, ``cuda``; None: a GPU if there is one.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` for attack generation; None: a GPU if there is one.
+
+    Returns:
+        clean and robust accuracy as fractions with 95% intervals, accuracy after each attack, ``flags`` and
+        ``verdict``.
 
     Raises:
-        RobustqError: bad input.
+        UsageError: an unknown suite or device, a radius out of range, or a file that does not say how it takes images.
+        ModelFileError: the file cannot be read or attacked.
+        DataError: data that are missing, broken or unfit for the model.
+        OutputExistsError: ``save_adversarial`` exists.
+        OutOfMemoryError: the images do not fit; a number that does is named.
+
+    Warns:
+        RobustqWarning: the adversarial images could not be written in the end; the result is returned all the same.
     """
     chosen = find_suite(suite)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
-    for one in [*epsilons, *([] if epsilon is None else [epsilon])]:
+    radii, wanted = [parse_epsilon(one) for one in epsilons], None if epsilon is None else parse_epsilon(epsilon)
+    for one in [*radii, *([] if wanted is None else [wanted])]:
         check_radius(one)
+    save_adversarial = optional_path(save_adversarial)
     if save_adversarial is not None:
         check_new(save_adversarial)
     place = pick_device(device)
     trains = train_surrogates and (chosen.checks_masking or chosen.transfers)
-    opened = open_attackable(model, custom_model=custom_model, device=place, data=data, pixels=pixels, layout=layout)
+    opened = open_attackable(
+        model,
+        custom_model=custom_model,
+        device=place,
+        data=data,
+        pixels=pixels,
+        layout=layout,
+        resize=resize,
+        skip_bad_images=skip_bad_images,
+    )
     if compiled and opened.network is None:
         raise UsageError(f"{opened.path}: --compile is for the network of a model.pt; leave it out")
     if compiled:
         check_compiler(place)  # before networks are trained for the attack
-    loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
+    loaded = data_for(opened.spec, data, opened.checkpoint, resize=resize, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     if opened.network is None:
         check_answers(opened, x, y)
     if opened.lack is not None:
         chosen = without_gradients(chosen, reason=opened.lack)
         note(f"twin    none: {opened.lack}")
-    radius = radius_of(opened.spec, epsilon)
+    radius = radius_of(opened.spec, wanted)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
         opened,
@@ -151,7 +175,7 @@ def attack_model(
         surrogates=[Path(path) for path in surrogates],
         control=None if control is None else Path(control),
         # At radius 0 there is no attack.
-        train=trains and max([radius, *epsilons]) > 0.0,
+        train=trains and max([radius, *radii]) > 0.0,
     )
     notes = [] if opened.lack is None else [f"no gradients, and no attack with them: {opened.lack}"]
     if opened.network is not None and opened.deployed is not None:
@@ -163,12 +187,12 @@ def attack_model(
         found = fit(lambda: run_suite(prepared, x, y, suite=chosen, epsilon=radius, device=place, seed=seed))
         once, unchecked = replace(prepared, file_alone=None), replace(chosen, checks_masking=False)
         attack = partial(run_suite, once, x, y, suite=unchecked, device=place, seed=seed)
-        curve = fit(lambda: _curve(attack, found, epsilons))
+        curve = fit(lambda: _curve(attack, found, radii))
     seconds = time.perf_counter() - start
     if not compiled and place.type == "cpu" and seconds >= WORTH_COMPILING:  # on GPUs the gain was not measured
         note("note    such a long attack may take two thirds of the time with --compile, which needs a C++ compiler")
     result = RobustnessResult(
-        model=opened.path.absolute(),
+        model=opened.path if isinstance(model, nn.Module) else opened.path.absolute(),
         judge=opened.judge_name,
         label=opened.label,
         data=loaded.name,
@@ -192,42 +216,6 @@ def attack_model(
         warnings.warn(f"{save_adversarial}: {reason}; the adversarial images are lost", RobustqWarning, stacklevel=2)
         return result
     return replace(result, adversarial=saved.absolute())
-
-
-@contextmanager
-def prepared_target(target: Target, network: nn.Module | None, images: Tensor, *, compiled: bool) -> Iterator[Target]:
-    """Yield the target with faster networks, which must not change within the block.
-
-    Args:
-        network: the network under attack, in eval mode, on its device; None where only its answers are known.
-        images: uint8 (N, C, H, W), one or more of the images to attack.
-        compiled: compile a copy of the network for the target's gradient models, and for gradient-free attacks on a
-            PyTorch judge.
-    """
-    copied = deepcopy(network) if compiled else None
-    others = [*target.surrogates.values(), *([] if target.control is None else [target.control])]
-    with ExitStack() as stack:
-        for one in {id(one): one for one in (network, copied, *others) if isinstance(one, nn.Module)}.values():
-            stack.enter_context(SharedWeights(one).quantized_once())
-        if copied is not None:
-            if len(images) >= MIN_IMAGES:
-                kinds = len(target.gradient_models) + 1
-                note(f"note    {kinds} kinds of passes are compiled at their first use, about half a minute each")
-            _convolve_codes(copied, images, stack)
-            fast = CompiledNetwork(copied)
-            rules = {name: fast if name == AS_TRAINED else fast.under_rule(name) for name in target.gradient_models}
-            target = replace(target, gradient_models=rules, proxy=fast if target.judge is network else None)
-        yield target
-
-
-def _convolve_codes(network: nn.Module, images: Tensor, stack: ExitStack) -> None:
-    device = next(network.parameters()).device
-    # Only here: it makes an operator known to torch, which takes a moment.
-    from robustq.models.quant.integer_convolution import IntegerConvolutions, is_available
-
-    if device.type == "cpu" and is_available():
-        integers = IntegerConvolutions(network, to_float(images[:2]), way_back=torch.float32)
-        stack.enter_context(integers.in_place())
 
 
 def _add_networks(

@@ -79,10 +79,14 @@ def bench_files(
         threads: of onnxruntime, within one operator.
         seconds: for which each file runs, once with single images and once in batches.
         batch: images of a batch.
-        image_size: side of the images, for files that leave it open.
+        image_size: side of the images in pixels, for files that leave it open.
+
+    Returns:
+        one row per file: latency in milliseconds, images per second, load time, memory and size in bytes.
 
     Raises:
-        RobustqError: no such file, or onnxruntime cannot run it.
+        UsageError: no file, a number that is not over 0, or a file whose image size is not known.
+        ModelFileError: no such file, or onnxruntime cannot run it.
     """
     if not files:
         raise UsageError("no file to time; name an .onnx file or an export folder")

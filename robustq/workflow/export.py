@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
+from torch import nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
@@ -22,12 +23,14 @@ from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
 from robustq.export.timing import Latency, Subject
-from robustq.files import check_output, free_path
+from robustq.files import check_output, free_path, optional_path
 from robustq.hardening.run_folder import last_hardened
+from robustq.models.preprocessing import preprocessing_of
 from robustq.models.quant.folding import fold
 from robustq.models.state_dict import float_layers_of
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
+from robustq.recipe import parse_epsilon
 from robustq.report.card import write_card
 from robustq.workflow import Result
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
@@ -64,13 +67,13 @@ class ExportResult(Result):
 
 
 def export_model(
-    model: Path | str | None = None,
+    model: Path | str | nn.Module | None = None,
     *,
     format_name: str = "integer",
     pixels: str = "float",
     batch_norm: str = "fold",
     consumer: str | None = None,
-    epsilon: float | None = None,
+    epsilon: float | str | None = None,
     images: int = 1000,
     recheck: bool = True,
     max_drift: float = MAX_DRIFT,
@@ -80,42 +83,57 @@ def export_model(
     skip_bad_images: bool = False,
     seed: int = 0,
     device: str | None = None,
-    out: Path | None = None,
+    out: Path | str | None = None,
 ) -> ExportResult:
-    """Write the deploy file of a model, and check that file.
+    """Write the deploy file of a model as ONNX, and check that file: its answers, its layers, accuracy under attack.
 
     Args:
-        model: a .pt of robustq; None: the last hardened model.
-        format_name: a key of :data:`robustq.export.formats.FORMATS`.
-        pixels: input of the file: ``uint8`` for raw pixels, ``float`` for pixels / 255.
-        batch_norm: ``keep`` leaves BatchNormalization nodes in a QONNX file.
-        consumer: the tool that reads a QONNX file, of :data:`robustq.export.formats.CONSUMERS`; None: the first.
-        epsilon: radius of the re-check; None: as the model was trained, else 8/255.
-        images: test images for parity and re-check, evenly spaced; 0: all.
+        model: path of a model file of robustq (.pt, .safetensors) or ``zoo:NAME``; None: the last hardened model. A
+            torch.nn.Module cannot be exported as it is: harden it first.
+        format_name: ``"integer"`` (onnxruntime, all layers integer), ``"packed"`` (the same in the smallest file),
+            ``"qcdq"`` (any ONNX runtime), ``"qonnx"`` (FINN, hls4ml) or ``"float"`` (32-bit networks).
+        pixels: input of the file: ``"uint8"`` for pixels 0 to 255, ``"float"`` for pixel / 255.
+        batch_norm: ``"fold"``, or ``"keep"``: BatchNormalization nodes in a QONNX file.
+        consumer: tool that reads a QONNX file: ``"finn"`` or ``"hls4ml"``; None: FINN.
+        epsilon: radius of the re-check in units of pixel / 255: a number in [0, 1] or a text such as ``"8/255"``; None:
+            as the model was trained, else 8/255.
+        images: number of test images for all checks, evenly spaced; 0: all.
         recheck: also count accuracy under attack.
-        max_drift: share of the answers that folding BatchNorm may change.
+        max_drift: share of the answers (0 to 1) that folding BatchNorm may change.
         kit: also write the folder ``kit``, with which the device checks the file; needs ``recheck``, and a format that
             onnxruntime runs.
-        data: overrides the model's.
-        custom_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
-        skip_bad_images: skip image files that cannot be read, with a warning.
+        data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
+        custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
+        skip_bad_images: leave out image files that cannot be read, with a warning; kept in the folder's model.pt.
         seed: of the random starts.
-        device: of attack generation; None: a GPU if there is one.
-        out: export folder; must not exist. None: ``export-out/<run>-<format>``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` for attack generation; None: a GPU if there is one.
+        out: path of the new export folder; None: ``export-out/<run>-<format>``, numbered if it exists.
 
     Returns:
-        ``shortfalls`` names the failed checks. A file with other answers than the
-            network is called ``NAME.failed.onnx``.
+        the paths of the folder (``result["bundle"]``) and its files, and the results of the checks; ``shortfalls``
+        names those that failed. A file with other answers than the network is called ``NAME.failed.onnx``.
 
     Raises:
-        RobustqError: bad input; nothing is written.
+        UsageError: an unknown format, option or device, or no model is given and none was hardened.
+        ModelFileError: the file cannot be read.
+        ExportError: the network cannot be written in this format.
+        DataError: data that are missing, broken or unfit for the model.
+        OutputExistsError: ``out`` exists.
+        OutOfMemoryError: the images do not fit; a number that does is named.
     """
-    place = pick_device(device)
+    if isinstance(model, nn.Module):
+        raise UsageError(
+            f"{type(model).__name__}: a module cannot be exported as it is; quantize it first, "
+            "harden_model(module, bits=4, data=...), and export result['checkpoint']"
+        )
+    place, out = pick_device(device), optional_path(out)
+    wanted_radius = None if epsilon is None else parse_epsilon(epsilon)
     chosen = last_hardened() if model is None else model_path(model)
     check_output(out, EXPORTS)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     network, spec, info = load_model(chosen, custom_model=custom_model)
+    spec = replace(spec, skip_bad_images=spec.skip_bad_images or skip_bad_images)
     check_format(format_name, spec, pixels=pixels, batch_norm=batch_norm, consumer=consumer)
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
@@ -145,7 +163,10 @@ def export_model(
         record: dict[str, Any] = {
             "format": format_name,
             "label": spec.label,
+            "weight_bits": spec.weight_bits,
+            "act_bits": spec.act_bits,
             "input": pixels,
+            "preprocessing": preprocessing_of(spec, pixels=pixels),
             "batch_norm": batch_norm,
             "consumer": consumer,
             "data": loaded.name,
@@ -158,7 +179,7 @@ def export_model(
             "shortfalls": shortfalls,
             "versions": versions(),
         }
-        radius = radius_of(spec, epsilon)
+        radius = radius_of(spec, wanted_radius)
         if recheck:
             log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()

@@ -5,6 +5,8 @@ A wrong normalisation, other data or another order of classes shows here, and no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from robustq.checkpoint import load_weights
 from robustq.data import Dataset, to_float
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import correct, wilson_interval
+from robustq.evaluation.accuracy import constant_accuracy, correct, wilson_interval
 from robustq.models.fx.factory import timm_normalisation
 from robustq.models.layers import IMAGENET
 from robustq.models.spec import ModelSpec, build_model
@@ -30,10 +32,13 @@ SHORTFALL = 0.1
 """How far below the stated accuracy the counted one may surely lie."""
 
 
-def stated_accuracy(content: Any) -> float | None:
-    """The accuracy that a training checkpoint states, as a fraction; None if it states none."""
+def stated_accuracy(content: Any, metadata: Mapping[str, str]) -> float | None:
+    """The accuracy that a training checkpoint or the metadata of its file state, as a fraction; None if none does."""
     values: list[Any] = [content.get(key) for key in STATED] if isinstance(content, dict) else []
     numbers = [float(value) for value in values if isinstance(value, int | float) or getattr(value, "ndim", None) == 0]
+    for text in filter(None, map(metadata.get, STATED)):
+        with suppress(ValueError):
+            numbers.append(float(text))
     return next((value / 100 if value > 1 else value for value in numbers if 0 < value <= 100), None)
 
 
@@ -84,8 +89,9 @@ def count_float_network(
     count, share = len(labels), right / len(labels)
     low, high = wilson_interval(right, count)
     found = f"{100 * share:.1f}% [{100 * low:.1f}, {100 * high:.1f}] of {count:,} held-out images"
-    note(f"float   as given: clean {found}")
-    chance = int(labels.bincount().max()) / count
+    seen = ", which it may have been trained on" if is_foreign else ""
+    note(f"float   as given: clean {found}{seen}")
+    chance = constant_accuracy(labels)
     wrong = ""
     if low <= chance:
         wrong = "near chance"

@@ -47,13 +47,20 @@ class LoneFile:
 
 
 def open_lone_file(
-    path: Path, *, data: str | None = None, pixels: str | None = None, layout: str | None = None
+    path: Path,
+    *,
+    data: str | None = None,
+    pixels: str | None = None,
+    layout: str | None = None,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
 ) -> LoneFile:
     """Open a file. A file whose gradients cannot be computed has no twin.
 
     Args:
         data: of a file that does not name its data.
         pixels, layout: as :func:`robustq.twin.inputs.find_form`.
+        resize, skip_bad_images: of such data, as :func:`robustq.data.load_dataset`.
 
     Raises:
         RobustqError: no image classifier, an input form or data that neither file nor option tells, or a file that
@@ -61,7 +68,9 @@ def open_lone_file(
     """
     graph = read_graph(path)
     form = find_form(path, graph, pixels=pixels, layout=layout)
-    spec = stored_spec(path, graph) or _spec_by_data(path, form, data)
+    spec = stored_spec(path, graph)
+    if spec is None:
+        spec = _spec_by_data(path, form, data, resize=resize, skip_bad_images=skip_bad_images)
     black = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
     named = graph.answers_classes
     try:
@@ -123,11 +132,16 @@ def stored_spec(path: Path, graph: Graph) -> ModelSpec | None:
         raise ModelFileError(f"{path}: its metadata {SPEC} cannot be read ({error})") from error
 
 
-def _spec_by_data(path: Path, form: ImageForm, data: str | None) -> ModelSpec:
+def _spec_by_data(
+    path: Path, form: ImageForm, data: str | None, *, resize: str | None, skip_bad_images: bool
+) -> ModelSpec:
     """What shape and data tell; the classes are those of the data, and every layer counts as float."""
     if data is None:
         raise UsageError(f"{path}: does not name its data; add --data NAME, FOLDER or FILE.npz")
     resized = data == "imagenet" or Path(data).is_dir()
-    loaded = load_dataset(data, image_size=form.image_size if resized else None)
+    loaded = load_dataset(
+        data, image_size=form.image_size if resized else None, resize=resize, skip_bad_images=skip_bad_images
+    )
     channels, side = form.channels or loaded.channels, form.image_size or loaded.image_size
-    return ModelSpec(path.stem, FLOAT_BITS, FLOAT_BITS, loaded.classes, channels, side, loaded.name, None, ())
+    spec = ModelSpec(path.stem, FLOAT_BITS, FLOAT_BITS, loaded.classes, channels, side, loaded.name, None, ())
+    return replace(spec, resize=loaded.resize, skip_bad_images=loaded.skip_bad_images)

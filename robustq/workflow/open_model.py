@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from robustq.attacks.base import Model
 from robustq.checkpoint import load_model
-from robustq.data import to_float
+from robustq.data import load_dataset, to_float
 from robustq.data.splits import evenly_spaced
 from robustq.errors import ModelFileError, UsageError
 from robustq.evaluation.accuracy import predict, wilson_interval
@@ -22,8 +24,10 @@ from robustq.export.formats import FORMATS
 from robustq.export.session import OnnxModel, load_limited
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
+from robustq.models.fx.factory import is_custom
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH, activation_quantizers, under_rule
 from robustq.models.quant.folding import fold
+from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
 from robustq.twin.deployed import TwinOnImages, first_difference
@@ -41,7 +45,7 @@ class OpenedModel:
     """A model file, an export folder or a lone .onnx, ready to be attacked."""
 
     path: Path  # as given
-    network: nn.Module | None  # as trained, on the CPU, in eval mode; None of a lone .onnx
+    network: nn.Module | None  # as trained, in eval mode; None of a lone .onnx
     differentiable: nn.Module | None  # on the device; of a folder the folded network, of a lone file its twin, or None
     judge: Model  # gives the answers that count
     deployed: Path | None  # the .onnx for onnxruntime
@@ -71,7 +75,7 @@ class OpenedModel:
     @property
     def control_spec(self) -> ModelSpec:
         """Spec of other networks for the same task: of the same architecture if it is known."""
-        if self.network is not None or self.spec.architecture in ARCHITECTURES:
+        if self.spec.architecture in ARCHITECTURES or (self.network is not None and is_custom(self.spec.architecture)):
             return self.spec
         small = self.spec.image_size <= LARGE
         return replace(self.spec, architecture="resnet20" if small else "resnet18", layer_bits=(), feature_layer=None)
@@ -94,25 +98,31 @@ class OpenedModel:
 
 
 def open_attackable(
-    model: Path | str,
+    model: Path | str | nn.Module,
     *,
     custom_model: str | None = None,
     device: torch.device,
     data: str | None = None,
     pixels: str | None = None,
     layout: str | None = None,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
 ) -> OpenedModel:
-    """Open a .pt of robustq, an export folder or a lone .onnx; RobustqError if it cannot be read or attacked.
+    """Open a .pt of robustq, an export folder, a lone .onnx or a module; RobustqError if it cannot be read or attacked.
 
     Args:
-        data: of a lone .onnx that does not name its data.
+        data: of a module, or of a lone .onnx that does not name its data.
         pixels, layout: of a lone .onnx, as :func:`robustq.twin.inputs.find_form`.
+        resize, skip_bad_images: of such data.
 
     A folder without its model.pt is opened as its file alone.
     """
+    about: dict[str, Any] = {"resize": resize, "skip_bad_images": skip_bad_images}
+    if isinstance(model, nn.Module):
+        return _open_module(model, data, device, **about)
     path = check_attackable(model_path(model))
     if path.suffix == ".onnx" and path.is_file():
-        return _open_file(path, open_lone_file(path, data=data, pixels=pixels, layout=layout), [], device)
+        return _open_file(path, open_lone_file(path, data=data, pixels=pixels, layout=layout, **about), [], device)
     if pixels is not None or layout is not None:
         raise UsageError(f"{path}: --input and --layout are for a lone .onnx; leave them out")
     deployed, checkpoint, failures = None, path, []
@@ -132,6 +142,19 @@ def open_attackable(
     gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
     judge = OnnxModel(deployed, classes=spec.classes) if deployed else gradient_model
     return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
+
+
+def _open_module(module: nn.Module, data: str | None, device: torch.device, **about: Any) -> OpenedModel:
+    """A copy of a module of the caller, with a spec of what the data tell."""
+    name = type(module).__name__
+    if data is None:
+        raise UsageError(f"{name}: a module does not name its data; add data=NAME, FOLDER or FILE.npz")
+    loaded = load_dataset(data, **about)
+    network = frozen(deepcopy(module), device)
+    shape = (loaded.classes, loaded.channels, loaded.image_size)
+    spec = ModelSpec(name, FLOAT_BITS, FLOAT_BITS, *shape, loaded.name, None, loaded.class_names)
+    spec = replace(spec, resize=loaded.resize, skip_bad_images=loaded.skip_bad_images)
+    return OpenedModel(Path(name), network, network, network, None, spec, Path(name), [])
 
 
 def _open_file(path: Path, found: LoneFile, failures: list[str], device: torch.device) -> OpenedModel:

@@ -24,7 +24,7 @@ from robustq.models.state_dict import with_names_of
 from robustq.outputs import atomic_folder
 from robustq.progress import detail, note
 from robustq.recipe.schema import check_settings
-from robustq.report.info import toml_lines
+from robustq.report.recipes import toml_lines
 from robustq.workflow.job import Job, TrainResult
 from robustq.workflow.run_log import log_float_layers
 from robustq.workflow.setup import versions
@@ -80,7 +80,7 @@ def quantize_only(model: nn.Module, job: Job) -> TrainResult:
         detail(f"setting {line}")
     if settings.bias_correction:
         corrected = with_calibration_images(job, partial(correct_biases, model), purpose="correct the biases")
-        note(f"biases  {corrected} layers corrected")
+        note(f"biases  {corrected} layers: each bias makes up for the mean error of its quantized channel")
     model.eval()
     images, labels = data.holdout.take(recipe.monitor_images)
     held_out = shrinking(
@@ -99,10 +99,12 @@ def quantize_only(model: nn.Module, job: Job) -> TrainResult:
             final,
             spec,
             recipe,
+            data,
             answers,
             hardened=True,
             holdout_clean_accuracy=holdout_accuracy,
             float_holdout_accuracy=job.float_accuracy,
+            foreign=job.foreign or None,
             seconds=time.perf_counter() - start,
             size_bytes=(folder / "best.pt").stat().st_size,
             seed=job.seed,

@@ -15,14 +15,17 @@ from robustq.data import load_dataset
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import evaluate
 from robustq.evaluation.suites import RECHECK
-from robustq.files import check_output, free_path, write_text_atomically
+from robustq.export.session import OnnxModel
+from robustq.files import check_output, free_path, optional_path, write_text_atomically
 from robustq.hardening.run_folder import RUNS
+from robustq.models.quant.folding import fold
 from robustq.progress import note
 from robustq.workflow import Result
 from robustq.workflow.export import export_model
+from robustq.workflow.harden import harden_model
 from robustq.workflow.recheck import recheck_bundle
 from robustq.workflow.setup import pick_device
-from robustq.workflow.train import harden_model, train_model
+from robustq.workflow.train import train_model
 
 FLOAT, NATURAL, PTQ, HARDENED = (
     "digits/resnet8-float-natural",
@@ -59,19 +62,23 @@ class QuickstartResult(Result):
     seconds: float
 
 
-def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = None) -> QuickstartResult:
-    """Train, harden, export in three formats and re-check, on the digits data.
+def quickstart(*, seed: int = 0, device: str | None = None, out: Path | str | None = None) -> QuickstartResult:
+    """Train, harden, export in four formats and re-check, on the digits data.
 
     Args:
         seed: of everything random but the data split, which is fixed.
-        device: ``cpu``, ``cuda``; None: a GPU if there is one.
-        out: folder for all results; must not exist. None: ``runs/quickstart``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"``; None: a GPU if there is one.
+        out: path of the new folder for all results; None: ``runs/quickstart``, numbered if it exists.
+
+    Returns:
+        the results of all steps, and one row of accuracies (fractions) per model.
 
     Raises:
-        RobustqError: bad input; nothing is written.
+        UsageError: an unknown device.
+        OutputExistsError: ``out`` exists.
     """
     start = time.perf_counter()
-    place = pick_device(device)
+    place, out = pick_device(device), optional_path(out)
     check_output(out, RUNS)
     folder = out or free_path(RUNS / "quickstart")
     shared: dict[str, Any] = {"seed": seed, "device": str(place)}
@@ -83,22 +90,24 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     ptq = harden_model(source, recipe=PTQ, out=folder / "w4a4-ptq", **shared)
     note("3/5  harden: 4 bits with ODG-Q")
     hardened = harden_model(source, recipe=HARDENED, out=folder / "w4a4-hardened", **shared)
-    note("4/5  export: QONNX, QCDQ, integer")
+    note("4/5  export: QONNX, QCDQ, integer, packed")
     exports = {
         name: export_model(
             hardened.checkpoint, format_name=name, images=0, recheck=False, out=folder / f"export-{name}", **shared
         )
-        for name in ("qonnx", "qcdq", "integer")
+        for name in ("qonnx", "qcdq", "integer", "packed")
     }
-    note("5/5  attack all five models; the deployed file is judged on onnxruntime's answers")
-    deployed = exports["integer"]
-    recheck = recheck_bundle(deployed.bundle, images=0, **shared)
+    note("5/5  attack all models; the deployed files are judged on onnxruntime's answers")
+    recheck = recheck_bundle(exports["integer"].bundle, images=0, **shared)
     epsilon = float(hardened["epsilon"])
     rows = [
         _row(step.run.name, _attack(step.checkpoint, epsilon, seed, place), step.checkpoint)
         for step in (trained, natural, ptq, hardened)
     ]
-    rows.append(_row("deployed-integer", recheck.evaluation, deployed.files[0]))
+    packed = exports["packed"]
+    judged = _attack(hardened.checkpoint, epsilon, seed, place, deployed=packed.files[0])
+    rows.append(_row("deployed-integer", recheck.evaluation, exports["integer"].files[0]))
+    rows.append(_row("deployed-packed", judged, packed.files[0]))
     result = QuickstartResult(
         {"train": trained, "harden": hardened, "export": exports, "recheck": recheck},
         tuple(rows),
@@ -112,11 +121,15 @@ def quickstart(*, seed: int = 0, device: str | None = None, out: Path | None = N
     return result
 
 
-def _attack(checkpoint: Path, epsilon: float, seed: int, device: torch.device) -> Evaluation:
+def _attack(
+    checkpoint: Path, epsilon: float, seed: int, device: torch.device, *, deployed: Path | None = None
+) -> Evaluation:
+    """The attacks of a re-check on a model file, or on the answers of the file that was made from it."""
     network, spec, _ = load_model(checkpoint)
     images, labels = load_dataset(spec.data).test.take(0)
-    model = network.to(device)
-    return evaluate(model, model, images, labels, attacks=RECHECK, epsilon=epsilon, device=device, seed=seed)
+    model = (network if deployed is None else fold(network, spec)).to(device)
+    judge = model if deployed is None else OnnxModel(deployed)
+    return evaluate(judge, model, images, labels, attacks=RECHECK, epsilon=epsilon, device=device, seed=seed)
 
 
 def _row(name: str, found: Evaluation, file: Path) -> QuickstartRow:

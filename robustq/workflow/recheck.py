@@ -22,6 +22,7 @@ from robustq.export.formats import FORMATS, check_format
 from robustq.export.recheck import Proof, attack_file, prove, prove_alone
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec
+from robustq.recipe import parse_epsilon
 from robustq.workflow import Result
 from robustq.workflow.export import RECHECK_SUITE
 from robustq.workflow.open_file import open_lone_file, twin_of_export
@@ -63,7 +64,7 @@ class RecheckResult(Result):
 def recheck_bundle(
     bundle: Path | str,
     *,
-    epsilon: float | None = None,
+    epsilon: float | str | None = None,
     images: int = 1000,
     data: str | None = None,
     custom_model: str | None = None,
@@ -76,9 +77,28 @@ def recheck_bundle(
     The attacks run with the gradients of model.pt, and once more with those of the file alone. A folder without its
     model.pt is checked through the file alone.
 
-    Args and errors are those of :func:`robustq.workflow.export.export_model`.
+    Args:
+        bundle: path of an export folder, with or without its model.pt.
+        epsilon: radius in units of pixel / 255: a number in [0, 1] or a text such as ``"8/255"``; None: that of the
+            model, else 8/255.
+        images: number of test images for all checks, evenly spaced; 0: all.
+        data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
+        custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
+        seed: of the random starts.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` for attack generation; None: a GPU if there is one.
+
+    Returns:
+        the results of the checks; ``shortfalls`` names those that failed.
+
+    Raises:
+        UsageError: an unknown device, or a value out of range.
+        ModelFileError: no export folder, or files that do not match.
+        DataError: data that are missing, broken or unfit for the model.
+        OutOfMemoryError: the images do not fit; a number that does is named.
     """
     place = pick_device(device)
+    wanted_radius = None if epsilon is None else parse_epsilon(epsilon)
     if images < 0:
         raise UsageError(f"--images {images} is negative; give a number, or 0 for all")
     opened = open_bundle(Path(bundle))
@@ -89,7 +109,7 @@ def recheck_bundle(
     x, y = loaded.test.take(images)
     fit = partial(with_images, model=subject.gradient_model, images=x, device=place)
     proof = fit(lambda: subject.prove(x))
-    radius = radius_of(spec, epsilon)
+    radius = radius_of(spec, wanted_radius)
     log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     found = fit(lambda: subject.attack(x, y, epsilon=radius, device=place, seed=seed))
     return RecheckResult(

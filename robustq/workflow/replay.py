@@ -14,6 +14,7 @@ from robustq.data import to_float
 from robustq.errors import DataError, UsageError
 from robustq.evaluation.accuracy import correct, wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, check_ball, digest
+from robustq.evaluation.evaluator import CLEAN
 from robustq.evaluation.flags import NOT_JUDGED, Check
 from robustq.evaluation.target import one_by_one
 from robustq.progress import note
@@ -39,6 +40,7 @@ class ReplayResult(Result):
     replayed: Path  # the .npz
     found_on: dict[str, Any]  # model, suite, seed and accuracies of the attack that found the images
     images: int
+    wrong_before: int  # images that were wrong before that attack, which left them clean
     epsilon: float
     ball_checked: bool  # whether the clean images were available; else the clean accuracy is None
     clean_accuracy: float | None
@@ -60,6 +62,7 @@ def replay_images(
     *,
     data: str | None = None,
     custom_model: str | None = None,
+    resize: str | None = None,
     skip_bad_images: bool = False,
     pixels: str | None = None,
     layout: str | None = None,
@@ -71,19 +74,41 @@ def replay_images(
     and an image counts as robust only when its clean image is right too.
 
     Args:
-        model: a .pt of robustq, an export folder or a lone .onnx; the attacked model, or another.
-        file: an .npz of ``robustq attack``.
-        data, custom_model, skip_bad_images, pixels, layout, device: as for
-            :func:`robustq.workflow.attack.attack_model`.
+        model: path of a model file of robustq, an export folder or a lone .onnx, or ``zoo:NAME``; the attacked model,
+            or another.
+        file: path of an .npz of ``robustq attack`` (or ``save_adversarial``).
+        data: data set whose test images were attacked: a known name, a folder of images or an .npz file; None: as the
+            model or ``file`` says.
+        custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
+        resize: how images of a folder become square: ``"short-side"``, ``"short-side:PIXELS"`` or ``"squash"``; None:
+            as for the model, else ``"short-side"``.
+        skip_bad_images: leave out image files that cannot be read, with a warning.
+        pixels: range in which a lone .onnx takes pixels: ``"unit"`` ([0, 1]), ``"uint8"`` (0 to 255), ``"imagenet"`` or
+            ``"MEAN/STD"``; None: as the file says.
+        layout: of a lone .onnx: ``"nchw"`` or ``"nhwc"``; None: as its shape says.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"``; None: a GPU if there is one.
+
+    Returns:
+        clean and robust accuracy as fractions with 95% intervals; ``wrong_before`` counts the images that were wrong
+        before they were attacked.
 
     Raises:
-        RobustqError: bad input, other data than those of the file, or an image outside the ball.
+        UsageError: ``file`` cannot be read, is of other data, or has an image outside the ball.
+        ModelFileError: the model cannot be read.
+        DataError: ``data`` was given and is missing, broken or unfit.
     """
     file = images_path(file)
     images = AdversarialImages.load(file)
     place = pick_device(device)
     opened = open_attackable(
-        model, custom_model=custom_model, device=place, data=data or images.data, pixels=pixels, layout=layout
+        model,
+        custom_model=custom_model,
+        device=place,
+        data=data or images.data,
+        pixels=pixels,
+        layout=layout,
+        resize=resize,
+        skip_bad_images=skip_bad_images,
     )
     spec = opened.spec
     wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])
@@ -91,7 +116,7 @@ def replay_images(
         raise UsageError(f"{file}: holds images of shape {got}, the model takes {wanted}; replay it on another model")
     if not 0 <= int(images.labels.min()) <= int(images.labels.max()) < spec.classes:
         raise UsageError(f"{file}: has labels that the model does not have; it has {spec.classes} classes")
-    clean = _clean_images(images, file, opened, data, skip_bad_images=skip_bad_images)
+    clean = _clean_images(images, file, opened, data, resize=resize, skip_bad_images=skip_bad_images)
     start = time.perf_counter()
     judge = one_by_one(opened.judge) if opened.target().image_by_image else opened.judge
 
@@ -111,6 +136,7 @@ def replay_images(
         replayed=file.absolute(),
         found_on=images.about,
         images=count,
+        wrong_before=images.attack.count(CLEAN),
         epsilon=images.epsilon,
         ball_checked=clean is not None,
         clean_accuracy=None if unattacked is None else int(unattacked.sum()) / count,
@@ -124,7 +150,13 @@ def replay_images(
 
 
 def _clean_images(
-    found: AdversarialImages, file: Path, opened: OpenedModel, data: str | None, *, skip_bad_images: bool
+    found: AdversarialImages,
+    file: Path,
+    opened: OpenedModel,
+    data: str | None,
+    *,
+    resize: str | None,
+    skip_bad_images: bool,
 ) -> Tensor | None:
     """The clean images of ``found``, with the ball checked; None if their data are not available.
 
@@ -133,7 +165,7 @@ def _clean_images(
         UsageError: the test part holds other images, or an adversarial image lies outside the ball.
     """
     try:
-        loaded = data_for(opened.spec, data, opened.checkpoint, skip_bad_images=skip_bad_images)
+        loaded = data_for(opened.spec, data, opened.checkpoint, resize=resize, skip_bad_images=skip_bad_images)
     except DataError as error:
         if data is not None:
             raise

@@ -32,16 +32,22 @@ def resume_run(
     stop. Everything is checked before a file of the folder is written.
 
     Args:
-        run: its folder.
+        run: path of its folder.
         data: new place of the same data, if it was moved: a folder or file; its content is checked.
-        device: ``cpu``, ``cuda``; None: as before.
-        custom_model: the ``module:function`` that built the network, if it is a custom model.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"``; None: as before.
+        custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
+
+    Returns:
+        the result of train_model or harden_model, whichever began the run.
 
     Raises:
         UsageError: no such run, or it has finished; it writes for TensorBoard, which is not installed here.
+        ModelFileError: its saved state is damaged.
         RunLockedError: it is still running.
-        DataError: the data is missing or has changed.
-        RobustqError: as the function that began it.
+        DataError: the data are missing or have changed.
+        OutOfMemoryError: a batch does not fit; one that does is named.
+        NotFiniteError: NaN or Inf in training; saved states are kept.
+        RunStoppedError: stopped by Ctrl-C; the command that resumes the run is named.
     """
     path = Path(run)
     folder = RunFolder.reopen(path)

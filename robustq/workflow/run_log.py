@@ -24,14 +24,15 @@ from robustq.hardening.run_folder import (
 from robustq.hardening.run_lock import check_not_running
 from robustq.hardening.trainer import Training
 from robustq.memory import within_memory
+from robustq.models.preprocessing import preprocessing_of
 from robustq.models.quant.quantizers import QuantReLU
 from robustq.models.spec import ModelSpec
-from robustq.models.state_dict import float_layers_of
+from robustq.models.state_dict import count_parameters, float_layers_of
 from robustq.progress import detail, note
 from robustq.recipe import format_epsilon
 from robustq.recipe.schema import FLOAT32, INTEGER, SAME
-from robustq.report.info import toml_lines
-from robustq.report.text import duration, named_layers, size
+from robustq.report.recipes import toml_lines
+from robustq.report.text import duration, named_layers, preprocessing_line, size
 from robustq.workflow.setup import radius_of
 
 
@@ -50,7 +51,7 @@ def log_run(
     if spec.shared_sum_scale:
         inner += ", one scale for both inputs of each sum"
     radius = f" (epsilon {format_epsilon(radius_of(spec))})" if training.method.settings.defends else ""
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    parameters = count_parameters(training.model)
     note(f"{spec.architecture} · {parameters:,} parameters · {inner}")
     computing = "" if recipe.precision == FLOAT32 else f" in {recipe.precision}"
     if recipe.side_precision not in (SAME, recipe.precision):
@@ -59,6 +60,8 @@ def log_run(
     named = recipe.method if recipe.name == recipe.method else f"{recipe.name}: {recipe.method}"
     note(f"recipe  {named}{radius} · batches of {recipe.batch_size} · {device}{computing}")
     note(f"data    {data.name} ({len(data.train):,} train, {len(data.holdout):,} held out to choose best.pt)")
+    if spec.resize is not None:
+        note(f"images  {preprocessing_line(preprocessing_of(spec))}")
     log_float_layers(training.model)
     for line in hints(config, device, resumed=resumed):
         note(f"note    {line}")
@@ -96,7 +99,7 @@ def check_forecast(training: Training, *, parent: Path) -> None:
     begun = bool(state.epoch or state.step)
     planned = f"{recipe.epochs} epoch{'' if recipe.epochs == 1 else 's'}"
     epochs = f"the last {recipe.epochs - state.epoch} of {planned}" if begun else planned
-    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    parameters = count_parameters(training.model)
     count = f"{parameters / 1e6:.1f} M" if parameters >= 1_000_000 else f"{parameters / 1000:.3g} k"
     passes = training.method.passes.removesuffix(" passes").removesuffix(" pass")
     note(

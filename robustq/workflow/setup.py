@@ -28,6 +28,7 @@ from robustq.models.state_dict import find_state_dicts, with_usual_names
 from robustq.progress import detail, note
 from robustq.recipe import DEFAULT_EPSILON, Recipe, format_epsilon, load_recipe
 from robustq.recipe.schema import Vocabulary
+from robustq.safetensors_file import read_metadata
 from robustq.torch_file import read_checkpoint
 from robustq.workflow.float_check import stated_accuracy
 
@@ -96,11 +97,19 @@ def augmentation(recipe: Recipe, data: Dataset) -> Augment:
 
 
 def data_for(
-    spec: ModelSpec, data: str | None, path: Path, *, train_images: int = 0, skip_bad_images: bool = False
+    spec: ModelSpec,
+    data: str | None,
+    path: Path,
+    *,
+    train_images: int = 0,
+    resize: str | None = None,
+    skip_bad_images: bool = False,
 ) -> Dataset:
-    """``data``, by default the data of the model; folders are read at the model's image size.
+    """``data``, by default the data of the model; folders are read as the model's were: at its image size, resized as
+    its spec says, and without unreadable files where these were skipped before.
 
-    ``path`` of the model is for messages; ``train_images`` limits the training part (0: all).
+    ``path`` of the model is for messages; ``train_images`` limits the training part (0: all); ``resize`` overrides the
+    model's.
 
     Raises:
         DataError: as :func:`robustq.data.load_dataset`; the data are missing; classes, channels or image size differ.
@@ -113,7 +122,8 @@ def data_for(
         name,
         train_images=train_images,
         image_size=spec.image_size if resized else None,
-        skip_bad_images=skip_bad_images,
+        resize=resize or (spec.resize if resized else None),
+        skip_bad_images=skip_bad_images or spec.skip_bad_images,
     )
     check_fit(spec, loaded, path)
     return loaded
@@ -164,6 +174,7 @@ def open_source(
     custom_model: str | None = None,
     weights: str | None = None,
     trust_pickle: bool = False,
+    resize: str | None = None,
     skip_bad_images: bool = False,
 ) -> Source:
     """Weights and spec of a robustq model file or of a bare float state dict.
@@ -175,7 +186,7 @@ def open_source(
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
-        custom_model, weights, trust_pickle, skip_bad_images: as :func:`robustq.workflow.train.harden_model`.
+        custom_model, weights, trust_pickle, resize, skip_bad_images: as :func:`robustq.workflow.harden.harden_model`.
 
     Raises:
         ModelFileError: as :func:`robustq.checkpoint.load_model`; a bare state dict without ``data``, or with NaN.
@@ -204,7 +215,7 @@ def open_source(
             f"{path}: is a bare state dict ({shown}) that does not name its training data; "
             "add --data NAME, FOLDER or FILE.npz"
         )
-    loaded = load_dataset(data, image_size=image_size, skip_bad_images=skip_bad_images)
+    loaded = load_dataset(data, image_size=image_size, resize=resize, skip_bad_images=skip_bad_images)
     spec = ModelSpec(
         found,
         FLOAT_BITS,
@@ -215,9 +226,11 @@ def open_source(
         loaded.name,
         None,
         loaded.class_names,
+        resize=loaded.resize,
+        skip_bad_images=loaded.skip_bad_images,
     )
     check_fit(spec, loaded, path)
-    return Source(state, spec, is_foreign=True, stated=stated_accuracy(content))
+    return Source(state, spec, is_foreign=True, stated=stated_accuracy(content, read_metadata(path)))
 
 
 def _chosen_weights(

@@ -118,6 +118,8 @@ class OtherNetworks:
             "natural",
             overrides=tuple(settings),
             data=self.data.name,
+            resize=self.data.resize,
+            skip_bad_images=self.data.skip_bad_images,
             architecture=None if custom_model else spec.architecture,
             custom_model=custom_model,
             bits=FLOAT_BITS,

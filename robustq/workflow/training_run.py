@@ -142,7 +142,7 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
         OutOfMemoryError, OutputError, NotFiniteError, RunStoppedError: as :func:`run_recipe`.
     """
     command, recipe = folder.resume_command, training.recipe
-    hardened = folder.config["command"] == "harden"
+    hardened, source = folder.config["command"] == "harden", folder.config.get("source") or {}
 
     def work() -> None:
         with StopRequest() as stop:
@@ -165,6 +165,7 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
                 folder.path,
                 spec,
                 recipe,
+                data,
                 accuracy_on_test(training.model, data, device=training.device),
                 hardened=hardened,
                 epochs_done=state.epoch,
@@ -174,7 +175,8 @@ def complete_run(folder: RunFolder, training: Training, spec: ModelSpec, data: D
                 seconds_per_epoch=state.seconds / state.epoch,
                 size_bytes=(folder.path / "best.pt").stat().st_size,
                 seed=training.seed,
-                float_holdout_accuracy=(folder.config.get("source") or {}).get("float_accuracy"),
+                float_holdout_accuracy=source.get("float_accuracy"),
+                foreign=source.get("foreign"),
                 collapsed=collapse,
                 shortfalls=() if collapse is None else (f"{folder.path}: {collapse}",),
             )

@@ -19,7 +19,7 @@ class WidthOptions:
     bits: int | None = None  # of weights and activations
     weight_bits: int | None = None  # overrides ``bits``, as the next
     act_bits: int | None = None
-    bits_per_layer: Path | None = None  # TOML file, layer name -> bits
+    bits_per_layer: Path | str | None = None  # TOML file, layer name -> bits
 
     def check(self) -> None:
         """UsageError for an unknown width, or float weights with quantized activations or the reverse."""
@@ -39,7 +39,7 @@ class WidthOptions:
             UsageError: no width is given, or the file of single layers cannot be used.
         """
         own = None if source is None or source.widths.is_float else source
-        layer_bits = () if self.bits_per_layer is None else tuple(read_layer_bits(self.bits_per_layer).items())
+        layer_bits = () if self.bits_per_layer is None else tuple(read_layer_bits(Path(self.bits_per_layer)).items())
         weight_bits = self.weight_bits or self.bits or recipe.weight_bits
         act_bits = self.act_bits or self.bits or recipe.act_bits
         if weight_bits is None and act_bits is None and own is not None:

@@ -128,6 +128,32 @@ def model_file(draw: random.Random, folder: Path) -> list[str]:
     )
 
 
+def safetensors(draw: random.Random, folder: Path) -> list[str]:
+    """Weights of another program, or of ours, with a damaged file or a changed header."""
+    source = draw.choice(("own.safetensors", "foreign.safetensors", "foreign.safetensors"))
+    whole = Path(source).read_bytes()
+    if draw.random() < 0.5:
+        content = hostile.damaged(draw, whole)
+    else:
+        size = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + size])
+        odd: tuple[Any, ...] = (None, -1, 2**63, [2**40, 2**40], "F8_E5M2", "C64", [8, 0], [0, 2**50], {}, {"a": "b"})
+        for _ in range(draw.randrange(1, 4)):
+            entry = header[draw.choice(list(header))]
+            entry[draw.choice(list(entry))] = draw.choice(odd)
+        text = draw.choice((*[json.dumps(header)] * 8, *DEEP)).encode()
+        length = draw.choice((*[len(text)] * 8, 2**62, 0))
+        content = length.to_bytes(8, "little") + text + whole[8 + size :]
+    Path("fuzzed.safetensors").write_bytes(content)
+    return draw.choice(
+        (
+            ["info", "fuzzed.safetensors"],
+            ["attack", "fuzzed.safetensors", *ONE],
+            ["harden", "fuzzed.safetensors", "--bits", "8", "--data", "digits", *CHEAP],
+        )
+    )
+
+
 def npz(draw: random.Random, folder: Path) -> list[str]:
     arrays: dict[str, Any] = {
         "x_train": np.zeros((20, 8, 8), np.uint8),
@@ -276,6 +302,11 @@ def table(draw: random.Random, folder: Path) -> list[str]:
 
 def own_file(draw: random.Random, folder: Path) -> list[str]:
     """One flipped bit in a file that robustq wrote."""
+    if draw.random() < 0.2:
+        content = bytearray(Path("own.safetensors").read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        Path("fuzzed.safetensors").write_bytes(content)
+        return ["info", "fuzzed.safetensors"]
     shutil.copytree("bundle", "fuzzed")
     (file,) = Path("fuzzed").glob("*.onnx")
     shutil.copy("own.npz", "fuzzed.npz")

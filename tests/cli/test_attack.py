@@ -12,9 +12,11 @@ import onnx
 import pytest
 import torch
 
+from robustq.checkpoint import load_model, save_model
 from robustq.models.compiled import CompiledNetwork, check_compiler
 from robustq.report.text import attack_lines
 from robustq.workflow import attack as attacking
+from robustq.workflow import prepared_target
 from tests.cli.conftest import Run, check_refused
 from tests.evaluation.budgets import small
 
@@ -75,12 +77,13 @@ def test_a_clean_verdict_is_no_upper_bound() -> None:
 
 
 def test_a_missing_verdict_says_why_and_which_suite_gives_one() -> None:
-    few = "30 images are too few, 200 would do"
+    few = "a verdict needs 200 images or more, these are 30"
     lines = attack_lines(found(flags=[], verdict="not judged", not_judged_for=[few]))
     assert f"not judged: {few}" in lines
     assert any(line.startswith("robust accuracy at most") for line in lines)
     lines = attack_lines(found(suite="recheck", flags=[], verdict="not judged", not_judged_for=[few]))
-    assert f"not judged: {few}; robustq attack --suite standard does, and may find a lower accuracy" in lines
+    assert f"not judged: {few}" in lines
+    assert "  'robustq attack --suite standard' checks for masking, and may find a lower accuracy" in lines
 
 
 def test_a_model_without_defence_is_called_so() -> None:
@@ -123,7 +126,7 @@ def test_standard_is_the_default_and_its_images_replay(run: Run, digits_w4a4: Pa
     assert again.json["same_as_recorded"] == 1.0
     assert again.json["ball_checked"] is True
     other = run("attack", digits_float, "--replay", "f.npz")
-    assert other.code == 0 and "of the answers are those of resnet8-w4a4" in other.out
+    assert other.code == 0 and "replay  found on resnet8-w4a4 (robust accuracy " in other.out
     missed = run("attack", digits_w4a4, "--replay", "f.npz", "--require", "0.99")
     assert missed.code == 1 and "below the required" in missed.err
     check_refused(run("attack", digits_w4a4, *images, "--out", "f.json"), "exists already")
@@ -166,7 +169,7 @@ def test_a_compiler_that_fails_is_one_line_and_writes_nothing(
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(attacking, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend))
+    monkeypatch.setattr(prepared_target, "CompiledNetwork", functools.partial(CompiledNetwork, backend=backend))
     monkeypatch.setattr(attacking, "check_compiler", functools.partial(check_compiler, backend=backend))
 
 
@@ -184,6 +187,22 @@ def test_require_exits_with_1_below_it_and_on_a_flag(
     assert fallen.code == 1 and fallen.err.strip().endswith("flags raised: logit scale")
     assert "Do not quote 78.0%." in fallen.out
     assert run("attack", digits_w4a4).code == 0
+
+
+def test_a_replay_of_images_that_were_wrong_before_the_attack_requires_nothing(run: Run, digits_float: Path) -> None:
+    """Of a network near chance most images stay clean, and any better network is right on them."""
+    network, spec, _ = load_model(digits_float)
+    with torch.no_grad():
+        network.get_parameter("fc.bias")[:8] -= 1e3  # these classes are never answered
+    save_model(Path("broken.pt"), network, spec)
+    few = ("--suite", "paper", "--no-surrogates", "--images", "30", "--device", "cpu")
+    found = run("attack", "broken.pt", *few, "--epsilon", "1/255", "--save-adversarial", "a.npz", "--json").json
+    wrong = 30 - round(30 * found["clean_accuracy"])
+    assert wrong > 15
+    told = run("attack", digits_float, "--replay", "a.npz", "--require", "0.01")
+    said = f"{wrong} of 30 images of a.npz were wrong before any attack and are clean, so that they prove nothing"
+    assert told.code == 1 and said in told.err
+    assert f"WARNING {wrong} of 30 images are clean: the attack left them as they were" in told.out
 
 
 @pytest.fixture

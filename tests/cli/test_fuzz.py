@@ -1,4 +1,4 @@
-"""1,000 calls with random command lines and files that are damaged or built to harm, all drawn from one seed a case.
+"""1,050 calls with random command lines and files that are damaged or built to harm, all drawn from one seed a case.
 
 Whatever comes in: no traceback, exit 0, 1 or 2 within 20 seconds and 2 GB, and after a refusal one last line that
 begins with "robustq: ", nothing on stdout and nothing written. No line holds a terminal's code.
@@ -16,13 +16,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+import robustq
+from robustq.checkpoint import load_model
 from tests.cli import fuzz_inputs
 from tests.cli.conftest import Outcome, Run
 
 CASES = {
     "command line": 200,
     "model file": 150,
+    "safetensors": 50,
     "npz": 120,
     "replay": 100,
     "toml": 80,
@@ -37,6 +41,7 @@ SECONDS, MEGABYTES = 20, 2000
 MAKERS: dict[str, Callable[[random.Random, Path], list[str]]] = {
     "command line": fuzz_inputs.command_line,
     "model file": fuzz_inputs.model_file,
+    "safetensors": fuzz_inputs.safetensors,
     "npz": fuzz_inputs.npz,
     "replay": fuzz_inputs.replay,
     "toml": fuzz_inputs.toml,
@@ -113,6 +118,8 @@ def test_whatever_comes_in(
     shutil.copy(adversarial, "own.npz")
     shutil.copytree(bundle, "bundle")
     shutil.copytree(float_bundle, "float-bundle")
+    robustq.export_weights(digits_float, out="own.safetensors")
+    save_file(load_model(digits_float)[0].state_dict(), "foreign.safetensors")
     Path("text.pt").write_text("text")
     Path("folder").mkdir()
     exits: dict[int, int] = {}

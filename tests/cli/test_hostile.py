@@ -115,7 +115,7 @@ def test_links_are_followed_once(run: Run, digits_w4a4: Path) -> None:
 
 
 def test_a_link_to_a_disk_ends(run: Run, digits_w4a4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robustq.data.folder.MOST_FOLDERS", 20)
+    monkeypatch.setattr("robustq.data.image_files.MOST_FOLDERS", 20)
     data = hostile.image_folder(Path("images"))
     Path("images/0/disk").symlink_to("/usr")
     check_refused(run("attack", digits_w4a4, "--data", data, *ONE), "images/0 has links to over 20 folders")

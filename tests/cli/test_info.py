@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -13,10 +15,12 @@ import torch
 import robustq
 from robustq.checkpoint import load_model
 from robustq.hardening.methods.registry import resolved_recipe
+from robustq.models.spec import build_model
 from robustq.recipe import load_recipe, recipe_names
-from robustq.report.info import toml_lines
+from robustq.report.recipes import toml_lines
 from robustq.seals import sha256
 from tests.cli.conftest import Run
+from tests.models.small_nets import small_spec
 
 
 def test_the_list_has_every_recipe(run: Run) -> None:
@@ -62,16 +66,18 @@ def test_a_recipe_for_absent_data_is_one_clear_line(
 
 def test_info_describes_a_model_file(run: Run, digits_w4a4: Path) -> None:
     found = run("info", digits_w4a4, "--json").json
-    network, spec, _ = load_model(digits_w4a4)
+    spec = load_model(digits_w4a4)[1]
     assert robustq.describe_file(str(digits_w4a4)) == found
     assert (found["kind"], found["label"], found["data"]) == ("model", "resnet8-w4a4", "digits")
     assert found["sha256"] == sha256(digits_w4a4) and found["epsilon"] == spec.epsilon
-    assert found["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    # The scales that quantizers learn are none of the network's own.
+    plain = build_model(replace(spec, weight_bits=32, act_bits=32))
+    assert found["parameters"] == sum(parameter.numel() for parameter in plain.parameters())
     bits = {layer["name"]: layer["weight_bits"] for layer in found["layers"]}
     assert bits["conv1"] == bits["fc"] == 8 and bits["layer2.0.conv1"] == 4 and len(bits) == 10
     told = run("info", digits_w4a4).out
     for part in (
-        "resnet8 · 77,767 parameters · 4-bit weights, 4-bit activations",
+        "resnet8 · 77,754 parameters · 4-bit weights, 4-bit activations",
         "digits (10 classes, 1 channels, 8x8 pixels)",
         "radius  32/255",
         "layers  4-bit weights: layer1.0.conv1 ... layer3.0.downsample.0 (8 layers)",
@@ -120,13 +126,22 @@ def test_info_reads_widths_from_the_onnx_file_itself(run: Run, digits_w4a4: Path
     told = run("info", "bundle").out
     assert set(limits) <= set(told.splitlines())
     assert f"robust  at most {record['recheck']['robust_accuracy']:.1%}" in told and "(5 images, not judged)" in told
+    assert f"{file.name} ({file.stat().st_size / 1000:,.0f} kB)" in told
+    robust = next(line for line in told.splitlines() if line.startswith("robust"))
+    assert robust in run("info", file).out.splitlines()  # the file alone holds it, too
 
 
 def test_info_of_files_of_others(run: Run, digits_float: Path) -> None:
     state = {f"module.{name}": value for name, value in load_model(digits_float)[0].state_dict().items()}
     torch.save({"state_dict": state}, "weights.pt")
     told = run("info", "weights.pt")
-    assert "state dict" in told.out and "resnet8" in told.out and "float" in told.out
+    assert "state dict" in told.out and "network resnet8 · 77,754 parameters · float" in told.out
+    # He's ResNet-20 has 269,722 parameters (arXiv:1512.03385 rounds to 0.27 M) and 1,395 values of buffers.
+    torch.save(build_model(replace(small_spec(32), architecture="resnet20-a", channels=3)).state_dict(), "20.pt")
+    assert run("info", "20.pt", "--json").json["parameters"] == 269_722
+    torch.save({"state_dict": state, "ema": {"w.weight": torch.ones(2)}, "best_prec1": 91.25}, "weights.pt")
+    told = run("info", "weights.pt")
+    assert "the set state_dict, other sets: ema (--weights KEY)" in told.out and "stated  accuracy 91.2%" in told.out
     floats = onnx.TensorProto.FLOAT
     node = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
     weight = onnx.helper.make_tensor("w", floats, [2, 3], [0.5] * 6)
@@ -138,6 +153,27 @@ def test_info_of_files_of_others(run: Run, digits_float: Path) -> None:
     assert foreign["integer_layers"] == [] and foreign["float_layers"] == ["MatMul(y)"]
     shown = run("info", "foreign.onnx").out
     assert "not written by robustq" in shown and "images  no classifier of images: input 'x' is" in shown
+
+
+def test_info_opens_the_folder_of_quickstart(run: Run, digits_w4a4: Path) -> None:
+    row = {"model": "w4a4-hardened", "clean": 0.9, "fgsm": 0.8, "pgd20": 0.7, "margin_pgd40": 0.6, "size_bytes": 1000}
+    content = {
+        "rows": [{**row, "worst_case": 0.5, "worst_case_interval": [0.4, 0.6]}],
+        "test_images": 9,
+        "epsilon": 0.1,
+        "seconds": 1.0,
+        "folder": "gone",
+        "shortfalls": [],
+    }
+    shutil.copytree(digits_w4a4.parent, "quick/w4a4-hardened")
+    Path("quick/result.json").write_text(json.dumps(content))
+    told = run("info", "quick")
+    assert told.code == 0, told.err
+    assert any(line.startswith("w4a4-hardened  90.0%") for line in told.out.splitlines())
+    assert f"run     {Path('quick/w4a4-hardened').absolute()}" in told.out.splitlines()
+    Path("quick/result.json").write_text(json.dumps({**content, "rows": [row]}))
+    refused = run("info", "quick")
+    assert refused.code == 2 and "worst_case is missing or has another form" in refused.err
 
 
 def test_info_refuses_unknown_files(run: Run) -> None:

@@ -169,7 +169,7 @@ def test_bash_completes_by_the_generated_script(tmp_path: Path) -> None:
     [
         ("robustq.workflow.export.write_record", ("export", "MODEL", "--images", "5", "--no-recheck")),
         ("robustq.files.os.fsync", ("attack", "MODEL", *FEW, "--out", "found.json")),
-        ("robustq.workflow.train.quantize", ("harden", "MODEL", "--bits", "2", *FAST_TRAIN)),
+        ("robustq.workflow.harden.quantize", ("harden", "MODEL", "--bits", "2", *FAST_TRAIN)),
     ],
 )
 def test_ctrl_c_leaves_nothing_half_written(

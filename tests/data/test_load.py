@@ -411,6 +411,48 @@ def test_large_folders_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert torch.equal(part.labels, other.labels)
 
 
+def whole(image: Image.Image) -> Image.Image:
+    return image.resize((8, 8), Image.Resampling.BILINEAR)
+
+
+def centre(image: Image.Image) -> Image.Image:
+    return image.resize((13, 10), Image.Resampling.BILINEAR).crop((2, 1, 10, 9))
+
+
+@pytest.mark.parametrize(("resize", "reference"), [("squash", whole), ("short-side:10", centre)])
+@pytest.mark.parametrize("streams", [False, True])
+def test_images_that_are_not_square(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resize: str,
+    reference: Callable[[Image.Image], Image.Image],
+    streams: bool,
+) -> None:
+    write_images(tmp_path, {"a": 8, "b": 8}, size=(16, 12))
+    if streams:
+        monkeypatch.setattr(robustq.data.folder, "STREAM_ABOVE_BYTES", 0)
+    data = load_dataset(str(tmp_path), image_size=8, resize=resize)
+    assert data.resize == resize and isinstance(data.train, StreamedSplit) == streams
+    found = {image.numpy().tobytes() for part in (data.train, data.holdout, data.test) for image in part.take(0)[0]}
+    files = [Image.open(path) for path in tmp_path.rglob("*.png")]
+    assert found == {np.asarray(reference(one)).transpose(2, 0, 1).tobytes() for one in files}
+    # A resumed run notices that its images were resized in another way.
+    usual = load_dataset(str(tmp_path), image_size=8)
+    assert usual.resize == ("short-side:9" if streams else "short-side:8") and usual.digest() != data.digest()
+
+
+def test_wrong_resize(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"a": 8, "b": 8}, size=(16, 12))
+    for name, resize, said in (
+        ("digits", "squash", "images of digits are used as they are; leave it out"),
+        (tmp_path / "data", "stretch", "resize is 'stretch'; give squash"),
+        (tmp_path / "data", "short-side:7", "resize is 'short-side:7', less than the image size of 8"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            load_dataset(str(name), image_size=8, resize=resize)
+    check_error(tmp_path / "data", r"--set image_size=64, with --resize short-side \(centre crop\) or squash")
+
+
 def test_imagenet(tmp_path: Path) -> None:
     check_error("imagenet", "imagenet/train.*ROBUSTQ_DATA.*--data FOLDER")
     write_images(tmp_path / "imagenet" / "train", {"n01": 10, "n02": 10}, size=(20, 30))
@@ -419,6 +461,7 @@ def test_imagenet(tmp_path: Path) -> None:
     data: Dataset = load_dataset("imagenet")
     assert (data.name, data.image_size, data.channels, data.class_names) == ("imagenet", 224, 3, ("n01", "n02"))
     assert isinstance(data.train, StreamedSplit) and data.train.shorter_side == 256
+    assert data.resize == "short-side:256"
     assert (len(data.train), len(data.holdout), len(data.test)) == (18, 2, 4)
     small = load_dataset("imagenet", image_size=7, train_images=10)
     assert (len(small.train), len(small.holdout)) == (10, 2)

@@ -217,6 +217,18 @@ def test_streamed_augmentations_are_those_asked_for(tmp_path: Path) -> None:
     assert len(cropped - plain.keys()) > 20
 
 
+def test_random_crops_of_squashed_images_keep_their_shape(tmp_path: Path) -> None:
+    """RandomResizedCrop of an image that is squashed first, but from its full resolution."""
+    wide = np.repeat(np.array([0, 85, 170, 255], np.uint8), 50)[None, :, None].repeat(20, axis=0).repeat(3, axis=2)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(wide).save(tmp_path / "a" / "0.png")
+    split = StreamedSplit([tmp_path / "a" / "0.png"], torch.tensor([0]), image_size=7, workers=0, squash=True)
+    crops = [gather(split, seed=0, epoch=epoch, augment=Augment(crop_padding=1))[0] for epoch in range(40)]
+    # A square of the squashed image spans 0.28 to 1 of its width, mostly over half: three of the four stripes. A square
+    # of the image itself spans a tenth: one stripe or two.
+    assert sum(bool(crop.max() - crop.min() > 0.5) for crop in crops) > 20
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streamed_names_an_unreadable_image_in_one_line(tmp_path: Path, workers: int) -> None:
     split = streamed(tmp_path / "images", workers=workers)

@@ -280,7 +280,7 @@ def test_without_a_control_or_with_few_images_nothing_is_judged() -> None:
     assert any("control" in reason for reason in found.not_judged_for)
     found = run(Target(model, {AS_TRAINED: model}, control=trained("natural", 1)), small("standard"), count=30)
     assert found.verdict == "not judged"
-    assert found.not_judged_for == ["30 images are too few, 200 are enough"]
+    assert found.not_judged_for == ["a verdict needs 200 images or more, these are 30"]
     found = run(Target.of(model), small("standard"), count=1)
     assert found.images == 1 and found.to_dict()["interval"][1] <= 1.0
 

@@ -21,8 +21,8 @@ from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.backward_rules import RULES, under_rule
 from robustq.workflow import attack as attacking
-from robustq.workflow.attack import prepared_target
 from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable
+from robustq.workflow.prepared_target import prepared_target
 from tests.evaluation.budgets import small
 
 CPU = torch.device("cpu")

@@ -12,8 +12,10 @@ from robustq.checkpoint import load_model
 from robustq.data import load_dataset
 from robustq.errors import UsageError
 from robustq.models.spec import build_model
+from robustq.report.text import training_lines
 from tests.models.small_nets import small_spec
 
+BARELY = ("epochs=1", "train_images=16", "monitor_images=16", "lr=1e-6", "calibration_images=16")
 FAST = ("epochs=1", "train_images=64", "monitor_images=16")
 
 
@@ -26,6 +28,9 @@ def test_the_given_network_stands_beside_the_quantized_one(tmp_path: Path, digit
     for path in (digits_float, tmp_path / "weights.pt"):
         found = robustq.harden_model(path, bits=8, recipe="ptq", data="digits", out=tmp_path / f"run-{path.stem}")
         assert found["float_holdout_accuracy"] == right / len(labels) > 0.3
+        assert not found.near_chance and found.foreign == (True if path.name == "weights.pt" else None)
+        lines = "\n".join(training_lines(found, next_command=""))
+        assert ("may have been trained on the held-out images" in lines) == bool(found.foreign)
 
 
 def test_foreign_weights_are_refused_near_chance_and_below_what_they_state(tmp_path: Path, digits_float: Path) -> None:
@@ -43,3 +48,14 @@ def test_foreign_weights_are_refused_near_chance_and_below_what_they_state(tmp_p
         path, bits=4, recipe="natural", data="digits", overrides=FAST, checks=False, out=tmp_path / "run"
     )
     assert taken.float_holdout_accuracy is None
+
+
+def test_a_run_that_ends_near_chance_says_so(tmp_path: Path) -> None:
+    found = robustq.train_model(
+        "natural", data="digits", architecture="resnet8", overrides=BARELY, out=tmp_path / "run"
+    )
+    labels = load_dataset("digits").test.labels
+    assert found.near_chance and found.chance == int(labels.bincount().max()) / len(labels)
+    assert found.clean_interval[0] <= found.chance
+    lines = training_lines(found, next_command="")
+    assert any(line.startswith("WARNING near chance (one class for all images is right on ") for line in lines)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from robustq.data import to_float
 from robustq.models.fx.factory import float_network
 from robustq.workflow.export import export_model
-from robustq.workflow.train import harden_model
+from robustq.workflow.harden import harden_model
 from tests.models.small_nets import digits
 
 SIDE = 64

@@ -168,11 +168,17 @@ def _constants_to_modules(model: GraphModule, entries: set[str]) -> None:
     model.recompile()
 
 
+def _erase_with_users(model: GraphModule, node: Node) -> None:
+    for user in list(node.users):
+        _erase_with_users(model, user)
+    model.graph.erase_node(node)
+
+
 def _check_graph(model: GraphModule, name: str) -> None:
     """One input, one output, and no layer that is called twice."""
+    for node in reversed([node for node in model.graph.nodes if node.op == "placeholder" and node.args]):
+        _erase_with_users(model, node)  # an argument that keeps its default, and the assertion that it does
     for node in list(model.graph.nodes):
-        if node.op == "placeholder" and node.args and not node.users:
-            model.graph.erase_node(node)  # an argument that kept its default
         if node.op == "output" and not isinstance(node.args[0], Node):
             kind = type(node.args[0]).__name__
             raise UsageError(f"{name}: its forward returns a {kind}; it must return the logits alone")

@@ -186,3 +186,23 @@ def test_a_feature_layer_can_be_named(wanted: str, found: str) -> None:
 def test_options_that_do_not_fit(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(name, **options)
+
+
+def test_optional_arguments_of_forward_take_their_defaults() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
+
+        def forward(self, x: Tensor, return_features: bool = False, scale: float = 2.0, mask: Any = None) -> Any:
+            features = torch.relu(self.conv(x)).mean((2, 3)) * scale
+            if mask is not None:
+                features = features * mask
+            return (self.fc(features), features) if return_features else self.fc(features)
+
+    network = Optional().eval()
+    graph = quantized_graph(
+        network, name="net", widths=Widths(32, 32), classes=CLASSES, channels=3, image_size=SIDE
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(graph(X), network(X))
