@@ -1,6 +1,6 @@
 """Networks of torchvision and timm from a float model to a checked integer file: docs/results/networks.md.
 
-    python -m benchmarks.networks --out FOLDER [--networks torchvision:resnet18 ...] [--bits 8 4] [--again]
+    python -m benchmarks.networks [--out FOLDER] [--networks torchvision:resnet18 ...] [--bits 8 4] [--again]
 
 Each network runs in a process of its own, forked after the imports, with a limit of time and memory: random weights
 from a seed, ``harden`` by the recipe ``natural`` for two steps at each width, and ``export --format integer`` with
@@ -54,7 +54,7 @@ TIMM = tuple(  # one text, so that the formatter keeps the lines
 def main() -> None:
     """Run the missing rows and print all."""
     parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path("networks-out"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="default: docs/results")
     parser.add_argument("--networks", nargs="+", help="default: all")
     parser.add_argument("--bits", nargs="+", type=int, default=[8, 4])
     parser.add_argument("--again", action="store_true", help="run rows anew that are there")
@@ -76,7 +76,8 @@ def main() -> None:
         for bits, found in watched(name, missing, options).items():
             rows[f"{name} {bits}"] = found
             print(f"{name} {bits}: {json.dumps(found)[:300]}", file=sys.stderr, flush=True)
-        kept.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(found)}" for key, found in rows.items())
+        kept.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     print_table(rows, options.bits)
 
 
@@ -217,13 +218,21 @@ def harden_and_export(model: Path, data: str, bits: int, work: Path) -> dict[str
     return {
         "exit": 1 if shortfalls else 0,
         "message": "; ".join(shortfalls),
-        "parity": made["parity"],
+        "parity": {
+            run: {key: one[key] for key in ("images", "different_top1", "max_difference", "same_answers")}
+            for run, one in made["parity"].items()
+        },
         "on_ties": made.record.get("on_ties", []),
         "accuracy": run["clean_accuracy"],
         "integer_layers": len(made["integer_layers"]),
-        "float_layers": made["float_layers"],
+        "float_layers": Counter(_kind_of(layer) for layer in made["float_layers"]),
         "bytes": made["size_bytes"],
     }
+
+
+def _kind_of(layer: str) -> str:
+    """``HardSigmoid`` of ``/features/HardSigmoid_3`` and of ``HardSigmoid(_token_154)``."""
+    return re.sub(r"(_\d+)?(\(.*\))?$", "", layer.rpartition("/")[2])
 
 
 def prepare(name: str, folder: Path) -> tuple[dict[str, Any], str]:
@@ -336,9 +345,9 @@ def print_table(rows: dict[str, Any], widths: list[int]) -> None:
             runs = found["parity"].values()
             equal = min(one["images"] - one["different_top1"] for one in runs)
             cells += [f"{equal} of {next(iter(runs))['images']}", f"{max(one['max_difference'] for one in runs):.0e}"]
-            kinds = Counter(re.sub(r"(_\d+)?(\(.*\))?$", "", one.rpartition("/")[2]) for one in found["float_layers"])
+            kinds = Counter(found["float_layers"])
             shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(4))
-            cells += [f"{len(found['float_layers'])}{': ' + shown if shown else ''}", f"{found['bytes']:,}"]
+            cells += [f"{kinds.total()}{': ' + shown if shown else ''}", f"{found['bytes']:,}"]
             failed = {run for run, one in found["parity"].items() if not one["same_answers"]}
             if found["exit"] and failed and failed <= set(found["on_ties"]):
                 cells[4] += ", exit 1: rounding ties"
