@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin
 from robustq.errors import UsageError
 
@@ -222,6 +223,19 @@ class AttackState:
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """(N,) bool: another class wins (the lowest of equal ones does), or a logit is NaN (as in `accuracy.predict`)."""
     return (logits.argmax(dim=1) != y) | logits.isnan().any(dim=1)
+
+
+def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int, generators: ImageGenerators) -> list[Tensor]:
+    """The classes of the highest logits (N, K) except the label's, highest first: up to `count` tensors (N,) int64.
+
+    Each image has its own random order of classes with equal logits: where only the winner has a logit of its own, the
+    classes of the lowest indices would be everybody's targets.
+    """
+    others = clean_logits.nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
+    shuffled = generators.child("ties").uniform((clean_logits.shape[1],)).argsort(dim=1, stable=True).to(y.device)
+    order = shuffled.gather(1, others.gather(1, shuffled).sort(dim=1, descending=True, stable=True).indices)
+    # The label is last unless another logit is -inf as well.
+    return list(order[order != y[:, None]].view(len(y), -1)[:, :count].unbind(dim=1))
 
 
 def _margins(logits: Tensor, y: Tensor) -> Tensor:

@@ -106,10 +106,20 @@ class Evaluation:
         return [check for check in self.checks if check.raised]
 
     @property
+    def suspected(self) -> list[Check]:
+        """The checks whose threshold is exceeded, but within chance."""
+        return [check for check in self.checks if check.suspected]
+
+    @property
     def not_judged_for(self) -> list[str]:
         """Reasons why no verdict is given; empty if one is."""
-        few = f"{self.images} images are too few, {ENOUGH_IMAGES} are enough"
-        return [*self.not_checked, *([few] if self.images < ENOUGH_IMAGES else [])]
+        reasons = list(self.not_checked)
+        if self.images < ENOUGH_IMAGES:
+            reasons.append(f"{self.images} images are too few, {ENOUGH_IMAGES} are enough")
+        elif self.suspected:
+            names = ", ".join(check.name for check in self.suspected)
+            reasons.append(f"{self.images} images do not decide the flags {names}; attack more images")
+        return reasons
 
     @property
     def verdict(self) -> str:
@@ -133,6 +143,7 @@ class Evaluation:
             "gradient_steps": sum(result.gradient_steps for result in self.results),
             "twin_agreement": self.twin_agreement,
             "flags": [check.to_dict() for check in self.flags],
+            "suspected": [check.name for check in self.suspected],
             "checks": [check.to_dict() for check in self.checks],
             "verdict": self.verdict,
             "not_judged_for": self.not_judged_for if self.verdict == NOT_JUDGED else [],

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,12 @@ from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
 from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.errors import RobustqError, UsageError
-from robustq.evaluation import flags
-from robustq.evaluation.accuracy import all_logits, compare_kept, predict
+from robustq.evaluation.accuracy import all_logits, predict
 from robustq.evaluation.diagnosis import diagnose
 from robustq.evaluation.evaluator import DIAGNOSIS, Evaluator
 from robustq.evaluation.flags import Check
-from robustq.evaluation.result import AttackResult, Evaluation
+from robustq.evaluation.result import Evaluation
+from robustq.evaluation.stages import run_stages, through_file_alone
 from robustq.evaluation.suites import SUITES, NamedAttack, Suite
 from robustq.evaluation.target import AS_TRAINED, Target, adapt_target
 
@@ -102,11 +101,11 @@ def run_suite(
             different = int((predict(target.gradient_model, x, batch_size=batch_size) != evaluator.predicted).sum())
         checks: list[Check] = []
         if epsilon > 0.0 and evaluator.classes > 1:
-            _attack(evaluator, target, suite)
+            run_stages(evaluator, target, suite)
             if suite.checks_masking:
                 checks = diagnose(target, evaluator, suite=suite, different=different, random=random)
             elif target.file_alone is not None and not suite.drops_broken:
-                checks = [_through_file_alone(evaluator, target.file_alone, suite)]
+                checks = [through_file_alone(evaluator, target.file_alone, suite)]
     return Evaluation(
         images=len(x),
         epsilon=epsilon,
@@ -129,56 +128,6 @@ def find_suite(name: str) -> Suite:
     if name not in SUITES:
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
     return SUITES[name]
-
-
-def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
-    everything = torch.arange(len(evaluator.x))
-    reference: AttackResult | None = None
-    for attack in suite.attacks:
-        remaining = evaluator.remaining_indices
-        if attack.uses == "surrogates":
-            for name, surrogate in target.surrogates.items():
-                label, remaining = f"{attack.name}: {name}", evaluator.remaining_indices
-                evaluator.run(attack, target.query_model, remaining, label=label, surrogate=surrogate)
-        elif attack.uses == "features" and target.features is not None:
-            evaluator.run(attack, target.gradient_model, remaining, features=target.features)
-        elif attack.uses == "queries":
-            evaluator.run(attack, target.query_model, remaining)
-        elif attack.uses == "gradients":
-            # A column of a table uses one gradient, that of training.
-            rules = list(target.gradient_models.items())[: None if suite.drops_broken else 1]
-            for number, (rule, model) in enumerate(rules):
-                indices = evaluator.remaining_indices if suite.drops_broken else everything
-                if number == 0 and attack.after is not None and reference is not None:
-                    indices = reference.kept_indices
-                label = attack.name if number == 0 else f"{attack.name} ({rule})"
-                result = evaluator.run(attack, model, indices, label=label)
-                reference = result if reference is None else reference
-    if suite.transfers:
-        for name, surrogate in target.surrogates.items():
-            for attack in suite.attacks:
-                evaluator.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
-
-
-def _through_file_alone(evaluator: Evaluator, model: Model, suite: Suite) -> Check:
-    """The columns of a suite once more, with another gradient model for the same judge; they are a count of their own.
-
-    The count through model.pt stays comparable with that of the export.
-    """
-    first = evaluator.clean.clone()
-    for result in evaluator.results:
-        if result.stage == "white-box":
-            first[result.broken_indices] = False
-    settings: dict[str, Any] = {name: getattr(evaluator, name) for name in ("epsilon", "batch_size", "seed")}
-    second = Evaluator(evaluator.judge, evaluator.x, evaluator.y, **settings)
-    for attack in suite.attacks:
-        if attack.uses == "gradients":
-            label = f"{attack.name} (file alone)"
-            second.run(attack, model, torch.arange(len(second.x)), label=label, stage=DIAGNOSIS)
-    evaluator.results += second.results
-    images = len(second.x)
-    left = (int(first.sum()) / images, int(second.robust.sum()) / images)
-    return flags.file_alone(compare_kept(first, second.robust, images=images), left=left)
 
 
 def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str]:

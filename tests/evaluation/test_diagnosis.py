@@ -17,6 +17,7 @@ from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from tests.evaluation.nets import (
+    FewValues,
     HardPixels,
     ResizedAndPadded,
     Saturating,
@@ -75,14 +76,14 @@ def useless_straight_through() -> Evaluation:
 
 
 def squeezed() -> Evaluation:
-    return judged(Squeezed(trained("smoothed"), width=1.0, height=1.0))
+    return judged(Squeezed(trained("smoothed"), width=0.5, height=1.0))
 
 
 MASKED: dict[str, tuple[Callable[[], Evaluation], set[str], bool]] = {
     # name: evaluation, flags that it must raise, whether it is slow
     "logits times 1e3": (functools.partial(scaled, 1e3), {"zero gradient", "logit scale", "loss", "noise"}, True),
-    "logits times 1e-3": (functools.partial(scaled, 1e-3), {"logit scale"}, False),
-    "squeezed logits": (squeezed, {"loss"}, False),
+    "logits times 1e-3": (functools.partial(scaled, 1e-3), {"loss"}, True),
+    "squeezed logits": (squeezed, {"logit scale", "loss"}, False),
     "random resize and pad": (resized, {"randomness"}, True),
     "rounded pixels": (hard_pixels, {"zero gradient", "noise", "large ball", "gradient-free", "transfer"}, True),
     "saturating output": (saturating, {"zero gradient"}, True),
@@ -123,6 +124,28 @@ def test_honest_training_raises_no_flag(method: str, epsilon: float) -> None:
     # It is worth something, unlike the network without defence.
     assert found.robust_accuracy > 0.35
     assert found.clean_accuracy > 0.9
+
+
+@functools.cache
+def robust_inside(kind: str, count: int) -> Evaluation:
+    """``bare`` or a kind of `FewValues`: a PGD-trained network on so many images."""
+    images, labels = digits()
+    model = trained("pgd") if kind == "bare" else FewValues(trained("pgd"), kind)
+    target = Target(model, {AS_TRAINED: model}, control=trained("natural", 1))
+    return run_suite(target, images[:count], labels[:count], epsilon=EPSILON, device=torch.device("cpu"))
+
+
+SLOW_KINDS = [pytest.param(kind, 200, marks=pytest.mark.slow) for kind in ("one-hot", "rounded", "votes", "clipped")]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("one-hot", 60), *SLOW_KINDS])
+def test_outputs_of_few_values_are_flagged_and_hide_no_more_than_the_network_inside(kind: str, count: int) -> None:
+    bare, found = robust_inside("bare", count), robust_inside(kind, count)
+    assert bare.flags == [] and 0.3 < bare.robust_accuracy < 0.5
+    assert "flat loss" in {check.name for check in found.flags}
+    assert "rays" in {result.name for result in found.results}
+    assert found.clean_accuracy == bare.clean_accuracy or kind == "votes"
+    assert found.robust_accuracy <= bare.robust_accuracy + WITHIN
 
 
 @pytest.mark.slow

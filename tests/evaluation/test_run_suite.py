@@ -370,8 +370,10 @@ def test_backward_rules_surrogates_and_features_are_used_and_counted() -> None:
     target = Target(model, rules, features=model.features, surrogates={"other": other})
     found = run(target, replace(small("standard"), checks_masking=False))
     results = {result.name: result for result in found.results}
-    for name in ("apgd-ce", "apgd-margin", "apgd-t", "pgd++"):
-        assert {name, f"{name} (other)"} <= results.keys()
+    assert {"apgd-ce", "apgd-margin", "apgd-t", "pgd++", "pgd-t", "apgd-ce (other)"} <= results.keys()
+    # The other rule is used until it breaks none in an attack.
+    under_other = [len(one.broken_indices) for name, one in results.items() if name.endswith(" (other)")]
+    assert 0 not in under_other[:-1] and under_other[-1] == 0
     assert {"corners", "square", "uniform noise"} <= results.keys()
     # APGD takes a gradient at its start and after each of its steps but the last.
     for name in ("features", "transfer: other"):
