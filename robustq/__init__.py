@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
+    from robustq.workflow.evaluate import evaluate
     from robustq.workflow.export import export_model
     from robustq.workflow.info import describe_file
     from robustq.workflow.quickstart import quickstart
@@ -21,6 +22,7 @@ _HOMES = {
     "train_model": "robustq.workflow.train",
     "harden_model": "robustq.workflow.train",
     "attack_model": "robustq.workflow.attack",
+    "evaluate": "robustq.workflow.evaluate",
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
     "recheck_bundle": "robustq.workflow.recheck",
@@ -32,6 +34,7 @@ _HOMES = {
 __all__ = [
     "attack_model",
     "describe_file",
+    "evaluate",
     "export_model",
     "harden_model",
     "quickstart",

@@ -16,7 +16,7 @@ from torch import Tensor
 from robustq.attacks.ball import check_epsilon
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin
-from robustq.errors import UsageError
+from robustq.errors import UsageError, one_line
 
 Answer = TypeVar("Answer")
 Other = TypeVar("Other")
@@ -120,6 +120,21 @@ def input_gradients(
                 "PyTorch form, and judge the adversarial images on the model itself"
             )
         yield LossAndGradient(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
+
+
+def lack_of_gradient(model: Model, x: Tensor) -> str | None:
+    """Why a model gives no gradient with respect to images x (N, C, H, W); None if it gives one, also one of zeros."""
+    leaf = x.detach().clone().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            logits = model(leaf)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # code outside PyTorch refuses tensors that autograd records in its own ways
+        return one_line(error, longest=120)
+    if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
+        return "its logits have no gradient with respect to the images"
+    return None
 
 
 def gradient_of_rows(model: Model, rows: Tensor, x: Tensor, objective: Objective) -> LossAndGradient:

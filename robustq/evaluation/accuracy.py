@@ -15,14 +15,15 @@ from robustq.progress import bar
 _Z = NormalDist().inv_cdf(0.975)
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a proportion (Wilson 1927, JASA 22).
 
     With p = correct / total, n = total and z the normal quantile of 0.975:
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
-    Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
-    UsageError for no images, or correct outside 0 .. total.
+    An expected number of successes, of images that are right with a probability, is allowed: the interval is then too
+    wide rather than too narrow. Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for
+    nothing but successes. UsageError for no images, or correct outside 0 .. total.
     """
     if total < 1:
         raise UsageError(f"an interval over {total} images does not exist; use at least 1")

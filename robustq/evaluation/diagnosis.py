@@ -32,8 +32,9 @@ LARGE_BALL = 0.5
 """In it every image can become the same grey one."""
 
 
-LONGEST = 800
-"""Steps at which the search for images that longer runs find ends."""
+LONGER, LONGEST, STILL_FOUND = 4, 16, 0.005
+"""Longer runs go on until they find nothing, up to four times the steps of the suite; up to sixteen times if the last
+one broke over half a point of the images."""
 
 
 def _apgd(name: str, steps: int, **settings: object) -> NamedAttack:
@@ -112,7 +113,7 @@ class _Diagnosis:
         ]
 
     def step_order(self) -> Check:
-        """Attack the remaining images with cross-entropy and twice the steps, until nothing more is found."""
+        """Attack the remaining images with cross-entropy and more and more steps, until nothing more is found."""
         evaluator, model, images = self.evaluator, self.target.gradient_model, self.images
         one_step = evaluator.run(FGSM, model, self.right)
         shorter = self._suite_result(CROSS_ENTROPY)
@@ -120,15 +121,17 @@ class _Diagnosis:
         # Images that queries broke before were not attacked with gradients.
         broken = self._broken("white-box", "noise and corners")
         left_by_all = set(evaluator.clean_indices.tolist()) - set(broken.tolist())
-        only_longer, found = 0, True
-        while found and 2 * steps[-1] <= LONGEST:
+        only_longer, found = 0, len(evaluator.x)
+        while found > (0 if steps[-1] < LONGER * steps[0] else STILL_FOUND * len(evaluator.x)):
+            if steps[-1] == LONGEST * steps[0]:
+                break
             remaining = evaluator.remaining_indices
             # The first run compares with the suite's, and needs images that broke there.
             indices = remaining if len(steps) > 1 else torch.unique(torch.cat([self.right, remaining]))
             steps.append(2 * steps[-1])
             longer = evaluator.run(_apgd(CROSS_ENTROPY, steps[-1]), model, indices)
             only_longer += len(left_by_all.intersection(longer.broken_indices.tolist()))
-            found = bool(torch.isin(longer.broken_indices, remaining).any())
+            found = int(torch.isin(longer.broken_indices, remaining).sum())
             if len(steps) == 2:
                 both = shorter.indices[torch.isin(shorter.indices, self.right)]
                 kept = (torch.isin(both, result.kept_indices) for result in (longer, shorter))

@@ -42,8 +42,8 @@ def run_stages(evaluator: Evaluator, target: Target, suite: Suite) -> None:
                 evaluator.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
 
 
-FIRST_TARGETS = 3
-"""Target classes that a backward rule must break an image with before it gets the others."""
+FIRST_TARGETS = 1
+"""Target classes with which a backward rule other than that of training must break an image before it gets all."""
 
 
 class _WhiteBox:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
-from robustq.evaluation.accuracy import all_logits, top_classes
+from robustq.evaluation.accuracy import all_logits, correct, top_classes
 
 AS_TRAINED = "as trained"
 """The backward rule of training: that of a target's first gradient model, and the only one of a float model."""
@@ -18,6 +18,9 @@ AS_TRAINED = "as trained"
 DRAWS = 8
 """A model that answers at random is judged and attacked in the mean of so many answers (expectation over
 transformation, Athalye et al. 2018, arXiv:1707.07397)."""
+
+SINGLE_DRAWS = 32
+"""Answers to an image that estimate how often a single one is right."""
 
 CALLS, ASKED = 44, 4
 """Calls with the same few images that look for randomness: one that shows in a tenth of the calls is missed in 1% of
@@ -46,6 +49,7 @@ class Target:
         image_by_image: the judge gets one image at a time, as its answer depends on the batch (dynamic quantization).
         proxy: another form of the judge, faster or with more than the class, or None: for queries of attacks without
             gradient; it decides over no image.
+        one_answer: the judge itself where ``judge`` is the mean of its random answers, or None.
         file_alone: the twin of a file whose gradient models are of its model.pt, or None: both are compared.
     """
 
@@ -56,6 +60,7 @@ class Target:
     control: Model | None = None
     image_by_image: bool = False
     proxy: Model | None = None
+    one_answer: Model | None = None
     file_alone: Model | None = None
 
     @classmethod
@@ -92,6 +97,12 @@ def averaged(model: Model) -> Model:
     return mean
 
 
+def share_right(judge: Model, x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
+    """The share of ``SINGLE_DRAWS`` answers of a random judge that are right, for each image: (N,) float64."""
+    right = [correct(judge, x, y, batch_size=batch_size) for _ in range(SINGLE_DRAWS)]
+    return torch.stack(right).double().mean(dim=0)
+
+
 def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
     """Judge image by image where answers depend on the batch, and in the mean of several answers where they are random.
 
@@ -105,7 +116,8 @@ def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target,
     random = _share_random(target.judge, x, batch_size=batch_size)
     if random > 0.0:
         models = {name: averaged(model) for name, model in target.gradient_models.items()}
-        target = replace(target, judge=averaged(target.judge), proxy=None, gradient_models=models)
+        mean = averaged(target.judge)
+        target = replace(target, judge=mean, one_answer=target.judge, proxy=None, gradient_models=models)
     elif not target.image_by_image:
         together, alone = (all_logits(target.judge, x, batch_size=size) for size in (len(x) or 1, 1))
         if float(_apart(together, alone, ulps=_ULPS["other batch"]).float().mean()) > _MANY:
