@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -352,6 +353,12 @@ def test_without_a_control_or_with_few_images_nothing_is_judged() -> None:
     model = trained("n-fgsm")
     found = run(Target.of(model), small("standard"), count=210)
     assert found.verdict == "not judged"
+    # Cross-entropy with more and more steps, until a run finds nothing that all other attacks left.
+    (check,) = (check for check in found.checks if check.name == "step order")
+    names = [f"apgd-ce {steps}" for steps in check.evidence["steps"][1:]]
+    newly = {result.name: before.remaining - result.remaining for before, result in pairwise(found.results)}
+    assert names[0] == "apgd-ce 10" and all(newly[name] > 0 for name in names[:-1])
+    assert newly[names[-1]] == 0 or names[-1] in ("apgd-ce 20", "apgd-ce 80")
     assert not {"harness", "noise", "transfer"} & {check.name for check in found.checks}
     assert any("control" in reason for reason in found.not_judged_for)
     found = run(Target(model, {AS_TRAINED: model}, control=trained("natural", 1)), small("standard"), count=30)
