@@ -17,7 +17,10 @@ _Z = NormalDist().inv_cdf(1.0 - _TAIL)
 
 
 class Level(NamedTuple):
-    """Whether a count exceeds its threshold with 95% confidence, and whether the images at hand exceed it."""
+    """Whether a count exceeds its threshold with 95% confidence, and whether the images at hand exceed it.
+
+    A difference of the images at hand counts only beyond chance, with an interval above 0.
+    """
 
     confident: bool
     observed: bool
@@ -80,7 +83,7 @@ class Comparison:
 
     def level(self, points: float) -> Level:
         """The difference against a threshold of ``points`` percentage points."""
-        return Level(self.exceeds(points), self.difference > points / 100)
+        return Level(self.exceeds(points), self.difference > points / 100 and self.exceeds(0.0))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

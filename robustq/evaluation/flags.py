@@ -218,9 +218,12 @@ def loss(found: Sequence[tuple[str, Comparison, tuple[float, float]]]) -> Check:
 
 def gradient_free(*, broken: int, left: int, images: int) -> Check:
     """Attacks without gradients break more than 1% of the images that white-box attacks left (broken, left)."""
+    level = Level.of_share(broken, left, GRADIENT_FREE_SHARE)
+    # Of few images left, one is more than 1%.
+    several = Comparison(images, broken, 0).exceeds(0.0)
     return _check(
         "gradient-free",
-        Level.of_share(broken, left, GRADIENT_FREE_SHARE),
+        Level(level.confident and several, level.observed and several),
         f"without gradients {broken} of the {left} images break that gradients left",
         {"broken": broken, "left": left, "images": images},
     )
