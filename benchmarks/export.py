@@ -25,6 +25,7 @@ from benchmarks.output import head, make_parser, row
 from robustq.export.formats import build
 from robustq.export.integer_layers import optimised_layers
 from robustq.export.session import OnnxModel
+from robustq.export.timing import cpu_name
 from robustq.models.quant.calibration import calibrate
 from robustq.models.quant.folding import fold
 from robustq.models.spec import ModelSpec, build_model
@@ -53,7 +54,7 @@ def main() -> None:
                 spec = ModelSpec(options.architecture, bits, bits, *shape, "noise", None, ())
                 files[f"w{bits}a{bits} {name}"] = _write(Path(folder), spec, name)
         print(f"{options.architecture}, {options.image_size} x {options.image_size} pixels, {options.classes} classes")
-        print(f"onnxruntime {ort.__version__}, one thread, {_cpu()}; {options.rounds} rounds")
+        print(f"onnxruntime {ort.__version__}, one thread, {cpu_name()}; {options.rounds} rounds")
         columns = (f"batch {batch}: ms a batch, float / this" for batch in options.batches)
         head("file", "bytes, float / this", "layers in float", *columns)
         timed = [_time(files, batch, options) for batch in options.batches]
@@ -106,16 +107,6 @@ def _seconds_a_call(session: OnnxModel, x: torch.Tensor, least: float) -> float:
         session(x)
         calls += 1
     return spent / calls
-
-
-def _cpu() -> str:
-    """The CPU's name, and whether it multiplies bytes (VNNI), which decides what integers gain."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "unknown CPU"
-    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "CPU")
-    return f"{name} {'with' if 'vnni' in text else 'without'} VNNI"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
+    from robustq.workflow.bench import bench_files
     from robustq.workflow.evaluate import evaluate
     from robustq.workflow.export import export_model
     from robustq.workflow.info import describe_file
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "train_model": "robustq.workflow.train",
     "harden_model": "robustq.workflow.train",
+    "bench_files": "robustq.workflow.bench",
     "attack_model": "robustq.workflow.attack",
     "evaluate": "robustq.workflow.evaluate",
     "describe_file": "robustq.workflow.info",
@@ -33,6 +35,7 @@ _HOMES = {
 
 __all__ = [
     "attack_model",
+    "bench_files",
     "describe_file",
     "evaluate",
     "export_model",

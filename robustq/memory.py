@@ -140,7 +140,8 @@ def free_memory() -> None:
         sys.modules["torch"].cuda.empty_cache()
 
 
-def _is_limited() -> bool:
+def is_limited() -> bool:
+    """Whether the address space of this process has a limit (``ulimit -v``)."""
     return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
 
 
@@ -171,7 +172,7 @@ def within_memory(work: Callable[[], T], message: Callable[[], str], *, trial: C
     """
     results: list[T] = []
     with _reserve():
-        failed = trial is not None and _is_limited() and not fits(trial)
+        failed = trial is not None and is_limited() and not fits(trial)
         failed = failed or runs_out_of_memory(lambda: results.append(work()))
     if failed:
         raise OutOfMemoryError(message())

@@ -62,6 +62,9 @@ def export(
     max_drift: Annotated[
         float, rare(help="Share of the answers that folding BatchNorm may change.", min=0, max=1)
     ] = 0.02,
+    kit: Annotated[
+        bool, rare("--kit/--no-kit", help="Write the folder kit, with which the device checks the file.")
+    ] = True,
 ) -> None:
     """Write the deploy file of a model and check it.
 
@@ -80,7 +83,7 @@ def export(
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(
-        lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, out=out, **keywords),
+        lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, kit=kit, out=out, **keywords),
         printing.as_json,
         export_lines,
         failure=failed_checks,

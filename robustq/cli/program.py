@@ -13,8 +13,10 @@ import typer
 from typer.core import TyperCommand
 
 from robustq.cli.attack import attack
+from robustq.cli.bench import bench
 from robustq.cli.export import export, recheck
 from robustq.cli.info import info, quickstart, recipes, zoo
+from robustq.cli.limited import watch_for_crashes
 from robustq.cli.process import Quiet, Verbose, is_verbose, prepare, recorded_interrupts, reset_printing
 from robustq.cli.train import harden, train
 from robustq.errors import STOPPED, CheckFailedError, RobustqError, RunStoppedError, printable
@@ -50,8 +52,18 @@ LONGEST_LINE = 2000
 """Characters of an error message, which may contain a typed value."""
 
 
+WITHOUT_TORCH = ("recipes", "zoo")
+"""Commands that need little memory."""
+
+
 class Command(TyperCommand):
-    """A command whose help has a section for each help panel, and its examples one a line."""
+    """A command, watched under a limit of memory. Its help has a section for each help panel; examples, one a line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, watched where memory is limited."""
+        if ctx.info_name not in WITHOUT_TORCH:
+            watch_for_crashes()
+        return super().invoke(ctx)
 
     def format_help_text(self, ctx: Any, formatter: Any) -> None:
         """Write the text, then the lines below "Examples:" as they are."""
@@ -103,7 +115,7 @@ def _root(
     """Common to all commands."""
 
 
-for _command in (quickstart, train, harden, attack, export, recheck, info, recipes, zoo):
+for _command in (quickstart, train, harden, attack, export, recheck, bench, info, recipes, zoo):
     app.command(cls=Command)(_command)
 
 

@@ -203,7 +203,11 @@ def export_lines(result: Result) -> list[str]:
     lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
     if not result["equal_in"]:
         lines.append("equal   answers proved in no runtime: do not use this file")
-    return [*lines, *not_for_lines(result), f"next    robustq recheck {result['bundle']}"]
+    lines += not_for_lines(result)
+    lines.append(f"card    {result['bundle']}/card.html")
+    if result["kit"]:
+        lines.append(f"kit     check on the device: python3 {result['bundle']}/{result['kit']}/check.py")
+    return [*lines, f"next    robustq recheck {result['bundle']}"]
 
 
 def recheck_lines(result: Result) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from robustq.twin.gradients import to_codes
-from robustq.twin.layers import average_pool, convolution
+from robustq.twin.layers import average_pool, convolution, product
 from robustq.twin.quantizers import along, codes_of, dequantized, of_levels, plain, quantized
 from robustq.twin.registry import MICROSOFT, Call, common_shape, operator
 
@@ -68,7 +68,7 @@ def qlinear_matmul(
     y_zero: Tensor,
 ) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__QLinearMatMul.html"""
-    total = _shifted(a, a_zero, axis=-2) @ _shifted(b, b_zero, axis=-1)
+    total = product(call, _shifted(a, a_zero, axis=-2), _shifted(b, b_zero, axis=-1))
     scale = along(a_scale, total, -2) * along(b_scale, total, -1) / y_scale
     return _requantized(call, total, scale, y_zero, 7)
 
@@ -78,7 +78,7 @@ def matmul_integer(
     call: Call, a: Tensor, b: Tensor, a_zero: Tensor | None = None, b_zero: Tensor | None = None
 ) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__MatMulInteger.html"""
-    return _shifted(a, a_zero, axis=-2) @ _shifted(b, b_zero, axis=-1)
+    return product(call, _shifted(a, a_zero, axis=-2), _shifted(b, b_zero, axis=-1))
 
 
 @operator(MICROSOFT + "MatMulIntegerToFloat")
@@ -113,9 +113,8 @@ def qgemm(
 ) -> Tensor:
     """Gemm of codes; float without an output scale. The bias counts in a_scale b_scale."""
     a, b = _shifted(a, a_zero), _shifted(b, b_zero, axis=0 if call.get("transB", 0) else 1)
-    total: Tensor = call.get("alpha", 1.0) * (
-        (a.mT if call.get("transA", 0) else a) @ (b.mT if call.get("transB", 0) else b)
-    )
+    a, b = a.mT if call.get("transA", 0) else a, b.mT if call.get("transB", 0) else b
+    total: Tensor = call.get("alpha", 1.0) * product(call, a, b)
     total = total if bias is None else total + bias
     scale = a_scale * b_scale
     return total * scale if y_scale is None else _requantized(call, total, scale / y_scale, y_zero, 8)

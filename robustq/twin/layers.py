@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from robustq.errors import ModelFileError
-from robustq.twin.registry import MICROSOFT, Call, check_size, common_shape, operator
+from robustq.twin.registry import MICROSOFT, Call, check_size, check_work, common_shape, operator
 
 
 def paddings(call: Call, x: Tensor, kernel: list[int], strides: list[int], dilations: list[int]) -> list[int]:
@@ -51,6 +53,11 @@ def convolution(call: Call, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor
         padding = pads[:rank]
     else:
         x, padding = padded(call, x, pads), [0] * rank
+    sizes = [
+        (size + 2 * more - dilation * (width - 1) - 1) // stride + 1
+        for size, more, dilation, width, stride in zip(x.shape[2:], padding, dilations, kernel, strides, strict=True)
+    ]
+    check_work(call, [len(x), len(w), *sizes], math.prod(w.shape[1:]))
     convolve = functional.conv2d if rank == 2 else functional.conv1d
     y: Tensor = convolve(x, w, bias, strides, padding, dilations, call.get("group", 1))
     return y
@@ -75,6 +82,7 @@ def conv_transpose(call: Call, x: Tensor, w: Tensor, bias: Tensor | None = None)
         for size, stride, width, dilation, more in zip(x.shape[2:], strides, w.shape[2:], dilations, extra, strict=True)
     ]
     check_size(call, [len(x), w.shape[1] * group, *sizes])
+    check_work(call, x.shape, math.prod(w.shape[1:]))
     mode, wanted = call.get("auto_pad", b"NOTSET").decode(), call.get("output_shape", None)
     pads = list(call.get("pads", [0] * (2 * rank)))
     if wanted is not None or mode.startswith("SAME"):
@@ -110,19 +118,25 @@ def gemm(call: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__Gemm.html"""
     a = a.mT if call.get("transA", 0) else a
     b = b.mT if call.get("transB", 0) else b
-    check_size(call, (a.shape[0], b.shape[-1]))
-    y = a @ b
+    y = product(call, a, b)
     alpha, beta = call.get("alpha", 1.0), call.get("beta", 1.0)
     y = y if alpha == 1.0 else alpha * y
     return y if c is None else y + (c if beta == 1.0 else beta * c)
 
 
+def product(call: Call, a: Tensor, b: Tensor) -> Tensor:
+    """A matrix product, its size and work checked."""
+    if min(a.dim(), b.dim()) > 1:
+        shape = [*common_shape(call, a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]]
+        check_size(call, shape)
+        check_work(call, shape, a.shape[-1])
+    return a @ b
+
+
 @operator("MatMul")
 def matmul(call: Call, a: Tensor, b: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__MatMul.html"""
-    if min(a.dim(), b.dim()) > 1:
-        check_size(call, [*common_shape(call, a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]])
-    return a @ b
+    return product(call, a, b)
 
 
 @operator("BatchNormalization")
@@ -153,6 +167,7 @@ def instance_normalization(call: Call, x: Tensor, scale: Tensor, bias: Tensor) -
 def local_response_normalization(call: Call, x: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__LRN.html"""
     size = call.get("size", 1)
+    check_work(call, x.shape, size)
     squares = x.square().unsqueeze(1)
     squares = functional.pad(squares, [0, 0, 0, 0, (size - 1) // 2, size - 1 - (size - 1) // 2])
     total = functional.avg_pool3d(squares, (size, 1, 1), stride=1).squeeze(1)  # divided by size, as the formula asks
@@ -187,6 +202,11 @@ def _extra(
     return extra
 
 
+def _windows(kernel: list[int], strides: list[int]) -> int:
+    """How many windows hold a value, at most."""
+    return math.prod(-(-width // stride) for width, stride in zip(kernel, strides, strict=True))
+
+
 @operator("MaxPool")
 def max_pool(call: Call, x: Tensor) -> Tensor:
     """https://onnx.ai/onnx/operators/onnx__MaxPool.html"""
@@ -195,6 +215,7 @@ def max_pool(call: Call, x: Tensor) -> Tensor:
     kernel, strides, dilations, pads = _window(call, x)
     extra = _extra(call, x, kernel, strides, dilations, pads)
     x = padded(call, x, [pads[0], pads[1], pads[2] + extra[0], pads[3] + extra[1]], value=float("-inf"))
+    check_work(call, x.shape, _windows(kernel, strides))
     return functional.max_pool2d(x, kernel, strides, 0, dilations)
 
 
@@ -212,6 +233,7 @@ def average_pool(call: Call, x: Tensor) -> Tensor:
     else:
         counted = padded(call, counted, [pads[0], pads[1], pads[2] + extra[0], pads[3] + extra[1]])
     x = padded(call, x, [pads[0], pads[1], pads[2] + extra[0], pads[3] + extra[1]])
+    check_work(call, x.shape, _windows(kernel, strides))
     mean = functional.avg_pool2d(x, kernel, strides)
     if not any(pads) and not any(extra):
         return mean

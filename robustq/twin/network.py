@@ -119,7 +119,8 @@ class Twin(nn.Module):
         known |= {name: getattr(self, buffer) for name, buffer in self._buffers_of.items()}
         kept = set(names)
         for node, finished in zip(self.nodes, self._finished, strict=True):
-            known |= _run(node, [known[name] if name else None for name in node.inputs], self.rule)
+            inputs = [known[name] if name else None for name in node.inputs]
+            known |= _run(node, inputs, self.rule, images=max(len(x), 1))
             for name in finished:
                 if name not in kept:
                     known.pop(name, None)
@@ -152,9 +153,9 @@ def _check_operators(nodes: tuple[Node, ...]) -> None:
         raise ModelFileError(f"{missing[0]} is an operator that is not supported{others}")
 
 
-def _run(node: Node, inputs: list[Tensor | None], rule: str) -> dict[str, Tensor]:
+def _run(node: Node, inputs: list[Tensor | None], rule: str, *, images: int = 1) -> dict[str, Tensor]:
     try:
-        found: Any = OPERATORS[node.operator](Call(node, rule), *inputs)
+        found: Any = OPERATORS[node.operator](Call(node, rule, images), *inputs)
     except torch.OutOfMemoryError:
         raise
     except _FAULTS as error:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from robustq.errors import ModelFileError
+from robustq.export.graph_limits import LARGEST_WORK
 from robustq.twin.graph import MAX_ELEMENTS, Node
 
 MICROSOFT = "com.microsoft."
@@ -19,10 +20,11 @@ DIALECTS = (QONNX, "onnx.brevitas.")
 
 @dataclass(frozen=True)
 class Call:
-    """A node, and the backward rule of the pass that calls it."""
+    """A node, and the pass that calls it: its backward rule and its number of images."""
 
     node: Node
     rule: str
+    images: int = 1
 
     def get(self, name: str, default: Any) -> Any:
         """An attribute of the node, or its default."""
@@ -59,6 +61,23 @@ def check_size(call: Call, shape: Iterable[int]) -> None:
         size *= int(one)
     if size > MAX_ELEMENTS:
         raise ModelFileError(f"{call.node} makes a tensor of {size:,} elements")
+
+
+def check_work(call: Call, values: Iterable[int], each: int) -> None:
+    """Refuse a layer that would compute for minutes, before it begins: torch cannot be stopped inside an operator.
+
+    Args:
+        values: shape of the result.
+        each: multiplications, or pooled values, for one of them.
+
+    Raises:
+        ModelFileError: more than :data:`robustq.export.graph_limits.LARGEST_WORK` for an image.
+    """
+    steps = each
+    for one in values:
+        steps *= max(int(one), 0)
+    if steps > LARGEST_WORK * call.images:
+        raise ModelFileError(f"{call.node} takes {steps // call.images:,} steps for one image")
 
 
 def common_shape(call: Call, *shapes: Iterable[int]) -> list[int]:

@@ -15,16 +15,19 @@ from robustq.errors import UsageError
 from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.suites import RECHECK, SUITES
 from robustq.export.bundle import FAILED, MODEL, RECORD, write_record
-from robustq.export.formats import build, check_format
+from robustq.export.formats import FORMATS, build, check_format
 from robustq.export.integer_layers import Layers
+from robustq.export.kit import KIT, write_kit
 from robustq.export.metadata import add_results
 from robustq.export.parity import drift
 from robustq.export.recheck import attack_file, prove
+from robustq.export.timing import Latency, Subject
 from robustq.files import check_output, free_path
 from robustq.hardening.run_folder import last_hardened
 from robustq.models.quant.folding import fold
 from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
+from robustq.report.card import write_card
 from robustq.workflow import Result
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 from robustq.zoo import model_path
@@ -69,6 +72,7 @@ def export_model(
     images: int = 1000,
     recheck: bool = True,
     max_drift: float = MAX_DRIFT,
+    kit: bool = True,
     data: str | None = None,
     custom_model: str | None = None,
     skip_bad_images: bool = False,
@@ -88,6 +92,8 @@ def export_model(
         images: test images for parity and re-check, evenly spaced; 0: all.
         recheck: also count accuracy under attack.
         max_drift: share of the answers that folding BatchNorm may change.
+        kit: also write the folder ``kit``, with which the device checks the file; needs ``recheck``, and a format that
+            onnxruntime runs.
         data: overrides the model's.
         custom_model: the ``module:function`` that built the network, if it is a custom model; allows its code to run.
         skip_bad_images: skip image files that cannot be read, with a warning.
@@ -154,12 +160,22 @@ def export_model(
             log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()
         count = partial(attack_file, path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
-        found = fit(lambda: count(attacks=attacks)).to_dict()
+        evaluation = fit(lambda: count(attacks=attacks))
+        found = evaluation.to_dict()
         record["recheck"] = found if recheck else None
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
         add_results(path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=shortfalls)
         record["size_bytes"] = path.stat().st_size
+        record["kit"] = None
+        runs = bool(FORMATS[format_name].runs)
+        if kit and recheck and runs and not proof.parity_failures:
+            record["kit"] = KIT
+            about = {"label": spec.label, "data": Path(loaded.name).name, "epsilon": radius, "suite": RECHECK_SUITE}
+            write_kit(folder, path, x, y, evaluation.x_adv, about=about)
+        side = spec.image_size
+        latency = Latency.of(Subject(path, (spec.channels, side, side))) if runs else None
+        write_card(folder, record, path, latency)
         write_record(folder, record, path, folder / MODEL)
         final = publish(folder, out or EXPORTS / name, numbered=True)
     if out is not None:

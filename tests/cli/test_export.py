@@ -63,7 +63,17 @@ def test_the_job_runs_from_float_to_a_judged_file(run: Run) -> None:
     assert {"files", "parity", "integer_layers", "float_layers", "recheck"} <= exported.json.keys()
     bundle = Path(exported.json["bundle"])
     assert bundle.name == "resnet8-w4a4-odgq-integer" and exported.json["float_layers"] == []
-    assert {file.suffix for file in bundle.iterdir()} == {".onnx", ".pt", ".json"}
+    assert {file.name for file in bundle.iterdir()} == {
+        "resnet8-w4a4.onnx",
+        "model.pt",
+        RECORD,
+        "kit",
+        "card.md",
+        "card.html",
+    }
+    facts = json.loads((bundle / "kit" / "kit.json").read_text())
+    counts = (round(exported.json["recheck"][key] * 60) for key in ("clean_accuracy", "robust_accuracy"))
+    assert (facts["clean_right"], facts["robust_right"]) == tuple(counts)
     assert sha256(bundle / "model.pt") == json.loads((bundle / RECORD).read_text())["sha256"]["model.pt"]
 
     rechecked = run("recheck", bundle, "--images", "60", "--json")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,15 +82,50 @@ def test_a_number_of_images_that_fits_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("megabytes", [30, 500])
-def test_a_program_that_cannot_be_loaded(tmp_path: Path, megabytes: int) -> None:
-    """While Python loads the command line, and while the command loads torch."""
+def limited(folder: Path, megabytes: int, *words: str, **options: Any) -> subprocess.Popen[str]:
+    """The program, whose address space is limited before it loads torch."""
     program = (
         f"import resource; resource.setrlimit(resource.RLIMIT_AS, ({megabytes << 20},) * 2); "
         "from robustq.cli import main; main()"
     )
-    words = ("train", "--data", "digits", "--architecture", "resnet8")
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("robustq: out of memory (") and len(done.stderr.splitlines()) == 1
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("megabytes", [30, 500, 3000])
+def test_a_program_that_cannot_be_loaded(tmp_path: Path, megabytes: int) -> None:
+    """While Python loads the command line, and while the command loads torch and its threads."""
+    done = limited(tmp_path, megabytes, "train", "--data", "digits", "--architecture", "resnet8")
+    out, err = done.communicate()
+    assert (done.returncode, out) == (2, "")
+    assert err.startswith("robustq: out of memory") and len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 2, "out of memory (SIGSEGV in native code); allow"),
+        ("os.kill(os.getppid(), signal.SIGINT); time.sleep(60)", 130, "stopped"),
+        ("os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)", -signal.SIGTERM, ""),
+    ],
+)
+def test_the_watching_process_ends_as_the_command_does(tmp_path: Path, body: str, code: int, line: str) -> None:
+    """The signals reach the first process, as from a terminal or a scheduler."""
+    (tmp_path / "own.py").write_text(f"import os, signal, time\n\n\ndef build(num_classes):\n    {body}\n")
+    words = ("train", "--data", "digits", "--model", "own:build")
+    done = limited(tmp_path, 64 << 10, *words, preexec_fn=allow_interrupts)
+    _, err = done.communicate()
+    assert done.returncode == code, err
+    assert line in err and len(err.splitlines()) == bool(line)
+
+
+def allow_interrupts() -> None:
+    """A process that a shell started with & ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -128,6 +128,8 @@ CASES: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "n-fgsm": ("n-fgsm", 0, {}, {}),
     "fgsm-mep-options": ("fgsm-mep", 0, {}, ALL_OPTIONS),
     "fgsm-mep-restart": ("fgsm-mep", 0, {"reset_epochs": 1}, {}),
+    "nu-at": ("nu-at", 0, {}, {}),
+    "liet-options": ("liet", 0, {"renew_batches": 2}, ALL_OPTIONS),
     "trades-options": ("trades", 0, {"steps": 2}, ALL_OPTIONS),
     "rslad": ("rslad", 0, {}, {}),
     "rslad-cached": ("rslad", 0, {"teacher_sees": "original"}, {}),

@@ -56,6 +56,7 @@ def build(recipe: Recipe, model: nn.Module, **keys: Any) -> Any:
 
 def context(model: nn.Module, **keys: Any) -> MethodContext:
     common: dict[str, Any] = {"epsilon": EPSILON, "batch_size": BATCH, "image_shape": (1, 8, 8), "samples": IMAGES}
+    common |= {"classes": 10, "epochs": 2}
     random: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "cross_entropy": nn.CrossEntropyLoss()}
     return MethodContext(model=model, **{**common, **random, "device": CPU, **keys})
 

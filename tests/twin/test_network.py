@@ -245,6 +245,21 @@ def giant_constant(model: onnx.ModelProto) -> None:
     model.graph.node.insert(0, helper.make_node("ConstantOfShape", ["sizes"], ["giant"], name="giant"))
 
 
+def with_node(operator: str, *shapes: tuple[int, ...], **attributes: Any) -> Any:
+    """A change that puts a node in front, whose inputs are constants of a few bytes."""
+
+    def change(model: onnx.ModelProto) -> None:
+        names = [f"in{place}" for place in range(len(shapes))]
+        nodes = [helper.make_node(operator, names, ["large"], name="large", **attributes)]
+        for name, shape in zip(names, shapes, strict=True):
+            model.graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{name} sizes"))
+            nodes.insert(0, helper.make_node("ConstantOfShape", [f"{name} sizes"], [name]))
+        for node in reversed(nodes):
+            model.graph.node.insert(0, node)
+
+    return change
+
+
 def wrong_rank(model: onnx.ModelProto) -> None:
     weight = next(one for one in model.graph.initializer if len(one.dims) == 4)
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[:, :, 0], weight.name))
@@ -270,6 +285,13 @@ def two_inputs(model: onnx.ModelProto) -> None:
         (huge, "declares .* elements"),
         (short, "cannot be read"),
         (giant_constant, "ConstantOfShape 'giant' makes a tensor of 1,099,511,627,776 elements"),
+        (with_node("MatMul", (2048, 2048), (2048, 2049)), "MatMul 'large' takes 8,594,128,896 steps for one image"),
+        (with_node("Gemm", (2048, 2048), (2049, 2048), transB=1), "Gemm 'large' takes 8,594,128,896 steps"),
+        (with_node("MatMulInteger", (2048, 2048), (2048, 2049)), "MatMulInteger 'large' takes 8,594,128,896 steps"),
+        (with_node("Conv", (1, 1, 9, 9), (1, 1, 1024, 1024), pads=[1024] * 4), "Conv 'large' takes .* steps"),
+        (with_node("ConvTranspose", (1, 1, 100, 100), (1, 1, 1024, 1024)), "ConvTranspose 'large' takes .* steps"),
+        (with_node("MaxPool", (1, 1, 9, 9), kernel_shape=[1024] * 2, pads=[1023] * 4), "MaxPool 'large' takes"),
+        (with_node("AveragePool", (1, 1, 9, 9), kernel_shape=[1024] * 2, pads=[1023] * 4), "AveragePool 'large' takes"),
         (wrong_rank, "Conv '.*' (cannot be computed|has 2 spatial axes)"),
         (climb, "is not a readable ONNX model"),
         (two_inputs, "has 2 inputs and 1 outputs"),

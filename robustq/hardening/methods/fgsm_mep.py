@@ -19,14 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from robustq.hardening.methods.method import (
-    AdversarialTraining,
-    LossOutput,
-    MethodContext,
-    attack_generation,
-    batch_norm_mode,
-)
+from robustq.hardening.methods.method import AdversarialTraining, LossOutput, MethodContext
 from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
+from robustq.hardening.methods.start_logits import StartLogits
 
 _ROWS_AT_ONCE = 1024
 """Images whose start is drawn at a time: limits the memory of the draw, which is made on the CPU."""
@@ -72,14 +67,15 @@ class FgsmMep(AdversarialTraining):
         shape = (context.samples, *context.image_shape)
         self.perturbations = torch.zeros(shape, device=context.device)
         self.momenta = torch.zeros(shape, device=context.device)
-        self._start = torch.empty(0)
-        self._prior: Tensor | None = None
+        through_prior = settings.prior_gradient and settings.mse_weight != 0
+        self.prior = StartLogits(self.model, settings.batch_norm, differentiated=through_prior)
 
     @property
     def passes(self) -> str:
         """The pass of x_0 and the training pass; one or two more for lambda's term."""
-        again = self._through_prior and not self._keeps_graph
-        return f"{3 if again else 2} forward + {3 if self._through_prior else 2} backward passes"
+        through_prior = self.prior.differentiated
+        again = through_prior and not self.prior.keeps_graph
+        return f"{3 if again else 2} forward + {3 if through_prior else 2} backward passes"
 
     def begin_epoch(self, epoch: int) -> None:
         """Restart the perturbations in the first epoch and after every ``reset_epochs``."""
@@ -95,11 +91,8 @@ class FgsmMep(AdversarialTraining):
         """Steps 1 to 3: x_adv of this batch; updates delta and m of its images."""
         settings, epsilon = self.settings, self.epsilon
         delta = self.perturbations[indices]
-        start = (x + delta).clamp(0.0, 1.0).requires_grad_()
-        mode = batch_norm_mode if self._keeps_graph else attack_generation
-        with mode(self.model, settings.batch_norm):
-            prior = self.model(start)
-            (gradient,) = torch.autograd.grad(self.cross_entropy(prior, y), start, retain_graph=self._keeps_graph)
+        start = (x + delta).clamp(0.0, 1.0)
+        gradient = self.prior.gradient(start, lambda logits: self.cross_entropy(logits, y))
         # A batch without any gradient: 0 and not NaN.
         norm = gradient.abs().sum().clamp_min(torch.finfo(gradient.dtype).tiny)
         momentum = gradient / norm + settings.momentum * self.momenta[indices]
@@ -108,37 +101,13 @@ class FgsmMep(AdversarialTraining):
         self.momenta[indices] = momentum
         # Clipped to [0, 1] of this epoch's crop, as in the paper's code.
         self.perturbations[indices] = torch.minimum(torch.maximum(moved, -x), 1.0 - x)
-        self._start = start.detach()
-        self._prior = prior if self._keeps_graph else None if self._through_prior else prior.detach()
         return (x + (delta + step * gradient.sign()).clamp(-epsilon, epsilon)).clamp(0.0, 1.0)
 
     def loss(self, x: Tensor, x_adv: Tensor, y: Tensor, indices: Tensor) -> LossOutput:
-        """Step 4. The first call reuses f(x_0) of :meth:`perturb`, so the weights must be the same. If f(x_0) has a
-        gradient, further calls compute it again (and with ``batch_norm = "train"`` update the running statistics).
-        """
+        """Step 4. The first call reuses f(x_0) of :meth:`perturb` (:meth:`.start_logits.StartLogits.take`)."""
         logits = self.model(x_adv)
         task = self.cross_entropy(logits, y)
         if self.settings.mse_weight == 0:
             return LossOutput.of(task, logits)
-        gap = functional.mse_loss(logits, self._prior_logits())
+        gap = functional.mse_loss(logits, self.prior.take())
         return LossOutput.of(task, logits, weight=self.settings.mse_weight, mse=gap)
-
-    @property
-    def _through_prior(self) -> bool:
-        return self.settings.prior_gradient and self.settings.mse_weight != 0
-
-    @property
-    def _keeps_graph(self) -> bool:
-        # In eval mode BatchNorm's backward needs the running statistics of its forward pass, which the pass of x_adv
-        # changes in between: f(x_0) is then computed again after that pass.
-        return self._through_prior and self.settings.batch_norm != "eval"
-
-    def _prior_logits(self) -> Tensor:
-        prior = self._prior
-        if prior is not None:
-            if self._through_prior:
-                self._prior = None  # its graph allows one backward pass
-            return prior
-        with batch_norm_mode(self.model, self.settings.batch_norm):
-            logits: Tensor = self.model(self._start)
-        return logits

@@ -101,7 +101,9 @@ class MethodContext:
     epsilon: float  # radius of the threat model, in [0, 1]
     batch_size: int  # images of a full batch
     image_shape: tuple[int, int, int]  # (C, H, W)
+    classes: int
     samples: int  # training images
+    epochs: int  # of the whole run
     device: torch.device
     generator: torch.Generator  # of the method's draws; on the CPU, so that they do not depend on the device
     cross_entropy: nn.CrossEntropyLoss

@@ -226,6 +226,84 @@ def fgsm_mep(
     return train_on
 
 
+def nu_at(task: Task, *, alpha: float, lambda_: float, epochs: int, mode: str) -> Reference:
+    """Sriramanan et al.: the nuclear norm as the sum of the roots of the eigenvalues of D^T D."""
+    batches: dict[int, int] = {}
+
+    def nuclear(a: Tensor, b: Tensor) -> Tensor:
+        gap = a - b
+        return torch.sqrt(torch.linalg.eigvalsh(gap.T @ gap)).sum() / len(gap)
+
+    def train_on(epoch: int, batch: Batch) -> Iterator[Made]:
+        x, y, _indices = batch
+        weight, odd = lambda_ * epoch / epochs, batches.get(epoch, 0) % 2 == 1
+        batches[epoch] = batches.get(epoch, 0) + 1
+        bits = torch.randint(0, 2, x.shape, generator=task.generator, dtype=torch.int8)
+        start = (x + alpha * torch.where(bits == 1, 1.0, -1.0).double()).clamp(0, 1)
+        clean = task.answer(x, mode).detach() if odd and weight else None
+
+        def rising(at: Tensor) -> Tensor:
+            logits = task.answer(at, mode)
+            return task_loss(logits, y) + (0.0 if clean is None else weight * nuclear(logits, clean))
+
+        x_adv = task.into_ball(start + task.epsilon * ascent(start, rising), x)
+        logits, natural = task.answer(x_adv), task.answer(x)
+        ce, gap = task.cross_entropy(natural, y), nuclear(logits, natural)
+        yield Made(x_adv, ce + weight * gap, {"cross_entropy": ce.item(), "nuclear_norm": gap.item()})
+
+    return train_on
+
+
+def liet(
+    task: Task, *, lambda_: float, epochs: int, renew: int, s: float, classes: int, image: Tensor, mode: str
+) -> Reference:
+    """The authors' steps, with the divergence as two sums over classes."""
+    guides: list[Tensor] = []
+    batches: dict[int, int] = {}
+    small = task.epsilon <= 8 / 255
+
+    def smoothed(logits: Tensor, shares: Tensor, y: Tensor) -> Tensor:
+        total = logits.new_zeros(())
+        for i in range(len(y)):
+            log_p = logits[i] - torch.log(torch.exp(logits[i]).sum())
+            others = sum(float(shares[i, k]) for k in range(classes) if k != int(y[i]))
+            for k in range(classes):
+                total = total - (1 - s if k == int(y[i]) else s * float(shares[i, k]) / others) * log_p[k]
+        return total / len(y)
+
+    def train_on(epoch: int, batch: Batch) -> Iterator[Made]:
+        x, y, _indices = batch
+        if batches.get(epoch, 0) % renew == 0:
+            shares = torch.rand((classes, classes), generator=task.generator).double()
+            grey = torch.full((classes, *image.shape), 0.5, dtype=torch.float64)
+            labels = torch.arange(classes)
+            guides[:] = task.epsilon * ascent(grey, lambda at: smoothed(task.answer(at, "eval"), shares, labels))
+        batches[epoch] = batches.get(epoch, 0) + 1
+        places = torch.rand(x.shape, generator=task.generator)
+        values = torch.rand(x.shape, generator=task.generator).double()
+        share, coin = torch.rand(2, generator=task.generator)
+        noise = task.epsilon * (1 if small else 2) * (2 * values - 1)
+        delta = torch.stack([guides[int(label)] for label in y])
+        delta[places < 0.1 + share * 0.4] = noise[places < 0.1 + share * 0.4]
+        x_0 = (x + delta if coin >= 0.5 else x - delta).clamp(0, 1).requires_grad_()
+        prior = task.answer(x_0, mode)
+        shares = torch.rand((len(y), classes), generator=task.generator).double()
+        (g,) = torch.autograd.grad(smoothed(prior, shares, y), x_0, retain_graph=True)
+        shares = torch.rand((len(y), classes), generator=task.generator).double()
+        moved = x_0.detach() + task.epsilon * torch.sign(g)
+        x_adv = task.into_ball(moved, x) if small else moved.clamp(0, 1)
+        logits = task.answer(x_adv)
+        if mode == "eval":
+            prior = task.answer(x_0.detach(), mode)  # by the statistics that x_adv has moved
+        ce = smoothed(logits, shares, y)
+        middle = torch.log((torch.softmax(prior, 1) + torch.softmax(logits, 1)) / 2)
+        gap = (divergence(prior, middle) + divergence(logits, middle)) / 2
+        loss = ce + lambda_ * (epoch + 1) / epochs * gap
+        yield Made(x_adv, loss, {"cross_entropy": ce.item(), "jensen_shannon": gap.item()})
+
+    return train_on
+
+
 def trades(task: Task, *, beta: float, steps: int, step: float, start: float, mode: str) -> Reference:
     """Zhang et al., Algorithm 1, but for the width of the start."""
 

@@ -24,6 +24,8 @@ from tests.hardening.tiny import build, recipe
 IMAGE = torch.zeros(SHAPE, dtype=torch.float64)
 LEVEL = 1 / 255
 SEED = 5
+CLASSES = 3
+EPOCHS = 3
 
 
 def teacher_net() -> Twin:
@@ -38,9 +40,9 @@ def built(method: str, model: nn.Module, *, smoothing: float = 0.0, epsilon: flo
     """The method on a float64 net: its memory in float64 too."""
     teacher = OnlineTeacher(teacher_net()) if method == "rslad" else None
     settings = recipe(method, batch_size=SLOTS, label_smoothing=smoothing, settings=keys)
-    sizes: dict[str, Any] = {"image_shape": SHAPE, "samples": SAMPLES}
+    sizes: dict[str, Any] = {"image_shape": SHAPE, "samples": SAMPLES, "classes": CLASSES, "epochs": EPOCHS}
     made = build(settings, model, epsilon=epsilon, **sizes, seed=SEED, teacher=teacher)
-    for name in ("perturbation", "perturbations", "momenta"):
+    for name in ("perturbation", "perturbations", "momenta", "guides"):
         if hasattr(made, name):
             setattr(made, name, getattr(made, name).double())
     return made
@@ -191,6 +193,25 @@ def test_fgsm_mep(mode: str, through_prior: bool, keys: dict[str, float]) -> Non
     assert all(bool((made.x_adv == bound).any()) for made in trace for bound in (0.0, 1.0))
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_nu_at(mode: str) -> None:
+    model, net = twins()
+    task = reference.Task(net, EPSILON, SEED, smoothing=0.4)
+    method = built("nu-at", model, smoothing=0.4, batch_norm=mode)
+    plain = reference.nu_at(task, alpha=EPSILON / 2, lambda_=4.0, epochs=EPOCHS, mode=mode)
+    train_both(method, model, plain, net, epochs=EPOCHS)
+
+
+@pytest.mark.parametrize(("mode", "epsilon", "s"), [("train", 8 / 255, 0.6), ("eval", EPSILON, 0.2)])
+def test_liet(mode: str, epsilon: float, s: float) -> None:
+    model, net = twins()
+    task = reference.Task(net, epsilon, SEED)
+    keys: dict[str, Any] = {"renew_batches": 2, "random_smoothing": s, "divergence_weight": 10.0}
+    method = built("liet", model, epsilon=epsilon, batch_norm=mode, **keys)
+    plain = reference.liet(task, lambda_=10.0, epochs=EPOCHS, renew=2, s=s, classes=CLASSES, image=IMAGE, mode=mode)
+    train_both(method, model, plain, net, epochs=EPOCHS)
+
+
 def test_fgsm_mep_without_any_gradient_stays_finite() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(72, 3)).double()
     with torch.no_grad():
@@ -270,6 +291,9 @@ COSTS: list[tuple[str, dict[str, Any], int, int, int]] = [
     ("fgsm-mep", {}, 2, 3, 0),
     ("fgsm-mep", {"batch_norm": "eval"}, 3, 3, 0),
     ("fgsm-mep", {"prior_gradient": False, "batch_norm": "eval"}, 2, 2, 0),
+    ("nu-at", {}, 3, 3, 0),
+    ("liet", {}, 2, 3, 0),
+    ("liet", {"batch_norm": "eval"}, 3, 3, 0),
     ("trades", {"steps": 10}, 13, 12, 0),
     ("rslad", {}, 3, 3, 1),
     ("rslad", {"clean_weight": 0, "steps": 2}, 3, 3, 1),
@@ -289,6 +313,8 @@ def test_passes_are_what_a_batch_costs(
     if name == "rslad":
         method.teacher = OnlineTeacher(teacher)
     method.begin_epoch(0)
+    if name == "liet":
+        method.progress[1] = 1  # the first of 20 batches computes G besides
     counted = Counted(model)
     x, y = images(SLOTS, seed=1)
     for _ in range(method.repeats):
@@ -302,7 +328,7 @@ def test_passes_are_what_a_batch_costs(
 
 
 # What each carries from batch to batch, beside random numbers.
-ALL = ["natural", "odgq", "pgd", "fgsm-rs", "n-fgsm", "free", "dq", "fgsm-mep", "trades", "rslad"]
+ALL = ["natural", "odgq", "pgd", "fgsm-rs", "n-fgsm", "free", "dq", "fgsm-mep", "nu-at", "liet", "trades", "rslad"]
 
 
 def test_every_method_that_trains_is_here() -> None:
@@ -315,10 +341,14 @@ def test_every_method_that_trains_is_here() -> None:
     }
 
 
+TRAIN_MODE = ("fgsm-rs", "n-fgsm", "fgsm-mep", "nu-at", "liet")
+"""Methods whose attack generation moves BatchNorm's running statistics by default."""
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_attack_generation_leaves_weights_and_modes_alone(name: str) -> None:
     model, _ = twins()
-    keys: dict[str, Any] = {"batch_norm": "eval"} if name in ("fgsm-rs", "n-fgsm", "fgsm-mep") else {}
+    keys: dict[str, Any] = {"batch_norm": "eval"} if name in TRAIN_MODE else {}
     method = built(name, model, **keys)
     method.begin_epoch(0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -338,7 +368,7 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
     # As weight perturbation does: the second loss is that of a method which never was at the first weights.
     def second_loss(*, twice: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model, _ = twins()
-        keys: dict[str, Any] = {"batch_norm": "separate"} if name == "fgsm-mep" else {}
+        keys: dict[str, Any] = {"batch_norm": "separate"} if name in ("fgsm-mep", "liet") else {}
         method = built(name, model, **keys)
         method.begin_epoch(0)
         x, y = images(SLOTS, seed=1)
@@ -347,8 +377,9 @@ def test_the_loss_may_be_asked_for_again_at_other_weights(name: str) -> None:
         if twice:
             loss = method.loss(x, x_adv, y, indices).loss
             torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
-        elif name == "fgsm-mep":
-            method._prior = None  # its first call would reuse the answer at the old weights
+        elif name in ("fgsm-mep", "liet"):
+            start = method.prior if name == "fgsm-mep" else method.start
+            start._logits = None  # its first call would reuse the answer at the old weights
         state = {key: value.clone() for key, value in method.state_dict().items()}
         with torch.no_grad():
             for parameter in model.parameters():
@@ -372,6 +403,7 @@ BAD: list[tuple[str, str, Any]] = [
     ("dq", "orthogonality_weight", -1e-3),
     ("fgsm-mep", "reset_epochs", 0),
     ("fgsm-mep", "prior_gradient", "no"),
+    ("liet", "random_smoothing", 1.5),
     ("trades", "step_size", "1/0"),
     ("trades", "start_size", "1/510"),
     ("rslad", "teacher", 3),
