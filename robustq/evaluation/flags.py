@@ -80,15 +80,15 @@ def step_order(
     """More steps leave more, or longer runs find what no other loss had found.
 
     one_step: 20-step PGD (first) and FGSM (second). fewer_steps: APGD on cross-entropy with twice the steps (first) and
-    with those of the suite (second). only_longer: images that white-box attacks of the suite left and longer runs
-    broke. steps: of all runs.
+    with those of the suite (second). only_longer: white-box attacks of the suite together (first) and all runs on
+    cross-entropy (second). steps: of all runs.
     """
     parts = {
         f"one step breaks {_points(one_step)} more than 20 steps do": one_step.level(STEP_ORDER_POINTS),
         f"{steps[0]} steps break {_points(fewer_steps)} more than {2 * steps[0]} do": fewer_steps.level(
             MORE_STEPS_POINTS
         ),
-        f"{steps[-1]} steps of cross-entropy break {_points(only_longer)} that other losses left": only_longer.level(
+        f"{steps[-1]} steps of cross-entropy break {_points(only_longer)} more than all losses did": only_longer.level(
             MORE_STEPS_POINTS
         ),
     }
