@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
     from robustq.workflow.bench import bench_files
+    from robustq.workflow.evaluate import evaluate
     from robustq.workflow.export import export_model
     from robustq.workflow.export_weights import export_weights
     from robustq.workflow.harden import harden_model
@@ -25,6 +26,7 @@ _HOMES = {
     "harden_model": "robustq.workflow.harden",
     "bench_files": "robustq.workflow.bench",
     "attack_model": "robustq.workflow.attack",
+    "evaluate": "robustq.workflow.evaluate",
     "describe_file": "robustq.workflow.info",
     "export_model": "robustq.workflow.export",
     "export_weights": "robustq.workflow.export_weights",
@@ -38,6 +40,7 @@ __all__ = [
     "attack_model",
     "bench_files",
     "describe_file",
+    "evaluate",
     "export_model",
     "export_weights",
     "harden_model",

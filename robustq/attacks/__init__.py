@@ -39,13 +39,13 @@ from robustq.attacks.fab import fab, fab_targeted
 from robustq.attacks.feature_space import feature_space
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.noise import gaussian_noise, random_corners, uniform_noise
-from robustq.attacks.pgd import bim, fgsm, pgd, pgd_plus_plus, tpgd
+from robustq.attacks.pgd import bim, fgsm, pgd, pgd_plus_plus, pgd_targeted, tpgd
 from robustq.attacks.rays import rays
 from robustq.attacks.square import square
 from robustq.attacks.transfer import transfer
 
 _ATTACKS = (
-    *(gaussian_noise, uniform_noise, random_corners, fgsm, bim, pgd, tpgd, pgd_plus_plus),
+    *(gaussian_noise, uniform_noise, random_corners, fgsm, bim, pgd, tpgd, pgd_plus_plus, pgd_targeted),
     *(apgd, apgd_targeted, fab, fab_targeted, square, rays, feature_space, transfer),
 )
 
@@ -66,6 +66,7 @@ __all__ = [
     "gaussian_noise",
     "pgd",
     "pgd_plus_plus",
+    "pgd_targeted",
     "random_corners",
     "rays",
     "square",

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project, uniform_noise_and_peak
-from robustq.attacks.base import AttackState, Criterion, Model, Objective, check_settings, gradient_of_rows, select
+from robustq.attacks.base import (
+    AttackState,
+    Criterion,
+    Model,
+    Objective,
+    check_settings,
+    gradient_of_rows,
+    likely_targets,
+    select,
+)
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, nan_to_lowest, targeted_dlr
 
@@ -76,22 +85,13 @@ def apgd_targeted(
     check_settings(epsilon=epsilon, steps=steps, target_classes=target_classes)
     generators = image_generators(generator, x)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
-    for rank, target in enumerate(likely_targets(state.clean_logits, y, count=target_classes)):
+    for rank, target in enumerate(likely_targets(state.clean_logits, y, count=target_classes, generators=generators)):
 
         def objective(logits: Tensor, rows: Tensor, target: Tensor = target) -> Tensor:
             return loss(logits, y[rows], target[rows])
 
         _run(state, objective, generators.child("apgd", rank), epsilon=epsilon, steps=steps)
     return state.x_adv
-
-
-def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int) -> list[Tensor]:
-    """The classes of the highest logits (N, K) except the label's, highest first: up to `count` tensors (N,) int64."""
-    others = clean_logits.nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
-    # Stable, so that equal logits come in the order of their classes on every device.
-    order = others.sort(dim=1, descending=True, stable=True).indices
-    # The label is last unless another logit is -inf as well.
-    return list(order[order != y[:, None]].view(len(y), -1)[:, :count].unbind(dim=1))
 
 
 def checkpoints(steps: int) -> frozenset[int]:

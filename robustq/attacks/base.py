@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon
+from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin
-from robustq.errors import UsageError
+from robustq.errors import UsageError, one_line
 
 Answer = TypeVar("Answer")
 Other = TypeVar("Other")
@@ -121,6 +122,21 @@ def input_gradients(
         yield LossAndGradient(torch.nan_to_num(gradient, nan=0.0), losses.detach(), logits.detach())
 
 
+def lack_of_gradient(model: Model, x: Tensor) -> str | None:
+    """Why a model gives no gradient with respect to images x (N, C, H, W); None if it gives one, also one of zeros."""
+    leaf = x.detach().clone().requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            logits = model(leaf)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # code outside PyTorch refuses tensors that autograd records in its own ways
+        return one_line(error, longest=120)
+    if not logits.requires_grad or torch.autograd.grad(logits.sum(), leaf, allow_unused=True)[0] is None:
+        return "its logits have no gradient with respect to the images"
+    return None
+
+
 def gradient_of_rows(model: Model, rows: Tensor, x: Tensor, objective: Objective) -> LossAndGradient:
     """`input_gradient` for images x (n, C, H, W) that are some rows (n,) of the batch."""
     return input_gradient(model_for(model, rows), x, lambda logits: objective(logits, rows))
@@ -222,6 +238,19 @@ class AttackState:
 def misclassified(logits: Tensor, y: Tensor) -> Tensor:
     """(N,) bool: another class wins (the lowest of equal ones does), or a logit is NaN (as in `accuracy.predict`)."""
     return (logits.argmax(dim=1) != y) | logits.isnan().any(dim=1)
+
+
+def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int, generators: ImageGenerators) -> list[Tensor]:
+    """The classes of the highest logits (N, K) except the label's, highest first: up to `count` tensors (N,) int64.
+
+    Each image has its own random order of classes with equal logits: where only the winner has a logit of its own, the
+    classes of the lowest indices would be everybody's targets.
+    """
+    others = clean_logits.nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
+    shuffled = generators.child("ties").uniform((clean_logits.shape[1],)).argsort(dim=1, stable=True).to(y.device)
+    order = shuffled.gather(1, others.gather(1, shuffled).sort(dim=1, descending=True, stable=True).indices)
+    # The label is last unless another logit is -inf as well.
+    return list(order[order != y[:, None]].view(len(y), -1)[:, :count].unbind(dim=1))
 
 
 def _margins(logits: Tensor, y: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustq.attacks.apgd import likely_targets
 from robustq.attacks.ball import project, uniform_noise_and_peak
 from robustq.attacks.base import (
     AttackState,
@@ -17,6 +16,7 @@ from robustq.attacks.base import (
     check_settings,
     input_gradient,
     input_gradients,
+    likely_targets,
     misclassified,
     model_for,
 )
@@ -87,7 +87,7 @@ def fab_targeted(
     check_settings(epsilon=epsilon, steps=steps, restarts=restarts, target_classes=target_classes)
     generators = image_generators(generator, x)
     walk = _Walk(model, x, y, criterion=criterion, stop=stop_when_broken)
-    for rank, target in enumerate(likely_targets(walk.clean_logits, y, count=target_classes)):
+    for rank, target in enumerate(likely_targets(walk.clean_logits, y, count=target_classes, generators=generators)):
         for restart in range(restarts):
             start = generators.child("fab", rank, restart) if restart else None
             _run(walk, partial(_boundary_to, target, walk), start, epsilon=epsilon, steps=steps)

@@ -31,12 +31,12 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     """The best other logit minus that of the label, max over j != y of z_j - z_y: positive when misclassified.
 
     Its gradient does not vanish when the model is confident, unlike that of cross-entropy (the loss f_6 of Carlini &
-    Wagner 2017, arXiv:1608.04644, without its cut at a confidence). One of several equal runners-up gets the gradient.
-    K is at least 2.
+    Wagner 2017, arXiv:1608.04644, without its cut at a confidence). Several equal runners-up share the gradient. K is
+    at least 2.
     """
     logits = _full_precision(logits)
     label = y[:, None]
-    runner_up = logits.scatter(1, label, -torch.inf).max(dim=1).values
+    runner_up = logits.scatter(1, label, -torch.inf).amax(dim=1)
     return runner_up - logits.gather(1, label)[:, 0]
 
 

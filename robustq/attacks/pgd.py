@@ -1,9 +1,10 @@
-"""Attacks along the sign of the gradient: FGSM, BIM, PGD, TPGD and PGD++; one loop, `sign_ascent`.
+"""Attacks along the sign of the gradient: FGSM, BIM, PGD, TPGD, PGD++, targeted PGD; one loop, `sign_ascent`.
 
 - FGSM: one step (Goodfellow et al. 2015, arXiv:1412.6572; Eq. 2 of ODG-Q).
 - BIM: several steps from the image (Kurakin et al. 2017, arXiv:1607.02533; Eq. 3 of ODG-Q).
 - PGD: BIM from a random start (Madry et al. 2018, arXiv:1706.06083).
 - TPGD: PGD on the KL divergence from the clean answer (Zhang et al. 2019, arXiv:1901.08573; Eq. 4 of ODG-Q).
+- Targeted PGD: PGD towards one class after the other.
 - PGD++: PGD on rescaled logits, for networks whose cross-entropy saturates (Gupta & Ajanthan 2022, arXiv:2003.13511).
 
 A pixel with a gradient of exactly zero stays where it is, since sign(0) = 0. A step longer than the ball is allowed and
@@ -25,10 +26,11 @@ from robustq.attacks.base import (
     Objective,
     check_settings,
     gradient_of_rows,
+    likely_targets,
     misclassified,
 )
 from robustq.attacks.generators import ImageGenerators, image_generators
-from robustq.attacks.losses import Loss, cross_entropy, kl, rescaled_cross_entropy
+from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, kl, rescaled_cross_entropy, targeted_margin
 from robustq.errors import UsageError
 
 Record = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -237,4 +239,57 @@ def pgd_plus_plus(
     )
     if len(rows):
         state.record(rows, x_adv, state.query(rows, x_adv))
+    return state.x_adv
+
+
+def pgd_targeted(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epsilon: float,
+    step_size: float | None = None,
+    steps: int = 20,
+    loss: TargetedLoss = targeted_margin,
+    target_classes: int = 9,
+    stop_when_broken: bool = True,
+    criterion: Criterion | None = None,
+    generator: torch.Generator | ImageGenerators | None = None,
+) -> Tensor:
+    """PGD towards one class after the other, the highest of the clean logits first; every iterate counts.
+
+    Each run starts at a uniform point of the ball. No step depends on the value of the loss: on a loss that is flat
+    between decisions APGD halves its steps and returns to its best point, this attack goes on.
+
+    Args (the others are those of all attacks, see `robustq.attacks`):
+        steps: per target class; each costs a forward and a backward pass, and a run one forward pass more.
+        loss: `losses.targeted_margin` or `targeted_dlr`, or any function of that type.
+        target_classes: number of runs, each towards another class; at most the number of other classes.
+    """
+    check_settings(epsilon=epsilon, steps=steps, target_classes=target_classes)
+    step_size = default_step(step_size, epsilon=epsilon, steps=steps)
+    generators = image_generators(generator, x)
+    state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
+    for rank, target in enumerate(likely_targets(state.clean_logits, y, count=target_classes, generators=generators)):
+        rows = state.remaining
+        if not len(rows):
+            break
+
+        def objective(logits: Tensor, rows: Tensor, target: Tensor = target) -> Tensor:
+            return loss(logits, y[rows], target[rows])
+
+        start = uniform_start(state.x[rows], epsilon=epsilon, generator=generators.child("pgd-t", rank)[rows])
+        rows, x_adv = sign_ascent(
+            model,
+            state.x,
+            start,
+            objective,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=steps,
+            rows=rows,
+            record=state.record,
+        )
+        if len(rows):
+            state.record(rows, x_adv, state.query(rows, x_adv))
     return state.x_adv

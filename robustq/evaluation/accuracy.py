@@ -1,12 +1,10 @@
-"""Accuracy: predictions, confidence intervals, and the paired comparison of two attacks on the same images."""
+"""Accuracy: predictions, and confidence intervals of their shares."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,14 +15,15 @@ from robustq.progress import bar
 _Z = NormalDist().inv_cdf(0.975)
 
 
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+def wilson_interval(correct: float, total: int) -> tuple[float, float]:
     """The 95% Wilson score interval of a proportion (Wilson 1927, JASA 22).
 
     With p = correct / total, n = total and z the normal quantile of 0.975:
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
-    Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for nothing but successes.
-    UsageError for no images, or correct outside 0 .. total.
+    An expected number of successes, of images that are right with a probability, is allowed: the interval is then too
+    wide rather than too narrow. Returns (low, high) as fractions; low is exactly 0 for no success, high exactly 1 for
+    nothing but successes. UsageError for no images, or correct outside 0 .. total.
     """
     if total < 1:
         raise UsageError(f"an interval over {total} images does not exist; use at least 1")
@@ -94,49 +93,3 @@ def correct(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, *, batch_si
         raise UsageError(f"{len(x)} images and {len(y)} labels; give one label per image")
     predictions = predict(model, x, batch_size=batch_size)
     return (predictions == y.cpu()) & (predictions >= 0)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Counts of images that are right under only one of two attacks, and of all ``images``, right or wrong."""
-
-    images: int
-    only_first: int
-    only_second: int
-
-    @property
-    def difference(self) -> float:
-        """Accuracy under the first attack minus that under the second, a fraction."""
-        return (self.only_first - self.only_second) / self.images
-
-    @property
-    def half_width(self) -> float:
-        """Half the width of the 95% interval of the difference of two paired proportions.
-
-        z sqrt(b + c - (b - c)^2 / n) / n with b = only_first and c = only_second (Wald's interval, as in Agresti 2002,
-        Categorical Data Analysis, section 10.1.1). Four images against none exceed it.
-        """
-        apart = self.only_first - self.only_second
-        return _Z * math.sqrt(self.only_first + self.only_second - apart * apart / self.images) / self.images
-
-    def exceeds(self, points: float) -> bool:
-        """Whether the difference exceeds both ``points`` percentage points and the half width of its interval."""
-        return self.difference > points / 100 and self.difference > self.half_width
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "difference": self.difference, "half_width": self.half_width}
-
-
-def compare_kept(first: Tensor, second: Tensor, *, images: int) -> Comparison:
-    """Compare two attacks on the same images: (n,) bool each, right under the attack.
-
-    ``images`` is the number that accuracies are shares of: n, or more where some were wrong without attack. UsageError
-    if the attacks were not run on the same number of images, or on more than ``images``.
-    """
-    if first.shape != second.shape or len(first) > images or images < 1:
-        raise UsageError(
-            f"{len(first)} and {len(second)} of {images} images cannot be compared in pairs; run both attacks on the "
-            "same images"
-        )
-    return Comparison(images, int((first & ~second).sum()), int((~first & second).sum()))

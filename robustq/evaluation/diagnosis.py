@@ -12,16 +12,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from robustq.attacks import apgd, fgsm, pgd_plus_plus
+from robustq.attacks import apgd, fgsm, pgd_plus_plus, pgd_targeted
 from robustq.attacks.base import Model, input_gradient
 from robustq.attacks.losses import cross_entropy, margin
 from robustq.data.splits import evenly_spaced
 from robustq.evaluation import flags
-from robustq.evaluation.accuracy import Comparison, compare_kept
+from robustq.evaluation.comparison import Comparison, compare_kept
 from robustq.evaluation.evaluator import DIAGNOSIS, Evaluator
 from robustq.evaluation.flags import Check
+from robustq.evaluation.flatness import find_flat
 from robustq.evaluation.result import AttackResult
-from robustq.evaluation.suites import CROSS_ENTROPY, NOISE, NamedAttack, Suite
+from robustq.evaluation.suites import CROSS_ENTROPY, DIFFERENCES, FIXED_STEPS, NOISE, RAYS, NamedAttack, Suite
 from robustq.evaluation.target import DRAWS, Target
 
 IMAGES = 500
@@ -29,6 +30,11 @@ IMAGES = 500
 
 LARGE_BALL = 0.5
 """In it every image can become the same grey one."""
+
+
+LONGER, LONGEST, STILL_FOUND = 4, 16, 0.01
+"""Longer runs go on until they find nothing, up to four times the steps of the suite; up to sixteen times if the last
+one broke over a point of the images."""
 
 
 def _apgd(name: str, steps: int, **settings: object) -> NamedAttack:
@@ -39,8 +45,11 @@ FGSM = NamedAttack("fgsm", fgsm, stage=DIAGNOSIS)
 PGD = NamedAttack("pgd20", pgd_plus_plus, {"steps": 20, "loss": cross_entropy}, stage=DIAGNOSIS)
 # The same attack on rescaled logits; the same name gives it the same random starts.
 RESCALED = NamedAttack("pgd20", pgd_plus_plus, {"steps": 20}, stage=DIAGNOSIS)
-FIFTY, HUNDRED = _apgd("apgd-ce", 50), _apgd("apgd-ce", 100)
+FIFTY = _apgd("apgd-ce", 50)
 MARGIN = _apgd("apgd-margin", 50, loss=margin)
+# On a loss that is flat or without gradient.
+MORE_FIXED = NamedAttack("pgd-t 50", pgd_targeted, {"steps": 50, "target_classes": 9}, stage=DIAGNOSIS)
+DECISIONS = replace(RAYS, stage=DIAGNOSIS)
 LARGE = (_apgd("apgd-ce", 20), _apgd("apgd-margin", 20, loss=margin))
 
 
@@ -56,7 +65,8 @@ def diagnose(target: Target, evaluator: Evaluator, *, suite: Suite, different: i
         *diagnosis.harness_and_noise(),
         diagnosis.step_order(),
         diagnosis.large_ball(),
-        diagnosis.zero_gradient(),
+        diagnosis.zero,
+        diagnosis.flat_loss(),
         diagnosis.logit_scale(),
         diagnosis.loss(),
         diagnosis.gradient_free(),
@@ -78,6 +88,7 @@ class _Diagnosis:
         self.images = len(self.indices)
         self.right = self.indices[evaluator.clean[self.indices]]
         self.pgd = evaluator.run(PGD, target.gradient_model, self.right)
+        self.zero = self._zero_gradient()
 
     def harness_and_noise(self) -> list[Check]:
         control, epsilon, images = self.target.control, self.evaluator.epsilon, self.images
@@ -102,16 +113,34 @@ class _Diagnosis:
         ]
 
     def step_order(self) -> Check:
-        model, images = self.target.gradient_model, self.images
-        one_step = self.evaluator.run(FGSM, model, self.right)
-        steps = next(attack.settings["steps"] for attack in self.suite.attacks if attack.name == CROSS_ENTROPY)
-        fifty = self._suite_result(CROSS_ENTROPY)
-        if steps != FIFTY.settings["steps"]:
-            fifty = self.evaluator.run(FIFTY, model, self.right)
-        kept, broken = (part[torch.isin(part, self.right)] for part in (fifty.kept_indices, fifty.broken_indices))
-        hundred = self.evaluator.run(HUNDRED, model, kept)
-        more_steps = self._completed(hundred, HUNDRED, broken, points=flags.MORE_STEPS_POINTS, images=images)
-        return flags.step_order(compare_kept(self.pgd.kept, one_step.kept, images=images), more_steps)
+        """Attack the remaining images with cross-entropy and more and more steps, until nothing more is found."""
+        evaluator, model, images = self.evaluator, self.target.gradient_model, self.images
+        one_step = evaluator.run(FGSM, model, self.right)
+        shorter = self._suite_result(CROSS_ENTROPY)
+        steps = [next(attack.settings["steps"] for attack in self.suite.attacks if attack.name == CROSS_ENTROPY)]
+        by_entropy, found = shorter.broken_indices, len(evaluator.x)
+        while found > (0 if steps[-1] < LONGER * steps[0] else STILL_FOUND * len(evaluator.x)):
+            if steps[-1] == LONGEST * steps[0]:
+                break
+            remaining = evaluator.remaining_indices
+            # The first run compares with the suite's, and needs images that broke there.
+            indices = remaining if len(steps) > 1 else torch.unique(torch.cat([self.right, remaining]))
+            steps.append(2 * steps[-1])
+            longer = evaluator.run(_apgd(CROSS_ENTROPY, steps[-1]), model, indices)
+            by_entropy = torch.cat([by_entropy, longer.broken_indices])
+            found = int(torch.isin(longer.broken_indices, remaining).sum())
+            if len(steps) == 2:
+                both = shorter.indices[torch.isin(shorter.indices, self.right)]
+                kept = (torch.isin(both, result.kept_indices) for result in (longer, shorter))
+                fewer_steps = compare_kept(*kept, images=images)
+        # Of the images that white-box attacks got: queries had broken the others before.
+        by_suite = (torch.isin(shorter.indices, broken) for broken in (self._broken("white-box"), by_entropy))
+        return flags.step_order(
+            compare_kept(self.pgd.kept, one_step.kept, images=images),
+            fewer_steps,
+            only_longer=compare_kept(*(~broken for broken in by_suite), images=len(evaluator.x)),
+            steps=steps,
+        )
 
     def large_ball(self) -> Check:
         images = self.images
@@ -127,7 +156,7 @@ class _Diagnosis:
             epsilon=LARGE_BALL,
         )
 
-    def zero_gradient(self) -> Check:
+    def _zero_gradient(self) -> Check:
         zero, evaluator = 0, self.evaluator
         for indices in torch.split(self.right, evaluator.batch_size):
             rows = indices.to(evaluator.x.device)
@@ -136,14 +165,37 @@ class _Diagnosis:
             zero += int((gradient == 0.0).flatten(1).all(dim=1).sum())
         return flags.zero_gradient(zero=zero, images=len(self.right))
 
+    def flat_loss(self) -> Check:
+        """Also attacks the remaining images by decisions alone, and with more fixed steps, if the loss is flat."""
+        evaluator = self.evaluator
+        only_fixed = len(self._broken(FIXED_STEPS))
+        found = find_flat(self.target, evaluator.x, evaluator.y, self.right, epsilon=evaluator.epsilon)
+        check = flags.flat_loss(
+            flat=found.flat,
+            images=found.images,
+            of=found.of,
+            fixed_steps=Comparison(len(evaluator.x), only_fixed, 0),
+        )
+        if check.raised or self.zero.raised:
+            for model in self.target.gradient_models.values():
+                evaluator.run(MORE_FIXED, model, evaluator.remaining_indices)
+            evaluator.run(DECISIONS, self.target.query_model, evaluator.remaining_indices)
+        return check
+
     def logit_scale(self) -> Check:
         label = "pgd20 on rescaled logits"
         rescaled = self.evaluator.run(RESCALED, self.target.gradient_model, self.right, label=label)
         # Plain cross-entropy is both attacks that used it: a stronger attack must not count as a better scale.
         plain = self.pgd.kept & ~torch.isin(self.right, self._suite_result(CROSS_ENTROPY).broken_indices)
+        # Differences of two logits have a gradient at every scale.
+        others = plain & ~torch.isin(self.right, self._broken(*DIFFERENCES))
         images = self.images
         left = (int(plain.sum()) / images, len(rescaled.kept_indices) / images)
-        return flags.logit_scale(compare_kept(plain, rescaled.kept, images=images), left=left)
+        return flags.logit_scale(
+            compare_kept(plain, rescaled.kept, images=images),
+            others_against_rescaled=compare_kept(others, rescaled.kept, images=images),
+            left=left,
+        )
 
     def loss(self) -> Check:
         reference, images = self._suite_result(CROSS_ENTROPY), len(self.evaluator.x)
@@ -158,10 +210,9 @@ class _Diagnosis:
     def gradient_free(self) -> Check:
         """Attacks with gradients the images that queries alone had broken before."""
         evaluator = self.evaluator
-        names = [attack.name for attack in self.suite.attacks if attack.uses == "queries"]
-        by_queries = torch.cat([one.broken_indices for one in self.suite_results if one.name in names])
-        by_gradients = torch.cat([one.broken_indices for one in self.suite_results if one.stage == "white-box"])
-        missed = torch.tensor(sorted(set(by_queries.tolist()) - set(by_gradients.tolist())), dtype=torch.int64)
+        by_queries = self._broken(*(attack.name for attack in self.suite.attacks if attack.uses == "queries"))
+        by_gradients = self._broken("white-box")
+        missed = by_queries[~torch.isin(by_queries, by_gradients)]
         for model in self.target.gradient_models.values():
             for attack in (FIFTY, MARGIN):
                 missed = evaluator.run(attack, model, missed).kept_indices
@@ -203,6 +254,12 @@ class _Diagnosis:
         first, rows = self.evaluator, self.indices.to(self.evaluator.x.device)
         settings = {"batch_size": first.batch_size, "seed": first.seed}
         return Evaluator(judge, first.x[rows], first.y[rows], epsilon=epsilon, **settings)
+
+    def _broken(self, *names: str) -> Tensor:
+        """Indices of the images that attacks of the suite broke, by their names or their stage."""
+        results = [one for one in self.suite_results if {one.name.split(" (")[0], one.stage} & set(names)]
+        broken = [torch.empty(0, dtype=torch.int64), *(result.broken_indices for result in results)]
+        return torch.as_tensor(torch.unique(torch.cat(broken)))
 
     def _suite_result(self, name: str) -> AttackResult:
         return next(result for result in self.suite_results if result.name == name)

@@ -60,12 +60,36 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
+class SingleAnswers:
+    """A judge that answers at random, asked once for each image, as a device does.
+
+    Args:
+        clean, robust: (N,) float64, the share of answers that are right without attack, and under the worst attack.
+        draws: number of answers whose mean was attacked and judged beside it.
+    """
+
+    clean: Tensor
+    robust: Tensor
+    draws: int
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Expected share of right answers without attack."""
+        return float(self.clean.mean())
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Expected share of right answers under attack."""
+        return float(self.robust.mean())
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The result of an evaluation; every accuracy is a fraction of ``images``.
 
     Args:
         images, epsilon: N, and the radius of the ball.
-        clean: (N,) bool, right without attack.
+        clean: (N,) bool, right without attack; of a judge that answers at random, in the mean of its answers.
         robust: (N,) bool, right without attack and under every attack (the worst case per image).
         attacked: attack name -> (n,) bool, right under that attack, of the images it was run on.
         twin_agreement: share of clean images that gradient model and judge put into the same class; None without a
@@ -74,6 +98,7 @@ class Evaluation:
         results: of every attack, in order.
         checks, not_checked: for gradient masking, and reasons why no verdict can be given.
         notes: on how it was judged.
+        single: single answers of a judge that answers at random, or None.
     """
 
     images: int
@@ -89,16 +114,35 @@ class Evaluation:
     checks: Sequence[Check]
     not_checked: Sequence[str]
     notes: Sequence[str]
+    single: SingleAnswers | None = None
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of images that are right without attack."""
-        return int(self.clean.sum()) / self.images
+        """Share of images that are right without attack; of random answers the lower of single ones and their mean."""
+        in_mean = int(self.clean.sum()) / self.images
+        return in_mean if self.single is None else min(in_mean, self.single.clean_accuracy)
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of images that no attack of the suite broke: an upper bound of the true robust accuracy."""
-        return int(self.robust.sum()) / self.images
+        """Share of images that no attack of the suite broke: an upper bound of the true robust accuracy.
+
+        Of random answers the lower of single ones and their mean.
+        """
+        in_mean = int(self.robust.sum()) / self.images
+        return in_mean if self.single is None else min(in_mean, self.single.robust_accuracy)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the robust accuracy."""
+        return wilson_interval(self.robust_accuracy * self.images, self.images)
+
+    def _answers(self) -> dict[str, Any] | None:
+        if self.single is None:
+            return None
+        mean = {"clean_accuracy": int(self.clean.sum()) / self.images}
+        mean["robust_accuracy"] = int(self.robust.sum()) / self.images
+        single = {"clean_accuracy": self.single.clean_accuracy, "robust_accuracy": self.single.robust_accuracy}
+        return {"single": single, "mean": mean, "draws": self.single.draws}
 
     @property
     def flags(self) -> list[Check]:
@@ -106,10 +150,20 @@ class Evaluation:
         return [check for check in self.checks if check.raised]
 
     @property
+    def suspected(self) -> list[Check]:
+        """The checks whose threshold is exceeded, but within chance."""
+        return [check for check in self.checks if check.suspected]
+
+    @property
     def not_judged_for(self) -> list[str]:
         """Reasons why no verdict is given; empty if one is."""
-        few = f"a verdict needs {ENOUGH_IMAGES} images or more, these are {self.images}"
-        return [*self.not_checked, *([few] if self.images < ENOUGH_IMAGES else [])]
+        reasons = list(self.not_checked)
+        if self.images < ENOUGH_IMAGES:
+            reasons.append(f"a verdict needs {ENOUGH_IMAGES} images or more, these are {self.images}")
+        elif self.suspected:
+            names = ", ".join(check.name for check in self.suspected)
+            reasons.append(f"{self.images} images do not decide the flags {names}; attack more images")
+        return reasons
 
     @property
     def verdict(self) -> str:
@@ -124,15 +178,17 @@ class Evaluation:
             "images": self.images,
             "epsilon": self.epsilon,
             "clean_accuracy": self.clean_accuracy,
-            "clean_interval": list(wilson_interval(int(self.clean.sum()), self.images)),
+            "clean_interval": list(wilson_interval(self.clean_accuracy * self.images, self.images)),
             "robust_accuracy": self.robust_accuracy,
-            "interval": list(wilson_interval(int(self.robust.sum()), self.images)),
+            "interval": list(self.interval),
+            "random_answers": self._answers(),
             "attacks": {name: int(kept.sum()) / len(kept) for name, kept in self.attacked.items() if len(kept)},
             "stages": [result.to_dict(images=self.images) for result in self.results],
             "queries": sum(result.queries for result in self.results),
             "gradient_steps": sum(result.gradient_steps for result in self.results),
             "twin_agreement": self.twin_agreement,
             "flags": [check.to_dict() for check in self.flags],
+            "suspected": [check.name for check in self.suspected],
             "checks": [check.to_dict() for check in self.checks],
             "verdict": self.verdict,
             "not_judged_for": self.not_judged_for if self.verdict == NOT_JUDGED else [],

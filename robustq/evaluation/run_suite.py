@@ -9,23 +9,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon
-from robustq.attacks.base import Model
+from robustq.attacks.ball import LEVEL_TOLERANCE, check_epsilon, round_to_uint8
+from robustq.attacks.base import Model, lack_of_gradient
 from robustq.data import to_float
 from robustq.errors import RobustqError, UsageError
 from robustq.evaluation import flags
-from robustq.evaluation.accuracy import all_logits, compare_kept, predict
+from robustq.evaluation.accuracy import all_logits, predict
 from robustq.evaluation.diagnosis import diagnose
 from robustq.evaluation.evaluator import DIAGNOSIS, Evaluator
 from robustq.evaluation.flags import Check
-from robustq.evaluation.result import AttackResult, Evaluation
-from robustq.evaluation.suites import SUITES, NamedAttack, Suite
-from robustq.evaluation.target import AS_TRAINED, Target, adapt_target
+from robustq.evaluation.result import Evaluation, SingleAnswers
+from robustq.evaluation.stages import run_stages, through_file_alone
+from robustq.evaluation.suites import SUITES, NamedAttack, Suite, without_gradients
+from robustq.evaluation.target import AS_TRAINED, DRAWS, Target, adapt_target, share_right
 
 
 def evaluate(
@@ -72,8 +73,10 @@ def run_suite(
         seed: of all random numbers; at another batch size or device kernels round differently.
         known: an evaluation of the same judge and images in a smaller ball: images that broke there are broken here.
 
-    UsageError for no images, another number of labels, labels outside the classes of the judge, a radius above 0 and
-    below one grey level, or a judge that cannot take the images.
+    Without gradient models, or where they give no gradient, the attacks without gradients run
+    (:func:`robustq.evaluation.suites.without_gradients`). UsageError for no images, another number of labels, labels
+    outside the classes of the judge, a radius above 0 and below one grey level, a judge that cannot take the images, or
+    a suite of gradient attacks alone without gradients.
     """
     if isinstance(suite, str):
         suite = find_suite(suite)
@@ -88,6 +91,13 @@ def run_suite(
         torch.manual_seed(seed)
         x, y = to_float(images.to(device)), labels.to(device)
         _check_image_shape(target.judge, x)
+        lacks = {name: lack_of_gradient(model, x[:2]) for name, model in target.gradient_models.items()}
+        lack = next((reason for reason in lacks.values() if reason is not None), None)
+        searches_only = lack is not None or not target.gradient_models
+        asked_for_flags = suite.checks_masking
+        if searches_only:
+            suite = without_gradients(suite, reason=lack or "no model gives them")
+            target = replace(target, gradient_models={}, features=None)
         target, random = adapt_target(target, x, batch_size=batch_size)
         evaluator = Evaluator(target.judge, x, y, epsilon=epsilon, batch_size=batch_size, seed=seed)
         if not 0 <= int(labels.min()) <= int(labels.max()) < evaluator.classes:
@@ -102,11 +112,18 @@ def run_suite(
             different = int((predict(target.gradient_model, x, batch_size=batch_size) != evaluator.predicted).sum())
         checks: list[Check] = []
         if epsilon > 0.0 and evaluator.classes > 1:
-            _attack(evaluator, target, suite)
+            run_stages(evaluator, target, suite)
             if suite.checks_masking:
                 checks = diagnose(target, evaluator, suite=suite, different=different, random=random)
+            elif searches_only and asked_for_flags:
+                checks = [flags.randomness(share=random, draws=DRAWS)]
             elif target.file_alone is not None and not suite.drops_broken:
-                checks = [_through_file_alone(evaluator, target.file_alone, suite)]
+                checks = [through_file_alone(evaluator, target.file_alone, suite)]
+        single = None
+        if target.one_answer is not None:
+            x_adv = round_to_uint8(evaluator.x_adv, x, epsilon=epsilon)
+            clean, attacked = (share_right(target.one_answer, one, y, batch_size=batch_size) for one in (x, x_adv))
+            single = SingleAnswers(clean, torch.minimum(clean, attacked), DRAWS)
     return Evaluation(
         images=len(x),
         epsilon=epsilon,
@@ -120,7 +137,11 @@ def run_suite(
         results=evaluator.results,
         checks=checks,
         not_checked=_not_checked(target, suite, evaluator),
-        notes=_notes(target, suite, evaluator, random=random),
+        notes=[
+            *([] if lack is None else [f"no gradients, and no attack with them: {lack}"]),
+            *_notes(target, suite, evaluator, single=single),
+        ],
+        single=single,
     )
 
 
@@ -129,56 +150,6 @@ def find_suite(name: str) -> Suite:
     if name not in SUITES:
         raise UsageError(f"unknown suite '{name}'; known: {', '.join(SUITES)}")
     return SUITES[name]
-
-
-def _attack(evaluator: Evaluator, target: Target, suite: Suite) -> None:
-    everything = torch.arange(len(evaluator.x))
-    reference: AttackResult | None = None
-    for attack in suite.attacks:
-        remaining = evaluator.remaining_indices
-        if attack.uses == "surrogates":
-            for name, surrogate in target.surrogates.items():
-                label, remaining = f"{attack.name}: {name}", evaluator.remaining_indices
-                evaluator.run(attack, target.query_model, remaining, label=label, surrogate=surrogate)
-        elif attack.uses == "features" and target.features is not None:
-            evaluator.run(attack, target.gradient_model, remaining, features=target.features)
-        elif attack.uses == "queries":
-            evaluator.run(attack, target.query_model, remaining)
-        elif attack.uses == "gradients":
-            # A column of a table uses one gradient, that of training.
-            rules = list(target.gradient_models.items())[: None if suite.drops_broken else 1]
-            for number, (rule, model) in enumerate(rules):
-                indices = evaluator.remaining_indices if suite.drops_broken else everything
-                if number == 0 and attack.after is not None and reference is not None:
-                    indices = reference.kept_indices
-                label = attack.name if number == 0 else f"{attack.name} ({rule})"
-                result = evaluator.run(attack, model, indices, label=label)
-                reference = result if reference is None else reference
-    if suite.transfers:
-        for name, surrogate in target.surrogates.items():
-            for attack in suite.attacks:
-                evaluator.run(attack, surrogate, everything, label=f"{attack.name} (B: {name})", stage="transfer")
-
-
-def _through_file_alone(evaluator: Evaluator, model: Model, suite: Suite) -> Check:
-    """The columns of a suite once more, with another gradient model for the same judge; they are a count of their own.
-
-    The count through model.pt stays comparable with that of the export.
-    """
-    first = evaluator.clean.clone()
-    for result in evaluator.results:
-        if result.stage == "white-box":
-            first[result.broken_indices] = False
-    settings: dict[str, Any] = {name: getattr(evaluator, name) for name in ("epsilon", "batch_size", "seed")}
-    second = Evaluator(evaluator.judge, evaluator.x, evaluator.y, **settings)
-    for attack in suite.attacks:
-        if attack.uses == "gradients":
-            label = f"{attack.name} (file alone)"
-            second.run(attack, model, torch.arange(len(second.x)), label=label, stage=DIAGNOSIS)
-    evaluator.results += second.results
-    images = len(second.x)
-    left = (int(first.sum()) / images, int(second.robust.sum()) / images)
-    return flags.file_alone(compare_kept(first, second.robust, images=images), left=left)
 
 
 def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str]:
@@ -193,13 +164,18 @@ def _not_checked(target: Target, suite: Suite, evaluator: Evaluator) -> list[str
     return [reason for reason, holds in reasons.items() if holds][:1]
 
 
-def _notes(target: Target, suite: Suite, evaluator: Evaluator, *, random: float) -> list[str]:
+def _notes(target: Target, suite: Suite, evaluator: Evaluator, *, single: SingleAnswers | None) -> list[str]:
     nan = int(evaluator.predicted.eq(-1).sum())
     notes = {
         "answers depend on the batch (dynamic quantization): judged image by image": target.image_by_image,
-        "answers are random: judged in the mean of several": random > 0.0,
         f"{nan} clean images get NaN logits, which count as wrong": nan > 0,
     }
+    if single is not None:
+        mean = tuple(int(right.sum()) / len(evaluator.x) for right in (evaluator.clean, evaluator.robust))
+        notes[
+            f"answers are random: clean {single.clean_accuracy:.1%}, robust {single.robust_accuracy:.1%} in a single "
+            f"answer; {mean[0]:.1%} and {mean[1]:.1%} in the mean of {single.draws}; the lower counts"
+        ] = True
     if suite.checks_masking:
         notes["no feature layer is known: the feature-space stage was left out"] = target.features is None
         notes["no surrogates: the transfer stage was left out"] = not target.surrogates

@@ -84,14 +84,25 @@ class Suite:
     transfers: bool = False
 
 
+FIXED_STEPS = "pgd-t"
+"""The attack whose steps do not depend on the loss, for a loss that is flat."""
+
+DIFFERENCES = ("apgd-margin", "apgd-t", FIXED_STEPS, "fab-t")
+"""Attacks on differences of two logits, by name."""
+
+
 def _white_box(*, steps: int) -> tuple[NamedAttack, ...]:
-    """APGD with three losses and PGD++; the last three on all that cross-entropy left, so that they compare with it."""
+    """APGD with three losses, PGD++, and targeted PGD with fixed steps.
+
+    Margin and targeted loss run on all that cross-entropy left, so that they compare with it.
+    """
     targeted = {"steps": steps, "loss": targeted_dlr, "target_classes": 9}
     return (
         NamedAttack(CROSS_ENTROPY, attacks.apgd, {"steps": steps, "loss": cross_entropy}),
         NamedAttack("apgd-margin", attacks.apgd, {"steps": 50, "loss": margin}, after=CROSS_ENTROPY),
+        NamedAttack("pgd++", attacks.pgd_plus_plus, {"steps": 20}),
         NamedAttack("apgd-t", attacks.apgd_targeted, targeted, after=CROSS_ENTROPY),
-        NamedAttack("pgd++", attacks.pgd_plus_plus, {"steps": 20}, after=CROSS_ENTROPY),
+        NamedAttack(FIXED_STEPS, attacks.pgd_targeted, {"steps": 10, "target_classes": 9}),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
-from robustq.evaluation.accuracy import all_logits
+from robustq.evaluation.accuracy import all_logits, correct, top_classes
 
 AS_TRAINED = "as trained"
 """The backward rule of training: that of a target's first gradient model, and the only one of a float model."""
@@ -19,10 +19,18 @@ DRAWS = 8
 """A model that answers at random is judged and attacked in the mean of so many answers (expectation over
 transformation, Athalye et al. 2018, arXiv:1707.07397)."""
 
-_PROBES = 32  # clean images
-# Rounding in kernels never reaches this share of the logit range, and differs for few images alone and in a batch;
-# another scale of activations always exceeds it, for all images.
-_ROUNDING, _MANY = 1e-3, 0.25
+SINGLE_DRAWS = 32
+"""Answers to an image that estimate how often a single one is right."""
+
+CALLS, ASKED = 44, 4
+"""Calls with the same few images that look for randomness: one that shows in a tenth of the calls is missed in 1% of
+the searches, 0.9^44."""
+
+_PROBES = 32  # clean images that are answered together and alone
+# Share of an image's gap between its two highest logits that no answer to the same batch may move, and another batch
+# only of few images: kernels round differently, another scale of activations shows in all.
+_OF_GAP, _MANY = 1e-3, 0.25
+_ULPS = {"same batch": 8, "other batch": 256}  # rounding of the logits themselves, in units of float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Target:
         image_by_image: the judge gets one image at a time, as its answer depends on the batch (dynamic quantization).
         proxy: another form of the judge, faster or with more than the class, or None: for queries of attacks without
             gradient; it decides over no image.
+        one_answer: the judge itself where ``judge`` is the mean of its random answers, or None.
         file_alone: the twin of a file whose gradient models are of its model.pt, or None: both are compared.
     """
 
@@ -51,6 +60,7 @@ class Target:
     control: Model | None = None
     image_by_image: bool = False
     proxy: Model | None = None
+    one_answer: Model | None = None
     file_alone: Model | None = None
 
     @classmethod
@@ -87,33 +97,58 @@ def averaged(model: Model) -> Model:
     return mean
 
 
+def share_right(judge: Model, x: Tensor, y: Tensor, *, batch_size: int) -> Tensor:
+    """The share of ``SINGLE_DRAWS`` answers of a random judge that are right, for each image: (N,) float64."""
+    right = [correct(judge, x, y, batch_size=batch_size) for _ in range(SINGLE_DRAWS)]
+    return torch.stack(right).double().mean(dim=0)
+
+
 def adapt_target(target: Target, x: Tensor, *, batch_size: int) -> tuple[Target, float]:
     """Judge image by image where answers depend on the batch, and in the mean of several answers where they are random.
 
-    x: (N, C, H, W), clean images; the first 32 are used. Returns the target, and the share of images that two calls
-    answered differently.
+    x: (N, C, H, W), clean images; 32 of them are used, four for repeated calls. Returns the target, and the share of
+    those images that calls with the same batch answered differently.
     """
     # Without the proxy, which answers as the judge did before, wherever the judge is wrapped.
     x = x[:_PROBES]
     if target.image_by_image:
         target = replace(target, judge=one_by_one(target.judge), proxy=None)
-    random = _share_apart(*(all_logits(target.judge, x, batch_size=batch_size) for _ in range(2)))
+    random = _share_random(target.judge, x, batch_size=batch_size)
     if random > 0.0:
         models = {name: averaged(model) for name, model in target.gradient_models.items()}
-        target = replace(target, judge=averaged(target.judge), proxy=None, gradient_models=models)
+        mean = averaged(target.judge)
+        target = replace(target, judge=mean, one_answer=target.judge, proxy=None, gradient_models=models)
     elif not target.image_by_image:
         together, alone = (all_logits(target.judge, x, batch_size=size) for size in (len(x) or 1, 1))
-        if _share_apart(together, alone) > _MANY:
+        if float(_apart(together, alone, ulps=_ULPS["other batch"]).float().mean()) > _MANY:
             target = replace(target, judge=one_by_one(target.judge), proxy=None, image_by_image=True)
     return target, random
 
 
-def _share_apart(first: Tensor, second: Tensor) -> float:
-    """Share of the images whose logits (N, K) differ by over 1e-3 of their range."""
-    if len(first) == 0:
-        return 0.0
-    first, second = first.nan_to_num(), second.nan_to_num()
-    spread = float(first.max() - first.min())
+def _share_random(judge: Model, x: Tensor, *, batch_size: int) -> float:
+    """Share of the images that two calls with the same batch answered differently: all once more, and four often."""
+    first, again = (all_logits(judge, x, batch_size=batch_size) for _ in range(2))
+    random = _apart(first, again, ulps=_ULPS["same batch"])
+    few = x[:ASKED]
+    known = all_logits(judge, few, batch_size=ASKED)
+    for _ in range(CALLS - 1):
+        answer = all_logits(judge, few, batch_size=ASKED)
+        random[:ASKED] |= _apart(known, answer, ulps=_ULPS["same batch"])
+    return float(random.float().mean())
+
+
+def _apart(first: Tensor, second: Tensor, *, ulps: int) -> Tensor:
+    """Images with another class, or a logit that moved: (N, K) twice -> (N,) bool.
+
+    By more than a thousandth of the image's own gap between its two highest logits: a logit of -1e6 says nothing of the
+    others. Each logit may move by its own rounding.
+    """
+    if first.shape[1] == 0:
+        return torch.zeros(len(first), dtype=torch.bool)
+    classes = top_classes(first) != top_classes(second)
+    first, second = first.double().nan_to_num(nan=0.0), second.double().nan_to_num(nan=0.0)
+    highest = first.topk(min(2, first.shape[1]), dim=1).values
+    gap = highest[:, :1] - highest[:, -1:]
+    rounding = ulps * torch.finfo(torch.float32).eps * torch.maximum(first.abs(), second.abs())
     # The difference of equal infinities is NaN, which does not compare as apart.
-    apart = (first - second).abs().amax(dim=1) > _ROUNDING * spread
-    return float(apart.float().mean())
+    return classes | ((first - second).abs() > torch.maximum(_OF_GAP * gap, rounding)).any(dim=1)

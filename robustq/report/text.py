@@ -159,6 +159,11 @@ def _flags(result: Result) -> list[str]:
     flags = result["flags"]
     width = max((len(flag["name"]) for flag in flags), default=0)
     lines = [f"  {flag['name'].ljust(width)}  {flag['text']}   ({flag['doc']})" for flag in flags]
+    lines += [
+        f"  suspected: {check['name']}  {check['text']}   ({check['doc']})"
+        for check in result.get("checks", ())
+        if check["suspected"]
+    ]
     easy = [stage["accuracy"] for stage in result.get("stages", ()) if stage["attack"] == CROSS_ENTROPY]
     if flags and easy and round(easy[0], 3) > round(result["robust_accuracy"], 3):
         lines.append(f"Do not quote {percent(easy[0])}.")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from robustq.data import Dataset
 from robustq.data.splits import evenly_spaced
 from robustq.errors import RobustqWarning, UsageError
-from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.adversarial_images import AdversarialImages, digest
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import check_radius, find_suite, run_suite
@@ -51,8 +50,8 @@ class RobustnessResult(Result):
 
     FLAT = ("evaluation",)
 
-    model: Path  # the file or folder under attack; of a module the name of its class
-    judge: str  # ``onnxruntime`` or ``pytorch``
+    model: Path | str  # the file or folder under attack; a name of a model in memory, of a module its class
+    judge: str  # ``onnxruntime``, ``pytorch`` or ``callable``
     label: str  # of the network, such as ``resnet20-w4a4``
     data: str
     suite: str
@@ -164,7 +163,7 @@ def attack_model(
     if opened.network is None:
         check_answers(opened, x, y)
     if opened.lack is not None:
-        chosen = without_gradients(chosen, reason=opened.lack)
+        without_gradients(chosen, reason=opened.lack)  # refuses a suite of gradient attacks before networks are trained
         note(f"twin    none: {opened.lack}")
     radius = radius_of(opened.spec, wanted)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
@@ -254,8 +253,7 @@ def _curve(attack: Callable[..., Evaluation], found: Evaluation, epsilons: Seque
             here = attack(epsilon=epsilon, known=min(smaller, key=lambda one: one.robust_accuracy, default=None))
         if strongest is None or here.robust_accuracy <= strongest.robust_accuracy:
             strongest = here
-        interval = wilson_interval(int(here.robust.sum()), here.images)
-        points.append(CurvePoint(epsilon, here.robust_accuracy, interval))
+        points.append(CurvePoint(epsilon, here.robust_accuracy, here.interval))
     return tuple(points)
 
 

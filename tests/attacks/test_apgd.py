@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks import ImageGenerators, apgd, apgd_targeted
-from robustq.attacks.apgd import checkpoints, likely_targets
+from robustq.attacks.apgd import checkpoints
+from robustq.attacks.base import likely_targets
 from robustq.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 
 EPSILON = 0.1
@@ -116,10 +117,23 @@ def test_every_point_is_that_of_algorithm_1(loss: Callable[[Tensor, Tensor], Ten
 
 
 def test_targets_are_the_likely_other_classes() -> None:
-    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 5.0, 9.0, 5.0], [0.0, -torch.inf, 1.0, -torch.inf]])
-    y = torch.tensor([0, 2, 1])
-    assert torch.stack(likely_targets(logits, y, count=9), dim=1).tolist() == [[2, 1, 3], [0, 1, 3], [2, 0, 3]]
-    assert torch.stack(likely_targets(logits, y, count=1), dim=1).tolist() == [[2], [0], [2]]
+    logits = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 4.0, 9.0, 5.5], [0.0, -torch.inf, 1.0, -2.0]])
+    y, generators = torch.tensor([0, 2, 1]), ImageGenerators.of(0, range(3))
+
+    def targets(count: int) -> list[list[int]]:
+        return torch.stack(likely_targets(logits, y, count=count, generators=generators), dim=1).tolist()
+
+    assert targets(9) == [[2, 1, 3], [3, 0, 1], [2, 0, 3]]
+    assert targets(1) == [[2], [3], [2]]
+
+
+def test_equally_likely_targets_are_in_an_order_of_each_image() -> None:
+    logits, y = torch.zeros(600, 4), torch.full((600,), 1)
+    logits[:, 1] = 10.0
+    found = torch.stack(likely_targets(logits, y, count=3, generators=ImageGenerators.of(0, range(600))), dim=1)
+    assert found.sort(dim=1).values.tolist() == [[0, 2, 3]] * 600
+    # 200 of each class first, with a standard deviation of 11.5.
+    assert all(150 < int((found[:, 0] == target).sum()) < 250 for target in (0, 2, 3))
 
 
 def test_targeted_runs_ascend_the_target_of_each_image() -> None:

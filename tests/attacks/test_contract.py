@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pgd-margin-keep-best": ("pgd", {"loss": margin, "keep_best": True}),
     "tpgd": ("tpgd", {}),
     "pgd_plus_plus": ("pgd_plus_plus", {}),
+    "pgd_targeted": ("pgd_targeted", {}),
     "apgd": ("apgd", {"steps": 20}),
     "apgd-dlr-restarts": ("apgd", {"steps": 10, "loss": dlr, "restarts": 2}),
     "apgd_targeted": ("apgd_targeted", {"steps": 20}),

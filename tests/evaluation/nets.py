@@ -174,3 +174,29 @@ def binarised(*, gain: float, clipped: bool) -> nn.Module:
     model = Binarised(gain, clipped=clipped)
     model.load_state_dict(trained("natural-binarised").state_dict())
     return model.eval().requires_grad_(False)
+
+
+class FewValues(nn.Module):
+    """Answers that take few values, with the answers of the network inside; the gradient is that of its logits.
+
+    ``kind``: ``one-hot`` (times ten), ``rounded`` (probabilities to one decimal), ``votes`` (the argmax of five copies
+    whose logits have fixed offsets) or ``clipped`` (logits within a narrow band below the highest one).
+    """
+
+    def __init__(self, inner: nn.Module, kind: str, *, differentiable: bool = True) -> None:
+        super().__init__()
+        self.inner, self.kind, self.differentiable = inner, kind, differentiable
+        self.offsets = 0.2 * torch.randn(5, 1, 10, generator=torch.Generator().manual_seed(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = torch.as_tensor(self.inner(x))
+        best = logits.argmax(dim=1)
+        if self.kind == "one-hot":
+            answers = 10.0 * functional.one_hot(best, 10)
+        elif self.kind == "rounded":
+            answers = (10.0 * logits.softmax(dim=1)).round() / 10.0
+        elif self.kind == "votes":
+            answers = functional.one_hot((logits + self.offsets).argmax(dim=2), 10).sum(dim=0)
+        else:
+            answers = (logits - logits.amax(dim=1, keepdim=True)).clamp(min=-1e-2)
+        return logits + (answers - logits).detach() if self.differentiable else answers.float().detach()

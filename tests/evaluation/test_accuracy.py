@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import Comparison, compare_kept, correct, predict, wilson_interval
+from robustq.evaluation.accuracy import correct, predict, wilson_interval
+from robustq.evaluation.comparison import Comparison, compare_kept, share_exceeds
 
 # Not a plain import: scipy (here through scikit-learn) has no type stubs.
 binomtest = importlib.import_module("scipy.stats").binomtest
@@ -85,11 +86,21 @@ def test_paired_interval_is_that_of_a_mean_of_differences(only_first: int, only_
     assert comparison.half_width == pytest.approx(z * math.sqrt(pvariance(differences) / 100), rel=1e-12, abs=1e-15)
 
 
-def test_a_difference_counts_beyond_threshold_and_interval() -> None:
-    assert Comparison(1000, 21, 0).exceeds(2.0)
-    assert not Comparison(1000, 20, 0).exceeds(2.0)  # not more than the threshold
-    assert not Comparison(1000, 130, 109).exceeds(2.0)  # over it, but within chance
-    assert not Comparison(100, 3, 0).exceeds(2.0)  # three images against none are within chance
-    assert Comparison(100, 4, 0).exceeds(2.0)
+def test_a_difference_exceeds_a_threshold_with_its_whole_interval() -> None:
+    for images, only_first, only_second, points in ((1000, 31, 0, 2.0), (1000, 77, 0, 6.0), (100, 4, 0, 0.0)):
+        assert Comparison(images, only_first, only_second).exceeds(points)
+        fewer = Comparison(images, only_first - 1, only_second)
+        assert fewer.level(points) == (False, points > 0.0)
+    assert Comparison(1000, 20, 0).level(2.0) == (False, False)  # not more than the threshold
+    assert Comparison(1000, 160, 120).level(2.0) == (False, True)
+    assert Comparison(1000, 160, 129).level(2.0) == (False, False)  # within chance of no difference
     first, second = torch.tensor([1, 1, 0, 0, 1]) > 0, torch.tensor([1, 0, 1, 0, 0]) > 0
     assert compare_kept(first, second, images=7) == Comparison(7, only_first=2, only_second=1)
+
+
+def test_a_share_exceeds_a_threshold_by_the_exact_test() -> None:
+    for total, share in ((200, 0.005), (200, 0.01), (400, 0.01), (1000, 0.001), (10_000, 0.001), (3, 0.5)):
+        # Around the threshold, where the answer changes.
+        for count in range(min(int(share * total) + 1, total), min(int(share * total) + 8, total)):
+            low = binomtest(count, total).proportion_ci(confidence_level=0.95, method="exact").low
+            assert share_exceeds(count, total, share) == (low > share)

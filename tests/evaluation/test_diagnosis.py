@@ -10,13 +10,18 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from robustq.attacks import ImageGenerators, apgd_targeted, pgd_targeted
 from robustq.attacks.base import Model
+from robustq.data import to_float
+from robustq.evaluation.flags import FLAT_SHARE
+from robustq.evaluation.flatness import find_flat
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import run_suite
 from robustq.evaluation.target import AS_TRAINED, Target
 from tests.evaluation.nets import (
+    FewValues,
     HardPixels,
     ResizedAndPadded,
     Saturating,
@@ -75,14 +80,14 @@ def useless_straight_through() -> Evaluation:
 
 
 def squeezed() -> Evaluation:
-    return judged(Squeezed(trained("smoothed"), width=1.0, height=1.0))
+    return judged(Squeezed(trained("smoothed"), width=0.5, height=1.0))
 
 
 MASKED: dict[str, tuple[Callable[[], Evaluation], set[str], bool]] = {
     # name: evaluation, flags that it must raise, whether it is slow
     "logits times 1e3": (functools.partial(scaled, 1e3), {"zero gradient", "logit scale", "loss", "noise"}, True),
-    "logits times 1e-3": (functools.partial(scaled, 1e-3), {"logit scale"}, False),
-    "squeezed logits": (squeezed, {"loss"}, False),
+    "logits times 1e-3": (functools.partial(scaled, 1e-3), {"loss"}, True),
+    "squeezed logits": (squeezed, {"logit scale", "loss"}, False),
     "random resize and pad": (resized, {"randomness"}, True),
     "rounded pixels": (hard_pixels, {"zero gradient", "noise", "large ball", "gradient-free", "transfer"}, True),
     "saturating output": (saturating, {"zero gradient"}, True),
@@ -123,6 +128,60 @@ def test_honest_training_raises_no_flag(method: str, epsilon: float) -> None:
     # It is worth something, unlike the network without defence.
     assert found.robust_accuracy > 0.35
     assert found.clean_accuracy > 0.9
+
+
+@functools.cache
+def robust_inside(kind: str) -> Evaluation:
+    """``bare`` or a kind of `FewValues`: a PGD-trained network on 200 images."""
+    images, labels = digits()
+    model = trained("pgd") if kind == "bare" else FewValues(trained("pgd"), kind)
+    target = Target(model, {AS_TRAINED: model}, control=trained("natural", 1))
+    return run_suite(target, images[:200], labels[:200], epsilon=EPSILON, device=torch.device("cpu"))
+
+
+KINDS = ("one-hot", "rounded", "votes", "clipped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_few_values_are_flagged_and_hide_no_more_than_the_network_inside(kind: str) -> None:
+    bare, found = robust_inside("bare"), robust_inside(kind)
+    assert bare.flags == [] and 0.3 < bare.robust_accuracy < 0.5
+    assert "flat loss" in {check.name for check in found.flags}
+    assert "rays" in {result.name for result in found.results}
+    assert found.clean_accuracy == bare.clean_accuracy or kind == "votes"
+    assert found.robust_accuracy <= bare.robust_accuracy + WITHIN
+
+
+@pytest.mark.parametrize("epsilon", [1 / 255, 8 / 255, EPSILON], ids=["1", "8", "48"])
+def test_the_loss_of_honest_networks_is_not_flat_and_that_of_few_values_is(epsilon: float) -> None:
+    images, labels = digits()
+    x = to_float(images)
+
+    def share(model: Model, judge: Model) -> float:
+        right = (trained("pgd")(x).argmax(dim=1) == labels).nonzero()[:, 0]
+        found = find_flat(Target(judge, {AS_TRAINED: model}), x, labels, right, epsilon=epsilon)
+        return found.flat / found.images
+
+    honest = [trained(method) for method in ("natural", "pgd", "natural-binarised")]
+    assert all(share(model, model) < FLAT_SHARE / 2 for model in honest)
+    inside = trained("pgd")
+    assert all(share(FewValues(inside, kind), inside) > 0.9 for kind in KINDS)
+    assert share(inside, FewValues(inside, "votes", differentiable=False)) == 1.0
+
+
+def test_fixed_steps_break_through_a_flat_loss() -> None:
+    images, labels = digits()
+    x, inside = to_float(images[:100]), trained("pgd")
+    flat = FewValues(inside, "one-hot")
+
+    def left(model: nn.Module, attack: Callable[..., Tensor], steps: int) -> int:
+        generators = ImageGenerators.of(0, range(100))
+        x_adv = attack(model, x, labels[:100], epsilon=EPSILON, steps=steps, generator=generators)
+        return int((inside(x_adv).argmax(dim=1) == labels[:100]).sum())
+
+    bare = left(inside, apgd_targeted, 20)
+    assert left(flat, pgd_targeted, 20) <= bare + 5 < left(flat, apgd_targeted, 20)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -201,12 +202,35 @@ def test_a_judge_that_depends_on_the_batch_gets_one_image_at_a_time() -> None:
     assert not run(Target.of(model)).notes
 
 
-def test_a_judge_that_answers_at_random_is_attacked_in_the_mean() -> None:
+def test_a_random_judge_is_attacked_in_the_mean_and_the_lower_of_mean_and_single_answers_counts() -> None:
     target = Target.of(ResizedAndPadded(trained("natural")))
     found = run(target, small("standard"), count=40)
     (check,) = (check for check in found.flags if check.name == "randomness")
     assert check.evidence["draws"] == DRAWS
     assert torch.equal(found.x_adv, run(target, small("standard"), count=40).x_adv)
+
+
+@pytest.mark.parametrize("right", [0.7, 0.3])
+def test_a_single_random_answer_is_right_as_often_as_it_is(right: float) -> None:
+    images, labels = few(200)
+
+    def judge(x: Tensor) -> Tensor:
+        """Of the label or of one other class, at random in each call, whatever the pixels."""
+        rows = torch.cdist(x.flatten(1), to_float(images).flatten(1)).argmin(dim=1)
+        hit = torch.rand(len(x)) < right
+        return nn.functional.one_hot(torch.where(hit, labels[rows], (labels[rows] + 1) % 10), 10).float()
+
+    found = run(Target(judge, {}), SEARCHES, count=200, epsilon=0.0)
+    answers = found.to_dict()["random_answers"]
+    # 200 images of 32 answers have a standard deviation of 0.006; the lower of two counts of each image is 0.09 less.
+    assert answers["single"]["clean_accuracy"] == pytest.approx(right, abs=0.02)
+    assert right - 0.1 < answers["single"]["robust_accuracy"] <= answers["single"]["clean_accuracy"]
+    lower = min(answers["single"]["robust_accuracy"], answers["mean"]["robust_accuracy"])
+    assert found.robust_accuracy == lower
+    # The mean of eight answers is right more often than one if most answers are, and else less often.
+    assert (answers["single"]["robust_accuracy"] == lower) == (right > 0.5)
+    low, high = found.interval
+    assert low < lower < high
 
 
 def test_a_judge_that_is_wrapped_has_no_proxy() -> None:
@@ -222,6 +246,34 @@ def test_a_judge_that_is_wrapped_has_no_proxy() -> None:
         adapted, _ = adapt_target(target, x, batch_size=60)
         assert adapted.proxy is (model if has_proxy else None)
         assert adapted.query_model is (model if has_proxy else adapted.judge)
+
+
+def linear(x: Tensor, bits: int = 0) -> Tensor:
+    weight = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
+    return x.flatten(1) @ (weight if not bits else (weight * 2**bits).round() / 2**bits)
+
+
+def test_a_switch_in_a_tenth_of_the_calls_is_noticed() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def switching(x: Tensor) -> Tensor:
+        return linear(x, 2 if float(torch.rand((), generator=generator)) < 0.1 else 0)
+
+    x = to_float(few()[0])
+    found = [adapt_target(Target(switching, {}), x, batch_size=60) for _ in range(40)]
+    # Missed with 1% each.
+    assert sum(random > 0.0 for _, random in found) >= 38
+    assert not any(target.image_by_image for target, random in found if random > 0.0)
+
+
+def test_a_class_that_never_wins_hides_no_randomness() -> None:
+    def hidden(x: Tensor) -> Tensor:
+        return torch.cat([linear(x) + 0.3 * torch.randn(len(x), 10), torch.full((len(x), 1), -1e6)], dim=1)
+
+    x = to_float(few()[0])
+    assert adapt_target(Target(hidden, {}), x, batch_size=60)[1] == 1.0
+    same = Target(lambda x: torch.cat([linear(x), torch.full((len(x), 1), -1e6)], dim=1), {})
+    assert adapt_target(same, x, batch_size=60) == (same, 0.0)
 
 
 def test_nan_logits_are_never_right() -> None:
@@ -269,6 +321,31 @@ def test_bad_input_is_one_line(more: dict[str, Any], message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+# --- judges without gradients -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["no gradient", "outside PyTorch", "no model"])
+def test_a_judge_without_gradients_gets_the_attacks_without_them(kind: str) -> None:
+    network, other = trained("natural"), trained("natural", 1)
+
+    def votes(x: Tensor) -> Tensor:
+        x = torch.from_numpy(x.numpy()) if kind == "outside PyTorch" else x
+        return nn.functional.one_hot(network(x).argmax(dim=1), 10).float()
+
+    models = {} if kind == "no model" else {AS_TRAINED: votes}
+    found = run(Target(votes, models, surrogates={"other": other}), "standard", epsilon=48 / 255)
+    assert [result.name for result in found.results] == [
+        *("uniform noise", "corners", "transfer: other", "square", "rays"),
+    ]
+    assert found.verdict == "not judged" and found.not_judged_for[0].startswith("no gradient was used")
+    assert ("no gradients" in " ".join(found.notes)) == (kind != "no model")
+    assert found.clean_accuracy > 0.9
+    # The network inside keeps nothing here.
+    assert found.robust_accuracy <= 0.05
+    with pytest.raises(UsageError, match="suite 'recheck' needs gradients"):
+        run(Target(votes, models), "recheck")
+
+
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +353,12 @@ def test_without_a_control_or_with_few_images_nothing_is_judged() -> None:
     model = trained("n-fgsm")
     found = run(Target.of(model), small("standard"), count=210)
     assert found.verdict == "not judged"
+    # Cross-entropy with more and more steps, until a run finds nothing that all other attacks left.
+    (check,) = (check for check in found.checks if check.name == "step order")
+    names = [f"apgd-ce {steps}" for steps in check.evidence["steps"][1:]]
+    newly = {result.name: before.remaining - result.remaining for before, result in pairwise(found.results)}
+    assert names[0] == "apgd-ce 10" and all(newly[name] > 0 for name in names[:-1])
+    assert newly[names[-1]] == 0 or names[-1] in ("apgd-ce 20", "apgd-ce 80")
     assert not {"harness", "noise", "transfer"} & {check.name for check in found.checks}
     assert any("control" in reason for reason in found.not_judged_for)
     found = run(Target(model, {AS_TRAINED: model}, control=trained("natural", 1)), small("standard"), count=30)
@@ -370,8 +453,10 @@ def test_backward_rules_surrogates_and_features_are_used_and_counted() -> None:
     target = Target(model, rules, features=model.features, surrogates={"other": other})
     found = run(target, replace(small("standard"), checks_masking=False))
     results = {result.name: result for result in found.results}
-    for name in ("apgd-ce", "apgd-margin", "apgd-t", "pgd++"):
-        assert {name, f"{name} (other)"} <= results.keys()
+    assert {"apgd-ce", "apgd-margin", "apgd-t", "pgd++", "pgd-t", "apgd-ce (other)"} <= results.keys()
+    # The other rule is used until it breaks none in an attack.
+    under_other = [len(one.broken_indices) for name, one in results.items() if name.endswith(" (other)")]
+    assert 0 not in under_other[:-1] and under_other[-1] == 0
     assert {"corners", "square", "uniform noise"} <= results.keys()
     # APGD takes a gradient at its start and after each of its steps but the last.
     for name in ("features", "transfer: other"):
