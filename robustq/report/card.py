@@ -16,7 +16,7 @@ import jinja2
 from robustq.errors import printable
 from robustq.export.timing import Latency
 from robustq.recipe import format_epsilon
-from robustq.report.text import percent, size, with_interval
+from robustq.report.text import NAMED, percent, preprocessing_line, size, with_interval
 
 NAMES = ("card.md", "card.html")
 
@@ -55,14 +55,16 @@ def _plain(text: object) -> str:
 def _facts(record: Mapping[str, Any], file: Path, latency: Latency | None) -> dict[str, Any]:
     counted = record["recheck"]
     integer, in_float = record["integer_layers"], record["float_layers"]
-    pixels = "pixels as uint8" if record["input"] == "uint8" else "pixel / 255 as float"
     rows = [
-        ("format", f"{record['format']}, {pixels}"),
+        ("format", record["format"]),
+        ("images", preprocessing_line(record["preprocessing"])),
         ("size", size(record["size_bytes"])),
         ("layers as integers", f"{len(integer)} of {len(integer) + len(in_float)} in onnxruntime"),
     ]
     if in_float:
-        rows.append(("layers in float", ", ".join(in_float)))
+        rows.append(("layers in float", named_few(in_float)))
+    if record["stay_in_float"]:
+        rows.append(("layers without an integer form", named_few(record["stay_in_float"])))
     if latency is not None:
         figures = f"{latency.median_ms:.3g} ms for one image (99 of 100: {latency.p99_ms:.3g} ms)"
         rows.append(("latency", f"{figures}, {latency.cpu}, one thread"))
@@ -131,6 +133,12 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
         f"robustq recheck .{images if counted else ''}{seed}",
         "robustq attack . --suite standard",
     ]
+
+
+def named_few(names: list[str]) -> str:
+    """The first layers by name, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _model_index(record: Mapping[str, Any]) -> list[dict[str, Any]]:
