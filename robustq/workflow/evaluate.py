@@ -65,6 +65,9 @@ def evaluate(
         device: of images and models; None: that of the gradient model's parameters, or the CPU.
         show: print the lines of ``robustq attack``.
 
+    Returns:
+        Counts, interval, flags and verdict, and the adversarial images as proof: the keys of ``robustq attack --json``.
+
     Raises:
         UsageError: images that are not uint8 pixels, labels that do not fit, an unknown suite, a model that cannot take
             the images, or a suite of gradient attacks alone for a model without gradients.
