@@ -4,7 +4,7 @@
 
 Each network runs in a process of its own, forked after the imports, with a limit of time and memory: random weights
 from a seed, ``harden`` by the recipe ``natural`` for two steps at each width, and ``export --format integer`` with
-parity on 48 images, by the functions of those commands. The last layer alone is fitted to made-up images. Rows are
+parity on 120 images, by the functions of those commands. The last layer alone is fitted to made-up images. Rows are
 kept in FOLDER/networks.json after each network, and only missing ones are run. Prints the table. ``--table`` prints it
 from the rows that are there.
 
@@ -33,7 +33,7 @@ from typing import Any
 from benchmarks.output import head, make_parser, row
 
 SIDE, CLASSES, STEPS = 64, 10, 2
-IMAGES = {"train": 80, "test": 48}
+IMAGES = {"train": 80, "test": 120}
 KEPT = "networks.json"
 
 TIMM = tuple(  # one text, so that the formatter keeps the lines
@@ -118,7 +118,8 @@ def watched(name: str, widths: list[int], options: Any) -> dict[int, dict[str, A
     """The rows of a network, by width, from a process that is killed over the limits."""
     imported = import_all()
     folder = options.out / name.replace(":", "-")
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    folder.mkdir(parents=True)
     start, peak, ended = time.monotonic(), 0.0, ""
     process = os.fork()
     if process == 0:
