@@ -98,7 +98,7 @@ def limited(folder: Path, megabytes: int, *words: str, **options: Any) -> subpro
     )
 
 
-@pytest.mark.parametrize("megabytes", [30, 500, 3000])
+@pytest.mark.parametrize("megabytes", [30, 500, pytest.param(3000, marks=pytest.mark.slow)])
 def test_a_program_that_cannot_be_loaded(tmp_path: Path, megabytes: int) -> None:
     """While Python loads the command line, and while the command loads torch and its threads."""
     done = limited(tmp_path, megabytes, "train", "--data", "digits", "--architecture", "resnet8")
@@ -108,6 +108,7 @@ def test_a_program_that_cannot_be_loaded(tmp_path: Path, megabytes: int) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "code", "line"),
     [

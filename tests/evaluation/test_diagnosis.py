@@ -153,7 +153,9 @@ def test_outputs_of_few_values_are_flagged_and_hide_no_more_than_the_network_ins
     assert found.robust_accuracy <= bare.robust_accuracy + WITHIN
 
 
-@pytest.mark.parametrize("epsilon", [1 / 255, 8 / 255, EPSILON], ids=["1", "8", "48"])
+@pytest.mark.parametrize(
+    "epsilon", [pytest.param(1 / 255, marks=pytest.mark.slow), 8 / 255, EPSILON], ids=["1", "8", "48"]
+)
 def test_the_loss_of_honest_networks_is_not_flat_and_that_of_few_values_is(epsilon: float) -> None:
     images, labels = digits()
     x = to_float(images)

@@ -60,6 +60,7 @@ def test_figures_of_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert (found.load_ms, found.memory_bytes, found.size_bytes) == (250.0, 1000, path.stat().st_size)
 
 
+@pytest.mark.slow
 def test_a_file_beside_its_float_network(tmp_path: Path) -> None:
     packed, integer = written(tmp_path, 4, "packed"), written(tmp_path, 4, "integer")
     found = robustq.bench_files(packed, integer, seconds=0.05, batch=8)
