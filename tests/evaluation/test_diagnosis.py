@@ -103,7 +103,8 @@ def test_a_masking_defence_is_flagged_and_broken_all_the_same(name: str) -> None
     found = evaluate()
     assert flags <= {check.name for check in found.flags}
     assert found.verdict == "upper bound: masking suspected"
-    assert found.clean_accuracy > 0.9
+    # A single answer to a resized digit of 8 pixels is right less often than the mean of eight.
+    assert found.clean_accuracy > (0.7 if "randomness" in flags else 0.9)
     assert found.robust_accuracy <= undefended().robust_accuracy + WITHIN
     # The control has no defence, and shows that the attacks work.
     (harness,) = (check for check in found.checks if check.name == "harness")
