@@ -20,7 +20,7 @@ from robustq.evaluation.target import AS_TRAINED, Target
 from robustq.export.session import OnnxModel
 from robustq.models.compiled import CompiledNetwork
 from robustq.models.quant.backward_rules import RULES, under_rule
-from robustq.workflow import prepared_target
+from robustq.workflow import prepared_target as preparing
 from robustq.workflow.open_model import OpenedModel, is_dynamic, open_attackable
 from robustq.workflow.prepared_target import prepared_target
 from tests.evaluation.budgets import small
@@ -36,7 +36,7 @@ def opened(digits_w4a4: Path) -> OpenedModel:
 @pytest.fixture
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
-    monkeypatch.setattr(prepared_target, "CompiledNetwork", functools.partial(CompiledNetwork, backend="eager"))
+    monkeypatch.setattr(preparing, "CompiledNetwork", functools.partial(CompiledNetwork, backend="eager"))
 
 
 def images(count: int = 40) -> Tensor:
