@@ -11,10 +11,9 @@ import os
 import resource
 import signal
 import sys
-from types import FrameType
 from typing import NoReturn
 
-from robustq.errors import OutOfMemoryError
+from robustq.errors import STOPPED, OutOfMemoryError, RunStoppedError
 from robustq.memory import caused_by_memory, is_limited
 
 LIBRARIES = ("numpy", "torch", "onnxruntime", "scipy.linalg")
@@ -27,7 +26,10 @@ _ENOUGH_FOR_ALL_THREADS = 1 << 22
 """Elements of an operation that torch divides among its threads."""
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_WATCHED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
+
+_FROM_TERMINAL = 0x80
+"""SI_KERNEL of sigaction(2): Linux' code for signals of a terminal, such as Ctrl-C."""
 
 
 def watch_for_crashes() -> None:
@@ -38,19 +40,22 @@ def watch_for_crashes() -> None:
 
     Raises:
         OutOfMemoryError: the copy could not load the libraries, or crashed later.
+        RunStoppedError: Ctrl-C while the libraries were loaded.
     """
-    if not is_limited() or "torch" in sys.modules or not hasattr(os, "fork"):
+    if not is_limited() or "torch" in sys.modules or not sys.platform.startswith("linux"):
         return
     loaded, tell = os.pipe()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _WATCHED)
     child = os.fork()
     if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(loaded)
         _load_quietly()
         os.write(tell, b"1")
         os.close(tell)
         return
     os.close(tell)
-    _wait(child, loaded)
+    _wait(child, loaded, mask)
 
 
 def _load_quietly() -> None:
@@ -78,16 +83,24 @@ def _load_quietly() -> None:
         os.close(stream)
 
 
-def _wait(child: int, loaded: int) -> NoReturn:
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        os.kill(child, number)
-
-    for number in _PASSED_ON:
-        signal.signal(number, pass_on)
-    ready = bool(os.read(loaded, 1))
-    _, status = os.waitpid(child, 0)
+def _wait(child: int, loaded: int, mask: set[int | signal.Signals]) -> NoReturn:
+    interrupted, status = False, 0
+    while True:
+        received = signal.sigwaitinfo(_WATCHED)
+        if received.si_signo == signal.SIGCHLD:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                break
+            continue
+        interrupted = interrupted or received.si_signo == signal.SIGINT
+        if received.si_code != _FROM_TERMINAL:  # a terminal sends its signals to both processes
+            os.kill(child, received.si_signo)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     code = os.waitstatus_to_exitcode(status)
-    if not ready and code != -signal.SIGKILL:
+    ready = bool(os.read(loaded, 1))
+    if not ready and interrupted:
+        raise RunStoppedError(STOPPED)
+    if not ready and -code not in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP):
         raise OutOfMemoryError("out of memory while libraries are loaded; allow this process more (ulimit -v)")
     if -code in _CRASHES:
         name = signal.Signals(-code).name

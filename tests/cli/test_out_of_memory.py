@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def test_the_watching_process_ends_as_the_command_does(tmp_path: Path, body: str
     _, err = done.communicate()
     assert done.returncode == code, err
     assert line in err and len(err.splitlines()) == bool(line)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_libraries_are_loaded(tmp_path: Path) -> None:
+    done = limited(tmp_path, 64 << 10, "train", "--data", "digits", "--arch", "resnet8", preexec_fn=allow_interrupts)
+    children = Path(f"/proc/{done.pid}/task/{done.pid}/children")
+    while not children.read_text():
+        assert done.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    done.send_signal(signal.SIGINT)
+    _, err = done.communicate()
+    assert (done.returncode, len(err.splitlines())) == (130, 1) and "stopped" in err
 
 
 def allow_interrupts() -> None:
