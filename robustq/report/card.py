@@ -97,7 +97,7 @@ def sentence(record: Mapping[str, Any]) -> str:
     if record["shortfalls"]:
         return f"{name} failed a check and must not be used."
     if not counted:
-        return f"{name} answers as its network does; its accuracy was not counted."
+        return f"{name} answers as its network does. Its accuracy was not counted at the export."
     clean = with_interval(counted["clean_accuracy"], counted["clean_interval"])
     robust = with_interval(counted["robust_accuracy"], counted["interval"])
     images = f"{counted['images']:,} test images of {Path(record['data']).name}"

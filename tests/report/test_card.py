@@ -124,7 +124,7 @@ def test_names_are_text(tmp_path: Path) -> None:
     ("entries", "words"),
     [
         ({"shortfalls": ["3 convolutions in float"]}, "failed a check and must not be used"),
-        ({"recheck": None}, "its accuracy was not counted"),
+        ({"recheck": None}, "Its accuracy was not counted at the export"),
         ({"recheck": {**COUNTED, "flags": [{"text": "noise breaks more"}]}}, "the second figure is too high"),
     ],
 )
