@@ -23,6 +23,7 @@ from robustq.models.quant.backward_rules import (
     rounds_plainly,
     under_rule,
 )
+from robustq.recipe import parse_epsilon
 from robustq.report.text import attack_lines
 from robustq.workflow.attack import RobustnessResult
 from robustq.workflow.prepared_target import prepared_target
@@ -36,7 +37,7 @@ def evaluate(
     images: Tensor | np.ndarray[Any, Any],
     labels: Tensor | np.ndarray[Any, Any],
     *,
-    epsilon: float,
+    epsilon: float | str,
     suite: str = "standard",
     gradient_model: Answering | None = None,
     surrogates: Mapping[str, Answering] | None = None,
@@ -53,7 +54,7 @@ def evaluate(
         model: the judge. A torch module is put into eval mode for the call. A session takes float32 images in [0, 1],
             or uint8 pixels, and answers with logits first.
         images, labels: (N, C, H, W), uint8 or k/255 as float; (N,) integers from 0.
-        epsilon: radius of the L-infinity ball in [0, 1], such as ``8 / 255``.
+        epsilon: radius of the L-infinity ball in [0, 1], such as ``8 / 255`` or ``"8/255"``.
         suite: a key of :data:`robustq.evaluation.suites.SUITES`.
         gradient_model: a differentiable model with the same answers, for attacks with gradients; None: the model
             itself. Where it gives no gradient, attacks without gradients run, and no verdict is given.
@@ -73,7 +74,8 @@ def evaluate(
             the images, or a suite of gradient attacks alone for a model without gradients.
     """
     chosen = find_suite(suite)
-    check_radius(epsilon)
+    radius = parse_epsilon(epsilon)
+    check_radius(radius)
     differentiable = model if gradient_model is None else gradient_model
     place = torch.device(device) if device is not None else _device_of(differentiable)
     pixels, classes = _pixels(images), torch.as_tensor(labels).to(torch.int64)
@@ -90,7 +92,7 @@ def evaluate(
         network = differentiable if isinstance(differentiable, nn.Module) else None
         with prepared_target(target, network, pixels, compiled=False) as prepared:
             found = run_suite(
-                prepared, pixels, classes, suite=chosen, epsilon=epsilon, device=place, batch_size=batch_size, seed=seed
+                prepared, pixels, classes, suite=chosen, epsilon=radius, device=place, batch_size=batch_size, seed=seed
             )
     result = RobustnessResult(
         model=name,

@@ -96,7 +96,7 @@ def test_numpy_and_float_images_are_those_of_uint8_tensors() -> None:
 
 def test_rounding_is_attacked_with_other_gradients_and_a_session_alone_without() -> None:
     images, labels = few(20)
-    hard = robustq.evaluate(HardPixels(trained("natural"), 16), images, labels, epsilon=48 / 255, show=False)
+    hard = robustq.evaluate(HardPixels(trained("natural"), 16), images, labels, epsilon="48/255", show=False)
     assert "apgd-ce (pass-through)" in hard["attacks"]
     assert hard["robust_accuracy"] <= 0.05
     alone = robustq.evaluate(session(Linear(), "batch"), images, labels, epsilon=EPSILON, show=False)
