@@ -111,7 +111,7 @@ def test_rounding_is_attacked_with_other_gradients_and_a_session_alone_without()
         ({"images": torch.zeros(5, 64, dtype=torch.uint8)}, r"images have shape \(5, 64\)"),
         ({"labels": torch.zeros(4)}, "5 images and 4 labels"),
         ({"suite": "none"}, "unknown suite 'none'"),
-        ({"epsilon": 8}, "epsilon is 8"),
+        ({"epsilon": 8}, r"epsilon 8 is outside \[0, 1\]"),
         ({"images": torch.zeros(5, 1, 8, 9, dtype=torch.uint8)}, "cannot take images of shape"),
     ],
 )
