@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from robustq.errors import ModelFileError
+from robustq.export.parity import MAX_DRIFT
 from robustq.files import check_export_folder
 from robustq.seals import sha256
 from robustq.tables import misfit, read_table
@@ -23,6 +24,7 @@ _SHAPE = {
     "sha256": dict,
     "label?": str,
     "data?": str,
+    "max_drift?": int | float,
     **{f"{key}?": [str] for key in ("integer_layers", "float_layers", "shortfalls", "equal_in", "not_for")},
     "recheck?": {
         **dict.fromkeys(("clean_accuracy", "robust_accuracy", "epsilon"), int | float),
@@ -48,6 +50,12 @@ class Bundle:
     def format(self) -> str:
         """The format of the .onnx."""
         return str(self.record["format"])
+
+    @property
+    def max_drift(self) -> float:
+        """Share of the answers that rounding ties may change; older folders do not name it."""
+        kept = self.record.get("max_drift")
+        return MAX_DRIFT if kept is None else float(kept)
 
     @property
     def failures(self) -> list[str]:

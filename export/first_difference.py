@@ -2,11 +2,15 @@
 
 The file is run with the codes between its layers as further outputs, and these are paired with the network's values by
 their order: the exporter writes layers in the order in which the network runs them, and no pass changes it.
+
+Each layer of the network computes from the file's values of the layers before it. A code that another layer rounded the
+other way is thus no difference of the layers behind it, and hides none of theirs.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -32,109 +36,138 @@ SAME = 1e-4
 
 @dataclass(frozen=True)
 class Difference:
-    """The first layer whose values differ from the network's."""
+    """The first layer whose values differ from the network's, by more than rounding ties."""
 
     layer: str  # module name in the network, or ``logits``
     values: int  # that differ
     of: int
-    on_ties: bool  # each differs by one step of its quantizer; the network's value is on the boundary of the two
 
     def __str__(self) -> str:
         return f"{self.values:,} of {self.of:,} values of {self.layer} differ"
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Input and output of one layer of the network."""
+class Comparison:
+    """Result of a comparison layer by layer."""
 
-    name: str
-    entering: Tensor
-    output: Tensor
-    step: float | None  # of a quantizer of 2 bits or more
+    fault: Difference | None  # None: all values agree, or differ on rounding ties
+    on_ties: int  # values before it that differ by one step, where the network's is on the boundary of the two
 
 
 @torch.no_grad()
-def first_difference(path: Path, network: nn.Module, x: Tensor, *, optimise: bool = False) -> Difference | None:
-    """Compare layer by layer on ``x`` (N, C, H, W) float32 in [0, 1]; None where all values agree.
+def compare_layers(path: Path, network: nn.Module, x: Tensor, *, optimise: bool = False) -> Comparison:
+    """Compare layer by layer on ``x`` (N, C, H, W) float32 in [0, 1], image by image until one shows a fault.
 
-    Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers.
+    Quantized networks are compared at their activation quantizers, others at their convolutions and linear layers, and
+    both at their logits.
 
     Args:
         path: an .onnx file that onnxruntime loads, with its optimisations (``optimise``) or without.
         network: its network, on the CPU, in eval mode.
-        x: a few images: all values are kept in memory.
+        x: a few images.
     """
-    layers, logits = _network_values(network, x)
-    values = _file_values(path, x, quantized=any(layer.step is not None for layer in layers), optimise=optimise)
-    answers = values.pop()
-    if len(values) != len(layers):
-        count = f"{len(layers)} layers of the network and {len(values)} of the file do not line up"
-        return Difference(f"the file ({count})", 1, 1, on_ties=False)
-    for layer, found in zip(layers, values, strict=True):
-        different = _differing(layer, found)
-        if different.any():
-            on_ties = _all_on_ties(layer, found, different)
-            return Difference(layer.name, int(different.sum()), different.numel(), on_ties)
-    apart = (answers - logits).abs() > SAME * (logits.max() - logits.min())
-    return Difference("logits", int(apart.sum()), apart.numel(), on_ties=False) if apart.any() else None
-
-
-def _network_values(network: nn.Module, x: Tensor) -> tuple[list[_Layer], Tensor]:
     modules = dict(network.named_modules())
-    chosen = {name: module for name, module in modules.items() if quantizes(module)}
-    chosen = chosen or {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d | nn.Linear)}
-    layers: list[_Layer] = []
+    quantizers = {name: module for name, module in modules.items() if quantizes(module)}
+    layers = quantizers or {name: each for name, each in modules.items() if isinstance(each, nn.Conv2d | nn.Linear)}
+    on_ties = 0
+    with _FileValues(path, quantized=bool(quantizers), optimise=optimise) as values_of:
+        for image in torch.split(x, 1):
+            found = _compare_one(layers, network, values_of(image), image)
+            on_ties += found.on_ties
+            if found.fault is not None:
+                return Comparison(found.fault, on_ties)
+    return Comparison(None, on_ties)
 
-    def record(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        entering = getattr(inputs[0], "value", inputs[0])
-        proxy: Any = getattr(module, "act_quant", None)
-        step = float(proxy.scale()) if quantizes(module) and int(proxy.bit_width()) > 1 else None
-        layers.append(_Layer(name, entering.clone(), getattr(output, "value", output).clone(), step))
+
+def _compare_one(layers: dict[str, nn.Module], network: nn.Module, values: list[Tensor], x: Tensor) -> Comparison:
+    """Compare with the file's ``values``, in order, the logits last."""
+    answers = values.pop()
+    faults: list[Difference] = []
+    calls = on_ties = 0
+
+    def compare(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        nonlocal calls, on_ties
+        calls += 1
+        if calls > len(values):
+            return None
+        found, value = values[calls - 1], getattr(output, "value", output)
+        step = float(module.act_quant.scale()) if _has_steps(module) else None  # type: ignore[operator,union-attr]
+        different = _differing(found, value, step)
+        if different.any():
+            if _all_on_ties(found, value, getattr(inputs[0], "value", inputs[0]), step, different):
+                on_ties += int(different.sum())
+            elif not faults:
+                faults.append(Difference(name, int(different.sum()), different.numel()))
+        if found.shape != value.shape:
+            return None
+        return output.set(value=found) if hasattr(output, "value") else found
 
     with ExitStack() as hooks:
-        for name, module in chosen.items():
-            hooks.enter_context(module.register_forward_hook(partial(record, name)))
+        for name, module in layers.items():
+            hooks.enter_context(module.register_forward_hook(partial(compare, name)))
         logits: Tensor = network(x)
-    return layers, logits
+    if calls != len(values):
+        count = f"{calls} layers of the network and {len(values)} of the file do not line up"
+        return Comparison(Difference(f"the file ({count})", 1, 1), 0)
+    apart = ~((answers - logits).abs() <= SAME * (logits.max() - logits.min()))
+    if not faults and apart.any():
+        faults.append(Difference("logits", int(apart.sum()), apart.numel()))
+    return Comparison(faults[0] if faults else None, on_ties)
 
 
-def _differing(layer: _Layer, found: Tensor) -> Tensor:
-    """Mask of the values that differ, of the layer's shape."""
-    if found.shape != layer.output.shape:
-        return torch.ones(layer.output.shape, dtype=torch.bool)
-    span = float(layer.output.max() - layer.output.min())
-    allowed = SAME * span if layer.step is None else layer.step / 2
-    return ~((found - layer.output).abs() <= allowed)  # NaN differs
+def _has_steps(module: nn.Module) -> bool:
+    """Whether the layer is a quantizer of 2 bits or more."""
+    proxy: Any = getattr(module, "act_quant", None)
+    return quantizes(module) and int(proxy.bit_width()) > 1
 
 
-def _all_on_ties(layer: _Layer, found: Tensor, different: Tensor) -> bool:
-    if layer.step is None or found.shape != layer.output.shape:
+def _differing(found: Tensor, value: Tensor, step: float | None) -> Tensor:
+    """Mask of the values that differ, of the shape of the network's ``value``."""
+    if found.shape != value.shape:
+        return torch.ones(value.shape, dtype=torch.bool)
+    allowed = SAME * float(value.max() - value.min()) if step is None else step / 2
+    return ~((found - value).abs() <= allowed)  # NaN differs
+
+
+def _all_on_ties(found: Tensor, value: Tensor, entering: Tensor, step: float | None, different: Tensor) -> bool:
+    if step is None or found.shape != value.shape:
         return False
-    one_step = ((found - layer.output).abs() / layer.step)[different] < 1.5
-    position = (layer.entering / layer.step)[different]
+    one_step = ((found - value).abs() / step)[different] < 1.5
+    position = (entering / step)[different]
     on_boundary = (position - position.floor() - 0.5).abs() < TIE
     return bool((one_step & on_boundary).all())
 
 
-def _file_values(path: Path, x: Tensor, *, quantized: bool, optimise: bool) -> list[Tensor]:
-    """The values between the file's layers, in order, and the logits."""
-    model = onnx.load(path)
-    grids = quantized_values(model) if quantized else {}
-    layers = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
-    names = list(grids) if quantized else layers
-    del model.graph.value_info[:]
-    known = {value.name for value in [*model.graph.output, *model.graph.input]}
-    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in known)
-    sources = {value.name for value in model.graph.input}
-    wanted = [*(name for name in names if name not in sources), model.graph.output[0].name]
-    with tempfile.TemporaryDirectory() as folder:
-        wide = Path(folder) / "values.onnx"
+class _FileValues:
+    """The values between a file's layers, in order, and the logits; a context manager."""
+
+    def __init__(self, path: Path, *, quantized: bool, optimise: bool) -> None:
+        model = onnx.load(path)
+        self.grids = quantized_values(model) if quantized else {}
+        layers = [node.output[0] for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+        self.names = list(self.grids) if quantized else layers
+        del model.graph.value_info[:]
+        known = {value.name for value in [*model.graph.output, *model.graph.input]}
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in self.names if name not in known)
+        self.sources = {value.name for value in model.graph.input}
+        self.wanted = [*(name for name in self.names if name not in self.sources), model.graph.output[0].name]
+        self.folder = tempfile.TemporaryDirectory()
+        wide = Path(self.folder.name) / "values.onnx"
         onnx.save(model, wide)
-        found = dict(zip(wanted, OnnxModel(wide, optimise=optimise).values(x, wanted), strict=True))
-    found |= {name: (x * 255).round() for name in names if name in sources}  # pixels that enter as uint8
-    for name, (scale, zero_point) in grids.items():
-        found[name] = (found[name].float() - zero_point) * scale
-    return [*(found[name] for name in names), found[wanted[-1]]]
+        self.session = OnnxModel(wide, optimise=optimise)
+
+    def __enter__(self) -> Callable[[Tensor], list[Tensor]]:
+        return self._run
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.cleanup()
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        found = dict(zip(self.wanted, self.session.values(x, self.wanted), strict=True))
+        found |= {name: (x * 255).round() for name in self.names if name in self.sources}  # pixels that enter as uint8
+        for name, (scale, zero_point) in self.grids.items():
+            found[name] = (found[name].float() - zero_point) * scale
+        return [*(found[name] for name in self.names), found[self.wanted[-1]]]
 
 
 def quantized_values(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:

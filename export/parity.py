@@ -24,6 +24,10 @@ slightly wrong networks exceed 5e-3."""
 NARROW_BITS, LARGEST_NARROW_MEAN_DIFFERENCE = 4, 1e-4
 """Bound up to this width, where values hardly meet ties."""
 
+MAX_DRIFT = 0.02
+"""Share of the answers that folding BatchNorm, or rounding ties, may change; more come from broken running statistics,
+or from a network whose answers hang on single codes."""
+
 APART = 1e-4
 """Share of the logit range: a larger difference of one image's logits needs an inner value on a rounding tie."""
 

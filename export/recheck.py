@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from robustq.data import to_float
+from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import evaluate
 from robustq.evaluation.suites import RECHECK, NamedAttack
-from robustq.export.first_difference import first_difference
+from robustq.export.first_difference import compare_layers
 from robustq.export.formats import FORMATS, build
 from robustq.export.integer_layers import Layers, optimised_layers
-from robustq.export.parity import RUNS, Agreement, bound_of, compare, logits_of, parity
+from robustq.export.parity import MAX_DRIFT, RUNS, Agreement, bound_of, compare, logits_of, parity
 from robustq.export.qonnx_file import execute
 from robustq.export.runtime_limits import not_for
 from robustq.export.session import OnnxModel, load_limited
@@ -41,8 +42,9 @@ SEARCHED_IMAGES = 8  # in the search for the first differing layer
 class Proof:
     """Results of the checks of a file.
 
-    ``on_ties`` are runs whose logits differ by more than the bound, but only after rounding ties: most images agree,
-    and those furthest apart have an inner value on a tie, either code of which is right.
+    ``on_ties`` are runs whose answers or logits differ by more than the bounds, but through rounding ties alone: in the
+    images furthest apart every layer computes from the file's values what the file does, but for values on a tie,
+    either code of which is right. They agree where the ties change at most ``max_drift`` of the answers.
     """
 
     judged_file: str  # the format that onnxruntime ran: the file's own, or ``qcdq`` for QONNX
@@ -53,11 +55,16 @@ class Proof:
     on_ties: tuple[str, ...] = ()
     not_for: tuple[str, ...] = ()  # runtimes and settings in which the file may not be used, in sentences
     compared_with: str = "the folded network"
+    max_drift: float = MAX_DRIFT  # share of the answers, with 95% confidence
 
     @property
     def parity_failures(self) -> list[str]:
         """The runs whose answers differ from the network's, and the first difference, in words; empty if all agree."""
-        found = [f"{run}: {each.failure}" for run, each in self.agreements.items() if not self._agrees(run)]
+        found = [
+            f"{run}: {each.failure}{', through rounding ties' if run in self.on_ties else ''}"
+            for run, each in self.agreements.items()
+            if not self._agrees(run)
+        ]
         if found and self.first_difference is not None:
             found.append(self.first_difference)
         return found
@@ -85,7 +92,11 @@ class Proof:
 
     def _agrees(self, run: str) -> bool:
         agreement = self.agreements[run]
-        return agreement.holds or (agreement.same_answers and run in self.on_ties)
+        if agreement.holds or run not in self.on_ties:
+            return agreement.holds
+        return (
+            agreement.same_answers or wilson_interval(agreement.different_top1, agreement.images)[0] <= self.max_drift
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -110,6 +121,7 @@ def prove(
     images: Tensor,
     *,
     unfolded: nn.Module | None = None,
+    max_drift: float = MAX_DRIFT,
 ) -> Proof:
     """Parity and layers of the .onnx file at ``path``.
 
@@ -117,6 +129,7 @@ def prove(
         folded: the reference, on the CPU.
         images: uint8 (N, C, H, W), real test images.
         unfolded: the reference of a QONNX file that kept BatchNorm.
+        max_drift: share of the answers that rounding ties may change, where they explain all differences.
     """
     model, x, agreements = load_limited(path), to_float(images), {}
     limits = tuple(not_for(model, spec))
@@ -133,7 +146,8 @@ def prove(
         found, on_ties = _find_differences(judged, folded, x, measured)
         layers = optimised_layers(judged)
     agreements |= measured
-    return Proof(judged_format, agreements, layers, chosen.promises_integers, found, on_ties, limits)
+    promise = chosen.promises_integers
+    return Proof(judged_format, agreements, layers, promise, found, on_ties, limits, max_drift=max_drift)
 
 
 def prove_alone(path: Path, format_name: str, twin: nn.Module, spec: ModelSpec, images: Tensor) -> Proof:
@@ -167,17 +181,12 @@ def _find_differences(
     for run in [run for run, agreement in agreements.items() if not agreement.holds]:
         apart = logits_of(OnnxModel(path, **RUNS[run]), x, label="search") - logits_of(folded, x, label="search")
         worst = apart.abs().amax(dim=1).nan_to_num(torch.inf).argsort(descending=True)[:SEARCHED_IMAGES]
-        # Image by image: a tie in one would hide a fault of a later layer in another.
-        optimise = RUNS[run]["optimise"]
-        found = [first_difference(path, folded, x[place : place + 1], optimise=optimise) for place in worst]
-        fault = next((each for each in found if each is not None and not each.on_ties), None)
-        # A tie may hide a later fault in the same image, but a fault shows in nearly all images: ties explain the
-        # differences only where most images agree.
-        few = 2 * agreements[run].images_apart <= agreements[run].images
-        if few and fault is None and any(each is not None for each in found):
+        found = compare_layers(path, folded, x[worst], optimise=RUNS[run]["optimise"])
+        if found.fault is not None:
+            words = words or f"first in {found.fault}"
+        elif found.on_ties:
             on_ties.append(run)
-        words = words or (f"first in {fault}" if fault is not None else None)
-        if all(each is None for each in found):
+        else:
             words = words or f"{run}: all inner values are equal, the logits are not"
     return words, tuple(on_ties)
 

@@ -74,7 +74,7 @@ def export(
         ),
     ] = None,
     max_drift: Annotated[
-        float, rare(help="Share of the answers that folding BatchNorm may change.", min=0, max=1)
+        float, rare(help="Share of the answers that folding BatchNorm or rounding ties may change.", min=0, max=1)
     ] = 0.02,
     kit: Annotated[
         bool, rare("--kit/--no-kit", help="Write the folder kit, with which the device checks the file.")

@@ -84,7 +84,7 @@ def _proof_lines(result: Result) -> list[str]:
     lines += [f"parity  {', '.join(runs)}: {words}" for words, runs in alike.items()]
     if result["on_ties"]:
         on_ties = ", ".join(result["on_ties"])
-        lines.append(f"parity  {on_ties}: the largest differences come from values on rounding ties")
+        lines.append(f"parity  {on_ties}: every layer computes what the file's does, but for rounding ties")
     return lines + [f"FAILED  {failure}" for failure in result["shortfalls"]]
 
 

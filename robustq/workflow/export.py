@@ -20,7 +20,7 @@ from robustq.export.formats import FORMATS, build, check_format
 from robustq.export.integer_layers import Layers
 from robustq.export.kit import KIT, write_kit
 from robustq.export.metadata import add_results
-from robustq.export.parity import drift
+from robustq.export.parity import MAX_DRIFT, drift
 from robustq.export.recheck import attack_file, prove
 from robustq.export.timing import Latency, Subject
 from robustq.files import check_output, free_path, optional_path
@@ -38,9 +38,6 @@ from robustq.zoo import model_path
 
 EXPORTS = Path("export-out")
 RECHECK_SUITE = SUITES["recheck"].name
-
-MAX_DRIFT = 0.02
-"""Share of the answers that folding BatchNorm may change; more come from broken running statistics."""
 
 COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
 COUNTED = (*COUNTED_CLEAN, "robust_accuracy", "interval", "epsilon", "verdict", "flags")
@@ -99,7 +96,7 @@ def export_model(
             as the model was trained, else 8/255.
         images: number of test images for all checks, evenly spaced; 0: all.
         recheck: also count accuracy under attack.
-        max_drift: share of the answers (0 to 1) that folding BatchNorm may change.
+        max_drift: share of the answers (0 to 1) that folding BatchNorm, or rounding ties of the file, may change.
         kit: also write the folder ``kit``, with which the device checks the file; needs ``recheck``, and a format that
             onnxruntime runs.
         data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
@@ -148,7 +145,7 @@ def export_model(
         onnx.save(build(format_name, kept or folded, spec, pixels=pixels, consumer=consumer), path)
         save_model(folder / MODEL, network, spec, info=info)
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
-        proof = fit(lambda: prove(path, format_name, folded, spec, x, unfolded=kept))
+        proof = fit(lambda: prove(path, format_name, folded, spec, x, unfolded=kept, max_drift=max_drift))
         _log_layers(proof.layers)
         if proof.parity_failures:
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
@@ -176,6 +173,7 @@ def export_model(
             **proof.to_dict(),
             "stay_in_float": list(float_layers_of(network)),
             "drift": drifted.to_dict(),
+            "max_drift": max_drift,
             "shortfalls": shortfalls,
             "versions": versions(),
         }

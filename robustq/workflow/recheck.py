@@ -151,7 +151,7 @@ def _with_model(opened: Bundle, model: Path, custom_model: str | None, device: t
         found = attack_file(opened.onnx, opened.format, folded, spec, x, y, file_alone=twin, **options)
         return replace(found, notes=[*notes, *found.notes])
 
-    proof = partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept)
+    proof = partial(prove, opened.onnx, opened.format, folded, spec, unfolded=kept, max_drift=opened.max_drift)
     return _Subject(spec, "onnxruntime", folded, proof, attack)
 
 
