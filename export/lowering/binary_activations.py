@@ -51,8 +51,8 @@ def binary_activations(model: onnx.ModelProto) -> int:
     graph = model.graph
     rows = _row_lengths(model)
     lowered = 0
+    index = GraphIndex(graph)
     for node in list(graph.node):
-        index = GraphIndex(graph)
         chain = _chain_from(index, node) if node.op_type == "Clip" else None
         if chain is None:
             continue
@@ -60,6 +60,7 @@ def binary_activations(model: onnx.ModelProto) -> int:
         for reader in index.used_by[chain.binary.output[0]]:
             _negate_weights(index, reader, chain.binary.output[0], ~rises)
         _compare(index, chain, first, row=rows.get(chain.values.output[0], 1))
+        index = GraphIndex(graph)
         lowered += 1
     if lowered:
         drop_unused_initializers(graph)

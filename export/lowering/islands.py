@@ -7,6 +7,7 @@ import onnx
 from onnx import helper
 
 from robustq.export.lowering.graph import GraphIndex, add_initializer, insert_nodes
+from robustq.export.lowering.requantize import MOVES
 
 LAYERS = frozenset({"ConvTranspose", "Softmax"})
 
@@ -23,7 +24,7 @@ def float_layers(model: onnx.ModelProto) -> int:
     lowest = np.array(np.finfo(np.float32).min, np.float32)
     kept = 0
     for node in list(graph.node):
-        source = index.maker(node)
+        source = index.maker(node, through=MOVES)  # behind a move a pair of its own follows later
         if node.op_type not in LAYERS or source is None or source.op_type != "DequantizeLinear":
             continue
         bound = add_initializer(graph, f"{node.name}_lowest", lowest)

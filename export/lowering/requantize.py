@@ -29,10 +29,10 @@ def quantized_moves(model: onnx.ModelProto) -> int:
     """
     graph = model.graph
     wrapped = 0
+    index = GraphIndex(graph)
     for node in list(graph.node):  # in order of execution, so that a chain is wrapped link by link
         if node.op_type not in MOVES | {"Concat"}:
             continue
-        index = GraphIndex(graph)
         source = index.maker(node) if node.op_type in MOVES else _common_source(index, node)
         if source is None or source.op_type != "DequantizeLinear":
             continue
@@ -48,6 +48,7 @@ def quantized_moves(model: onnx.ModelProto) -> int:
                 graph, node, moved, source, readers, name=name, values=f"{moved}_values", codes=f"{moved}_codes"
             )
             wrapped += 1
+            index = GraphIndex(graph)
     return wrapped
 
 

@@ -101,12 +101,30 @@ class Moving(nn.Module):
         return logits
 
 
-NETS: dict[str, Callable[[], nn.Module]] = {"norms": Norms, "tokens": Tokens, "moving": Moving}
+class Places(nn.Module):
+    """An encoding of positions by a layer, softmax of a part of the channels, and a convolution for the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.encode = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(2, 8, 1)
+        self.conv, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, CLASSES, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))  # 3 x 3
+        ones = torch.ones((x.shape[0], 3, 3), device=x.device)
+        x = x + self.encode(torch.stack([ones.cumsum(1), ones.cumsum(2)], 1).sin())
+        first, second = self.conv(x).chunk(2, 1)
+        logits: Tensor = self.head(torch.cat([first.softmax(1), second], 1)).flatten(1)
+        return logits
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {"norms": Norms, "tokens": Tokens, "moving": Moving, "places": Places}
 
 IN_FLOAT = {
     "norms": ("group", "instance", "mish", "up", "layer", "gelu", "silu", "softmax", "sum_1"),
     "tokens": ("add_3", "add", "norm", "scaled_dot_product_attention", "attention"),
     "moving": (),
+    "places": ("add", "softmax"),
 }
 """The layers that are said to stay in float."""
 

@@ -195,7 +195,7 @@ def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | Non
     largest_weight = 1 if bits == 1 else 2 ** (bits - 1) - 1
     # A linear layer may be exported as MatMul and Add, whose weights no lowering pass multiplies; onnxruntime (1.32)
     # fuses both into a QGemm without a look at the unit of the bias.
-    steps = 1 if isinstance(layer, nn.Linear) else bias_steps(largest_weight, grid)
+    steps = 1 if isinstance(target, nn.Linear) else bias_steps(largest_weight, grid)
     scale = quantized.scale.detach().cpu().double().flatten().expand(channels) * gain.abs()
     bias_codes = shift.abs() * steps / (grid.scale * scale)
     # Below this the accumulator's scale is no normal float32: it would lose digits or become 0, and the codes NaN.
@@ -207,10 +207,10 @@ def fold_layer(layer: Any, norm: nn.Module | None, target: Any, grid: Grid | Non
     nothing = torch.full_like(scale, NO_BIAS_SCALE if bits == 1 else 1.0)
     scale = torch.where(constant, torch.where(holds_bias >= smallest, holds_bias, nothing), scale)
     weight_scale, bias_scale = scale_of(target.weight_quant), scale_of(target.bias_quant)
-    weight_scale.copy_(scale.reshape(shape))
+    weight_scale.copy_(scale.reshape(weight_scale.shape))
     bias_scale.copy_(grid.scale * scale / steps)
     signs = torch.where(constant, 1.0, gain.sign()).reshape(shape)
-    target.weight.copy_((codes * signs).float() * weight_scale)
+    target.weight.copy_((codes * signs).float().reshape(target.weight.shape) * weight_scale)
     target.bias.copy_(_on_grid(shift.float(), bias_scale))
     target.set_input_scale(grid.scale, largest_code=max(-grid.lowest, grid.highest))
 
