@@ -161,8 +161,10 @@ def functions_to_modules(model: GraphModule) -> None:
             )
         while node.op in ("call_function", "call_method") and hasattr(model, node.name):
             node.name = model.graph._graph_namespace.create_name(f"{node.name}_call", None)
+    called = {node.target for node in model.graph.nodes}
     for function, module in FUNCTIONS:
-        FnToModule(function, module).apply(model)
+        if function in called:  # the rewriter compiles the graph anew in any case
+            FnToModule(function, module).apply(model)
     MethodToModule("relu", nn.ReLU).apply(model)
 
 
