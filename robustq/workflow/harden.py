@@ -121,6 +121,7 @@ def harden_model(
             path,
             wanted_data,
             image_size=settings.image_size or None,
+            train_images=settings.train_images,
             architecture=chosen,
             custom_model=custom_model,
             weights=weights,
@@ -132,7 +133,7 @@ def harden_model(
         if opened.is_foreign and normalisation is None:
             note_normalisation(source.architecture)
         widths, layer_bits = options.resolve(settings, source=source)
-        loaded = data_for(
+        loaded = opened.data or data_for(
             source,
             wanted_data,
             path,

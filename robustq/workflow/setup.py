@@ -163,6 +163,7 @@ class Source(NamedTuple):
     spec: ModelSpec
     is_foreign: bool = False  # from a state dict: its normalisation may be unknown
     stated: float | None = None  # accuracy in the checkpoint, as a fraction
+    data: Dataset | None = None  # that told the classes of a state dict
 
 
 def open_source(
@@ -170,6 +171,7 @@ def open_source(
     data: str | None,
     *,
     image_size: int | None = None,
+    train_images: int = 0,
     architecture: str | None = None,
     custom_model: str | None = None,
     weights: str | None = None,
@@ -185,6 +187,7 @@ def open_source(
     Args:
         data: name, folder or file, needed for a state dict; None: as in the model file.
         image_size: image side for a folder and a state dict.
+        train_images: limit of the training part that is loaded for a state dict; 0: all.
         architecture: of a state dict whose names do not tell it; a model file must have the same.
         custom_model, weights, trust_pickle, resize, skip_bad_images: as :func:`robustq.workflow.harden.harden_model`.
 
@@ -215,7 +218,9 @@ def open_source(
             f"{path}: is a bare state dict ({shown}) that does not name its training data; "
             "add --data NAME, FOLDER or FILE.npz"
         )
-    loaded = load_dataset(data, image_size=image_size, resize=resize, skip_bad_images=skip_bad_images)
+    loaded = load_dataset(
+        data, train_images=train_images, image_size=image_size, resize=resize, skip_bad_images=skip_bad_images
+    )
     spec = ModelSpec(
         found,
         FLOAT_BITS,
@@ -230,7 +235,7 @@ def open_source(
         skip_bad_images=loaded.skip_bad_images,
     )
     check_fit(spec, loaded, path)
-    return Source(state, spec, is_foreign=True, stated=stated_accuracy(content, read_metadata(path)))
+    return Source(state, spec, is_foreign=True, stated=stated_accuracy(content, read_metadata(path)), data=loaded)
 
 
 def _chosen_weights(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
 import robustq
 from robustq.checkpoint import load_model
 from robustq.errors import RobustqWarning
 from robustq.models.preprocessing import preprocessing_of
-from robustq.models.spec import ModelSpec
+from robustq.models.spec import ModelSpec, build_model
 from robustq.report.info import description_lines
 from tests.data.images import write_images
 from tests.models.small_nets import small_spec
@@ -71,6 +73,27 @@ def test_a_folder_is_resized_and_read_as_in_training(tmp_path: Path) -> None:
     line = "RGB, whole image scaled to 8x8, pixel / 255"
     for path, label in ((made.checkpoint, "images"), (exported.bundle, "images"), (Path(file), "before")):
         assert f"{label}  {line}" in description_lines(robustq.describe_file(path))
+
+
+def test_a_folder_is_read_once_for_weights_of_another_program(tmp_path: Path) -> None:
+    folder = tmp_path / "photographs"
+    for part in ("train", "test"):
+        write_images(folder / part, {"a": 12, "b": 12}, size=(8, 8))
+    (folder / "train" / "b" / "05.png").write_bytes(b"no image")
+    spec = replace(small_spec(32), classes=2, channels=3, class_names=("a", "b"))
+    torch.save(build_model(spec).state_dict(), tmp_path / "weights.pth")
+    with pytest.warns(RobustqWarning) as found:
+        robustq.harden_model(
+            tmp_path / "weights.pth",
+            bits=4,
+            recipe="ptq",
+            overrides=("image_size=8",),
+            data=str(folder),
+            skip_bad_images=True,
+            checks=False,
+            out=tmp_path / "run",
+        )
+    assert len([one for one in found if "skipped 1 of 24" in str(one.message)]) == 1
 
 
 def test_specs_of_older_files_and_what_a_device_must_do() -> None:
