@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings, model_for
+from robustq.attacks.base import AttackState, Criterion, Model, check_settings
+from robustq.attacks.counted import model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy
 from robustq.errors import UsageError

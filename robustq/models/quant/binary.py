@@ -100,7 +100,7 @@ class _Sign(torch.autograd.Function):
 
 
 def _affine(y: Tensor, offset: float, factor: float) -> Tensor:
-    """offset + factor * y by one kernel; may overwrite y."""
+    """Add offset to factor * y, by one kernel; may overwrite y."""
     if y.device.type != "cpu":
         return torch.rsub(y, offset, alpha=-factor)
     # In place: on a CPU a new tensor takes as long again.
