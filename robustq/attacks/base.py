@@ -139,6 +139,11 @@ judge them on the deployed file.
 """
 
 
+def none_breaks(x_adv: Tensor, rows: Tensor) -> Tensor:
+    """The criterion by which no image counts as broken, so that each gets all steps."""
+    return torch.zeros_like(rows, dtype=torch.bool)
+
+
 class AttackState:
     """A batch under attack. Runs the model once, on the clean images.
 
@@ -221,6 +226,8 @@ class AttackState:
         wrong = misclassified(logits, self.y[rows])
         if among is not None:
             wrong = wrong & among
+        if self.criterion is none_breaks:
+            return torch.zeros_like(wrong)  # without asking, for which the host would wait
         if self.criterion is not None:
             candidates = wrong.nonzero()[:, 0]
             if len(candidates):

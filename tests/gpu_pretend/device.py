@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -122,23 +122,35 @@ class PretendTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = dict(kwargs or {})
-        _check(func, args, kwargs)
+        found: list[Tensor] = []
+        held_args, held_kwargs = _without(args, found), {key: _without(value, found) for key, value in kwargs.items()}
+        host = [one for one in found if not isinstance(one, PretendTensor)]
+        _check(func, args, kwargs, host)
         _count(func, args, kwargs)
-        kwargs.pop("pin_memory", None)
-        to_host = "device" in kwargs and torch.device(kwargs.pop("device") or NAME).type == "cpu"
-        flat, _ = tree_flatten((args, kwargs))
-        wrappers = {id(one.held): one for one in flat if isinstance(one, PretendTensor)}
-        result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
+        held_kwargs.pop("pin_memory", None)
+        to_host = "device" in held_kwargs and torch.device(held_kwargs.pop("device") or NAME).type == "cpu"
+        result = func(*held_args, **held_kwargs)
         if to_host:
             return result
-        plain = {id(one) for one in flat if isinstance(one, Tensor) and not isinstance(one, PretendTensor)}
+        # An operation in place returns its argument; a copy to the host that of the CPU.
+        known = {id(_held(one)): one for one in found}
+        if isinstance(result, Tensor):
+            return known[id(result)] if id(result) in known else PretendTensor(result)
+        return tree_map(lambda one: _wrapped(one, known), result)
 
-        def wrap(value: Any) -> Any:
-            if not isinstance(value, Tensor) or id(value) in plain:  # a copy to the host returns its CPU tensor
-                return value
-            return wrappers.get(id(value)) if id(value) in wrappers else PretendTensor(value)
 
-        return tree_map(wrap, result)
+def _without(value: Any, found: list[Tensor]) -> Any:
+    """A value of an operation with CPU tensors in the place of the device's; appends all tensors to ``found``."""
+    if isinstance(value, Tensor):
+        found.append(value)
+        return value.held if isinstance(value, PretendTensor) else value
+    return [_without(one, found) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _wrapped(value: Any, known: dict[int, Tensor]) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return known[id(value)] if id(value) in known else PretendTensor(value)
 
 
 def _held(value: Any) -> Any:
@@ -149,7 +161,7 @@ def _on_cpu(value: Any) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, PretendTensor)
 
 
-def _check(func: Any, args: Any, kwargs: Any) -> None:
+def _check(func: Any, args: Any, kwargs: Any, host: list[Tensor]) -> None:
     """Raise where CUDA would."""
     packet = func.overloadpacket
     if packet in CHANGES_SHAPE or (packet is aten.as_strided_ and tuple(args[1]) != tuple(args[0].shape)):
@@ -157,8 +169,6 @@ def _check(func: Any, args: Any, kwargs: Any) -> None:
     generator = kwargs.get("generator")
     if generator is not None:
         _check_generator(func, generator)
-    flat, _ = tree_flatten((args, kwargs))
-    host = [one for one in flat if _on_cpu(one)]
     if not host or packet in (aten.copy_, aten._to_copy):
         return
     # Indices, and a scalar value to write, may be the host's.
