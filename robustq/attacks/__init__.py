@@ -13,8 +13,8 @@ Args that attacks share:
     steps, restarts, queries, ...: budget per image, at least 1.
     stop_when_broken: drop images from the batch when they break. It changes the cost, not which images break.
     criterion: decides which misclassified images count as broken (`base.Criterion`); default: all of them.
-    generator: a CPU generator (default: torch's global one), or `ImageGenerators`, one per image; the results do not
-        depend on the device.
+    generator: a CPU generator (default: torch's global one), or `ImageGenerators`, one per image, whose numbers do not
+        depend on the device; draws of a CPU generator itself are a device's own.
 
 Returns:
     (N, C, H, W), dtype and device of `x`, without gradient, inside the ball and [0, 1]; at epsilon 0 bitwise `x`.
@@ -34,7 +34,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd, apgd_targeted
-from robustq.attacks.base import Counted
+from robustq.attacks.counted import Counted
 from robustq.attacks.fab import fab, fab_targeted
 from robustq.attacks.feature_space import feature_space
 from robustq.attacks.generators import ImageGenerators

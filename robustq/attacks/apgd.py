@@ -15,6 +15,7 @@ from robustq.attacks.base import (
     Objective,
     check_settings,
     gradient_of_rows,
+    left,
     likely_targets,
     select,
 )
@@ -151,7 +152,7 @@ def _run(state: AttackState, objective: Objective, generators: ImageGenerators, 
         # At the first checkpoint the step is new, so that Condition 2 of the paper does not apply.
         halved_at_check=torch.ones_like(losses, dtype=torch.bool),
     )
-    run = select(run, state.record(rows, x_adv, logits))
+    run = select(run, left(state.record(rows, x_adv, logits), 0))
     checks, last_check = checkpoints(steps), 0
     for number in range(1, steps + 1):
         if not len(run.rows):
@@ -160,13 +161,13 @@ def _run(state: AttackState, objective: Objective, generators: ImageGenerators, 
         ahead = project(run.x_adv + run.step[:, None, None, None] * run.gradient.sign(), run.x, epsilon=epsilon)
         moved = run.x_adv + momentum * (ahead - run.x_adv) + (1.0 - momentum) * (run.x_adv - run.previous)
         run.previous, run.x_adv = run.x_adv, project(moved, run.x, epsilon=epsilon)
-        run = _evaluate(state, objective, run, with_gradient=number < steps)
+        run = _evaluate(state, objective, run, number=number, with_gradient=number < steps)
         if number in checks:
             _review_step_sizes(run, interval=number - last_check)
             last_check = number
 
 
-def _evaluate(state: AttackState, objective: Objective, run: _Run, *, with_gradient: bool) -> _Run:
+def _evaluate(state: AttackState, objective: Objective, run: _Run, *, number: int, with_gradient: bool) -> _Run:
     """Evaluate the current points, drop the images that broke, and keep the best points."""
     if with_gradient:
         run.gradient, losses, logits = gradient_of_rows(state.model, run.rows, run.x_adv, objective)
@@ -176,10 +177,10 @@ def _evaluate(state: AttackState, objective: Objective, run: _Run, *, with_gradi
     losses = nan_to_lowest(losses)
     run.increases = run.increases + (losses > run.losses)
     run.losses = losses
-    run = select(run, state.record(run.rows, run.x_adv, logits))
+    run = select(run, left(state.record(run.rows, run.x_adv, logits), number))
     better = run.losses > run.best_losses
-    run.best[better] = run.x_adv[better]
-    run.best_gradient[better] = run.gradient[better]
+    run.best = torch.where(better[:, None, None, None], run.x_adv, run.best)
+    run.best_gradient = torch.where(better[:, None, None, None], run.gradient, run.best_gradient)
     run.best_losses = torch.maximum(run.best_losses, run.losses)
     return run
 

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from robustq.attacks.generators import ImageGenerators, image_generators
+from robustq.attacks.generators import ImageGenerators, draw_generator, image_generators
 from robustq.errors import UsageError
 
 LEVEL_TOLERANCE = 1e-4
@@ -36,7 +36,7 @@ def project(x_adv: Tensor, x: Tensor, *, epsilon: float) -> Tensor:
 
 @torch.no_grad()
 def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | ImageGenerators | None = None) -> Tensor:
-    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1]; drawn on the CPU.
+    """A point drawn uniformly from the epsilon-ball of each image, clamped to [0, 1]; drawn on its device.
 
     Returns (N, C, H, W), dtype and device of `x`, without gradient. UsageError as of `project` and `image_generators`.
     """
@@ -44,7 +44,8 @@ def uniform_start(x: Tensor, *, epsilon: float, generator: torch.Generator | Ima
     if isinstance(generator, ImageGenerators):
         noise = image_generators(generator, x).uniform(tuple(x.shape[1:])).to(x)
     else:
-        noise = torch.rand(x.shape, generator=generator, dtype=torch.float32).to(x)
+        own = draw_generator(generator, x.device)
+        noise = torch.rand(x.shape, generator=own, dtype=torch.float32, device=x.device).to(x)
     return project(x + epsilon * (2.0 * noise - 1.0), x, epsilon=epsilon)
 
 

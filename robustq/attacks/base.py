@@ -1,4 +1,4 @@
-"""The base of all attacks: model protocol, query and gradient counts, input gradients, and the attack state.
+"""The base of all attacks: model protocol, input gradients, and the attack state.
 
 AttackState follows AutoAttack (arXiv:2003.01690): images that the model misclassifies without attack are left alone,
 and images that broke are not attacked again.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon
+from robustq.attacks.counted import model_for
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin
 from robustq.errors import UsageError, one_line
 
-Answer = TypeVar("Answer")
-Other = TypeVar("Other")
 PerImage = TypeVar("PerImage")
 
 Model = Callable[[Tensor], Tensor]
@@ -27,55 +26,6 @@ Model = Callable[[Tensor], Tensor]
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits (n, K), their rows in the batch (n,) int64) -> losses (n,)."""
-
-
-class Counted(Generic[Answer]):
-    """A model that counts its queries and gradients per image; its answers are those of the model inside.
-
-        model = Counted(network, images=len(x))
-        x_adv = apgd(model, x, y, epsilon=8 / 255)
-        model.gradient_steps.sum()
-
-    The model may be any callable on images, and ``images`` is their number N. A pass counts as a gradient step when
-    autograd watches the images.
-
-    Attributes:
-        queries, gradient_steps: (N,) int64, forward passes without and with gradient.
-    """
-
-    def __init__(self, model: Callable[[Tensor], Answer], *, images: int) -> None:
-        self.model = model
-        self.queries = torch.zeros(images, dtype=torch.int64)
-        self.gradient_steps = torch.zeros(images, dtype=torch.int64)
-        self._rows = torch.arange(images)
-
-    def __call__(self, x: Tensor) -> Answer:
-        """(n, C, H, W) -> the model's answer; UsageError unless n is N, or the number of rows given to `for_rows`."""
-        if len(x) != len(self._rows):
-            raise UsageError(
-                f"the model got {len(x)} images and counts {len(self._rows)}; an attack that drops images from its "
-                "batch calls model_for(model, rows)"
-            )
-        counts = self.gradient_steps if x.requires_grad and torch.is_grad_enabled() else self.queries
-        counts[self._rows] += 1
-        return self.model(x)
-
-    def for_rows(self, rows: Tensor) -> Counted[Answer]:
-        """The same counters for some of the images: rows (n,) int64 of this one's, or a bool mask."""
-        part = self.sharing(self.model)
-        part._rows = self._rows[rows.cpu()]
-        return part
-
-    def sharing(self, model: Callable[[Tensor], Other]) -> Counted[Other]:
-        """Another callable with the same counters, such as the features of the same network."""
-        other = Counted(model, images=0)
-        other.queries, other.gradient_steps, other._rows = self.queries, self.gradient_steps, self._rows
-        return other
-
-
-def model_for(model: Callable[[Tensor], Answer], rows: Tensor) -> Callable[[Tensor], Answer]:
-    """The model for these rows of the batch: a `Counted` counts them as theirs, other models stay as they are."""
-    return model.for_rows(rows) if isinstance(model, Counted) else model
 
 
 class LossAndGradient(NamedTuple):
@@ -150,11 +100,35 @@ def check_settings(*, epsilon: float, **counts: int) -> None:
             raise UsageError(f"{name} is {count}; give at least 1")
 
 
-def select(images: PerImage, mask: Tensor) -> PerImage:
-    """A dataclass of tensors with one entry per image, for some of the images: mask (n,) bool."""
-    if bool(mask.all()):
+LOOK_EVERY = 10
+"""Steps between two looks at the broken images where the host waits for a look: on every device but the CPU."""
+
+
+def left(kept: Tensor | None, number: int) -> Tensor | None:
+    """The images that a loop goes on with after a step, as indices (m,) int64; None: all, or a look is not due.
+
+    ``kept`` is the answer of `AttackState.record`, and ``number`` counts the steps.
+    """
+    if kept is None or (kept.device.type != "cpu" and number % LOOK_EVERY):
+        return None
+    indices = kept.nonzero()[:, 0]
+    return None if len(indices) == len(kept) else indices
+
+
+def select(images: PerImage, indices: Tensor | None) -> PerImage:
+    """A dataclass of tensors with one entry per image, for some of the images: indices (m,) int64, None for all."""
+    if indices is None:
         return images
-    return type(images)(*(getattr(images, field.name)[mask] for field in fields(images)))  # type: ignore[arg-type]
+    return type(images)(*(getattr(images, field.name)[indices] for field in fields(images)))  # type: ignore[arg-type]
+
+
+def replace_rows(target: Tensor, rows: Tensor, values: Tensor, mask: Tensor) -> None:
+    """target[rows] = values where mask (n,) is True, in place; rows (n,) int64, each at most once."""
+    if target.device.type == "cpu":
+        chosen = mask.nonzero()[:, 0]
+        target[rows[chosen]] = values[chosen]
+    else:  # a look at the mask would make the host wait
+        target[rows] = torch.where(mask.reshape(-1, *(1 for _ in target.shape[1:])), values, target[rows])
 
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -163,6 +137,11 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 It is called only with images that the attacked model misclassifies. An evaluation uses it to round the images and to
 judge them on the deployed file.
 """
+
+
+def none_breaks(x_adv: Tensor, rows: Tensor) -> Tensor:
+    """The criterion by which no image counts as broken, so that each gets all steps."""
+    return torch.zeros_like(rows, dtype=torch.bool)
 
 
 class AttackState:
@@ -175,7 +154,6 @@ class AttackState:
         x_adv: (N, C, H, W), per image an adversarial image that broke, if there is one; of these, or else of all that
             were recorded (the clean image included), the one with the highest margin.
         broken: (N,) bool.
-        remaining: (n,) int64, the rows that are still attacked: without `stop` all rows that were right without attack.
         clean_logits: (N, K).
     """
 
@@ -195,30 +173,47 @@ class AttackState:
         self.x_adv = self.x.clone()
         self.margins = _margins(self.clean_logits, y)
         self.broken = self._breaks(rows, self.x, self.clean_logits)
-        self.remaining = rows[~self.broken]
+        self._right = rows[(~self.broken).nonzero()[:, 0]]
+
+    @property
+    def remaining(self) -> Tensor:
+        """(n,) int64, the rows that are still attacked: without `stop` all rows that were right without attack.
+
+        The host waits.
+        """
+        return self._right[(~self.broken[self._right]).nonzero()[:, 0]] if self.stop else self._right
 
     @torch.no_grad()
-    def record(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
+    def record(self, rows: Tensor, x_adv: Tensor, logits: Tensor, *, among: Tensor | None = None) -> Tensor | None:
         """Record adversarial images (n, C, H, W) inside the ball, and the model's answers to them, logits (n, K).
 
-        ``rows`` are (n,) int64 of the batch, each at most once. Returns (n,) bool, the rows to continue with.
+        ``rows`` are (n,) int64 of the batch, each at most once; ``among`` is (n,) bool, those that count (None: all).
+        With `stop` broken images stay as they are. Returns (n,) bool, the rows to continue with, for `left`; None: all.
+        The host waits only for a criterion.
         """
         margins = _margins(logits, self.y[rows])
-        breaks = self._breaks(rows, x_adv, logits)
         before = self.broken[rows]
+        if self.stop:
+            among = ~before if among is None else among & ~before
+        breaks = self._breaks(rows, x_adv, logits, among=among)
         better = (breaks & ~before) | ((breaks == before) & (margins > self.margins[rows]))
-        self.x_adv[rows[better]] = x_adv[better]
-        self.margins[rows[better]] = margins[better]
-        self.broken[rows] = before | breaks
-        if not self.stop or not bool(breaks.any()):
-            return torch.ones_like(breaks)
-        self.remaining = self.remaining[~self.broken[self.remaining]]
-        return ~breaks
+        if among is not None:
+            better = better & among
+        replace_rows(self.x_adv, rows, x_adv, better)
+        replace_rows(self.margins, rows, margins, better)
+        broken = before | breaks
+        self.broken[rows] = broken
+        return ~broken if self.stop else None
+
+    def drop(self, kept: Tensor | None, number: int, rows: Tensor) -> Tensor:
+        """``rows`` without those that `left` drops."""
+        indices = left(kept, number)
+        return rows if indices is None else rows[indices]
 
     @torch.no_grad()
     def record_final(self, rows: Tensor, x_adv: Tensor) -> None:
         """Query the model with the final images, and keep them for images that are not broken, whatever the margins."""
-        self.margins[rows[~self.broken[rows]]] = -torch.inf
+        self.margins[rows] = torch.where(self.broken[rows], self.margins[rows], -torch.inf)
         self.record(rows, x_adv, self.query(rows, x_adv))
 
     @torch.no_grad()
@@ -227,11 +222,16 @@ class AttackState:
         # A judge outside PyTorch answers on the CPU.
         return model_for(self.model, rows)(images).to(self.x.device)
 
-    def _breaks(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
+    def _breaks(self, rows: Tensor, x_adv: Tensor, logits: Tensor, *, among: Tensor | None = None) -> Tensor:
         wrong = misclassified(logits, self.y[rows])
-        if self.criterion is not None and bool(wrong.any()):
-            candidates = wrong.clone()
-            wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
+        if among is not None:
+            wrong = wrong & among
+        if self.criterion is none_breaks:
+            return torch.zeros_like(wrong)  # without asking, for which the host would wait
+        if self.criterion is not None:
+            candidates = wrong.nonzero()[:, 0]
+            if len(candidates):
+                wrong[candidates] = self.criterion(x_adv[candidates], rows[candidates]).to(wrong.device)
         return wrong
 
 
@@ -247,10 +247,12 @@ def likely_targets(clean_logits: Tensor, y: Tensor, *, count: int, generators: I
     classes of the lowest indices would be everybody's targets.
     """
     others = clean_logits.nan_to_num(nan=0.0).scatter(1, y[:, None], -torch.inf)
-    shuffled = generators.child("ties").uniform((clean_logits.shape[1],)).argsort(dim=1, stable=True).to(y.device)
+    shuffled = generators.child("ties").uniform((clean_logits.shape[1],)).argsort(dim=1, stable=True)
     order = shuffled.gather(1, others.gather(1, shuffled).sort(dim=1, descending=True, stable=True).indices)
-    # The label is last unless another logit is -inf as well.
-    return list(order[order != y[:, None]].view(len(y), -1)[:, :count].unbind(dim=1))
+    # The label is last unless another logit is -inf as well; the classes behind it move up by one place.
+    label = (order == y[:, None]).to(torch.int8).argmax(dim=1, keepdim=True)
+    place = torch.arange(order.shape[1] - 1, device=order.device)
+    return list(order.gather(1, place + (place >= label).to(torch.int64))[:, :count].unbind(dim=1))
 
 
 def _margins(logits: Tensor, y: Tensor) -> Tensor:

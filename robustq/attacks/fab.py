@@ -16,10 +16,12 @@ from robustq.attacks.base import (
     check_settings,
     input_gradient,
     input_gradients,
+    left,
     likely_targets,
     misclassified,
-    model_for,
+    replace_rows,
 )
+from robustq.attacks.counted import model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import targeted_margin
 
@@ -166,12 +168,12 @@ def _run(walk: _Walk, boundary: Boundary, start: ImageGenerators | None, *, epsi
         noise, peak = uniform_noise_and_peak(points, start[rows])
         radius = walk.distance[rows].clamp(max=epsilon) / 2
         points = (points + radius[:, None, None, None] / peak * noise).clamp(0.0, 1.0)
-    for _ in range(steps):
+    for number in range(steps):
         if not len(rows):
             return
         value, normal = boundary(points, rows)
         points = _mean_of_projections(points, walk.x[rows], value.to(points), normal)
-        rows, points = _evaluate(walk, rows, points, epsilon=epsilon)
+        rows, points = _evaluate(walk, rows, points, number, epsilon=epsilon)
 
 
 @torch.no_grad()
@@ -188,29 +190,27 @@ def _mean_of_projections(points: Tensor, x: Tensor, value: Tensor, normal: Tenso
 
 
 @torch.no_grad()
-def _evaluate(walk: _Walk, rows: Tensor, points: Tensor, *, epsilon: float) -> tuple[Tensor, Tensor]:
+def _evaluate(walk: _Walk, rows: Tensor, points: Tensor, number: int, *, epsilon: float) -> tuple[Tensor, Tensor]:
     """Query the model, record misclassified points and step back from them; returns the rows and points that remain."""
     logits = walk.query(rows, points)
     wrong = misclassified(logits, walk.y[rows])
-    if not bool(wrong.any()):
+    if wrong.device.type == "cpu" and not bool(wrong.any()):  # elsewhere a look makes the host wait
         return rows, points
     x = walk.x[rows]
     distance = (points - x).abs().flatten(1).amax(dim=1)
     nearer = wrong & (distance < walk.distance[rows])
-    walk.nearest[rows[nearer]] = points[nearer]
-    walk.distance[rows[nearer]] = distance[nearer]
-    kept = torch.ones_like(wrong)
+    replace_rows(walk.nearest, rows, points, nearer)
+    replace_rows(walk.distance, rows, distance, nearer)
     inside = wrong & (distance <= epsilon)
-    if bool(inside.any()):
-        x_adv = project(points[inside], x[inside], epsilon=epsilon)
-        kept[inside] = walk.record(rows[inside], x_adv, logits[inside])
+    kept = left(walk.record(rows, project(points, x, epsilon=epsilon), logits, among=inside), number)
     points = torch.where(wrong[:, None, None, None], x + STEP_BACK * (points - x), points)
-    return rows[kept], points[kept]
+    return (rows, points) if kept is None else (rows[kept], points[kept])
 
 
 @torch.no_grad()
 def _result(walk: _Walk, *, epsilon: float) -> Tensor:
-    rows = walk.remaining[~walk.broken[walk.remaining] & walk.distance[walk.remaining].isfinite()]
+    rows = walk.remaining
+    rows = rows[(~walk.broken[rows] & walk.distance[rows].isfinite()).nonzero()[:, 0]]
     if len(rows):
         walk.record_final(rows, project(walk.nearest[rows], walk.x[rows], epsilon=epsilon))
     return walk.x_adv

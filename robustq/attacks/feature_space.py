@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import uniform_start
-from robustq.attacks.base import AttackState, Counted, Criterion, Model, model_for
+from robustq.attacks.base import AttackState, Criterion, Model
+from robustq.attacks.counted import Counted, model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.pgd import default_step, sign_ascent
 

@@ -2,8 +2,10 @@
 
 Every image has a key, and a number is a hash of key and position (a counter-based generator, Salmon et al. 2011,
 doi:10.1145/2063384.2063405; the hash is the finalizer of SplitMix64, Steele et al. 2014, doi:10.1145/2660193.2660195).
-All numbers of a batch come from one vectorised expression of wrapping int64 arithmetic on the CPU, and are bitwise the
-same everywhere.
+All numbers of a batch come from one vectorised expression of wrapping int64 arithmetic on the device of the keys, and
+are bitwise the same everywhere.
+
+Training needs no number per image: `draw_generator` gives torch's own generator of a device.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class ImageGenerators:
     """One independent generator per image. It has no state: the same call gives the same numbers again.
 
     Use a `child` for other numbers (of the next restart, of the next step), and an index for some of the images. The
-    keys are (N,) int64 on the CPU, one per image; `ImageGenerators.of` makes good ones.
+    keys are (N,) int64, one per image, on the device of all draws; `ImageGenerators.of` makes good ones.
     """
 
     def __init__(self, keys: Tensor) -> None:
@@ -41,9 +43,10 @@ class ImageGenerators:
     def of(cls, seed: int, indices: Tensor | range, *, attack: str = "") -> ImageGenerators:
         """The generators of images by their index in the data set, (N,) integers; equal ones get equal generators.
 
+        They draw on the device of the indices.
         ``seed`` is that of the whole evaluation; by the name of the ``attack`` attacks do not share their draws.
         """
-        indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices).to("cpu", torch.int64)
+        indices = torch.as_tensor(list(indices) if isinstance(indices, range) else indices).to(torch.int64)
         return cls(_mix(_mix(indices * _GOLDEN) + _word("seed", seed))).child(attack)
 
     def __len__(self) -> int:
@@ -51,7 +54,11 @@ class ImageGenerators:
 
     def __getitem__(self, rows: Tensor | slice) -> ImageGenerators:
         """The generators of some of the images: a slice, a bool mask (N,), or indices (n,), on any device."""
-        return ImageGenerators(self.keys[rows if isinstance(rows, slice) else rows.cpu()])
+        return ImageGenerators(self.keys[rows if isinstance(rows, slice) else rows.to(self.keys.device)])
+
+    def to(self, device: torch.device) -> ImageGenerators:
+        """The same generators, which draw on ``device``."""
+        return self if self.keys.device == device else ImageGenerators(self.keys.to(device))
 
     def child(self, *labels: int | str) -> ImageGenerators:
         """Other generators of the same images, independent for each sequence of labels."""
@@ -61,20 +68,23 @@ class ImageGenerators:
         return ImageGenerators(keys)
 
     def bits(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) int64 on the CPU, all 64 bits random."""
-        counters = torch.arange(1, math.prod(shape) + 1) * _GOLDEN
+        """(N, *shape) int64, all 64 bits random."""
+        counters = torch.arange(1, math.prod(shape) + 1, device=self.keys.device) * _GOLDEN
         return _mix(self.keys[:, None] + counters).reshape(len(self), *shape)
 
     def uniform(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) float32 on the CPU: multiples of 2^-24 in [0, 1)."""
+        """(N, *shape) float32: multiples of 2^-24 in [0, 1)."""
         return _unsigned_shift(self.bits(shape), 40).to(torch.float32) * 2.0**-24
 
     def signs(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) float32 on the CPU: -1 or +1, equally likely."""
+        """(N, *shape) float32: -1 or +1, equally likely."""
         return (self.bits(shape) >> 63).to(torch.float32) * 2.0 + 1.0
 
     def normal(self, shape: tuple[int, ...] = ()) -> Tensor:
-        """(N, *shape) float32 on the CPU, standard normal (Box and Muller 1958)."""
+        """(N, *shape) float32, standard normal (Box and Muller 1958).
+
+        Rounded from float64, whose logarithm and cosine differ between devices by their last bits.
+        """
         first, second = (_unsigned_shift(self.bits((*shape, 2)), 11).to(torch.float64) * 2.0**-53).unbind(-1)
         return ((-2.0 * (1.0 - first).log()).sqrt() * (2.0 * math.pi * second).cos()).to(torch.float32)
 
@@ -82,13 +92,26 @@ class ImageGenerators:
 def image_generators(generator: torch.Generator | ImageGenerators | None, x: Tensor) -> ImageGenerators:
     """The given generators of images x (N, ...), or new ones from one draw of a generator (None: the global one).
 
+    They draw on the device of x.
     UsageError for generators of another number of images.
     """
     if isinstance(generator, ImageGenerators):
         if len(generator) != len(x):
             raise UsageError(f"{len(generator)} random generators and {len(x)} images; give one per image")
+        return generator.to(x.device)
+    rows = torch.arange(len(x), device=x.device)
+    return ImageGenerators.of(int(torch.randint(2**62, (), generator=generator)), rows)
+
+
+def draw_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """The generator of one draw on ``device``: on the CPU the given one, elsewhere a new one of the device.
+
+    Its seed is a draw of the given generator (None: the global one), which alone keeps a state: a saved run continues
+    on any device. The draw costs neither a copy to the device nor a wait for it.
+    """
+    if device.type == "cpu":
         return generator
-    return ImageGenerators.of(int(torch.randint(2**62, (), generator=generator)), range(len(x)))
+    return torch.Generator(device=device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robustq.attacks.ball import check_epsilon, project, uniform_start
 from robustq.attacks.base import AttackState, Criterion, Model, check_settings
-from robustq.attacks.generators import ImageGenerators, image_generators
+from robustq.attacks.generators import ImageGenerators, draw_generator, image_generators
 from robustq.errors import UsageError
 
 
@@ -35,7 +35,8 @@ def gaussian_noise(
     if isinstance(generator, ImageGenerators):
         noise = image_generators(generator, x).normal(tuple(x.shape[1:])).to(x)
     else:
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+        own = draw_generator(generator, x.device)
+        noise = torch.randn(x.shape, generator=own, dtype=torch.float32, device=x.device).to(x)
     return project(x + sigma * noise, x, epsilon=epsilon)
 
 
@@ -68,11 +69,11 @@ def random_corners(
     check_settings(epsilon=epsilon, corners=corners)
     generators = image_generators(generator, x)
     state = AttackState(model, x, y, criterion=criterion, stop=stop_when_broken)
+    rows = state.remaining
     for corner in range(corners):
-        rows = state.remaining
         if not len(rows):
             break
         signs = generators.child("corner", corner)[rows].signs(tuple(x.shape[1:])).to(x)
         x_adv = project(state.x[rows] + epsilon * signs, state.x[rows], epsilon=epsilon)
-        state.record(rows, x_adv, state.query(rows, x_adv))
+        rows = state.drop(state.record(rows, x_adv, state.query(rows, x_adv)), corner, rows)
     return state.x_adv

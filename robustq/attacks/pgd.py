@@ -26,6 +26,7 @@ from robustq.attacks.base import (
     Objective,
     check_settings,
     gradient_of_rows,
+    left,
     likely_targets,
     misclassified,
 )
@@ -33,8 +34,8 @@ from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, TargetedLoss, cross_entropy, kl, rescaled_cross_entropy, targeted_margin
 from robustq.errors import UsageError
 
-Record = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows (n,), x_adv (n, C, H, W), logits (n, K)) -> (n,) bool, the rows to continue with."""
+Record = Callable[[Tensor, Tensor, Tensor], Tensor | None]
+"""(rows (n,), x_adv (n, C, H, W), logits (n, K)) -> (n,) bool, the rows to continue with; None: all."""
 
 
 def default_step(step_size: float | None, *, epsilon: float, steps: int) -> float:
@@ -69,16 +70,16 @@ def sign_ascent(
 
     Returns the rows that were not dropped, and their last iterates.
     """
-    rows = torch.arange(len(x), device=x.device) if rows is None else rows
     x_adv = start
-    for _ in range(steps):
+    clean = x if rows is None else x[rows]
+    rows = torch.arange(len(x), device=x.device) if rows is None else rows
+    for number in range(steps):
         if not len(rows):
             break
         gradient, _, logits = gradient_of_rows(model, rows, x_adv, objective)
-        if record is not None:
-            kept = record(rows, x_adv, logits)
-            rows, x_adv, gradient = rows[kept], x_adv[kept], gradient[kept]
-        clean = x if record is None else x[rows]
+        kept = None if record is None else left(record(rows, x_adv, logits), number)
+        if kept is not None:
+            rows, x_adv, gradient, clean = rows[kept], x_adv[kept], gradient[kept], clean[kept]
         x_adv = project(x_adv + step_size * gradient.sign(), clean, epsilon=epsilon)
     return rows, x_adv
 
@@ -149,7 +150,7 @@ class _BestIterate:
         self.wrong: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> Tensor:
+    def __call__(self, rows: Tensor, x_adv: Tensor, logits: Tensor) -> None:
         wrong, losses = misclassified(logits, self.y), self.loss(logits, self.y)
         if self.wrong is None:
             self.x_adv, self.wrong, self.losses = x_adv, wrong, losses
@@ -158,7 +159,6 @@ class _BestIterate:
             self.x_adv = torch.where(take[:, None, None, None], x_adv, self.x_adv)
             self.wrong = torch.where(take, wrong, self.wrong)
             self.losses = torch.where(take, losses, self.losses)
-        return torch.ones_like(wrong)
 
 
 def tpgd(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings, misclassified, select
+from robustq.attacks.base import AttackState, Criterion, Model, check_settings, left, misclassified, select
 
 TOLERANCE = 1e-3
 """Width at which the search for a radius ends, in the unit of the images (the authors' code)."""
@@ -56,10 +56,10 @@ def rays(
         low=torch.zeros_like(farthest),
         high=farthest,
     )
-    for _ in range(queries - 1):
+    for number in range(queries - 1):
         if not len(search.rows):
             return state.x_adv
-        search = _query(state, search, epsilon=epsilon)
+        search = _query(state, search, number, epsilon=epsilon)
     rows = search.rows
     if len(rows):
         clean = state.x[rows]
@@ -86,17 +86,17 @@ class _Search:
     high: Tensor
 
 
-def _query(state: AttackState, search: _Search, *, epsilon: float) -> _Search:
+def _query(state: AttackState, search: _Search, number: int, *, epsilon: float) -> _Search:
     """One query for each image: the next one of its search for a radius, or the first one along a new direction."""
     rows, x = search.rows, state.x[search.rows]
     distance = torch.where(search.searching, (search.low + search.high) / 2, search.radius)
     images = project(x + (distance[:, None] * search.tried).view_as(x), x, epsilon=_FARTHEST)
     logits = state.query(rows, images)
     wrong = misclassified(logits, state.y[rows])
-    kept = torch.ones_like(wrong)
+    kept = None
     hit = wrong & (distance <= epsilon)
-    if bool(hit.any()):
-        kept[hit] = state.record(rows[hit], project(images[hit], x[hit], epsilon=epsilon), logits[hit])
+    if hit.device.type != "cpu" or bool(hit.any()):  # elsewhere a look makes the host wait
+        kept = state.record(rows, project(images, x, epsilon=epsilon), logits, among=hit)
     # Along a new direction: farther than the best one, or the start of a search.
     refused = ~search.searching & ~wrong
     search.high = torch.where(wrong, distance, search.high)
@@ -107,12 +107,12 @@ def _query(state: AttackState, search: _Search, *, epsilon: float) -> _Search:
     search.best = torch.where(nearer[:, None], search.tried, search.best)
     search.radius = torch.where(nearer, search.high, search.radius)
     _next_block(search, refused | found)
-    return select(search, kept)
+    return select(search, left(kept, number))
 
 
 def _next_block(search: _Search, mask: Tensor) -> None:
     """Flip the next block of pixels, or after the last one blocks of half the size, in place; mask (n,) bool."""
-    if not bool(mask.any()):
+    if mask.device.type == "cpu" and not bool(mask.any()):
         return
     pixels = search.best.shape[1]
     deepest = math.ceil(math.log2(max(pixels, 2)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import project
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings
+from robustq.attacks.base import AttackState, Criterion, Model, check_settings, left
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import margin, nan_to_lowest
 
@@ -58,8 +58,9 @@ def square(
     best = project(state.x[rows] + epsilon * stripes, state.x[rows], epsilon=epsilon)
     logits = state.query(rows, best)
     highest = nan_to_lowest(margin(logits, y[rows]))
-    kept = state.record(rows, best, logits)
-    rows, best, highest = rows[kept], best[kept], highest[kept]
+    kept = left(state.record(rows, best, logits), 0)
+    if kept is not None:
+        rows, best, highest = rows[kept], best[kept], highest[kept]
     for query in range(1, queries):
         if not len(rows):
             break
@@ -73,8 +74,8 @@ def square(
         better = margins > highest
         best = torch.where(better[:, None, None, None], x_adv, best)
         highest = torch.maximum(highest, margins)
-        kept = state.record(rows, x_adv, logits)
-        if not bool(kept.all()):
+        kept = left(state.record(rows, x_adv, logits), query)
+        if kept is not None:
             rows, best, highest = rows[kept], best[kept], highest[kept]
     return state.x_adv
 
@@ -101,7 +102,7 @@ def _squares(generators: ImageGenerators, side: int, x: Tensor) -> tuple[Tensor,
     for axis, size in enumerate(x.shape[2:]):
         # 31 random bits scaled to 0 .. size - side.
         first = ((corner[:, axis] >> 33) & 0x7FFFFFFF) * (size - side + 1) >> 31
-        first = first.to(x.device)[:, None]
+        first = first[:, None]
         index = torch.arange(size, device=x.device)
         inside.append((index >= first) & (index < first + side))
     return signs, inside[0][:, None, :, None] & inside[1][:, None, None, :]

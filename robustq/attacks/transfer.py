@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.apgd import apgd
-from robustq.attacks.base import AttackState, Criterion, Model, check_settings, model_for
+from robustq.attacks.base import AttackState, Criterion, Model, check_settings, none_breaks
+from robustq.attacks.counted import model_for
 from robustq.attacks.generators import ImageGenerators, image_generators
 from robustq.attacks.losses import Loss, cross_entropy
 from robustq.errors import UsageError
@@ -53,8 +54,7 @@ def transfer(
             epsilon=epsilon,
             steps=steps,
             loss=loss,
-            # No image counts as broken, so that each gets all steps, and the image of its highest margin is returned.
-            criterion=lambda x_adv, rows: torch.zeros_like(rows, dtype=torch.bool),
+            criterion=none_breaks,  # and the image of its highest margin is returned
             generator=generators.child("transfer", number)[rows],
         )
         state.record(rows, x_adv, state.query(rows, x_adv))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from robustq.attacks.ball import round_to_uint8
-from robustq.attacks.base import Counted, Model
+from robustq.attacks.base import Model
+from robustq.attacks.counted import Counted
 from robustq.attacks.feature_space import Features
 from robustq.attacks.generators import ImageGenerators
 from robustq.attacks.losses import margin

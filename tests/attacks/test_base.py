@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from robustq.attacks import Counted, apgd, apgd_targeted, fgsm, pgd, pgd_plus_plus, tpgd, transfer, uniform_noise
-from robustq.attacks.base import input_gradient, model_for
+from robustq.attacks.base import input_gradient
+from robustq.attacks.counted import model_for
 from robustq.attacks.losses import margin
 from robustq.errors import UsageError
 

@@ -45,7 +45,7 @@ def test_best_threshold_against_brute_force(bits: int, signed: bool, kind: str) 
     largest = values.abs().max().item()
     candidates = [step / 50 * largest for step in range(1, 51)]
     errors = [mean_squared_error(values, candidate, bits=bits, signed=signed) for candidate in candidates]
-    found = best_threshold(values, bit_width=bits, signed=signed)
+    found = best_threshold(values, bit_width=bits, signed=signed).item()
     place = min(range(50), key=lambda index: abs(candidates[index] - found))
     assert found == pytest.approx(candidates[place], rel=1e-6)  # a float32 grid
     # Neighbours that differ by less than float32's rounding of the mean may change places.
@@ -95,7 +95,7 @@ def test_each_threshold_is_the_best_for_what_the_quantized_network_feeds_it(bits
     found = values_at_thresholds(model, images())
     assert len(found) == len(learned_thresholds(model)) == 1 + 3 * 3 + 2 + 1  # stem, blocks, shortcuts, pooled
     for name, (threshold, values) in found.items():
-        best = best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed)
+        best = best_threshold(values, bit_width=threshold.bit_width, signed=threshold.signed).item()
         assert threshold.log_threshold.item() == pytest.approx(math.log(best), abs=1e-6), name  # one float32 rounding
 
 

@@ -125,7 +125,7 @@ def test_calibration_takes_both_inputs() -> None:
         model(x)
     assert len(entered) == 2
     threshold = branch.act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.log_threshold.exp().item()
-    assert threshold == pytest.approx(best_threshold(torch.cat(entered), bit_width=8, signed=True), rel=1e-6)
+    assert threshold == pytest.approx(best_threshold(torch.cat(entered), bit_width=8, signed=True).item(), rel=1e-6)
 
 
 def test_a_spec_keeps_it_and_one_bit_refuses_it() -> None:

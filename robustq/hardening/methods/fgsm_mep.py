@@ -24,7 +24,7 @@ from robustq.hardening.methods.settings import MethodSettings, bn_mode, number
 from robustq.hardening.methods.start_logits import StartLogits
 
 _ROWS_AT_ONCE = 1024
-"""Images whose start is drawn at a time: limits the memory of the draw, which is made on the CPU."""
+"""Images whose start is drawn at a time: limits the memory of the draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,7 @@ class FgsmMep(AdversarialTraining):
             return
         size = min(self.settings.step_scale, 1.0) * self.epsilon
         for rows in torch.split(self.perturbations, _ROWS_AT_ONCE):
-            signs = 2 * torch.randint(0, 2, rows.shape, generator=self.generator, dtype=torch.int8) - 1
-            rows.copy_(size * signs.to(rows))
+            rows.copy_(size * self.signs(*rows.shape, like=rows))
         self.momenta.zero_()
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ has no projection. All of it as in the authors' code, which averages the weights
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,10 +90,11 @@ class Liet(AdversarialTraining):
             self._renew_guides(x)
         self.progress[1] += 1
         within = epsilon <= _SMALL_EPSILON
-        places, values, (share, coin) = (self._uniform(*shape) for shape in (x.shape, x.shape, (2,)))
+        places, values = self.uniform(*x.shape, like=x), self.uniform(*x.shape, like=x)
+        share, coin = torch.rand(2, generator=self.generator)
         share = settings.least_noise + share * (settings.most_noise - settings.least_noise)
         noise = (1 if within else 2) * epsilon * (2 * values.to(x) - 1)
-        delta = torch.where((places < share).to(x.device), noise, self.guides[y])
+        delta = torch.where(places < share, noise, self.guides[y])
         start = (x + (delta if coin >= 0.5 else -delta)).clamp(0.0, 1.0)
         targets = self._smoothed(y)
         gradient = self.start.gradient(start, lambda logits: self.cross_entropy(logits, targets))
@@ -112,7 +114,7 @@ class Liet(AdversarialTraining):
     def _renew_guides(self, x: Tensor) -> None:
         classes = torch.arange(len(self.guides), device=x.device)
         targets = self._smoothed(classes)
-        grey = torch.full((len(self.guides), *x.shape[1:]), 0.5).to(x).requires_grad_()
+        grey = torch.full_like(self.guides, 0.5, dtype=x.dtype).requires_grad_()
         with attack_generation(self.model, "eval"):
             (gradient,) = torch.autograd.grad(self.cross_entropy(self.model(grey), targets), grey)
         self.guides = self.epsilon * gradient.sign()
@@ -123,16 +125,13 @@ class Liet(AdversarialTraining):
         if s == 0 or classes < 2:
             return y
         label = functional.one_hot(y, classes).to(self.guides)
-        others = self._uniform(len(y), classes).to(self.guides) * (1 - label)
+        others = self.uniform(len(y), classes, like=self.guides) * (1 - label)
         return (1 - s) * label + s * others / others.sum(dim=1, keepdim=True)
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
 
 
 def jensen_shannon(logits: Tensor, others: Tensor) -> Tensor:
     """Jensen-Shannon divergence of softmax(logits) and softmax(others), both (B, K); mean over the batch."""
     log_p, log_q = functional.log_softmax(others, dim=1), functional.log_softmax(logits, dim=1)
-    log_mean = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0).to(log_p))
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2.0)
     gaps = log_p.exp() * (log_p - log_mean) + log_q.exp() * (log_q - log_mean)
     return gaps.sum(dim=1).mean() / 2

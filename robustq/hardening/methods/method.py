@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from robustq.attacks.generators import draw_generator
 from robustq.hardening.methods.settings import AUTO
 from robustq.models.batch_norm import batch_statistics, running_statistics
 from robustq.recipe import parse_epsilon
@@ -105,7 +106,7 @@ class MethodContext:
     samples: int  # training images
     epochs: int  # of the whole run
     device: torch.device
-    generator: torch.Generator  # of the method's draws; on the CPU, so that they do not depend on the device
+    generator: torch.Generator  # of the CPU; seeds the method's draws on another device
     cross_entropy: nn.CrossEntropyLoss
     """The task loss of all methods: mean over the batch of logits (B, K) and labels (B,) int64. With label smoothing s
     the target of the label is 1 - s + s/K, that of every other class s/K (arXiv:1512.00567, section 7).
@@ -202,6 +203,16 @@ class AdversarialTraining(Method):
         """``step_size`` of the settings, for their number of ``steps``, in the unit of the images."""
         size, steps = self.settings.step_size, int(self.settings.steps)
         return min(1.0, 2.5 / steps) * self.epsilon if size == AUTO else parse_epsilon(size)
+
+    def uniform(self, *shape: int, like: Tensor) -> Tensor:
+        """Float32 random numbers in [0, 1) on the device of a tensor."""
+        return torch.rand(shape, generator=draw_generator(self.generator, like.device), device=like.device)
+
+    def signs(self, *shape: int, like: Tensor) -> Tensor:
+        """Random -1 and +1, with the type and device of a tensor."""
+        generator = draw_generator(self.generator, like.device)
+        coins = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=like.device)
+        return (2 * coins - 1).to(like)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The generator and the tensors."""

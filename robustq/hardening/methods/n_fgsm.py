@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from robustq.attacks.base import input_gradient
@@ -41,7 +40,7 @@ class NFgsm(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """The noisy image plus one step; both are clamped to [0, 1], as in the paper's code."""
-        uniform = torch.rand(x.shape, generator=self.generator).to(x)
+        uniform = self.uniform(*x.shape, like=x).to(x)
         noise = self.settings.noise_scale * self.epsilon * (2.0 * uniform - 1.0)
         noisy = (x + noise).clamp(0.0, 1.0)
         with attack_generation(self.model, self.settings.batch_norm):

@@ -72,8 +72,8 @@ class NuAt(AdversarialTraining):
 
     def perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         """Steps 1 to 3; counts the batch."""
-        signs = 2 * torch.randint(0, 2, x.shape, generator=self.generator, dtype=torch.int8) - 1
-        start = (x + self.settings.start_scale * self.epsilon * signs.to(x)).clamp(0.0, 1.0)
+        signs = self.signs(*x.shape, like=x)
+        start = (x + self.settings.start_scale * self.epsilon * signs).clamp(0.0, 1.0)
         weight = self.weight if self.progress[1] % 2 else 0.0
         self.progress[1] += 1
         with attack_generation(self.model, self.settings.batch_norm):

@@ -164,8 +164,7 @@ class Odgq(AdversarialTraining):
         if kind == "set":
             return self.perturbations[self.domain, slots].to(x.dtype)
         if kind == "noise":
-            drawn = torch.rand(x.shape, generator=self.generator).to(x.device)
-            return (drawn * 4.0 - 2.0) * self.epsilon
+            return (self.uniform(*x.shape, like=x) * 4.0 - 2.0) * self.epsilon
         return torch.zeros_like(x)
 
     def _clamped(self, x: Tensor) -> Tensor:

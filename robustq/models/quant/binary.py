@@ -89,15 +89,22 @@ class _Sign(torch.autograd.Function):
         # A comparison that writes floats: torch.where between two numbers takes five times as long on a CPU.
         y = torch.empty_like(x)
         torch.ge(x, 0, out=y)
-        return torch.add(torch.tensor(-unit), y, alpha=2.0 * unit, out=y)
+        return _affine(y, -unit, 2.0 * unit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        derivative = x.abs()
-        torch.add(torch.tensor(2.0), derivative, alpha=-2.0 / ctx.unit, out=derivative)
+        derivative = _affine(x.abs(), 2.0, -2.0 / ctx.unit)
         return derivative.clamp_(min=0.0).mul_(grads[0]), None
+
+
+def _affine(y: Tensor, offset: float, factor: float) -> Tensor:
+    """Add offset to factor * y, by one kernel; may overwrite y."""
+    if y.device.type != "cpu":
+        return torch.rsub(y, offset, alpha=-factor)
+    # In place: on a CPU a new tensor takes as long again.
+    return torch.add(torch.tensor(offset), y, alpha=factor, out=y)
 
 
 class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
@@ -113,6 +120,8 @@ class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
     def __init__(self, scaling_impl: nn.Module, scaling_init: float) -> None:
         super().__init__(scaling_impl)
         self.unit = scaling_init
+        # The value of scaling_impl as a buffer: ConstScaling copies a number to the device in each forward.
+        self.register_buffer("scale", torch.full((1,), float(scaling_init)), persistent=False)
 
     def current_scale(self) -> Tensor:
         """The scale of activations, a scalar."""
@@ -120,7 +129,7 @@ class FusedSign(ClampedBinaryQuant):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(...) float -> +-scale of the same shape, the scale, zero point and bit width."""
-        return _Sign.apply(x, self.unit), self.scaling_impl(x), self.zero_point(), self.bit_width()
+        return _Sign.apply(x, self.unit), self.scale.to(x.dtype), self.zero_point(), self.bit_width()
 
 
 class BinaryActQuant(ActQuantSolver):  # type: ignore[misc]

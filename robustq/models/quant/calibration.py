@@ -52,24 +52,21 @@ def calibrate(model: nn.Module, images: Tensor, *, from_scratch: bool = False) -
         model(images)
 
 
-def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> float:
+def best_threshold(values: Tensor, *, bit_width: int, signed: bool) -> Tensor:
     """The clipping threshold with the least mean squared error over ``values`` (any shape), in their unit.
 
     Codes run from 0 to 2^bits - 1, or when signed from -2^(bits-1) to 2^(bits-1) - 1 with scale threshold / 2^(bits-1),
-    as in Brevitas. Values that are all zero give 1.0.
+    as in Brevitas. Values that are all zero give 1.0. Returns a float64 scalar on their device; the host does not wait.
     """
     flat = _samples(values)
-    largest = flat.abs().max().item()
-    if largest == 0.0:
-        return 1.0
     low, high = code_range(bit_width, signed=signed)
-    steps = -low if signed else high
+    candidates = GRID.to(flat.device, non_blocking=True).double() * flat.abs().max().double()
     errors = []
-    for fraction in GRID.tolist():
-        scale = fraction * largest / steps
+    for scale in (candidates / (-low if signed else high)).float().unbind():
         codes = (flat / scale).round_().clamp_(low, high)
-        errors.append((codes * scale - flat).square_().mean().item())
-    return float(GRID[errors.index(min(errors))].item() * largest)
+        errors.append((codes * scale - flat).square_().mean())
+    best = candidates.gather(0, torch.stack(errors).argmin().reshape(1))[0]
+    return torch.where(candidates[-1] == 0.0, 1.0, best)
 
 
 def _samples(values: Tensor) -> Tensor:

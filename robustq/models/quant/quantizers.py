@@ -66,9 +66,12 @@ class LearnedThreshold(nn.Module):
         self.log_threshold = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
-    def set_threshold(self, threshold: float) -> None:
-        """Set a calibrated threshold (positive, in the unit of the activations)."""
-        self.log_threshold.fill_(math.log(max(threshold, 1e-6)))
+    def set_threshold(self, threshold: float | Tensor) -> None:
+        """Set a calibrated threshold (positive, in the unit of the activations), a number or a float64 scalar."""
+        if isinstance(threshold, Tensor):
+            self.log_threshold.copy_(threshold.clamp(min=1e-6).log())
+        else:
+            self.log_threshold.fill_(math.log(max(threshold, 1e-6)))
 
     def limited(self, log_threshold: Tensor) -> Tensor:
         """``log_threshold`` within the bound of a subclass."""
