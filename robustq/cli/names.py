@@ -39,6 +39,7 @@ def summaries(entries: Mapping[str, str]) -> str:
 ARCHITECTURES = registered("models/spec", "ARCHITECTURES")
 FORMATS = registered("export/formats", "FORMATS")
 CONSUMERS = registered("export/formats", "CONSUMERS")
+RUNTIMES = registered("export/runtimes/registry", "RUNTIMES")
 SUITES = registered("evaluation/suites", "SUITES")
 DATA = registered("data/load", "KNOWN")
 
