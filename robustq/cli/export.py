@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import robustq
-from robustq.cli.names import CONSUMERS, FORMATS, one_of, summaries
+from robustq.cli.names import CONSUMERS, FORMATS, TARGETS, one_of, summaries
 from robustq.cli.next_step import after_export, after_recheck, after_weights, with_next
 from robustq.cli.options import (
     FileOut,
@@ -30,6 +30,10 @@ WITH_SAFETENSORS = frozenset(
 """Parameters that may be given together with --format safetensors."""
 
 
+DECIDED = frozenset({"format_name", "pixels", "batch_norm", "consumer"})
+"""Parameters that a target decides."""
+
+
 @with_groups
 def export(
     context: typer.Context,
@@ -46,6 +50,14 @@ def export(
             autocompletion=one_of(*FORMATS, SAFETENSORS),
         ),
     ] = "integer",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help=f"Device or tool, which decides format and input: {', '.join(TARGETS)}, or a file of your own.",
+            autocompletion=one_of(*TARGETS),
+        ),
+    ] = None,
     pixels: Annotated[
         str,
         typer.Option(
@@ -76,6 +88,7 @@ def export(
     max_drift: Annotated[
         float, rare(help="Share of the answers that folding BatchNorm may change.", min=0, max=1)
     ] = 0.02,
+    targets: Annotated[bool, rare("--targets", help="List the targets, and write nothing.")] = False,
     kit: Annotated[
         bool, rare("--kit/--no-kit", help="Write the folder kit, with which the device checks the file.")
     ] = True,
@@ -86,6 +99,7 @@ def export(
 
     Examples:
       robustq export --format qonnx
+      robustq export --target browser
       robustq export --format safetensors --out weights.safetensors
       robustq export runs/resnet20-w4a4-odgq/best.pt --input uint8
     """
@@ -93,6 +107,15 @@ def export(
     from robustq.report.export import export_lines
     from robustq.zoo import model_path
 
+    if targets:
+        from robustq.report.targets import target_lines
+
+        typer.echo("\n".join(target_lines(as_json=printing.as_json)))
+        return
+    if target is not None:
+        typed = typed_options(context, but=frozenset({*context.params} - DECIDED))
+        if typed:
+            raise UsageError(f"--target {target} decides format and input; leave {', '.join(typed)} out")
     if model is not None:
         model = check_model_file(model_path(model))
     if format_name == SAFETENSORS:
@@ -101,7 +124,9 @@ def export(
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(
-        lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, kit=kit, out=out, **keywords),
+        lambda: robustq.export_model(
+            model, recheck=recheck, max_drift=max_drift, kit=kit, target=target, out=out, **keywords
+        ),
         printing.as_json,
         lambda result: with_next(export_lines(result), after_export(result, options)),
         failure=failed_checks,

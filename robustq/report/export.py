@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from robustq.report.targets import check_lines
 from robustq.report.text import Result, attack_lines, named_layers, scientific, size
 
 BYTE = 8
@@ -28,6 +29,8 @@ def export_lines(result: Result) -> list[str]:
     lines += [f"float   {named_layers(result['stay_in_float'])}"] if result["stay_in_float"] else []
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
+    if result.get("target"):
+        lines += check_lines(result["target"])
     lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
     if not result["equal_in"]:
         lines.append("equal   answers proved in no runtime: do not use this file")

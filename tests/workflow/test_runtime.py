@@ -79,3 +79,22 @@ def test_attacks_without_gradient_ask_the_runtime(folder: Path) -> None:
 def test_a_model_file_has_no_runtime(digits_w4a4: Path) -> None:
     with pytest.raises(UsageError, match="is judged in PyTorch; write the file that negated runs: robustq export"):
         robustq.attack_model(digits_w4a4, runtime="negated", **FEW)
+
+
+def test_a_target_whose_runtime_answers_otherwise_fails_the_export(digits_w4a4: Path, tmp_path: Path) -> None:
+    source = Path(registry.__file__).parents[1] / "targets" / "onnxruntime-small.toml"
+    mine = tmp_path / "mine.toml"
+    text = source.read_text(encoding="utf-8").replace('runtime = "onnxruntime"', 'runtime = "negated"')
+    mine.write_text(text.replace('replay = ["onnxruntime-node"]', 'replay = ["onnxruntime"]'), encoding="utf-8")
+    out = tmp_path / "out"
+    found = robustq.export_model(digits_w4a4, target=mine, max_drift=1.0, out=out, **FEW)
+    (failure,) = found["shortfalls"]
+    assert failure == "negated 1.0: 20 of 20 images get another class, more than 0.10%"
+    assert found["judge"] == "negated" and found.files[0].name.endswith(".failed.onnx") and found["kit"] is None
+    first, second = found["target"]["replayed"]
+    assert (first["runtime"], second["runtime"]) == ("negated", "onnxruntime") and second["different"] == 20
+    assert first["clean_accuracy"] == found["recheck"]["clean_accuracy"] != second["clean_accuracy"]
+    card = (out / "card.md").read_text(encoding="utf-8")
+    assert "re-checked in negated 1.0: 0 of 20 answers" in card and "20 of 20 clean images with another class" in card
+    with pytest.raises(UsageError, match="decides format and input; leave --format and --input out"):
+        robustq.export_model(digits_w4a4, target="browser", format_name="qcdq", **FEW)
