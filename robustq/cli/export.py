@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 import robustq
-from robustq.cli.names import CONSUMERS, FORMATS, TARGETS, one_of, summaries
+from robustq.cli.names import CONSUMERS, FORMATS, SUITES, TARGETS, one_of, summaries
 from robustq.cli.next_step import after_export, after_recheck, after_weights, with_next
 from robustq.cli.options import (
     FileOut,
     Judging,
     Printing,
+    Runtime,
     failed_checks,
     rare,
     run_job,
@@ -154,16 +155,32 @@ def recheck(
     *,
     bundle: Annotated[Path, typer.Argument(help="Export folder of 'robustq export', with or without its model.pt.")],
     options: Judging,
+    runtime: Runtime = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Attack the file by this suite, such as standard, and model.pt in PyTorch beside it.",
+            autocompletion=one_of(*SUITES),
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OTHER.json", help="Say what differs from another result (--out), of another machine, say."
+        ),
+    ] = None,
     out: FileOut = None,
     printing: Printing,
 ) -> None:
-    """Check an exported file again under onnxruntime.
+    """Check an exported file again under onnxruntime, or in the --runtime.
 
     Checks: same answers as PyTorch, integer layers, accuracy under attack with the gradients of model.pt and with those
-    of the file alone. Exits with 1 when a check fails.
+    of the file alone; with --suite, accuracy of model.pt in PyTorch beside it. Exits with 1 when a check fails.
 
     Examples:
       robustq recheck export-out/resnet20-w4a4-odgq-integer
+      robustq recheck export-out/resnet20-w4a4-odgq-packed --suite standard --runtime openvino-f32
+      robustq recheck export-out/resnet20-w4a4-odgq-packed --compare of-the-board.json
     """
     from robustq.files import check_export_folder
     from robustq.report.export import recheck_lines
@@ -171,7 +188,7 @@ def recheck(
     check_export_folder(bundle)
     keywords = options.keywords()
     run_job(
-        lambda: robustq.recheck_bundle(bundle, **keywords),
+        lambda: robustq.recheck_bundle(bundle, runtime=runtime, suite=suite, compare=compare, **keywords),
         printing.as_json,
         lambda result: with_next(recheck_lines(result), after_recheck(result, options)),
         out=out,
