@@ -113,6 +113,10 @@ class RuntimeModel:
         rows = images.contiguous().numpy()
         return [torch.from_numpy(np.ascontiguousarray(self._tried(lambda: self._engine.run(rows), "run")))]
 
+    def run(self, images: NDArray[Any]) -> NDArray[Any]:
+        """Images in the type and shape that the file takes -> its first output."""
+        return self._engine.run(images)
+
     def close(self) -> None:
         """End what the runtime started."""
         self._engine.close()

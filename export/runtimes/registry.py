@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -136,9 +137,15 @@ def open_judge(
         UsageError: the runtime is unknown or not installed.
         ModelFileError: it cannot open the file.
     """
+    if find_runtime(name).open_engine is None:
+        return OnnxModel(path, classes=classes, prepare=prepare, threads=threads, checked=checked)
+    return open_model(name, path, classes=classes, prepare=prepare, threads=threads, checked=checked)
+
+
+def open_model(name: str, path: Path, *, threads: int = 0, **options: Any) -> RuntimeModel:
+    """A file in another runtime than onnxruntime; arguments and errors as :func:`open_judge`."""
     check_installed(name)
     runtime = RUNTIMES[name]
     if runtime.open_engine is None:
-        return OnnxModel(path, classes=classes, prepare=prepare, threads=threads, checked=checked)
-    opening = Opening(path, threads, runtime.settings)
-    return RuntimeModel(name, runtime.open_engine, opening, classes=classes, prepare=prepare, checked=checked)
+        raise UsageError(f"{name} has no engine of its own")
+    return RuntimeModel(name, runtime.open_engine, Opening(path, threads, runtime.settings), **options)

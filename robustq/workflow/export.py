@@ -36,6 +36,7 @@ from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.recipe import parse_epsilon
 from robustq.report.card import write_card
+from robustq.report.cyclonedx import write_cyclonedx
 from robustq.workflow import Result
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 from robustq.zoo import model_path
@@ -227,6 +228,7 @@ def export_model(
         side = spec.image_size
         latency = Latency.of(Subject(path, (spec.channels, side, side))) if runs else None
         write_card(folder, record, path, latency)
+        write_cyclonedx(folder, record, path, folder / MODEL)
         write_record(folder, record, path, folder / MODEL)
         final = publish(folder, out or EXPORTS / name, numbered=True)
     if out is not None:

@@ -150,7 +150,7 @@ def damaged(folder: Path, out: Path, change: Callable[[onnx.ModelProto], None]) 
 def weight_of(model: onnx.ModelProto, layer: str) -> onnx.TensorProto:
     """The stored weight bytes of the node whose name holds ``layer``."""
     makers = {name: node for node in model.graph.node for name in node.output}
-    stored = {one.name: one for one in model.graph.initializer}
+    stored: dict[str, onnx.TensorProto] = {one.name: one for one in model.graph.initializer}
     node = next(one for one in model.graph.node if layer in one.name and one.op_type in ("Conv", "Gemm"))
     name = node.input[1]
     while name not in stored:
