@@ -7,7 +7,7 @@ network (``judged_file``) is checked in its place.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from robustq.attacks.base import Model
 from robustq.data import to_float
 from robustq.evaluation.accuracy import wilson_interval
 from robustq.evaluation.result import Evaluation
@@ -204,6 +205,7 @@ def attack_file(
     device: torch.device,
     seed: int,
     file_alone: nn.Module | None = None,
+    judge: Callable[[Path], Model] = OnnxModel,
 ) -> Evaluation:
     """Accuracy under attack of the file's answers; ``folded`` gives the gradients.
 
@@ -213,11 +215,12 @@ def attack_file(
         attacks: none for clean accuracy alone.
         epsilon: radius in [0, 1].
         seed: of the random starts.
+        judge: opens the file that is judged.
         file_alone: the file's twin, on ``device``, for a second count through the file alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         judged = path if FORMATS[format_name].runs else _write_stand_in(Path(folder), folded, spec)
-        network, file = folded.to(device), OnnxModel(judged)
+        network, file = folded.to(device), judge(judged)
         options: dict[str, Any] = {"attacks": attacks, "epsilon": epsilon, "device": device, "seed": seed}
         return evaluate(file, network, images, labels, file_alone=file_alone, **options)
 

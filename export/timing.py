@@ -1,4 +1,4 @@
-"""What .onnx files cost in onnxruntime on this machine: latency, throughput, load time, memory."""
+"""What .onnx files cost in a runtime on this machine: latency, throughput, load time, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustq.errors import ModelFileError
+from robustq.export.runtimes.registry import ONNXRUNTIME, open_model
 from robustq.export.session import open_session, session_options
 from robustq.progress import note
 
@@ -62,24 +63,26 @@ class Subject:
     path: Path
     shape: tuple[int, int, int]
     single: bool = False  # takes one image at a time
+    runtime: str = ONNXRUNTIME  # a name of robustq.export.runtimes.registry.RUNTIMES
 
 
 def time_files(subjects: Sequence[Subject], *, threads: int = 1, seconds: float = 3.0, batch: int = 64) -> list[Timing]:
     """Time files against each other: they take turns, so that a load on the machine meets all of them.
 
     Args:
-        threads: of onnxruntime, within one operator.
+        threads: of the runtime, within one operator.
         seconds: for which each file runs, once with single images and once in batches.
         batch: images of a batch.
 
     Raises:
-        ModelFileError: onnxruntime cannot load or run a file.
+        ModelFileError: the runtime cannot load or run a file.
+        UsageError: a runtime that is not installed, or does not run on so many threads.
     """
     loads = []
     for subject in subjects:
         note(f"load    {subject.path.name}")
         loads.append(_load_cost(subject, threads))
-    sessions = [open_timed(subject.path, threads) for subject in subjects]
+    sessions = [opened(subject, threads) for subject in subjects]
     batches = [1 if subject.single else batch for subject in subjects]
     note(f"time    {len(subjects)} files in turns, {2 * seconds:g} s each")
     single = _in_turns([one_call(one, of, 1) for one, of in zip(sessions, subjects, strict=True)], seconds)
@@ -127,6 +130,34 @@ def open_timed(path: Path, threads: int) -> Any:
     return open_session(path, options)
 
 
+def opened(subject: Subject, threads: int) -> Any:
+    """The file in its runtime: a session of onnxruntime, or what has its two methods that are used here."""
+    if subject.runtime == ONNXRUNTIME:
+        return open_timed(subject.path, threads)
+    return _Session(subject, threads)
+
+
+class _Session:
+    """Another runtime's engine behind the methods of a session."""
+
+    def __init__(self, subject: Subject, threads: int) -> None:
+        self._model = open_model(subject.runtime, subject.path, threads=threads)
+
+    def get_inputs(self) -> list[_Input]:
+        """The one input."""
+        return [_Input("images", "tensor(uint8)" if self._model.takes_uint8 else "tensor(float)")]
+
+    def run(self, _: None, inputs: Mapping[str, NDArray[Any]]) -> None:
+        """One call."""
+        self._model.run(inputs["images"])
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    type: str
+
+
 def one_call(session: Any, subject: Subject, count: int) -> Callable[[], None]:
     """One call with ``count`` random images."""
     (source,) = session.get_inputs()
@@ -137,8 +168,8 @@ def one_call(session: Any, subject: Subject, count: int) -> Callable[[], None]:
     def run() -> None:
         try:
             session.run(None, {source.name: images})
-        except Exception as error:  # onnxruntime's own exception types share no base below Exception
-            raise ModelFileError(f"{subject.path}: onnxruntime cannot run it ({error})") from error
+        except Exception as error:  # the runtimes' own exception types share no base below Exception
+            raise ModelFileError(f"{subject.path}: {subject.runtime} cannot run it ({error})") from error
 
     return run
 
@@ -163,7 +194,11 @@ def _load_cost(subject: Subject, threads: int) -> tuple[float, int]:
     words = [sys.executable, "-m", "robustq.export.load_cost", str(subject.path.absolute()), str(threads)]
     try:
         done = subprocess.run(
-            [*words, *map(str, subject.shape)], capture_output=True, text=True, timeout=LONGEST_LOAD, check=False
+            [*words, *map(str, subject.shape), subject.runtime],
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_LOAD,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ModelFileError(f"{subject.path}: not loaded and run within {LONGEST_LOAD:.0f} s") from error

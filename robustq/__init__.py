@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustq.workflow.attack import attack_model
     from robustq.workflow.bench import bench_files
+    from robustq.workflow.bench_all import bench_everything
     from robustq.workflow.evaluate import evaluate
     from robustq.workflow.export import export_model
     from robustq.workflow.export_weights import export_weights
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "train_model": "robustq.workflow.train",
     "harden_model": "robustq.workflow.harden",
+    "bench_everything": "robustq.workflow.bench_all",
     "bench_files": "robustq.workflow.bench",
     "attack_model": "robustq.workflow.attack",
     "evaluate": "robustq.workflow.evaluate",
@@ -38,6 +40,7 @@ _HOMES = {
 
 __all__ = [
     "attack_model",
+    "bench_everything",
     "bench_files",
     "describe_file",
     "evaluate",

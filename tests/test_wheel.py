@@ -23,7 +23,7 @@ def packaged_files() -> set[str]:
         Path(folder, name).relative_to(ROOT).as_posix()
         for folder, _, names in os.walk(ROOT / "robustq", followlinks=True)
         for name in names
-        if name.endswith((".py", ".toml", ".j2", *ZOO)) or name == "py.typed"
+        if name.endswith((".py", ".toml", ".j2", ".mjs", *ZOO)) or name == "py.typed"
     }
 
 

@@ -16,6 +16,7 @@ from robustq.cli.options import (
     Judging,
     Printing,
     Resize,
+    Runtime,
     parse_radius,
     rare,
     run_job,
@@ -36,6 +37,7 @@ def attack(
         ),
     ] = "standard",
     options: Judging,
+    runtime: Runtime = None,
     require: Annotated[
         float | None, typer.Option(help="Exit with 1 below this robust accuracy, or on a flag.", min=0, max=1)
     ] = None,
@@ -72,7 +74,7 @@ def attack(
 ) -> None:
     """Measure accuracy under attack and check for gradient masking.
 
-    An export folder and an .onnx are judged in onnxruntime, a .pt in PyTorch.
+    An export folder and an .onnx are judged in onnxruntime or in the --runtime, a .pt in PyTorch.
 
     Examples:
       robustq attack export-out/resnet20-w4a4-odgq-integer
@@ -104,7 +106,9 @@ def attack(
     def job() -> Mapping[str, Any]:
         if replay is not None:
             shared = {name: keywords[name] for name in ("data", "custom_model", "skip_bad_images", "device")}
-            return robustq.replay_images(model, replay, pixels=pixels, layout=layout, resize=resize, **shared)
+            return robustq.replay_images(
+                model, replay, pixels=pixels, layout=layout, resize=resize, runtime=runtime, **shared
+            )
         return robustq.attack_model(
             model,
             suite=suite,
@@ -116,6 +120,7 @@ def attack(
             compiled=compiled,
             pixels=pixels,
             layout=layout,
+            runtime=runtime,
             resize=resize,
             **keywords,
         )
@@ -138,7 +143,9 @@ def attack(
         return f"flags raised: {', '.join(flag['name'] for flag in result['flags'])}" if result["flags"] else None
 
     def lines(result: Mapping[str, Any]) -> list[str]:
-        again = replay_of(result, options, form={"--input": pixels, "--layout": layout, "--resize": resize})
+        again = replay_of(
+            result, options, form={"--input": pixels, "--layout": layout, "--resize": resize, "--runtime": runtime}
+        )
         shown = attack_lines(result) + ([] if again is None else [f"again   {again}"])
         return with_next(shown, after_attack(result, options))
 

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 import robustq
-from robustq.cli.names import CONSUMERS, FORMATS, one_of, summaries
+from robustq.cli.names import CONSUMERS, FORMATS, SUITES, TARGETS, one_of, summaries
 from robustq.cli.next_step import after_export, after_recheck, after_weights, with_next
 from robustq.cli.options import (
     FileOut,
     Judging,
     Printing,
+    Runtime,
     failed_checks,
     rare,
     run_job,
@@ -28,6 +29,10 @@ WITH_SAFETENSORS = frozenset(
     {"model", "format_name", "out", "custom_model", "seed", "device", "as_json", "quiet", "verbose"}
 )
 """Parameters that may be given together with --format safetensors."""
+
+
+DECIDED = frozenset({"format_name", "pixels", "batch_norm", "consumer"})
+"""Parameters that a target decides."""
 
 
 @with_groups
@@ -46,6 +51,14 @@ def export(
             autocompletion=one_of(*FORMATS, SAFETENSORS),
         ),
     ] = "integer",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help=f"Device or tool, which decides format and input: {', '.join(TARGETS)}, or a file of your own.",
+            autocompletion=one_of(*TARGETS),
+        ),
+    ] = None,
     pixels: Annotated[
         str,
         typer.Option(
@@ -76,6 +89,7 @@ def export(
     max_drift: Annotated[
         float, rare(help="Share of the answers that folding BatchNorm or rounding ties may change.", min=0, max=1)
     ] = 0.02,
+    targets: Annotated[bool, rare("--targets", help="List the targets, and write nothing.")] = False,
     kit: Annotated[
         bool, rare("--kit/--no-kit", help="Write the folder kit, with which the device checks the file.")
     ] = True,
@@ -86,6 +100,7 @@ def export(
 
     Examples:
       robustq export --format qonnx
+      robustq export --target browser
       robustq export --format safetensors --out weights.safetensors
       robustq export runs/resnet20-w4a4-odgq/best.pt --input uint8
     """
@@ -93,6 +108,15 @@ def export(
     from robustq.report.export import export_lines
     from robustq.zoo import model_path
 
+    if targets:
+        from robustq.report.targets import target_lines
+
+        typer.echo("\n".join(target_lines(as_json=printing.as_json)))
+        return
+    if target is not None:
+        typed = typed_options(context, but=frozenset({*context.params} - DECIDED))
+        if typed:
+            raise UsageError(f"--target {target} decides format and input; leave {', '.join(typed)} out")
     if model is not None:
         model = check_model_file(model_path(model))
     if format_name == SAFETENSORS:
@@ -101,7 +125,9 @@ def export(
     keywords = options.keywords()
     keywords |= {"format_name": format_name, "pixels": pixels, "batch_norm": batch_norm, "consumer": consumer}
     run_job(
-        lambda: robustq.export_model(model, recheck=recheck, max_drift=max_drift, kit=kit, out=out, **keywords),
+        lambda: robustq.export_model(
+            model, recheck=recheck, max_drift=max_drift, kit=kit, target=target, out=out, **keywords
+        ),
         printing.as_json,
         lambda result: with_next(export_lines(result), after_export(result, options)),
         failure=failed_checks,
@@ -129,16 +155,32 @@ def recheck(
     *,
     bundle: Annotated[Path, typer.Argument(help="Export folder of 'robustq export', with or without its model.pt.")],
     options: Judging,
+    runtime: Runtime = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="Attack the file by this suite, such as standard, and model.pt in PyTorch beside it.",
+            autocompletion=one_of(*SUITES),
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OTHER.json", help="Say what differs from another result (--out), of another machine, say."
+        ),
+    ] = None,
     out: FileOut = None,
     printing: Printing,
 ) -> None:
-    """Check an exported file again under onnxruntime.
+    """Check an exported file again under onnxruntime, or in the --runtime.
 
     Checks: same answers as PyTorch, integer layers, accuracy under attack with the gradients of model.pt and with those
-    of the file alone. Exits with 1 when a check fails.
+    of the file alone; with --suite, accuracy of model.pt in PyTorch beside it. Exits with 1 when a check fails.
 
     Examples:
       robustq recheck export-out/resnet20-w4a4-odgq-integer
+      robustq recheck export-out/resnet20-w4a4-odgq-packed --suite standard --runtime openvino-f32
+      robustq recheck export-out/resnet20-w4a4-odgq-packed --compare of-the-board.json
     """
     from robustq.files import check_export_folder
     from robustq.report.export import recheck_lines
@@ -146,7 +188,7 @@ def recheck(
     check_export_folder(bundle)
     keywords = options.keywords()
     run_job(
-        lambda: robustq.recheck_bundle(bundle, **keywords),
+        lambda: robustq.recheck_bundle(bundle, runtime=runtime, suite=suite, compare=compare, **keywords),
         printing.as_json,
         lambda result: with_next(recheck_lines(result), after_recheck(result, options)),
         out=out,

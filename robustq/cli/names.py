@@ -39,6 +39,12 @@ def summaries(entries: Mapping[str, str]) -> str:
 ARCHITECTURES = registered("models/spec", "ARCHITECTURES")
 FORMATS = registered("export/formats", "FORMATS")
 CONSUMERS = registered("export/formats", "CONSUMERS")
+RUNTIMES = registered("export/runtimes/registry", "RUNTIMES")
+TARGETS = sorted(
+    one.name.removesuffix(".toml")
+    for one in files("robustq").joinpath("export/targets").iterdir()
+    if one.name.endswith(".toml")
+)
 SUITES = registered("evaluation/suites", "SUITES")
 DATA = registered("data/load", "KNOWN")
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from robustq.cli.names import ARCHITECTURES, DATA, complete_recipe, complete_setting, one_of
+from robustq.cli.names import ARCHITECTURES, DATA, RUNTIMES, complete_recipe, complete_setting, one_of
 from robustq.cli.process import Quiet, Verbose, console_output
 from robustq.errors import CheckFailedError, printable
 
@@ -59,6 +59,13 @@ Device = Annotated[
     str | None,
     typer.Option(
         help="cpu, cuda or cuda:0. Default: a GPU if there is one.", autocompletion=one_of("cpu", "cuda", "cuda:0")
+    ),
+]
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Runtime that judges the file: {', '.join(RUNTIMES)}. Default: onnxruntime.",
+        autocompletion=one_of(*RUNTIMES),
     ),
 ]
 FileOut = Annotated[Path | None, typer.Option(help="Also write the JSON result to this new file.")]

@@ -16,6 +16,7 @@ import jinja2
 from robustq.errors import printable
 from robustq.export.timing import Latency
 from robustq.recipe import format_epsilon
+from robustq.report.targets import replayed_in
 from robustq.report.text import NAMED, percent, preprocessing_line, size, with_interval
 
 NAMES = ("card.md", "card.html")
@@ -71,6 +72,10 @@ def _facts(record: Mapping[str, Any], file: Path, latency: Latency | None) -> di
     if record["judged_file"] != record["format"]:
         rows.append(("accuracies", f"counted on the file {record['judged_file']} of the same network"))
     rows += [("same answers as the network", where) for where in record["equal_in"]]
+    target = record.get("target")
+    if target:
+        rows.append((f"target {target['name']}", target["text"]))
+        rows += [("the same images in", replayed_in(one)) for one in target["replayed"]]
     rows += [("not for", limit) for limit in record["not_for"]]
     return {
         "label": record["label"],
@@ -121,6 +126,8 @@ def _accuracies(counted: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _commands(record: Mapping[str, Any]) -> list[str]:
+    if record.get("target"):
+        return _commands_of_target(record)
     options = f"--format {record['format']}"
     options += " --input uint8" if record["input"] == "uint8" else ""
     options += " --batch-norm keep" if record["batch_norm"] == "keep" else ""
@@ -132,6 +139,17 @@ def _commands(record: Mapping[str, Any]) -> list[str]:
         f"robustq export model.pt {options}{images}{seed}",
         f"robustq recheck .{images if counted else ''}{seed}",
         "robustq attack . --suite standard",
+    ]
+
+
+def _commands_of_target(record: Mapping[str, Any]) -> list[str]:
+    target, counted = record["target"], record["recheck"]
+    images = f" --images {counted['images']}" if counted else " --no-recheck"
+    seed = f" --seed {record['seed']}" if record["seed"] else ""
+    return [
+        f"robustq export model.pt --target {target['name']}{images}{seed}",
+        f"robustq recheck .{images if counted else ''}{seed}",
+        f"robustq attack . --suite standard --runtime {record['judge']}",
     ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from robustq.report.text import Result, attack_lines, named_layers, scientific, size
+from robustq.report.targets import check_lines
+from robustq.report.text import Result, attack_lines, named_layers, scientific, size, with_interval
 
 BYTE = 8
 """Bits that each weight takes in a file that is not packed."""
@@ -28,6 +29,8 @@ def export_lines(result: Result) -> list[str]:
     lines += [f"float   {named_layers(result['stay_in_float'])}"] if result["stay_in_float"] else []
     if result["recheck"] is not None:
         lines += attack_lines(result["recheck"])
+    if result.get("target"):
+        lines += check_lines(result["target"])
     lines += [f"equal   answers proved in {runtime}" for runtime in result["equal_in"]]
     if not result["equal_in"]:
         lines.append("equal   answers proved in no runtime: do not use this file")
@@ -64,7 +67,36 @@ def recheck_lines(result: Result) -> list[str]:
     failed = [line for line in judged if line.startswith("FAILED")]
     head = f"{result['label']} as {result['format']} on {result['data']}"
     missing = [f"not compared: {what}" for what in result["not_compared"]]
-    return [*failed, head, *missing, *_proof_lines(result), *judged[len(failed) :], *not_for_lines(result)]
+    return [
+        *failed,
+        head,
+        *missing,
+        *_proof_lines(result),
+        *_added_lines(result),
+        *judged[len(failed) :],
+        *not_for_lines(result),
+    ]
+
+
+def _added_lines(result: Result) -> list[str]:
+    """Answers in another runtime, accuracies of the PyTorch model, and another result beside this one."""
+    lines = []
+    if result.get("runtime"):
+        found = result["runtime"]
+        agreement = found["agreement"]
+        same = agreement["images"] - agreement["different_top1"]
+        lines.append(
+            f"runtime {found['name']} {found['version']}: {same} of {agreement['images']} answers are those of the "
+            f"network, {found['different']} differ from onnxruntime's"
+        )
+    if result.get("network"):
+        network = result["network"]
+        clean, robust = (
+            with_interval(network[name], network[interval])
+            for name, interval in (("clean_accuracy", "clean_interval"), ("robust_accuracy", "interval"))
+        )
+        lines.append(f"PyTorch model.pt under the same suite: clean {clean}, under attack {robust}")
+    return lines + [f"compare {line}" for line in result.get("comparison") or ()]
 
 
 def _proof_lines(result: Result) -> list[str]:

@@ -1,4 +1,4 @@
-"""A deployed file as attacks use it: onnxruntime as the judge, the twin for gradients, both on images in [0, 1]."""
+"""A deployed file as attacks use it: a runtime as the judge, the twin for gradients, both on images in [0, 1]."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from robustq.attacks.base import Model
 from robustq.attacks.feature_space import Features
 from robustq.errors import ModelFileError
 from robustq.evaluation.target import one_by_one
+from robustq.export.runtimes.engine import RuntimeModel
+from robustq.export.runtimes.registry import ONNXRUNTIME, open_judge
 from robustq.export.session import OnnxModel
 from robustq.models.quant.backward_rules import RULES, STRAIGHT_THROUGH
 from robustq.twin.inputs import ImageForm
@@ -58,23 +60,24 @@ class TwinOnImages(nn.Module):
         return logits, feature.flatten(1)
 
 
-def judge_of(path: Path, form: ImageForm, *, classes: int | None = None) -> Model:
-    """The file in onnxruntime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
+def judge_of(path: Path, form: ImageForm, *, classes: int | None = None, runtime: str = ONNXRUNTIME) -> Model:
+    """The file in a runtime on the CPU: (B, C, H, W) in [0, 1] -> float32 logits (B, K) on the CPU.
 
     Its limits have been checked: by its twin, or by :func:`robustq.export.session.load_limited`.
 
     Args:
         classes: K of a file that answers with classes; its logits are 1 for the class and 0 for all others.
+        runtime: one of :data:`robustq.export.runtimes.registry.RUNTIMES`.
 
     Raises:
-        ModelFileError: onnxruntime cannot load the file.
+        ModelFileError: the runtime cannot load the file.
     """
-    model = OnnxModel(path, prepare=form.apply, checked=True)
+    model = open_judge(runtime, path, prepare=form.apply, checked=True)
     judge = model if classes is None else partial(_classes_as_logits, model, classes)
     return one_by_one(judge) if form.single else judge
 
 
-def _classes_as_logits(model: OnnxModel, classes: int, x: Tensor) -> Tensor:
+def _classes_as_logits(model: OnnxModel | RuntimeModel, classes: int, x: Tensor) -> Tensor:
     found = model.values(x, None)[0].reshape(-1)
     if len(found) != len(x) or not 0 <= int(found.min()) <= int(found.max()) < classes:
         raise ModelFileError(

@@ -19,13 +19,19 @@ from robustq.evaluation.result import Evaluation
 from robustq.evaluation.run_suite import check_radius, find_suite, run_suite
 from robustq.evaluation.suites import Suite, without_gradients
 from robustq.evaluation.target import Target
+from robustq.export.runtimes.answers import RuntimeAnswers
 from robustq.files import check_new, optional_path
 from robustq.models.compiled import check_compiler
 from robustq.progress import note
 from robustq.recipe import format_epsilon, parse_epsilon
 from robustq.workflow import Result
 from robustq.workflow.open_file import twin_of_export
-from robustq.workflow.open_model import OpenedModel, check_answers, open_attackable
+from robustq.workflow.open_model import (
+    OpenedModel,
+    answers_in_runtime,
+    check_answers,
+    open_attackable,
+)
 from robustq.workflow.prepared_target import prepared_target
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, with_images
 from robustq.workflow.surrogates import OtherNetworks
@@ -49,9 +55,11 @@ class RobustnessResult(Result):
     """Result of attack."""
 
     FLAT = ("evaluation",)
+    OPTIONAL = ("runtime",)
 
     model: Path | str  # the file or folder under attack; a name of a model in memory, of a module its class
-    judge: str  # ``onnxruntime``, ``pytorch`` or ``callable``
+    judge: str  # ``onnxruntime`` or another runtime, ``pytorch`` or ``callable``
+    runtime: RuntimeAnswers | None = None  # of another runtime than onnxruntime
     label: str  # of the network, such as ``resnet20-w4a4``
     data: str
     suite: str
@@ -84,6 +92,7 @@ def attack_model(
     compiled: bool = False,
     pixels: str | None = None,
     layout: str | None = None,
+    runtime: str | None = None,
     seed: int = 0,
     device: str | None = None,
 ) -> RobustnessResult:
@@ -116,6 +125,8 @@ def attack_model(
         pixels: range in which a lone .onnx takes pixels: ``"unit"`` ([0, 1]), ``"uint8"`` (0 to 255), ``"imagenet"`` or
             ``"MEAN/STD"``; None: as the file says.
         layout: of a lone .onnx: ``"nchw"`` or ``"nhwc"``; None: as its shape says.
+        runtime: that judges an export folder or an .onnx, such as ``"openvino"`` (docs/runtimes.md); the attacks that
+            need no gradient ask it too. None: onnxruntime.
         seed: of everything random.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"`` for attack generation; None: a GPU if there is one.
 
@@ -124,7 +135,8 @@ def attack_model(
         ``verdict``.
 
     Raises:
-        UsageError: an unknown suite or device, a radius out of range, or a file that does not say how it takes images.
+        UsageError: an unknown suite or device, a runtime that is not installed, a radius out of range, or a file that
+            does not say how it takes images.
         ModelFileError: the file cannot be read or attacked.
         DataError: data that are missing, broken or unfit for the model.
         OutputExistsError: ``save_adversarial`` exists.
@@ -153,6 +165,7 @@ def attack_model(
         layout=layout,
         resize=resize,
         skip_bad_images=skip_bad_images,
+        runtime=runtime,
     )
     if compiled and opened.network is None:
         raise UsageError(f"{opened.path}: --compile is for the network of a model.pt; leave it out")
@@ -165,6 +178,7 @@ def attack_model(
     if opened.lack is not None:
         without_gradients(chosen, reason=opened.lack)  # refuses a suite of gradient attacks before networks are trained
         note(f"twin    none: {opened.lack}")
+    in_runtime = answers_in_runtime(opened, x)
     radius = radius_of(opened.spec, wanted)
     log_evaluation(opened.spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
     target = _add_networks(
@@ -180,6 +194,8 @@ def attack_model(
     if opened.network is not None and opened.deployed is not None:
         alone, notes = twin_of_export(opened.deployed, opened.spec, place)
         target = replace(target, file_alone=alone)
+    if in_runtime is not None:
+        notes = [in_runtime.sentence, *notes]
     start = time.perf_counter()
     with prepared_target(target, opened.differentiable, x, compiled=compiled) as prepared:
         fit = partial(with_images, model=opened.differentiable, images=x, device=place)
@@ -193,6 +209,7 @@ def attack_model(
     result = RobustnessResult(
         model=opened.path if isinstance(model, nn.Module) else opened.path.absolute(),
         judge=opened.judge_name,
+        runtime=in_runtime,
         label=opened.label,
         data=loaded.name,
         suite=suite,

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import torch
 
 from robustq.errors import UsageError
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import build
+from robustq.export.runtimes.registry import ONNXRUNTIME, check_installed
 from robustq.export.session import load_limited
 from robustq.export.timing import Subject, Timing, cpu_name, time_files
 from robustq.models.fx.factory import is_custom
@@ -69,29 +69,33 @@ def bench_files(
     seconds: float = 3.0,
     batch: int = 64,
     image_size: int | None = None,
+    runtime: str = ONNXRUNTIME,
 ) -> BenchResult:
-    """Time files in onnxruntime on the CPU; they take turns with each other and with a float file.
+    """Time files in a runtime on the CPU; they take turns with each other and with a float file.
 
     Args:
         files: .onnx files, export folders, or zoo:NAME.
         float_file: the .onnx of the float network. None: one of the same architecture with random weights is written,
             if the first file names an architecture that robustq builds.
-        threads: of onnxruntime, within one operator.
+        threads: of the runtime, within one operator.
         seconds: for which each file runs, once with single images and once in batches.
         batch: images of a batch.
         image_size: side of the images in pixels, for files that leave it open.
+        runtime: such as ``"openvino"`` (docs/runtimes.md); all files run in it.
 
     Returns:
         one row per file: latency in milliseconds, images per second, load time, memory and size in bytes.
 
     Raises:
-        UsageError: no file, a number that is not over 0, or a file whose image size is not known.
-        ModelFileError: no such file, or onnxruntime cannot run it.
+        UsageError: no file, a runtime that is not installed, a number that is not over 0, or a file whose image size is
+            not known.
+        ModelFileError: no such file, or the runtime cannot run it.
     """
     if not files:
         raise UsageError("no file to time; name an .onnx file or an export folder")
     if threads < 1 or batch < 1 or not seconds > 0:
         raise UsageError("--threads, --batch and --seconds must be over 0")
+    number = check_installed(runtime)
     paths = [_onnx_of(file) for file in files]
     graphs = [read_graph(path) for path in paths]
     subjects = [_subject(path, graph, image_size) for path, graph in zip(paths, graphs, strict=True)]
@@ -106,6 +110,7 @@ def bench_files(
             path = _random_float(spec, Path(folder))
             subjects.append(_subject(path, read_graph(path), image_size))
             names.append(f"{path.stem} (random weights)")
+        subjects = [replace(subject, runtime=runtime) for subject in subjects]
         timings = time_files(subjects, threads=threads, seconds=seconds, batch=batch)
     compared = len(names) > len(files)
     rows = [
@@ -116,7 +121,7 @@ def bench_files(
         rows=tuple(rows),
         float_file=names[-1] if compared else None,
         cpu=cpu_name(),
-        runtime=f"onnxruntime {onnxruntime.__version__}",
+        runtime=f"{runtime} {number}",
         threads=threads,
     )
 

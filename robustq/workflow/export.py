@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from robustq.checkpoint import load_model, save_model
 from robustq.data import to_float
 from robustq.errors import UsageError
-from robustq.evaluation.accuracy import wilson_interval
+from robustq.evaluation.accuracy import predict, wilson_interval
+from robustq.evaluation.result import Evaluation
 from robustq.evaluation.suites import RECHECK, SUITES
 from robustq.export.bundle import FAILED, MODEL, RECORD, write_record
 from robustq.export.formats import FORMATS, build, check_format
@@ -21,7 +22,10 @@ from robustq.export.integer_layers import Layers
 from robustq.export.kit import KIT, write_kit
 from robustq.export.metadata import add_results
 from robustq.export.parity import MAX_DRIFT, drift
-from robustq.export.recheck import attack_file, prove
+from robustq.export.recheck import QONNX_EXECUTOR, attack_file, prove
+from robustq.export.runtimes.registry import ONNXRUNTIME, open_judge
+from robustq.export.targets.check import Replayed, check_file, check_names, installed_runtime, replay
+from robustq.export.targets.schema import Target, find_target
 from robustq.export.timing import Latency, Subject
 from robustq.files import check_output, free_path, optional_path
 from robustq.hardening.run_folder import last_hardened
@@ -32,11 +36,13 @@ from robustq.outputs import partial_folder, publish, warn_of_other_name
 from robustq.progress import detail, note
 from robustq.recipe import parse_epsilon
 from robustq.report.card import write_card
+from robustq.report.cyclonedx import write_cyclonedx
 from robustq.workflow import Result
 from robustq.workflow.setup import data_for, log_evaluation, pick_device, radius_of, versions, with_images
 from robustq.zoo import model_path
 
 EXPORTS = Path("export-out")
+DEFAULT_FORMAT = "integer"
 RECHECK_SUITE = SUITES["recheck"].name
 
 COUNTED_CLEAN = ("images", "clean_accuracy", "clean_interval")
@@ -66,7 +72,7 @@ class ExportResult(Result):
 def export_model(
     model: Path | str | nn.Module | None = None,
     *,
-    format_name: str = "integer",
+    format_name: str = DEFAULT_FORMAT,
     pixels: str = "float",
     batch_norm: str = "fold",
     consumer: str | None = None,
@@ -75,6 +81,7 @@ def export_model(
     recheck: bool = True,
     max_drift: float = MAX_DRIFT,
     kit: bool = True,
+    target: Path | str | None = None,
     data: str | None = None,
     custom_model: str | None = None,
     skip_bad_images: bool = False,
@@ -99,6 +106,8 @@ def export_model(
         max_drift: share of the answers (0 to 1) that folding BatchNorm, or rounding ties of the file, may change.
         kit: also write the folder ``kit``, with which the device checks the file; needs ``recheck``, and a format that
             onnxruntime runs.
+        target: name of a target, or the path of its .toml file (docs/runtimes.md#targets): it decides format, input
+            and consumer, its runtime judges the file, and the adversarial images are counted in its other runtimes.
         data: data set: a known name (``"cifar10"``), a folder of images or an .npz file; None: the model's.
         custom_model: ``module:function`` that built the network, if it is a custom model; its code is run.
         skip_bad_images: leave out image files that cannot be read, with a warning; kept in the folder's model.pt.
@@ -111,7 +120,7 @@ def export_model(
         names those that failed. A file with other answers than the network is called ``NAME.failed.onnx``.
 
     Raises:
-        UsageError: an unknown format, option or device, or no model is given and none was hardened.
+        UsageError: an unknown format, option, target or device, or no model is given and none was hardened.
         ModelFileError: the file cannot be read.
         ExportError: the network cannot be written in this format.
         DataError: data that are missing, broken or unfit for the model.
@@ -123,6 +132,12 @@ def export_model(
             f"{type(model).__name__}: a module cannot be exported as it is; quantize it first, "
             "harden_model(module, bits=4, data=...), and export result['checkpoint']"
         )
+    wanted_target = None if target is None else find_target(target)
+    if wanted_target is not None:
+        if format_name not in (DEFAULT_FORMAT, wanted_target.format) or pixels not in ("float", wanted_target.input):
+            raise UsageError(f"--target {target} decides format and input; leave --format and --input out")
+        check_names(wanted_target)
+        format_name, pixels, consumer = wanted_target.format, wanted_target.input, wanted_target.consumer
     place, out = pick_device(device), optional_path(out)
     wanted_radius = None if epsilon is None else parse_epsilon(epsilon)
     chosen = last_hardened() if model is None else model_path(model)
@@ -135,7 +150,8 @@ def export_model(
     loaded = data_for(spec, data, chosen, skip_bad_images=skip_bad_images)
     x, y = loaded.test.take(images)
     folded = fold(network, spec)
-    name = f"{chosen.absolute().parent.name}-{format_name}"
+    ending = format_name if wanted_target is None else wanted_target.name
+    name = f"{chosen.absolute().parent.name}-{ending}"
     wanted = out or free_path(EXPORTS / name)
     fit = partial(with_images, model=folded, images=x, device=place)
     with partial_folder(wanted) as folder:
@@ -147,10 +163,19 @@ def export_model(
         note(f"wrote   {path.name} ({path.stat().st_size:,} bytes); checking it on {len(x):,} test images")
         proof = fit(lambda: prove(path, format_name, folded, spec, x, unfolded=kept, max_drift=max_drift))
         _log_layers(proof.layers)
-        if proof.parity_failures:
+        checked = None
+        if wanted_target is not None:
+            executed = proof.agreements.get(QONNX_EXECUTOR)
+            checked = fit(partial(check_file, wanted_target, path, kept or folded, x, executed=executed))
+        if checked is not None:
+            note(f"target  {checked.sentence}")
+        judge = (None if wanted_target is None else installed_runtime(wanted_target)) or ONNXRUNTIME
+        if checked is not None and checked.in_runtime and checked.agreement is None:
+            judge = ONNXRUNTIME  # the target's runtime cannot run the file
+        if proof.parity_failures or (checked is not None and checked.failures):
             path = path.rename(path.with_name(f"{spec.label}{FAILED}"))
         drifted = fit(lambda: drift(network, folded, to_float(x)))
-        shortfalls = list(proof.shortfalls)
+        shortfalls = [*proof.shortfalls, *(() if checked is None else checked.failures)]
         if kept is None and wilson_interval(drifted.different_top1, drifted.images)[0] > max_drift:
             shortfalls.append(
                 f"folding BatchNorm changed the class of {drifted.different_top1} of {drifted.images} images, more "
@@ -168,7 +193,7 @@ def export_model(
             "consumer": consumer,
             "data": loaded.name,
             "suite": RECHECK_SUITE,
-            "judge": "onnxruntime",
+            "judge": judge,
             "seed": seed,
             **proof.to_dict(),
             "stay_in_float": list(float_layers_of(network)),
@@ -177,33 +202,44 @@ def export_model(
             "shortfalls": shortfalls,
             "versions": versions(),
         }
-        radius = radius_of(spec, wanted_radius)
+        radius, runs = radius_of(spec, wanted_radius), bool(FORMATS[format_name].runs)
         if recheck:
             log_evaluation(spec, data=loaded, images=len(x), epsilon=radius, seed=seed, device=place)
         attacks = RECHECK if recheck else ()
         count = partial(attack_file, path, format_name, folded, spec, x, y, epsilon=radius, device=place, seed=seed)
+        count = partial(count, judge=partial(open_judge, judge))
         evaluation = fit(lambda: count(attacks=attacks))
         found = evaluation.to_dict()
         record["recheck"] = found if recheck else None
+        if checked is not None and wanted_target is not None:
+            others = _replayed(wanted_target, judge, path, x, y, evaluation) if recheck and runs else ()
+            record["target"] = {**checked.to_dict(), "replayed": [one.to_dict() for one in others]}
         keys = COUNTED if recheck else COUNTED_CLEAN
         accuracy = {key: found[key] for key in keys} | ({"suite": RECHECK_SUITE} if recheck else {})
         add_results(path, accuracy=accuracy, equal_in=proof.equal_in, not_for=record["not_for"], failed=shortfalls)
         record["size_bytes"] = path.stat().st_size
         record["kit"] = None
-        runs = bool(FORMATS[format_name].runs)
-        if kit and recheck and runs and not proof.parity_failures:
+        if kit and recheck and runs and not path.name.endswith(FAILED):
             record["kit"] = KIT
             about = {"label": spec.label, "data": Path(loaded.name).name, "epsilon": radius, "suite": RECHECK_SUITE}
             write_kit(folder, path, x, y, evaluation.x_adv, about=about)
         side = spec.image_size
         latency = Latency.of(Subject(path, (spec.channels, side, side))) if runs else None
         write_card(folder, record, path, latency)
+        write_cyclonedx(folder, record, path, folder / MODEL)
         write_record(folder, record, path, folder / MODEL)
         final = publish(folder, out or EXPORTS / name, numbered=True)
     if out is not None:
         warn_of_other_name(out, final)
     final = final.absolute()
     return ExportResult(final, tuple(final / file for file in (path.name, MODEL, RECORD)), record)
+
+
+def _replayed(target: Target, judge: str, path: Path, x: Tensor, y: Tensor, found: Evaluation) -> tuple[Replayed, ...]:
+    """The adversarial images in every runtime of the target that is installed; the first is the judge itself."""
+    first = predict(open_judge(judge, path), to_float(x), batch_size=100)
+    wanted = [judge, *([] if target.runtime is None else [target.runtime]), *target.replay]
+    return replay(tuple(dict.fromkeys(wanted)), path, x, y, found.x_adv, first=first)
 
 
 def _log_layers(layers: Layers) -> None:

@@ -11,6 +11,7 @@ import torch
 from robustq.attacks.base import Model
 from robustq.data import load_dataset
 from robustq.errors import ModelFileError, UsageError
+from robustq.export.runtimes.registry import ONNXRUNTIME
 from robustq.export.session import load_limited
 from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ModelSpec
@@ -31,7 +32,7 @@ class LoneFile:
         path: of the file.
         twin: gives the gradients, on the CPU; None where the file has operators that the twin does not.
         judge: onnxruntime, or the twin where onnxruntime cannot run the file.
-        in_onnxruntime: whether onnxruntime judges.
+        in_onnxruntime: whether a runtime judges, and not the twin.
         answers_classes: whether the file answers with classes instead of logits.
         spec: stored in the file, or what file and data tell.
         lack: why there is no twin.
@@ -54,6 +55,7 @@ def open_lone_file(
     layout: str | None = None,
     resize: str | None = None,
     skip_bad_images: bool = False,
+    runtime: str = ONNXRUNTIME,
 ) -> LoneFile:
     """Open a file. A file whose gradients cannot be computed has no twin.
 
@@ -61,6 +63,7 @@ def open_lone_file(
         data: of a file that does not name its data.
         pixels, layout: as :func:`robustq.twin.inputs.find_form`.
         resize, skip_bad_images: of such data, as :func:`robustq.data.load_dataset`.
+        runtime: the judge.
 
     Raises:
         RobustqError: no image classifier, an input form or data that neither file nor option tells, or a file that
@@ -78,13 +81,17 @@ def open_lone_file(
         with torch.no_grad():
             classes = twin(black).shape[1]
     except ModelFileError as lack:
-        judge = _judge_without_twin(path, form, lack, side=spec.image_size, classes=spec.classes if named else None)
+        known = spec.classes if named else None
+        judge = _judge_without_twin(path, form, lack, side=spec.image_size, classes=known, runtime=runtime)
         return LoneFile(path, None, judge, True, named, _completed(spec, graph, judge(black).shape[1]), str(lack))
     spec = _completed(spec, graph, classes, quantized=twin.twin.quantizes)
     if any("Quant" in node.operator and node.operator.startswith(DIALECTS) for node in graph.nodes):
+        if runtime != ONNXRUNTIME:
+            raise UsageError(f"{path}: holds QONNX, which {runtime} cannot run; export with --format qcdq")
         note("judge   the twin: onnxruntime cannot run QONNX")
         return LoneFile(path, twin, twin, False, False, spec)
-    return LoneFile(path, twin, judge_of(path, form, classes=classes if named else None), True, named, spec)
+    judge = judge_of(path, form, classes=classes if named else None, runtime=runtime)
+    return LoneFile(path, twin, judge, True, named, spec)
 
 
 def twin_of_export(path: Path, spec: ModelSpec, device: torch.device) -> tuple[TwinOnImages | None, list[str]]:
@@ -107,15 +114,17 @@ def _completed(spec: ModelSpec, graph: Graph, classes: int, *, quantized: bool =
     return replace(spec, classes=classes, weight_bits=bits, act_bits=bits)
 
 
-def _judge_without_twin(path: Path, form: ImageForm, lack: ModelFileError, *, side: int, classes: int | None) -> Model:
-    """The file in onnxruntime, within the limits of files that robustq writes.
+def _judge_without_twin(
+    path: Path, form: ImageForm, lack: ModelFileError, *, side: int, classes: int | None, runtime: str
+) -> Model:
+    """The file in a runtime, within the limits of files that robustq writes.
 
     Raises:
-        ModelFileError: ``lack``, and why onnxruntime cannot run it either.
+        ModelFileError: ``lack``, and why the runtime cannot run it either.
     """
     try:
         load_limited(path, side=side)
-        return judge_of(path, form, classes=classes)
+        return judge_of(path, form, classes=classes, runtime=runtime)
     except ModelFileError as refused:
         reason = str(refused).removeprefix(f"{path}: ")
         raise ModelFileError(f"{path}: {lack}; without gradients: {reason}") from refused

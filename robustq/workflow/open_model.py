@@ -21,6 +21,8 @@ from robustq.evaluation.flags import TWIN_SHARE
 from robustq.evaluation.target import AS_TRAINED, Target, one_by_one
 from robustq.export.bundle import open_bundle
 from robustq.export.formats import FORMATS
+from robustq.export.runtimes.answers import RuntimeAnswers, compare_with_onnxruntime
+from robustq.export.runtimes.registry import ONNXRUNTIME, check_installed, open_judge
 from robustq.export.session import OnnxModel, load_limited
 from robustq.files import check_attackable
 from robustq.hardening.features import FeatureTap
@@ -31,7 +33,7 @@ from robustq.models.quant.quantizers import FLOAT_BITS
 from robustq.models.spec import ARCHITECTURES, ModelSpec
 from robustq.progress import note
 from robustq.twin.deployed import TwinOnImages, first_difference
-from robustq.workflow.open_file import LoneFile, open_lone_file
+from robustq.workflow.open_file import open_lone_file
 from robustq.zoo import model_path
 
 ANSWERS = 200  # images on which a lone file is compared with its labels and its twin
@@ -54,6 +56,8 @@ class OpenedModel:
     failures: list[str]  # failed checks of the deployed file's export, a line each
     answers_classes: bool = False  # the judge answers with classes: 1 for one of the logits, 0 for the others
     lack: str | None = None  # why nothing gives gradients
+    runtime: str = ONNXRUNTIME  # that runs the deployed file
+    other: Model | None = None  # onnxruntime, where another runtime judges
 
     @property
     def gradient_model(self) -> nn.Module:
@@ -65,7 +69,7 @@ class OpenedModel:
     @property
     def judge_name(self) -> str:
         """As results name it."""
-        return "pytorch" if self.deployed is None else "onnxruntime"
+        return "pytorch" if self.deployed is None else self.runtime
 
     @property
     def label(self) -> str:
@@ -107,6 +111,7 @@ def open_attackable(
     layout: str | None = None,
     resize: str | None = None,
     skip_bad_images: bool = False,
+    runtime: str | None = None,
 ) -> OpenedModel:
     """Open a .pt of robustq, an export folder, a lone .onnx or a module; RobustqError if it cannot be read or attacked.
 
@@ -114,15 +119,21 @@ def open_attackable(
         data: of a module, or of a lone .onnx that does not name its data.
         pixels, layout: of a lone .onnx, as :func:`robustq.twin.inputs.find_form`.
         resize, skip_bad_images: of such data.
+        runtime: that judges a folder or a lone .onnx; None: onnxruntime.
 
     A folder without its model.pt is opened as its file alone.
     """
     about: dict[str, Any] = {"resize": resize, "skip_bad_images": skip_bad_images}
+    if runtime is not None:
+        check_installed(runtime)
     if isinstance(model, nn.Module):
+        if runtime is not None:
+            raise UsageError(f"{type(model).__name__}: a module is judged in PyTorch; leave the runtime out")
         return _open_module(model, data, device, **about)
     path = check_attackable(model_path(model))
     if path.suffix == ".onnx" and path.is_file():
-        return _open_file(path, open_lone_file(path, data=data, pixels=pixels, layout=layout, **about), [], device)
+        about |= {"data": data, "pixels": pixels, "layout": layout}
+        return _open_file(path, path, [], device, runtime or ONNXRUNTIME, about)
     if pixels is not None or layout is not None:
         raise UsageError(f"{path}: --input and --layout are for a lone .onnx; leave them out")
     deployed, checkpoint, failures = None, path, []
@@ -131,17 +142,32 @@ def open_attackable(
         if bundle.model is None:
             note(f"note    {path} has no model.pt: its file is opened alone")
             log_failures(bundle.failures)
-            return _open_file(path, open_lone_file(bundle.onnx, data=data), bundle.failures, device)
+            return _open_file(path, bundle.onnx, bundle.failures, device, runtime or ONNXRUNTIME, {"data": data})
         if bundle.format in FORMATS and not FORMATS[bundle.format].runs:
             raise ModelFileError(
                 f"{path}: holds QONNX, which onnxruntime cannot run; attack the same model as --format integer or qcdq"
             )
         deployed, checkpoint, failures = bundle.onnx, bundle.model, bundle.failures
         log_failures(failures)
+    if runtime is not None and deployed is None:
+        raise UsageError(f"{path}: is judged in PyTorch; write the file that {runtime} runs: robustq export {path}")
     network, spec, _ = load_model(checkpoint, custom_model=custom_model)
     gradient_model = frozen(fold(network, spec) if deployed is not None else network, device)
-    judge = OnnxModel(deployed, classes=spec.classes) if deployed else gradient_model
-    return OpenedModel(path, network, gradient_model, judge, deployed, spec, checkpoint, failures)
+    if deployed is None:
+        return OpenedModel(path, network, gradient_model, gradient_model, None, spec, checkpoint, failures)
+    name = runtime or ONNXRUNTIME
+    opened = OpenedModel(
+        path,
+        network,
+        gradient_model,
+        open_judge(name, deployed, classes=spec.classes),
+        deployed,
+        spec,
+        checkpoint,
+        failures,
+        runtime=name,
+    )
+    return opened if name == ONNXRUNTIME else replace(opened, other=OnnxModel(deployed, classes=spec.classes))
 
 
 def _open_module(module: nn.Module, data: str | None, device: torch.device, **about: Any) -> OpenedModel:
@@ -157,11 +183,27 @@ def _open_module(module: nn.Module, data: str | None, device: torch.device, **ab
     return OpenedModel(Path(name), network, network, network, None, spec, Path(name), [])
 
 
-def _open_file(path: Path, found: LoneFile, failures: list[str], device: torch.device) -> OpenedModel:
+def _open_file(
+    path: Path, file: Path, failures: list[str], device: torch.device, runtime: str, about: dict[str, Any]
+) -> OpenedModel:
+    """A lone file with a runtime as its judge; ``about``: arguments of :func:`open_lone_file`."""
+    found = open_lone_file(file, runtime=runtime, **about)
+    other = None if runtime == ONNXRUNTIME else open_lone_file(file, **about).judge
     twin = None if found.twin is None else frozen(found.twin, device)
     deployed = found.path if found.in_onnxruntime else None
     return OpenedModel(
-        path, None, twin, found.judge, deployed, found.spec, found.path, failures, found.answers_classes, found.lack
+        path,
+        None,
+        twin,
+        found.judge,
+        deployed,
+        found.spec,
+        found.path,
+        failures,
+        found.answers_classes,
+        found.lack,
+        runtime,
+        other,
     )
 
 
@@ -189,6 +231,18 @@ def check_answers(opened: OpenedModel, x: Tensor, y: Tensor) -> None:
     note(f"twin    the same answers as the file on {same:.1%} of {len(labels)} images")
     if same < 1.0 - TWIN_SHARE and opened.deployed is not None:
         note(f"twin    first difference: {first_difference(opened.deployed, twin, images[:8])}")
+
+
+def answers_in_runtime(opened: OpenedModel, x: Tensor) -> RuntimeAnswers | None:
+    """Compare the judge with onnxruntime on clean images x, uint8 (N, C, H, W); None where onnxruntime judges."""
+    if opened.other is None:
+        return None
+    judges = (opened.judge, opened.other)
+    if opened.target().image_by_image:
+        judges = (one_by_one(opened.judge), one_by_one(opened.other))
+    found = compare_with_onnxruntime(opened.runtime, *judges, x)
+    note(f"judge   {found.sentence}")
+    return found
 
 
 def log_failures(failures: list[str]) -> None:

@@ -66,6 +66,7 @@ def replay_images(
     skip_bad_images: bool = False,
     pixels: str | None = None,
     layout: str | None = None,
+    runtime: str | None = None,
     device: str | None = None,
 ) -> ReplayResult:
     """Count a model's answers to saved adversarial images: to verify a number, or as a regression test.
@@ -86,6 +87,7 @@ def replay_images(
         pixels: range in which a lone .onnx takes pixels: ``"unit"`` ([0, 1]), ``"uint8"`` (0 to 255), ``"imagenet"`` or
             ``"MEAN/STD"``; None: as the file says.
         layout: of a lone .onnx: ``"nchw"`` or ``"nhwc"``; None: as its shape says.
+        runtime: that judges an export folder or an .onnx; None: onnxruntime.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:0"``; None: a GPU if there is one.
 
     Returns:
@@ -109,6 +111,7 @@ def replay_images(
         layout=layout,
         resize=resize,
         skip_bad_images=skip_bad_images,
+        runtime=runtime,
     )
     spec = opened.spec
     wanted, got = (spec.channels, spec.image_size, spec.image_size), tuple(images.x_adv.shape[1:])

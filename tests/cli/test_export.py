@@ -70,6 +70,7 @@ def test_the_job_runs_from_float_to_a_judged_file(run: Run) -> None:
         "kit",
         "card.md",
         "card.html",
+        "card.cdx.json",
     }
     facts = json.loads((bundle / "kit" / "kit.json").read_text())
     counts = (round(exported.json["recheck"][key] * 60) for key in ("clean_accuracy", "robust_accuracy"))

@@ -105,7 +105,8 @@ def test_what_a_killed_export_left_is_removed_by_the_next(
     exports = tmp_path / "export-out"
     (left,) = exports.iterdir()
     names = {path.name for path in left.iterdir()}
-    assert left.name.endswith(PARTIAL_FOLDER) and names == {"resnet8-w4a4.onnx", "model.pt", "card.md", "card.html"}
+    cards = {"card.md", "card.html", "card.cdx.json"}
+    assert left.name.endswith(PARTIAL_FOLDER) and names == {"resnet8-w4a4.onnx", "model.pt", *cards}
     beside = Call(server, tmp_path, *words)  # while it lives, its folder stays
     assert beside.end().code == 0 and left.exists()
     os.kill(killed.process.pid or 0, signal.SIGKILL)
