@@ -1,7 +1,9 @@
 """The first layer in which a file differs from its network, and by how much.
 
 The file is run with the codes between its layers as further outputs, and these are paired with the network's values by
-their order: the exporter writes layers in the order in which the network runs them, and no pass changes it.
+their order: the exporter writes layers in the order in which the network runs them, and no pass changes it. Where two
+quantizers of the network do the same, the exporter may write one; a layer of another scale or shape than the next
+values of the file is left out.
 
 Each layer of the network computes from the file's values of the layers before it. A code that another layer rounded the
 other way is thus no difference of the layers behind it, and hides none of theirs.
@@ -32,6 +34,10 @@ right to about 1e-4 of a step."""
 
 SAME = 1e-4
 """Largest difference by float rounding, as a share of the range of a float layer's values."""
+
+
+SAME_SCALE = 1e-5
+"""Largest relative difference of a scale in the file and in the network."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +85,20 @@ def compare_layers(path: Path, network: nn.Module, x: Tensor, *, optimise: bool 
     return Comparison(None, on_ties)
 
 
-def _compare_one(layers: dict[str, nn.Module], network: nn.Module, values: list[Tensor], x: Tensor) -> Comparison:
-    """Compare with the file's ``values``, in order, the logits last."""
-    answers = values.pop()
+def _compare_one(layers: dict[str, nn.Module], network: nn.Module, file: list[_Values], x: Tensor) -> Comparison:
+    """Compare with the values of the file, in order, the logits last."""
+    answers = file.pop().values
     faults: list[Difference] = []
-    calls = on_ties = 0
+    calls = paired = on_ties = 0
 
     def compare(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        nonlocal calls, on_ties
+        nonlocal calls, paired, on_ties
         calls += 1
-        if calls > len(values):
+        value = getattr(output, "value", output)
+        if paired == len(file) or not file[paired].may_be_of(module, value):
             return None
-        found, value = values[calls - 1], getattr(output, "value", output)
+        found = file[paired].values
+        paired += 1
         step = float(module.act_quant.scale()) if _has_steps(module) else None  # type: ignore[operator,union-attr]
         different = _differing(found, value, step)
         if different.any():
@@ -98,16 +106,14 @@ def _compare_one(layers: dict[str, nn.Module], network: nn.Module, values: list[
                 on_ties += int(different.sum())
             elif not faults:
                 faults.append(Difference(name, int(different.sum()), different.numel()))
-        if found.shape != value.shape:
-            return None
         return output.set(value=found) if hasattr(output, "value") else found
 
     with ExitStack() as hooks:
         for name, module in layers.items():
             hooks.enter_context(module.register_forward_hook(partial(compare, name)))
         logits: Tensor = network(x)
-    if calls != len(values):
-        count = f"{calls} layers of the network and {len(values)} of the file do not line up"
+    if paired != len(file):
+        count = f"{calls} layers of the network and {len(file)} of the file do not line up"
         return Comparison(Difference(f"the file ({count})", 1, 1), 0)
     apart = ~((answers - logits).abs() <= SAME * (logits.max() - logits.min()))
     if not faults and apart.any():
@@ -123,19 +129,31 @@ def _has_steps(module: nn.Module) -> bool:
 
 def _differing(found: Tensor, value: Tensor, step: float | None) -> Tensor:
     """Mask of the values that differ, of the shape of the network's ``value``."""
-    if found.shape != value.shape:
-        return torch.ones(value.shape, dtype=torch.bool)
     allowed = SAME * float(value.max() - value.min()) if step is None else step / 2
     return ~((found - value).abs() <= allowed)  # NaN differs
 
 
 def _all_on_ties(found: Tensor, value: Tensor, entering: Tensor, step: float | None, different: Tensor) -> bool:
-    if step is None or found.shape != value.shape:
+    if step is None:
         return False
     one_step = ((found - value).abs() / step)[different] < 1.5
     position = (entering / step)[different]
     on_boundary = (position - position.floor() - 0.5).abs() < TIE
     return bool((one_step & on_boundary).all())
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Values between two layers of a file."""
+
+    values: Tensor
+    scale: float | None = None  # of codes
+
+    def may_be_of(self, module: nn.Module, value: Tensor) -> bool:
+        """Whether shape and scale are those of a layer of the network and its output."""
+        proxy: Any = getattr(module, "act_quant", None)
+        scales = self.scale is None or abs(float(proxy.scale()) / self.scale - 1) < SAME_SCALE
+        return scales and self.values.shape == value.shape
 
 
 class _FileValues:
@@ -156,18 +174,20 @@ class _FileValues:
         onnx.save(model, wide)
         self.session = OnnxModel(wide, optimise=optimise)
 
-    def __enter__(self) -> Callable[[Tensor], list[Tensor]]:
+    def __enter__(self) -> Callable[[Tensor], list[_Values]]:
         return self._run
 
     def __exit__(self, *_: object) -> None:
         self.folder.cleanup()
 
-    def _run(self, x: Tensor) -> list[Tensor]:
+    def _run(self, x: Tensor) -> list[_Values]:
         found = dict(zip(self.wanted, self.session.values(x, self.wanted), strict=True))
         found |= {name: (x * 255).round() for name in self.names if name in self.sources}  # pixels that enter as uint8
-        for name, (scale, zero_point) in self.grids.items():
-            found[name] = (found[name].float() - zero_point) * scale
-        return [*(found[name] for name in self.names), found[self.wanted[-1]]]
+        logits = _Values(found[self.wanted[-1]])
+        if not self.grids:
+            return [*(_Values(found[name]) for name in self.names), logits]
+        grids = self.grids.items()
+        return [*(_Values((found[name].float() - zero) * scale, scale) for name, (scale, zero) in grids), logits]
 
 
 def quantized_values(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:
