@@ -24,6 +24,11 @@ _SHAPE = {
     "label?": str,
     "data?": str,
     **{f"{key}?": [str] for key in ("integer_layers", "float_layers", "shortfalls", "equal_in", "not_for")},
+    "target?": {
+        "name": str,
+        "runtime?": str,
+        "tolerances": dict.fromkeys(("different_answers", "accuracy"), int | float),
+    },
     "recheck?": {
         **dict.fromkeys(("clean_accuracy", "robust_accuracy", "epsilon"), int | float),
         **dict.fromkeys(("clean_interval", "interval"), (int | float, int | float)),
