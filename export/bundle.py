@@ -26,6 +26,11 @@ _SHAPE = {
     "data?": str,
     "max_drift?": int | float,
     **{f"{key}?": [str] for key in ("integer_layers", "float_layers", "shortfalls", "equal_in", "not_for")},
+    "target?": {
+        "name": str,
+        "runtime?": str,
+        "tolerances": dict.fromkeys(("different_answers", "accuracy"), int | float),
+    },
     "recheck?": {
         **dict.fromkeys(("clean_accuracy", "robust_accuracy", "epsilon"), int | float),
         **dict.fromkeys(("clean_interval", "interval"), (int | float, int | float)),

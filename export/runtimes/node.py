@@ -52,8 +52,8 @@ class NodeJudge:
         program = shutil.which("node")
         if program is None:
             raise ModelFileError("Node.js is not installed")
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         words = [program, str(SCRIPT), package, str(Path.cwd()), str(opening.path.absolute()), str(opening.threads)]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
         )
@@ -95,7 +95,8 @@ class NodeJudge:
         self._errors.close()
 
     def __del__(self) -> None:
-        if not self._errors.closed:
+        errors = getattr(self, "_errors", None)  # none where Node.js is missing
+        if errors is not None and not errors.closed:
             self.close()
 
     def _write(self, content: bytes) -> None:

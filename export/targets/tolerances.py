@@ -23,7 +23,7 @@ SHOWN = ("clean_accuracy", "clean_interval", "robust_accuracy", "interval", "att
 def tolerances_of(opened: Bundle) -> Tolerances:
     """Those of the target that the folder was made for, else the defaults."""
     stored = (opened.record.get("target") or {}).get("tolerances")
-    return Tolerances() if stored is None else Tolerances(**stored)
+    return Tolerances() if stored is None else Tolerances(stored["different_answers"], stored["accuracy"])
 
 
 def check_runs(opened: Bundle, runtime: str) -> None:

@@ -261,7 +261,7 @@ def _alone(opened: Bundle, device: torch.device, runtime: str) -> _Subject:
         file.spec,
         runtime if file.in_onnxruntime else "pytorch",
         frozen(twin, device),
-        deepcopy(twin).cpu(),
+        twin if device.type == "cpu" else deepcopy(twin).cpu(),
         partial(prove_alone, opened.onnx, opened.format, twin, file.spec),
         attack,
         tuple(missing),
