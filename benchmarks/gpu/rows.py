@@ -77,7 +77,7 @@ def _photographs(options: argparse.Namespace) -> list[list[str]]:
     if options.tiny:
         once = ["--warm-up", "1", "--rounds", "1", "--steps", "1"]
         return [[*command, "--size", "32", "--batch", "4", *once, "--kinds", "odgq"]]
-    kinds = ["plain", "natural", "odgq", "odgq-compiled", "odgq-graphs"]
+    kinds = ["plain", "natural", "odgq", "compiled-odgq", "graphs-odgq"]
     return [[*command, "--architecture", "resnet18", "--size", "224", "--batch", "256", "--kinds", *kinds]]
 
 
