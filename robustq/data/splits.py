@@ -107,6 +107,11 @@ class Batch:
         return iter((self.x, self.y))
 
 
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for, as it would for one from pageable memory."""
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 class Split(Protocol):
     """One part of a data set."""
 
@@ -233,8 +238,8 @@ class TensorSplit:
             order = torch.randperm(len(self), generator=generator)
             if augment != NO_AUGMENT:
                 offsets, flips = draw_crops_and_flips(augment, len(self), generator=generator)
-                offsets, flips = offsets.to(images.device), flips.to(images.device)
-        order = order.to(images.device)
+                offsets, flips = sent(offsets, images.device), sent(flips, images.device)
+        order = sent(order, images.device)
 
         def generate() -> Iterator[Batch]:
             for indices in torch.split(order, batch_size)[skip:]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as IndexedImages
 
 from robustq.data.augment import NO_AUGMENT, Augment, mixed_seed, to_float
 from robustq.data.resize import SHORT_SIDE, SQUASH
-from robustq.data.splits import Batch, check_batch_size, evenly_spaced
+from robustq.data.splits import Batch, check_batch_size, evenly_spaced, sent
 from robustq.errors import DataError, one_line
 from robustq.files import open_regular
 from robustq.progress import bar
@@ -219,7 +219,7 @@ class StreamedSplit:
             for batch in self._decode(order, batch_size, files, pin_memory=device.type == "cuda"):
                 indices = order[start : start + len(batch)]
                 x = to_float(batch.to(device, non_blocking=True))
-                yield Batch(x, self.labels[indices].to(device), indices.to(device))
+                yield Batch(x, sent(self.labels[indices], device), sent(indices, device))
                 start += len(batch)
 
         return generate()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustq.errors import UsageError
+from robustq.memory import free_memory
 from robustq.progress import bar
 
 _Z = NormalDist().inv_cdf(0.975)
@@ -50,23 +51,40 @@ def all_logits(model: Callable[[Tensor], Tensor], x: Tensor, *, batch_size: int)
     """The logits of all images, (N, K) on the CPU; (0, 0) for no images. Put the model into eval mode first.
 
     x is (N, C, H, W) float32 in [0, 1], on the device of the model, which need not be PyTorch's. UsageError for a batch
-    size below 1, or a model that does not answer with one row of logits per image.
+    size below 1, or a model that does not answer with one row of logits per image. Where a GPU's memory is too small,
+    batches are halved.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1")
     parts = [torch.empty(0, 0)] if len(x) == 0 else []
     with bar("predict", len(x)) as progress:
-        for first in range(0, len(x), batch_size):
+        first = 0
+        while first < len(x):
             batch = x[first : first + batch_size]
-            logits = model(batch).cpu()
+            logits = _within_memory(model, batch)
+            if logits is None:
+                batch_size = len(batch) // 2
+                continue
             if logits.ndim != 2 or len(logits) != len(batch):
                 raise UsageError(
                     f"the model answered {len(batch)} images with a tensor of shape {tuple(logits.shape)}; "
                     "logits must be (images, classes)"
                 )
             parts.append(logits)
+            first += len(batch)
             progress.advance(len(batch))
     return torch.cat(parts)
+
+
+def _within_memory(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor | None:
+    """The logits on the CPU; None where a GPU's memory is too small. For a single image torch's error is raised."""
+    try:
+        return model(batch).cpu()
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    free_memory()  # behind the handler, which keeps the tensors of the failed call alive
+    return None
 
 
 def top_classes(logits: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from robustq.data import to_float
 from robustq.evaluation.accuracy import all_logits, top_classes
 from robustq.evaluation.result import AttackResult
 from robustq.evaluation.suites import NamedAttack
-from robustq.progress import bar
+from robustq.memory import free_memory
+from robustq.progress import bar, note
 
 DIAGNOSIS = "diagnosis"
 """The stage of attacks that only the flags need."""
@@ -94,17 +95,23 @@ class Evaluator:
         kept = [torch.ones(0, dtype=torch.bool)]
         self._judge_queries = queries = steps = 0
         with bar(f"attack: {name}", len(indices)) as progress:
-            for batch in torch.split(indices, self.batch_size) if len(indices) else ():
+            first = 0
+            while first < len(indices):
+                batch = indices[first : first + self.batch_size]
                 counted = Counted(model, images=len(batch))
                 inputs: dict[str, Any] = {}
                 if features is not None:
                     inputs["features"] = counted.sharing(features)
                 if surrogate is not None:
                     inputs["surrogates"] = [counted.sharing(surrogate)]
-                kept.append(self._attack(attack, counted, batch, name, inputs))
-                progress.advance(len(batch))
+                right = self._within_memory(attack, counted, batch, name, inputs)
+                # The passes of a batch that did not fit were made as well.
                 queries += int(counted.queries.sum())
                 steps += int(counted.gradient_steps.sum())
+                if right is not None:
+                    kept.append(right)
+                    first += len(batch)
+                    progress.advance(len(batch))
         result = AttackResult(
             name=name,
             stage=stage or attack.stage,
@@ -125,6 +132,24 @@ class Evaluator:
         self.robust &= ~broken
         for index in broken.nonzero()[:, 0].tolist():
             self.found_by[index] = found_by[index]
+
+    def _within_memory(
+        self, attack: NamedAttack, model: Model, indices: Tensor, name: str, inputs: dict[str, Any]
+    ) -> Tensor | None:
+        """The answer of `_attack`; None where the GPU's memory is too small, after halving :attr:`batch_size`.
+
+        No result depends on the batch, and a single image that does not fit raises torch's error.
+        """
+        try:
+            return self._attack(attack, model, indices, name, inputs)
+        except torch.OutOfMemoryError:
+            if len(indices) == 1:
+                raise
+            self.batch_size = len(indices) // 2
+        # Behind the handler, which keeps the tensors of the failed call alive.
+        free_memory()
+        note(f"note    out of memory in {name}: {self.batch_size} images at a time from here on")
+        return None
 
     def _attack(self, attack: NamedAttack, model: Model, indices: Tensor, name: str, inputs: dict[str, Any]) -> Tensor:
         """(n,) bool, right under the attack."""

@@ -87,7 +87,7 @@ def run_suite(
     check_radius(epsilon)
     start = time.perf_counter()
     # A network that draws random numbers must not move the caller's generator, nor differ between two evaluations.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
         torch.manual_seed(seed)
         x, y = to_float(images.to(device)), labels.to(device)
         _check_image_shape(target.judge, x)

@@ -43,8 +43,8 @@ class WeightAverage:
         """Add the weights after an optimizer step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        for name, value in model.named_parameters():
-            self._averages[name].lerp_(value, 1.0 - decay)
+        weights = dict(model.named_parameters())
+        torch._foreach_lerp_([self._averages[name] for name in weights], list(weights.values()), 1.0 - decay)
 
     @contextmanager
     def applied_to(self, model: nn.Module, batches: Iterable[Batch]) -> Iterator[None]:

@@ -184,7 +184,9 @@ def _run(opened: Source, source: ModelSpec, job: Job, *, custom_model: str | Non
     if job.recipe.trains:
         check_job(network, job)  # before the float network is counted
     if checks and source.widths.is_float:
-        with torch.random.fork_rng():  # the training draws what it would draw without this
+        with torch.random.fork_rng(
+            devices=[] if job.device.type == "cpu" else [job.device]
+        ):  # the training draws what it would draw without this
             counted = count_float_network(
                 opened.state,
                 source,

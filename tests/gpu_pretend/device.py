@@ -69,6 +69,7 @@ class Counts:
     """Work since the beginning of `counting`."""
 
     kernels: int = 0
+    by_name: Counter[str] = field(default_factory=Counter)  # kernels, by operation
     waits: Counter[str] = field(default_factory=Counter)  # by operation
     copies: Counter[str] = field(default_factory=Counter)  # blocking ones to the device, by operation
     strict: bool = False
@@ -115,6 +116,10 @@ class PretendTensor(Tensor):
         )
         made.held = inner
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        host: Any = self.cpu()
+        return host.__reduce_ex__(protocol)  # a saved state is read on the CPU
 
     def tolist(self) -> Any:
         return self.cpu().tolist()  # torch refuses it for subclasses
@@ -219,6 +224,7 @@ def _count(func: Any, args: Any, kwargs: Any) -> None:
         copied = next((one for one in indices if _on_cpu(one)), None)
     for counts in _active:
         counts.kernels += 1
+        counts.by_name[name] += 1
     for counts in _active[::-1]:
         if waits:
             counts.wait(name)
@@ -261,6 +267,12 @@ class _Module:
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        pass
 
     def manual_seed_all(self, seed: int) -> None:
         pass

@@ -113,9 +113,20 @@ def test_numbers_next_to_a_bound_and_infinite_ones() -> None:
         x = torch.stack([*(torch.nextafter(at, torch.tensor(way)) for way in (-math.inf, math.inf)), at])
         x = torch.cat([x, torch.tensor([-math.inf, math.inf])])
         g = torch.ones(5)
+        # By scale 1: otherwise the quotient or the bound is rounded.
+        one = torch.tensor(1.0)
         for inside in ALL_WAYS:
-            assert inside(g, x, at, torch.tensor(math.inf)).tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
-            assert inside(g, x, torch.tensor(-math.inf), at).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+            assert inside(g, x, one, at.item(), math.inf).tolist() == [0.0, 1.0, 0.0, 0.0, 0.0]
+            assert inside(g, x, one, -math.inf, at.item()).tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_all_ways_agree_where_no_number_lies_at_a_bound() -> None:
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    g, scale = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), torch.tensor(0.0371)
+    for low, high in ((-8.5, 7.5), (0.0, 15.5)):
+        first, *others = (inside(g, x, scale, low, high) for inside in ALL_WAYS)
+        assert 0 < int((first == 0).sum()) < x.numel()
+        assert all(torch.equal(first, other) for other in others)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

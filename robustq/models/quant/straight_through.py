@@ -36,7 +36,7 @@ class _Quantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, y, scale = ctx.saved_tensors
         low, high = ctx.range
-        g_x = _inside(grads[0], x, low * scale, high * scale)
+        g_x = _inside(grads[0], x, scale, low, high)
         g_scale = None
         if ctx.needs_input_grad[1]:
             # The sum of g (q s - x) in range and g q s outside, divided by s: two dot products instead of a tensor.
@@ -58,8 +58,7 @@ class _QuantizeHalf(torch.autograd.Function):
         ctx.range = _range(low, high, relu)
         of_scale = None
         if ctx.needs_input_grad[1]:
-            low_x, high_x = (bound * scale for bound in ctx.range)
-            of_scale = y.sub_(_inside(exact, exact, low_x, high_x)).to(x.dtype)
+            of_scale = y.sub_(_inside(exact, exact, scale, *ctx.range)).to(x.dtype)
         ctx.save_for_backward(x, scale, of_scale)
         return answer
 
@@ -68,7 +67,7 @@ class _QuantizeHalf(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, scale, of_scale = ctx.saved_tensors
         low, high = ctx.range
-        g_x = _inside(grads[0], x, low * scale, high * scale) if ctx.needs_input_grad[0] else None
+        g_x = _inside(grads[0], x, scale, low, high) if ctx.needs_input_grad[0] else None
         g_scale = None if of_scale is None else _dot_of_halves(grads[0], of_scale) / scale
         return g_x, g_scale, None, None, None
 
@@ -78,31 +77,37 @@ def _range(low: int, high: int, relu: bool) -> tuple[float, float]:
     return (0.0 if relu else low - 0.5), high + 0.5
 
 
-def _inside(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``g`` where x lies strictly between two scalars, 0 elsewhere (either for NaN); g and x have one shape."""
+def _inside(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """``g`` where x lies strictly between low and high times a scalar, 0 elsewhere (either for NaN); g and x have one
+    shape.
+    """
     if x.device.type != "cpu":
-        return _inside_anywhere(g, x, low, high)
-    return (_inside_compiled_on_cpu if torch.compiler.is_compiling() else _inside_on_cpu)(g, x, low, high)
+        return _inside_anywhere(g, x, scale, low, high)
+    return (_inside_compiled_on_cpu if torch.compiler.is_compiling() else _inside_on_cpu)(g, x, scale, low, high)
 
 
-def _inside_anywhere(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Without a synchronisation with the device."""
-    # With a dimension of their own, bounds are not rounded to the type of x.
-    outside = (x <= low.reshape(1)) | (x >= high.reshape(1))
-    return torch.where(outside, torch.zeros((), device=g.device, dtype=g.dtype), g)
+def _inside_anywhere(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
+    """Without a synchronisation with the device: the host knows the bounds of x / scale, which the forward pass rounds.
+
+    In two kernels; bounds on the device take seven.
+    """
+    quotient = x.float() / scale
+    result: Tensor = torch.ops.aten.hardtanh_backward(g.float(), quotient, low, high)
+    return result.to(g.dtype)
 
 
-def _inside_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _inside_on_cpu(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """In one pass over memory: the gradient of a hard tanh."""
-    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low), float(high))
+    result: Tensor = torch.ops.aten.hardtanh_backward(g, x, float(low * scale), float(high * scale))
     return result
 
 
-def _inside_compiled_on_cpu(g: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def _inside_compiled_on_cpu(g: Tensor, x: Tensor, scale: Tensor, low: float, high: float) -> Tensor:
     """Without a bool tensor: inductor saves it for the backward pass, and its CPU code stores bools one by one (torch
     2.15), 17 times as slow as the rest of the pass. Signs of float differences are exact; NaN and Inf stay.
     """
-    inside = torch.sign(x - low.reshape(1)).relu() * torch.sign(high.reshape(1) - x).relu()
+    # With a dimension of their own, bounds are not rounded to the type of x.
+    inside = torch.sign(x - (low * scale).reshape(1)).relu() * torch.sign((high * scale).reshape(1) - x).relu()
     return g * inside.to(g.dtype)
 
 
