@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from robustq.checkpoint import load_weights
 from robustq.data import Dataset, to_float
@@ -65,6 +66,7 @@ def count_float_network(
     spec: ModelSpec,
     data: Dataset,
     *,
+    network: nn.Module | None = None,
     path: Path,
     custom_model: str | None,
     device: torch.device,
@@ -75,14 +77,16 @@ def count_float_network(
 
     Args:
         state: its weights, under the names of the file at ``path``.
+        network: with these weights; None builds it, which takes seconds for a deep graph.
         is_foreign: whether another program than robustq wrote the file, so that its normalisation may be unknown.
         stated: the accuracy that the file states, as a fraction.
 
     UsageError for a foreign network that is not surely better than a constant answer, or surely worse than the file
     states.
     """
-    network = build_model(spec, custom_model=custom_model)
-    load_weights(network, with_names_of(network, state), path)
+    if network is None:
+        network = build_model(spec, custom_model=custom_model)
+        load_weights(network, with_names_of(network, state), path)
     images, labels = data.holdout.take(min(IMAGES, len(data.holdout)))
     x, y = to_float(images.to(device)), labels.to(device)
     right = int(correct(network.to(device).eval(), x, y, batch_size=100).sum())

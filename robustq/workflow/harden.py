@@ -191,6 +191,7 @@ def _run(opened: Source, source: ModelSpec, job: Job, *, custom_model: str | Non
                 opened.state,
                 source,
                 job.data,
+                network=opened.network if source == opened.spec else None,
                 path=job.source,
                 custom_model=custom_model,
                 device=job.device,

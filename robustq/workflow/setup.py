@@ -164,6 +164,7 @@ class Source(NamedTuple):
     is_foreign: bool = False  # from a state dict: its normalisation may be unknown
     stated: float | None = None  # accuracy in the checkpoint, as a fraction
     data: Dataset | None = None  # that told the classes of a state dict
+    network: nn.Module | None = None  # of a model file, with the state
 
 
 def open_source(
@@ -203,7 +204,7 @@ def open_source(
             raise UsageError(
                 f"{path}: holds a {spec.architecture}, not a {architecture}; leave --arch {architecture} out"
             )
-        return Source(model.state_dict(), spec)
+        return Source(model.state_dict(), spec, network=model)
     state = _chosen_weights(sets, weights, path)
     chosen = custom_model or architecture
     if chosen is not None:
