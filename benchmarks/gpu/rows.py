@@ -52,7 +52,7 @@ def _smoke(options: argparse.Namespace) -> list[list[str]]:
 
 
 def _epoch(options: argparse.Namespace) -> list[list[str]]:
-    sizes = ["--batch", "16", "--images", "64", "--kinds", "eager"] if options.tiny else ["--batch", "512"]
+    sizes = ["--batch", "16", "--images", "16", "--kinds", "eager"] if options.tiny else ["--batch", "512"]
     return [["-m", "benchmarks.gpu.epoch", "--device", options.device, *sizes]]
 
 

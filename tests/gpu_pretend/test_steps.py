@@ -62,7 +62,10 @@ def begun(name: str, device: torch.device) -> tuple[TrainStep, Iterator[Any]]:
     return step, tiny.split().batches(tiny.BATCH, device=device, seed=3)
 
 
-@pytest.mark.parametrize("name", STEPS)
+SLOW = ("everything", "odgq per sample")
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in STEPS])
 def test_a_step_neither_waits_nor_copies(device: torch.device, name: str) -> None:
     step, batches = begun(name, device)
     batch = next(batches)
@@ -77,7 +80,7 @@ def test_every_method_is_in_the_table() -> None:
     assert {method for method, *_ in STEPS.values()} == set(METHODS)
 
 
-@pytest.mark.parametrize("name", ["odgq 4", "odgq 1"])
+@pytest.mark.parametrize("name", ["odgq 4", pytest.param("odgq 1", marks=pytest.mark.slow)])
 def test_the_weights_are_those_of_the_cpu(device: torch.device, name: str) -> None:
     """The formulas of the device and of the CPU (`straight_through._inside`) have the same values."""
     states = []
