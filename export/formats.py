@@ -19,6 +19,7 @@ from robustq.export.lowering.packed_weights import packed_weights
 from robustq.export.lowering.pads import padding_in_convolutions
 from robustq.export.lowering.requantize import quantized_moves, rounded_sums
 from robustq.export.lowering.short_names import short_names
+from robustq.export.lowering.symmetric_int8 import symmetric_int8
 from robustq.export.lowering.uint8 import uint8_pixels, unsigned_activations
 from robustq.export.metadata import describe
 from robustq.export.qonnx_file import clean_up
@@ -27,6 +28,8 @@ from robustq.export.torch_export import export_float, export_qcdq, export_qonnx
 from robustq.models.spec import ModelSpec
 
 HLS4ML = "hls4ml"
+TENSORRT = "tensorrt"
+"""Consumer of a QCDQ file, which the target of that name asks for."""
 CONSUMERS = {"finn": "FINN", "hls4ml": "hls4ml"}
 """Tools that a QONNX file can be written for, as --for takes them -> their names; the first is the default."""
 
@@ -132,6 +135,8 @@ def check_format(
 
 
 def _check_consumer(name: str, spec: ModelSpec, consumer: str, batch_norm: str) -> None:
+    if consumer == TENSORRT and name == "qcdq":
+        return
     if consumer not in CONSUMERS:
         raise UsageError(f"--for {consumer} is not known; choose {' or '.join(CONSUMERS)}")
     if name != "qonnx":
@@ -154,7 +159,7 @@ def build(
     Args:
         network: folded; for ``qonnx`` with BatchNorm kept, unfolded.
         pixels: ``float`` for an input in [0, 1], ``uint8`` for pixels as they are.
-        consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone.
+        consumer: one of :data:`CONSUMERS`, for ``qonnx`` alone; :data:`TENSORRT`, for ``qcdq``.
 
     Raises:
         ExportError: the network has an operator that the format or the consumer cannot hold, or is too large.
@@ -163,6 +168,8 @@ def build(
     model = FORMATS[name].make(network, spec)
     if consumer == HLS4ML:
         fixed_point_multipliers(model)
+    if consumer == TENSORRT:
+        symmetric_int8(model)
     if pixels == "uint8":
         uint8_pixels(model)
     if name != "qonnx":  # whose operators the checker does not know

@@ -20,7 +20,7 @@ from robustq.export.targets.schema import Target, find_target, target_names
 from tests.export.exported import net, written
 from tests.models.small_nets import digits
 
-NAMES = ("browser", "finn", "onnxruntime-cpu", "onnxruntime-small", "openvino")
+NAMES = ("browser", "finn", "onnxruntime-cpu", "onnxruntime-small", "openvino", "tensorrt")
 SOURCE = Path(registry.__file__).parents[1] / "targets" / "browser.toml"
 
 
