@@ -67,8 +67,7 @@ def attack(
         bool,
         rare(
             "--compile/--no-compile",
-            help="Compile attack generation with torch.compile: about 2 minutes first, then 0.3 to 0.75 of the time; "
-            "for attacks of over 5 minutes. The final count never uses compiled code.",
+            help="Compile attack generation, not the count: about 2 minutes first, then 0.3 to 0.75 of the time.",
         ),
     ] = False,
 ) -> None:

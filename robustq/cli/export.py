@@ -55,7 +55,7 @@ def export(
         str | None,
         typer.Option(
             metavar="NAME|FILE.toml",
-            help=f"Device or tool, which decides format and input: {', '.join(TARGETS)}, or a file of your own.",
+            help=f"Decides format and input: {', '.join(TARGETS)}, or a file of your own.",
             autocompletion=one_of(*TARGETS),
         ),
     ] = None,
@@ -86,9 +86,7 @@ def export(
             autocompletion=one_of(*CONSUMERS),
         ),
     ] = None,
-    max_drift: Annotated[
-        float, rare(help="Share of the answers that folding BatchNorm or rounding ties may change.", min=0, max=1)
-    ] = 0.02,
+    max_drift: Annotated[float, rare(help="Share of the answers that rounding may change.", min=0, max=1)] = 0.02,
     targets: Annotated[bool, rare("--targets", help="List the targets, and write nothing.")] = False,
     kit: Annotated[
         bool, rare("--kit/--no-kit", help="Write the folder kit, with which the device checks the file.")
@@ -96,7 +94,7 @@ def export(
 ) -> None:
     """Write the deploy file of a model and check it.
 
-    Checks: same answers as PyTorch, integer layers, accuracy under attack. Exits with 1 when a check fails.
+    Checks: same answers as PyTorch, integer layers, accuracy under attack; one that fails: exit 1.
 
     Examples:
       robustq export --format qonnx

@@ -64,7 +64,7 @@ Device = Annotated[
 Runtime = Annotated[
     str | None,
     typer.Option(
-        help=f"Runtime that judges the file: {', '.join(RUNTIMES)}. Default: onnxruntime.",
+        help=f"Judge of the file: {', '.join(RUNTIMES)}. Default: the first.",
         autocompletion=one_of(*RUNTIMES),
     ),
 ]

@@ -27,6 +27,7 @@ def folder(digits_w4a4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_format_in_every_runtime(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {name: registry.RUNTIMES[name].version() for name in ("onnxruntime", "tract")}
     names = {name: version for name, version in names.items() if version is not None}

@@ -89,6 +89,7 @@ def test_a_model_file_has_no_runtime(digits_w4a4: Path) -> None:
         robustq.attack_model(digits_w4a4, runtime="negated", **FEW)
 
 
+@pytest.mark.slow
 def test_a_target_whose_runtime_answers_otherwise_fails_the_export(digits_w4a4: Path, tmp_path: Path) -> None:
     source = Path(registry.__file__).parents[1] / "targets" / "onnxruntime-small.toml"
     mine = tmp_path / "mine.toml"
@@ -119,6 +120,7 @@ def test_the_runtime_is_the_judge_of_recheck(folder: Path) -> None:
     assert found["clean_accuracy"] != usual["clean_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_suite_attacks_the_network_beside_the_file(digits_float: Path, tmp_path: Path) -> None:
     folder, file = tmp_path / "out", tmp_path / "first.json"
     robustq.export_model(digits_float, format_name="float", images=20, recheck=False, device="cpu", out=folder)
@@ -178,7 +180,9 @@ def other_network(model: onnx.ModelProto) -> None:
     model.CopyFrom(other)
 
 
-@pytest.mark.parametrize("change", [flipped_byte, wrong_scale, other_network])
+@pytest.mark.parametrize(
+    "change", [flipped_byte, *(pytest.param(one, marks=pytest.mark.slow) for one in (wrong_scale, other_network))]
+)
 def test_recheck_fails_on_a_changed_file(
     folder: Path, tmp_path: Path, change: Callable[[onnx.ModelProto], None]
 ) -> None:
