@@ -370,6 +370,17 @@ def print_table(rows: dict[str, Any], widths: list[int]) -> None:
     networks = {key.split()[0] for key in rows}
     whole = [one for one in networks if all(rows.get(f"{one} {bits}", {}).get("exit") == 0 for bits in widths)]
     print(f"\n{len(whole)} of {len(networks)} networks export with parity at every width; rows by exit: {dict(exits)}")
+    passed = [found for found in rows.values() if found["exit"] == 0]
+    beyond = sum(not all(map(_within_default, found["parity"].values())) for found in passed)
+    print(f"By default {beyond} of the {len(passed)} rows with exit 0 would exit with 1: ties change too many answers.")
+
+
+def _within_default(run: dict[str, Any]) -> bool:
+    """Whether the answers of a run are the same, but for as many as ties may change by default."""
+    from robustq.evaluation.accuracy import wilson_interval
+    from robustq.export.parity import MAX_DRIFT
+
+    return run["same_answers"] or wilson_interval(run["different_top1"], run["images"])[0] <= MAX_DRIFT
 
 
 if __name__ == "__main__":
