@@ -173,6 +173,7 @@ def test_a_quickstart_with_a_failed_check_exits_with_1(run: Run, monkeypatch: py
     assert outcome.code == 1 and "FAILED  optimised" in outcome.out
 
 
+@pytest.mark.slow
 def test_results_of_the_python_functions_are_typed_and_read_like_the_json(
     digits_w4a4: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

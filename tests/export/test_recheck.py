@@ -25,11 +25,10 @@ FAST = [
     (8, "integer"),
     (4, "qonnx"),
     (4, "packed"),
-    (1, "qonnx"),
     (1, "qcdq"),
     (1, "packed"),
 ]
-SLOW = [(8, "qonnx"), (8, "packed"), (3, "packed"), (2, "packed"), (2, "qcdq")]
+SLOW = [(8, "qonnx"), (1, "qonnx"), (8, "packed"), (3, "packed"), (2, "packed"), (2, "qcdq")]
 
 
 def check_proof(proof: Proof, bits: int, name: str, images: int) -> None:
